@@ -1,0 +1,208 @@
+"""The `"giantdet"` block of a run's JSON, as types.
+
+Each component of the system sees its own section only. Defaults are detectron2's Mask R-CNN
+(`configs/Base-RCNN-FPN.yaml`) unless a comment says otherwise. Lengths of boxes and images are
+pixels of the padded image that the network sees.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys are errors, defaults are checked too."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class BackboneConfig(Section):
+    """Any timm model; see `models/backbone.py` for the three adapters."""
+
+    name: str = "resnet50"
+    """timm model name, for example resnet50, convnext_tiny, swin_tiny_patch4_window7_224."""
+    pretrained: bool = False
+    """Load timm's weights by their tag (needs network or a warm cache); see also `init_weights`."""
+    init_weights: str | None = None
+    """Local .safetensors or .pth file with ImageNet weights of this backbone."""
+    stride_in_1x1: bool = False
+    """ResNet bottlenecks put their stride into the first 1x1 convolution (MSRA and Caffe weights)."""
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
+    """Number of first stages without gradients; 1 is the stem. detectron2's FREEZE_AT."""
+    drop_path_rate: Fraction = 0.0
+    """Stochastic depth."""
+    checkpoint_blocks: bool = False
+    """Recompute each block's activations in the backward pass (less memory, about a third more time)."""
+    window: Annotated[int, Field(ge=0)] = 16
+    """Plain ViTs: side of the attention windows in patches; 0 makes all blocks global."""
+    global_blocks: PositiveInt = 4
+    """Plain ViTs: number of evenly spaced blocks with global attention (ViTDet's 4)."""
+    patch_size: PositiveInt = 16
+    """Plain ViTs: the patch embedding is resampled to this size."""
+
+
+class NormConfig(Section):
+    """Batch normalisation of the backbone, applied from outside (`models/norm.py`)."""
+
+    type: Literal["frozen", "local"] = "frozen"
+    """frozen: statistics and affine are constants; local: each rank's own micro-batch."""
+
+
+class FpnConfig(Section):
+    """Feature pyramid P2-P6 (Lin et al. 2017; for plain ViTs the simple pyramid of ViTDet)."""
+
+    channels: PositiveInt = 256
+    norm: Literal["none", "batch", "layer"] = "none"
+    """Norm layer after each FPN convolution; `batch` follows the `norm` block, `layer` is ViTDet's."""
+
+
+class RpnConfig(Section):
+    """Region proposal network (Ren et al. 2015)."""
+
+    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    """Side of the square anchor on P2 to P6, pixels."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """height / width."""
+    batch_per_image: PositiveInt = 256
+    """Anchors sampled for the loss."""
+    positive_fraction: Fraction = 0.5
+    iou_low: Fraction = 0.3
+    iou_high: Fraction = 0.7
+    pre_nms_train: PositiveInt = 2000
+    """Best anchors of each level that enter NMS."""
+    pre_nms_test: PositiveInt = 1000
+    post_nms_train: PositiveInt = 1000
+    """Proposals of an image over all levels. torchvision: 2000."""
+    post_nms_test: PositiveInt = 1000
+    nms_iou: Fraction = 0.7
+
+
+class BoxHeadConfig(Section):
+    """Classification and box regression of RoIs (Fast R-CNN)."""
+
+    convs: Annotated[int, Field(ge=0)] = 0
+    """3x3 convolutions before the fully connected layers (4 with fcs=1 is 4conv1fc)."""
+    fcs: Annotated[int, Field(ge=1)] = 2
+    width: PositiveInt = 1024
+    norm: Literal["none", "batch", "layer"] = "none"
+    resolution: PositiveInt = 7
+    sampling_ratio: Annotated[int, Field(ge=0)] = 2
+    """RoIAlign points per bin and axis. 0: adaptive, detectron2's default, slower (`ops/roi_align.py`)."""
+    batch_per_image: PositiveInt = 512
+    """RoIs sampled for the loss."""
+    positive_fraction: Fraction = 0.25
+    iou: Fraction = 0.5
+    score_threshold: Fraction = 0.05
+    nms_iou: Fraction = 0.5
+    detections: PositiveInt = 100
+    """Detections an image."""
+
+
+class MaskHeadConfig(Section):
+    """Mask prediction (He et al. 2017)."""
+
+    enabled: bool = True
+    """False gives Faster R-CNN."""
+    convs: PositiveInt = 4
+    width: PositiveInt = 256
+    norm: Literal["none", "batch", "layer"] = "none"
+    resolution: PositiveInt = 14
+    """RoIAlign output; the mask has twice this side."""
+    sampling_ratio: Annotated[int, Field(ge=0)] = 2
+    slots: PositiveInt = 64
+    """Sampled positives an image that get a mask; each slot is computed, used or not. detectron2
+    computes all positives, at most 128."""
+
+
+class ModelConfig(Section):
+    num_classes: PositiveInt | Auto = "auto"
+    """Classes without background; auto: the training annotations' categories."""
+    conventions: Literal["detectron2", "torchvision"] = "detectron2"
+    """Which reference's fine print holds: anchors' rounding, RoIAlign's half-pixel offset, smooth L1
+    beta, normalisers, pasting. torchvision's are needed by weights that come from there."""
+    backbone: BackboneConfig = BackboneConfig()
+    norm: NormConfig = NormConfig()
+    fpn: FpnConfig = FpnConfig()
+    rpn: RpnConfig = RpnConfig()
+    box_head: BoxHeadConfig = BoxHeadConfig()
+    mask_head: MaskHeadConfig = MaskHeadConfig()
+    init_weights: str | None = None
+    """A giantdet export (folder or model.safetensors) to start the whole detector from."""
+
+
+class DatasetConfig(Section):
+    annotations: str
+    """COCO instances JSON."""
+    images: str
+    """Folder that file names are relative to."""
+
+
+class AugmentConfig(Section):
+    """Training-time geometry. All of it ends on the same canvas."""
+
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    short_sides: tuple[PositiveInt, ...] | None = None
+    """Multi-scale: the short side is drawn from these. None: the `short_side` of the data block."""
+    jitter: tuple[float, float] | None = None
+    """Large-scale jitter (Ghiasi et al. 2021): scale of the canvas-filling size, then a random crop."""
+
+
+class DataConfig(Section):
+    train: DatasetConfig | None = None
+    val: DatasetConfig | None = None
+    size: tuple[PositiveInt, PositiveInt] = (1024, 1024)
+    """Canvas (height, width) of every batch; multiples of 32, or of 64 with P6 (see docs)."""
+    short_side: PositiveInt = 800
+    """The image is scaled to this short side, or to what fits on the canvas if that is smaller."""
+    augment: AugmentConfig = AugmentConfig()
+    max_objects: PositiveInt = 100
+    """Ground-truth slots M an image; of more objects the largest are kept, the rest is counted."""
+    mask_frame: PositiveInt = 112
+    """Side S of a target mask's bitmap; objects up to S pixels are stored exactly."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes a rank."""
+    filter_empty: bool = True
+    """Leave images without objects out of training (detectron2's default). Evaluation keeps them."""
+
+
+class TrainConfig(Section):
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: PositiveInt | None = None
+    """Optimizer steps; give either epochs or steps."""
+    seed: int = 0
+    output: str = "runs/run"
+    """Folder of the run: checkpoints, metrics.jsonl, config.json, results."""
+    resume: bool = True
+    """Go on from the newest checkpoint in `output` if there is one."""
+    log_every: PositiveInt = 20
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: at the end only."""
+    save_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep: PositiveInt = 2
+    """Checkpoints that stay."""
+    deterministic: bool = False
+    """Deterministic kernels and one thread's order of sums; slower on GPUs."""
+
+
+class EvalConfig(Section):
+    batch_size: PositiveInt = 1
+    """Images a rank and step."""
+
+
+class GiantdetConfig(Section):
+    """The `"giantdet"` block."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()

@@ -1,0 +1,109 @@
+"""What flows through the house: batches in, predictions and detections out.
+
+Everything is a `NamedTuple` of tensors whose shapes depend on the configuration alone (B, M, N, R,
+D and the canvas H x W are settings, never counts of what an image happens to hold). Named tuples
+are plain pytrees, so data loaders pin them, ZeRO-3 finds the tensors in them, and `torch.compile`
+and CUDA graphs see through them.
+
+Shape legend, used in the names of all files:
+B images · M ground-truth slots · A anchors · N proposals · R sampled RoIs · P mask slots
+D detections · C classes (without background) · S side of a mask frame · H, W the padded canvas
+
+Boxes are float32 xyxy in pixels of the padded image. A slot that holds nothing is False in its
+`valid` mask and carries zeros elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """Ground truth of a batch. Crowd regions are left out, as detectron2 and torchvision do."""
+
+    boxes_BM4: Tensor  # float32
+    labels_BM: Tensor  # int64 in [0, C)
+    valid_BM: Tensor  # bool
+    masks_BMSS: Tensor  # uint8 coverage, 0 to 255, in the object's own frame
+    frames_BM4: Tensor  # float32 xyxy, the window of the image that the S x S bitmap covers
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank."""
+
+    images_B3HW: Tensor  # uint8 RGB, zero in the padding
+    sizes_B2: Tensor  # float32 (height, width) of each image before padding
+    targets: Targets
+    seeds_B: Tensor  # int64, number of the sample in the training stream: seeds its RoI sampling
+    image_ids_B: Tensor  # int64, the data set's own id; -1 where the slot only fills up the batch
+    original_sizes_B2: Tensor  # int64 (height, width) of the file, EXIF rotation applied
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; asynchronous from pinned memory."""
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return self._replace(
+            images_B3HW=move(self.images_B3HW),
+            sizes_B2=move(self.sizes_B2),
+            targets=Targets(*map(move, self.targets)),
+            seeds_B=move(self.seeds_B),
+            image_ids_B=move(self.image_ids_B),
+            original_sizes_B2=move(self.original_sizes_B2),
+        )
+
+
+class Proposals(NamedTuple):
+    """Class-agnostic candidates of the RPN, best first."""
+
+    boxes_BN4: Tensor  # float32, clipped to each image
+    scores_BN: Tensor  # float32 objectness logits
+    valid_BN: Tensor  # bool
+
+
+class RpnPredictions(NamedTuple):
+    """RPN outputs at the sampled anchors, with what they are to predict. R is `rpn.batch_per_image`."""
+
+    objectness_BR: Tensor  # float32 logits
+    deltas_BR4: Tensor  # float32
+    target_deltas_BR4: Tensor  # float32
+    positive_BR: Tensor  # bool
+    valid_BR: Tensor  # bool
+
+
+class BoxPredictions(NamedTuple):
+    """Box head outputs at the sampled RoIs. Class index C is background."""
+
+    logits_BRC1: Tensor  # float32, C + 1 classes
+    deltas_BR4: Tensor  # float32, of the RoI's target class
+    target_deltas_BR4: Tensor  # float32
+    labels_BR: Tensor  # int64 in [0, C], C is background
+    positive_BR: Tensor  # bool
+    valid_BR: Tensor  # bool
+
+
+class MaskPredictions(NamedTuple):
+    """Mask head outputs of the target class at the first P sampled positives."""
+
+    logits_BPSS: Tensor  # float32, S is the head's resolution (28)
+    targets_BPSS: Tensor  # float32 in [0, 1]
+    valid_BP: Tensor  # bool
+
+
+class Predictions(NamedTuple):
+    """What the detector returns in training; `losses.py` turns it into scalars."""
+
+    rpn: RpnPredictions
+    box: BoxPredictions
+    mask: MaskPredictions | None
+
+
+class Detections(NamedTuple):
+    """What the detector returns in evaluation, best first."""
+
+    boxes_BD4: Tensor  # float32, pixels of the padded image, clipped to each image
+    scores_BD: Tensor  # float32 in [0, 1]
+    labels_BD: Tensor  # int64 in [0, C)
+    valid_BD: Tensor  # bool
+    masks_BDSS: Tensor | None  # float32 probabilities in the frame of the box
