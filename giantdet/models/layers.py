@@ -1,0 +1,68 @@
+"""The two building blocks that FPN and heads share, with the field's initialisations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+NormName = Literal["none", "batch", "layer"]
+
+_NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution, optional norm, optional ReLU: `[B, C_in, h, w]` to `[B, C_out, h', w']`.
+
+    `init` is "msra" (He et al. 2015, fan-out, for layers before a ReLU) or "xavier" (uniform, for
+    linear layers); these are `c2_msra_fill` and `c2_xavier_fill` of detectron2. A convolution with a
+    norm behind it has no bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        norm: NormName = "none",
+        relu: bool = False,
+        init: Literal["msra", "xavier"] = "xavier",
+    ) -> None:
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm == "none"
+        )
+        if init == "msra":
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        layers: list[nn.Module] = [conv]
+        if norm != "none":
+            layers.append(_NORMS[norm](out_channels))
+        if relu:
+            layers.append(nn.ReLU())
+        super().__init__(*layers)
+
+
+def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Linear layer, Xavier-uniform weights, zero bias (detectron2's `c2_xavier_fill`)."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def normal_(layer: nn.Conv2d | nn.Linear, std: float) -> None:
+    """Gaussian weights of the given standard deviation, zero bias: the field's way to start predictors."""
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def gather_slots(values: Tensor, index: Tensor) -> Tensor:
+    """`values[b, index[b, r]]` for `[B, N, ...]` values and a `[B, R]` index: `[B, R, ...]`."""
+    extra = values.shape[2:]
+    expanded = index.reshape(*index.shape, *[1] * len(extra)).expand(*index.shape, *extra)
+    return values.gather(1, expanded)
