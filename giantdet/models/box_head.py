@@ -6,6 +6,7 @@ Reference: detectron2's `FastRCNNConvFCHead` and `FastRCNNOutputLayers`, class-s
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class BoxHead(nn.Module):
             )
         )
         sizes = [channels * config.resolution**2, *[config.width] * config.fcs]
-        self.fcs = nn.ModuleList(xavier_linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.fcs = nn.ModuleList(xavier_linear(a, b) for a, b in itertools.pairwise(sizes))
         self.classes = nn.Linear(config.width, num_classes + 1)
         self.deltas = nn.Linear(config.width, num_classes * 4)
         normal_(self.classes, std=0.01)
@@ -100,7 +101,7 @@ def training_predictions(
     )
     boxes_BR4 = gather_slots(targets.boxes_BM4, rois.index_BR)
     # An invalid RoI may be a zero box, and a negative has no box: both aim at a unit box, finitely.
-    unit = torch.tensor([0.0, 0.0, 1.0, 1.0], device=boxes_BR4.device)
+    unit = F.pad(boxes_BR4.new_ones(2), (2, 0))  # (0, 0, 1, 1), made on the device: a copy would wait
     positive_BR1 = rois.positive_BR[..., None]
     target_deltas_BR4 = encode_deltas(
         boxes_BR4.where(positive_BR1, unit), rois.boxes_BR4.where(positive_BR1, unit), DELTA_WEIGHTS

@@ -70,13 +70,14 @@ class Detector(nn.Module):
     def normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
         """uint8 pixels to the backbone's units and dtype; the padding stays exactly zero."""
         device = images_B3HW.device
-        scale = torch.tensor(self.pixel_scale, device=device, dtype=torch.float32)[:, None, None]
-        shift = torch.tensor(self.pixel_shift, device=device, dtype=torch.float32)[:, None, None]
         height, width = images_B3HW.shape[-2:]
         rows = torch.arange(height, device=device) < sizes_B2[:, :1]
         columns = torch.arange(width, device=device) < sizes_B2[:, 1:]
         inside_B1HW = (rows[:, :, None] & columns[:, None, :])[:, None]
-        return torch.where(inside_B1HW, images_B3HW * scale + shift, 0.0).to(next(self.parameters()).dtype)
+        # Python scalars, channel by channel: a tensor of constants would be a copy that the GPU waits for.
+        channels = zip(images_B3HW.float().unbind(1), self.pixel_scale, self.pixel_shift, strict=True)
+        pixels_B3HW = torch.stack([pixels * scale + shift for pixels, scale, shift in channels], 1)
+        return torch.where(inside_B1HW, pixels_B3HW, 0.0).to(next(self.parameters()).dtype)
 
     def train_heads(self, levels: list[Tensor], batch: Batch) -> Predictions:
         targets = batch.targets

@@ -69,7 +69,7 @@ class Rpn(nn.Module):
         self.head = RpnHead(channels, len(config.anchor_ratios))
 
     def anchors(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        """float32 `[A_l, 4]` a level. Made in the forward: under ZeRO-3 and bf16 a buffer would be rounded."""
+        """float32 `[A_l, 4]` a level. Made in the forward: as a buffer, bf16 training would round them."""
         return grid_anchors(
             self.image_size,
             [(level.shape[-2], level.shape[-1]) for level in levels],

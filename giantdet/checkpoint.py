@@ -1,0 +1,65 @@
+"""Save and resume a run, at every ZeRO stage.
+
+DeepSpeed writes the shards (`step_N/`, and `latest` naming the newest). Beside them goes what
+DeepSpeed does not keep: the step, and the LR, weight decay and name of every parameter group, which
+DeepSpeed 0.19 overwrites with the first group's at ZeRO-3. Data order and random numbers are pure
+functions of the step (`data/loader.py`, `ops/sampling.py`), so there is no state of theirs to save.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from giantdet.distributed import comm
+
+_PREFIX = "step_"
+
+
+def save(engine: Any, folder: Path, step: int, keep: int) -> Path:
+    """Write checkpoint `step_N` and remove all but the newest `keep`. All ranks call it."""
+    tag = f"{_PREFIX}{step}"
+    groups = [_describe(group) for group in engine.basic_optimizer.param_groups]
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "groups": groups})
+    comm.barrier()
+    if comm.is_main():
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    comm.barrier()
+    return folder / tag
+
+
+def resume(engine: Any, folder: Path) -> int:
+    """Load the newest checkpoint of `folder`; returns the number of steps done, 0 without one."""
+    if not comm.broadcast_object((folder / "latest").exists()):
+        return 0
+    names = [group["name"] for group in engine.basic_optimizer.param_groups]
+    path, state = engine.load_checkpoint(str(folder))
+    if path is None:
+        raise ValueError(f"{folder}: the checkpoint that 'latest' names cannot be loaded")
+    for name, group, saved in zip(names, engine.basic_optimizer.param_groups, state["groups"], strict=True):
+        if name != saved["name"]:
+            raise ValueError(
+                f"{path}: parameter group '{saved['name']}' was saved where the model now has '{name}'"
+            )
+        group.update(saved)
+    return int(state["step"])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
+
+
+def newest(folder: Path) -> Path:
+    """The checkpoint that `latest` names. Raises ValueError where there is none."""
+    latest = folder / "latest"
+    if not latest.exists():
+        raise ValueError(f"{folder}: no checkpoint here (no file 'latest')")
+    return folder / latest.read_text().strip()
+
+
+def _describe(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("name", "lr", "weight_decay")}

@@ -1,0 +1,128 @@
+"""The one file that touches torch.distributed: who am I, and small messages between ranks.
+
+Objects and flags travel over a gloo group on the CPU, so that they never queue behind GPU work and
+a rank that is late is waited for with a time-out and not with a hang. In a world of one that was
+never started, every function answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def start(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group that the launcher describes (deepspeed, torchrun, srun or none at all).
+
+    Returns the device of this rank. NCCL on GPUs, gloo on CPUs.
+    """
+    has_gpu = torch.cuda.is_available()
+    # DeepSpeed picks its accelerator at import; without a GPU it must not look for one.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
+    _fill_environment()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        import deepspeed  # late: its import takes seconds and reads DS_ACCELERATOR
+
+        deepspeed.init_distributed(
+            dist_backend="nccl" if has_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    return device
+
+
+def _fill_environment() -> None:
+    """Give srun's and a plain python's process the variables that torchrun sets."""
+    environment = os.environ
+    if "RANK" not in environment and "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        environment.setdefault(name, value)
+    if "MASTER_PORT" not in environment:
+        environment["MASTER_PORT"] = str(_free_port())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        _cpu_group.cache_clear()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the rank that writes files and talks to the terminal."""
+    return rank() == 0
+
+
+@lru_cache(maxsize=1)
+def _cpu_group() -> Any:
+    return dist.new_group(backend="gloo")
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier(group=_cpu_group())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on the main rank; an empty list elsewhere."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, found, dst=0, group=_cpu_group())
+    return found or []
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main rank's value, on all ranks."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_cpu_group())
+    return box[0]
+
+
+def mean_over_ranks(values: list[float]) -> list[float]:
+    """Elementwise mean of a short list of numbers; all ranks must call it."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=_cpu_group())
+    return (total / world_size()).tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if it is on one; all ranks must call it."""
+    return max(mean_over_ranks([float(flag)])) > 0.0

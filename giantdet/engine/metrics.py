@@ -1,0 +1,143 @@
+"""What a run tells: a progress bar, metrics.jsonl, DeepSpeed's monitors, a plot at the end.
+
+Losses stay on the device until a line is due; the one host synchronisation is in `Metrics.log`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from giantdet.distributed import comm
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Metrics:
+    """Collects scalars of each step, writes their means every `log_every` steps.
+
+    Args:
+        path: metrics.jsonl, appended to; a resumed run drops the lines past its first step.
+        total_steps: length of the run in optimizer steps.
+        first_step: where the run starts or goes on.
+    """
+
+    def __init__(self, path: Path, total_steps: int, first_step: int, monitor: Any = None) -> None:
+        self.path, self.monitor = path, monitor
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.images = 0
+        self.data_seconds = 0.0
+        self.since = time.perf_counter()
+        self.bar: tqdm | None = None
+        if comm.is_main():
+            _drop_lines_after(path, first_step)
+            self.bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5
+            )
+
+    def add(self, scalars: dict[str, Tensor], images: int, data_seconds: float) -> None:
+        """Note one micro-step of this rank; nothing is read back from the device."""
+        for name, value in scalars.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.images += images
+        self.data_seconds += data_seconds
+
+    def step(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, step: int, **more: Any) -> dict[str, Any]:
+        """Write the means since the last line. All ranks call it.
+
+        Raises DivergedError where the mean loss over the ranks is not finite.
+        """
+        names = list(self.sums)
+        values = torch.stack([self.sums[name] for name in names]).tolist()  # the host synchronisation
+        seconds = time.perf_counter() - self.since
+        means = comm.mean_over_ranks([*values, float(self.images), self.data_seconds, seconds])
+        *sums, images, data_seconds, seconds = means
+        line: dict[str, Any] = {"step": step}
+        line |= {name: value / self.count for name, value in zip(names, sums, strict=True)}
+        line["images_per_second"] = images * comm.world_size() / seconds
+        line["data_share"] = data_seconds / seconds
+        line |= more
+        if comm.is_main():
+            self._write(line)
+        if not math.isfinite(line.get("loss", 0.0)):
+            raise DivergedError(
+                f"the loss is {line['loss']} at step {step}: lower the learning rate or warm up longer"
+            )
+        self.sums, self.count, self.images, self.data_seconds = {}, 0, 0, 0.0
+        self.since = time.perf_counter()
+        return line
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.bar is not None:
+            shown = {k: line[k] for k in ("loss", "loss_cls", "loss_mask") if k in line}
+            self.bar.set_postfix(
+                {k: f"{v:.3f}" for k, v in shown.items()}
+                | {"lr": f"{line.get('lr', 0):.1e}", "img/s": f"{line['images_per_second']:.1f}"}
+            )
+        if self.monitor is not None and self.monitor.enabled:
+            scalars = [(f"giantdet/{k}", v, line["step"]) for k, v in line.items() if isinstance(v, float)]
+            self.monitor.write_events(scalars)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """A line of its own, an evaluation for example. Main rank only."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep what was logged up to `step`: the steps after it are about to be run again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plot_losses(path: Path, picture: Path) -> None:
+    """Draw the losses (and the LR below) of a metrics.jsonl into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [line for line in read_metrics(path) if "loss" in line]
+    steps = [line["step"] for line in lines]
+    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    for name in [key for key in (lines[0] if lines else {}) if key.startswith("loss")]:
+        upper.plot(steps, [line[name] for line in lines], label=name, linewidth=2 if name == "loss" else 1)
+    upper.set_ylabel("loss")
+    upper.set_yscale("log")
+    upper.legend(fontsize=8)
+    upper.grid(alpha=0.3)
+    lower.plot(steps, [line["lr"] for line in lines], color="black")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    lower.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)

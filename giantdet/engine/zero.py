@@ -1,0 +1,47 @@
+"""The step from a plain model to a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from giantdet.config.load import RunConfig
+from giantdet.optim.param_groups import parameter_groups
+
+
+def initialize(model: nn.Module, run: RunConfig) -> Any:
+    """`deepspeed.initialize` with the run's JSON and giantdet's named parameter groups.
+
+    The engine's optimizer, scheduler, precision and ZeRO stage are what the JSON's DeepSpeed keys say.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    params = run.deepspeed.get("optimizer", {}).get("params", {})
+    groups = parameter_groups(model, params.get("weight_decay", 0.0), params.get("lr"))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
+    return engine
+
+
+def learning_rates(engine: Any) -> dict[str, float]:
+    """LR by group name."""
+    return {group["name"]: float(group["lr"]) for group in engine.basic_optimizer.param_groups}
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the last step's gradient before clipping, or None where DeepSpeed keeps none."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's allocator, or of the process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
