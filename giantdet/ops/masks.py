@@ -1,0 +1,102 @@
+"""Masks between the image, the frame of an object and the frame of a proposal.
+
+Ground-truth masks travel as small bitmaps over a window of the image (`Targets.frames_BM4`). Here they become
+the mask head's targets, and the head's probabilities become masks of the image again. Both follow detectron2
+(`structures/masks.py`, `layers/mask_ops.py`), or torchvision where its convention is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+# Pixels of masks pasted at once; a float32 temporary of them is 64 MB.
+_CHUNK_PIXELS = 1 << 24
+
+
+def mask_targets(
+    masks_BMSS: Tensor, frames_BM4: Tensor, index_BP: Tensor, boxes_BP4: Tensor, size: int, aligned: bool,
+    binarize: bool,
+) -> Tensor:  # fmt: skip
+    """What the mask head is to predict for each proposal: `[B, P, size, size]` float32 in [0, 1].
+
+    Args:
+        masks_BMSS: uint8 coverage (0 to 255) of S x S cells.
+        frames_BM4: xyxy pixels, the window that the cells tile; outside of it there is nothing.
+        index_BP: the object of each proposal.
+        boxes_BP4: the proposals, xyxy pixels.
+        size: side of the target, 28 in Mask R-CNN.
+        aligned, binarize: True for detectron2 (`BitMasks.crop_and_resize`: at least half covered), False
+            for torchvision (`project_masks_on_boxes`: soft, no half-pixel offset).
+
+    RoIAlign with adaptive sampling of the bitmap by the proposal, expressed in cells. With cells of one
+    pixel it equals the reference on full bitmaps, provided that the outermost cells are a margin: empty, or
+    at the image's edge a copy of the edge (RoIAlign repeats a map's last cell for one cell more). Slots
+    without an object (frame of size 0, empty bitmap) give 0.
+    """
+    batch, slots = masks_BMSS.shape[:2]
+    side = masks_BMSS.shape[-1]
+    row_BP = index_BP + torch.arange(batch, device=index_BP.device)[:, None] * slots
+    row_K = row_BP.flatten()
+    masks_K1SS = masks_BMSS.flatten(0, 1)[row_K][:, None].to(torch.float32) / 255
+    frames_K4 = frames_BM4.flatten(0, 1)[row_K]
+    boxes_K4 = boxes_BP4.detach().float().flatten(0, 1)
+
+    cell_K2 = (frames_K4[:, 2:] - frames_K4[:, :2]) / side
+    cell_K2 = torch.where(cell_K2 > 0, cell_K2, 1.0)
+    corner_K2 = (boxes_K4[:, :2] - frames_K4[:, :2]) / cell_K2
+    end_K2 = torch.maximum((boxes_K4[:, 2:] - frames_K4[:, :2]) / cell_K2, corner_K2)
+    which_K1 = torch.arange(row_K.shape[0], dtype=torch.float32, device=row_K.device)[:, None]
+    rois_K5 = torch.cat([which_K1, corner_K2, end_K2], dim=1)
+    targets = torchvision.ops.roi_align(masks_K1SS, rois_K5, size, 1.0, 0, aligned)
+    targets_BPSS = targets.view(batch, -1, size, size)
+    return (targets_BPSS >= 0.5).to(torch.float32) if binarize else targets_BPSS
+
+
+def _interpolation(start_D: Tensor, end_D: Tensor, side: int, length: int) -> Tensor:
+    """Weights `[D, length, side]` that stretch `side` values over [start, end] of `length` pixels.
+
+    Linear between the centres of values and of pixels, falling to 0 over half a value at the ends:
+    `grid_sample` with zero padding and `align_corners=False`, along one axis. A box without extent gives 0.
+    """
+    pixel = torch.arange(length, dtype=torch.float32, device=start_D.device) + 0.5
+    extent_D = end_D - start_D
+    scale_D = side / torch.where(extent_D > 0, extent_D, 1.0)
+    at_DL = (pixel - start_D[:, None]) * scale_D[:, None] - 0.5
+    value = torch.arange(side, dtype=torch.float32, device=start_D.device)
+    weights = (1 - (at_DL[:, :, None] - value).abs()).clamp_min(0)
+    return weights * (extent_D > 0)[:, None, None]
+
+
+def paste_masks(
+    masks_DSS: Tensor,
+    boxes_D4: Tensor,
+    height: int,
+    width: int,
+    threshold: float = 0.5,
+    convention: Literal["detectron2", "torchvision"] = "detectron2",
+) -> Tensor:
+    """Masks of the image from probabilities in the frame of their boxes: `[D, height, width]` bool.
+
+    `masks_DSS` are probabilities, `boxes_D4` xyxy pixels of the image that is pasted into. `detectron2`:
+    bilinear at pixel centres, at least `threshold`. `torchvision`: its rounding of boxes to whole pixels,
+    above `threshold`. A few masks at a time, so that memory is that of the result.
+    """
+    masks_DSS, boxes_D4 = masks_DSS.detach().float(), boxes_D4.detach().float()
+    pasted = torch.zeros(len(masks_DSS), height, width, dtype=torch.bool, device=masks_DSS.device)
+    chunk = max(1, _CHUNK_PIXELS // max(height * width, 1))
+    for first in range(0, len(masks_DSS), chunk):
+        masks, boxes = masks_DSS[first : first + chunk], boxes_D4[first : first + chunk]
+        if convention == "torchvision":
+            soft = paste_masks_in_image(masks[:, None], boxes, (height, width))[:, 0]
+            pasted[first : first + chunk] = soft > threshold
+        else:
+            # The interpolation is separable: two products of small matrices instead of a grid of points.
+            rows = _interpolation(boxes[:, 1], boxes[:, 3], masks.shape[1], height)
+            columns = _interpolation(boxes[:, 0], boxes[:, 2], masks.shape[2], width)
+            pasted[first : first + chunk] = rows @ masks @ columns.mT >= threshold
+    return pasted

@@ -1,0 +1,34 @@
+"""Which object each anchor or proposal is to predict, by IoU.
+
+Faster R-CNN's rule as detectron2's `Matcher` has it, for a padded batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def match(
+    iou_BMN: Tensor, valid_BM: Tensor, low: float, high: float, allow_low_quality: bool
+) -> tuple[Tensor, Tensor]:
+    """Match N candidates to M object slots: `(index_BN int64, label_BN int8)`.
+
+    index: the valid object of largest IoU (the first of equals). label: 1 (positive) from `high` up, 0
+    (negative) below `low`, -1 (ignored) between. With `allow_low_quality`, every object's own best
+    candidates, ties included, are positive as well; their index stays that of *their* best object, as in
+    detectron2 and torchvision. An image without objects gets index 0 and label 0 throughout.
+
+    One deviation: an object that no candidate overlaps (best IoU 0) makes no candidate positive. detectron2
+    and torchvision would there make positive *all* candidates that it misses.
+    """
+    iou_BMN = iou_BMN.detach().masked_fill(~valid_BM[:, :, None], -1.0)
+    best_BN, index_BN = iou_BMN.max(dim=1)
+    label_BN = (best_BN >= high).to(torch.int8) - ((best_BN >= low) & (best_BN < high)).to(torch.int8)
+    if allow_low_quality:
+        best_BM = iou_BMN.amax(dim=2)
+        best_BM = best_BM.masked_fill(best_BM <= 0, math.inf)
+        label_BN = label_BN.masked_fill((iou_BMN == best_BM[:, :, None]).any(dim=1), 1)
+    return index_BN, label_BN

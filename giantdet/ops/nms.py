@@ -1,0 +1,68 @@
+"""Non-maximum suppression of many groups (images, levels, classes) at once, as a mask.
+
+Greedy NMS in fixed shapes: who stays is a bool for each box, never a list of unknown length. On the CPU
+torchvision's loop does it; on a GPU the fixed point of
+
+    keep = valid & ~any(earlier box that overlaps and is kept)
+
+which, iterated from keep = valid over boxes sorted by score, is greedy NMS exactly: after n rounds all
+decisions are final that hang on chains of at most n suppressions. 9 rounds was the most seen on crowded sets
+of 2,000 boxes, and 16 are done, without any read by the host.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torchvision
+from torch import Tensor
+
+from giantdet.ops.boxes import pairwise_iou
+
+ROUNDS = 16
+
+
+def nms_mask_fixed_point(
+    boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float, rounds: int = ROUNDS
+) -> Tensor:
+    """`nms_mask` as a fixed number of rounds of tensor code; memory is a few `[G, K, K]` tensors."""
+    order_GK = scores_GK.masked_fill(~valid_GK, -math.inf).argsort(dim=1, descending=True, stable=True)
+    boxes_GK4 = boxes_GK4.gather(1, order_GK[:, :, None].expand_as(boxes_GK4))
+    valid_sorted_GK = valid_GK.gather(1, order_GK)
+    # [g, k, j]: j comes before k and overlaps it.
+    blocked_GKK = (pairwise_iou(boxes_GK4, boxes_GK4) > iou_threshold).tril(-1)
+    keep_GK = valid_sorted_GK
+    for _ in range(rounds):
+        keep_GK = valid_sorted_GK & ~(blocked_GKK & keep_GK[:, None, :]).any(dim=2)
+    return torch.zeros_like(keep_GK).scatter(1, order_GK, keep_GK)
+
+
+@torch.library.custom_op("giantdet::nms_mask", mutates_args=(), device_types="cpu")
+def _nms_mask(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
+    # Invalid boxes come last, where they suppress nothing that is valid.
+    scores_GK = scores_GK.masked_fill(~valid_GK, -math.inf)
+    keep_GK = torch.zeros_like(valid_GK)
+    for keep_K, boxes_K4, scores_K in zip(keep_GK, boxes_GK4, scores_GK, strict=True):
+        keep_K[torchvision.ops.nms(boxes_K4, scores_K, iou_threshold)] = True
+    return keep_GK & valid_GK
+
+
+@_nms_mask.register_kernel("cuda")
+def _(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
+    return nms_mask_fixed_point(boxes_GK4, scores_GK, valid_GK, iou_threshold)
+
+
+@_nms_mask.register_fake
+def _(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
+    return torch.empty_like(valid_GK)
+
+
+def nms_mask(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy NMS within each of G groups of K boxes: `keep_GK` bool, in the order of the input.
+
+    Boxes are xyxy and need no order. A box goes if a kept box of higher score (of equal score: an earlier
+    one) overlaps it with IoU > `iou_threshold`. What is not valid is not kept and suppresses nothing. The
+    operator `giantdet::nms_mask` under it is opaque to `torch.compile`, which passes with `fullgraph=True`.
+    """
+    return _nms_mask(boxes_GK4.detach().float(), scores_GK.detach().float(), valid_GK, iou_threshold)
