@@ -1,0 +1,183 @@
+"""Plain ViTs (ViT, DeiT, DINOv2/v3, SigLIP, EVA, EVA-02) as detection backbones, after ViTDet.
+
+Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection": attention within
+windows, a few evenly spaced blocks with global attention, one map of stride 16. The blocks are timm's own,
+driven from here with another layout of tokens. Deviations from ViTDet's code: no relative position bias
+(timm's checkpoints have none), and padded tokens are masked as keys, where ViTDet lets them take part.
+
+Patch tokens only: class and register tokens are dropped, unless `window` is 0; then everything is global
+and equal to timm's own forward pass.
+
+B images · H, W the map of patches · w side of a window · N tokens of a window · C channels
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from giantdet.config.types import BackboneConfig
+from giantdet.models.body import (
+    Backbone,
+    cast_to_float32,
+    create_body,
+    freeze,
+    image_statistics,
+    require_multiple,
+)
+from giantdet.models.norm import Float32Buffers
+
+_PREFIX_TOKENS = ("cls_token", "reg_token", "dist_token")
+
+
+class PlainViT(Float32Buffers, Backbone):
+    """One [B, C, H / patch, W / patch] map from the last block, after the model's final norm if it has one.
+
+    Cheapest where the canvas is a multiple of patch * window: otherwise whole blocks run on the padding too.
+    """
+
+    key_mask: Tensor | None
+    rope_global: Tensor | None
+    rope_window: Tensor | None
+
+    def __init__(self, config: BackboneConfig, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        require_multiple(config, image_size, config.patch_size)
+        self.timm_args = dict(
+            num_classes=0, img_size=image_size, patch_size=config.patch_size, dynamic_img_size=True
+        )
+        body = create_body(config, self.timm_args)
+        keys = set(body.state_dict())
+        depth = len(body.blocks)
+        body.prune_intermediate_layers([depth - 1], prune_norm=False, prune_head=True)
+        self.body = body
+        self.mean, self.std = image_statistics(body)
+        self.channels, self.strides, self.is_plain = (body.embed_dim,), (config.patch_size,), True
+        self.window = config.window
+        self.checkpoint_blocks = config.checkpoint_blocks
+        self.global_blocks = global_block_indices(depth, config.global_blocks if config.window else depth)
+        height, width = (side // config.patch_size for side in image_size)
+        self.grid = (height, width)
+        self.num_prefix_tokens = body.num_prefix_tokens
+        if self.window:
+            self._drop_prefix_tokens()
+        self.dropped_keys = frozenset(keys - set(body.state_dict()))
+        self._store_rope()
+        self.register_buffer("key_mask", self._key_mask(), persistent=False)
+        if config.frozen_stages:
+            # Stages of a plain ViT: the embedding, then quarters of the blocks.
+            frozen_blocks = {f"blocks.{i}" for i in range((config.frozen_stages - 1) * depth // 4)}
+            freeze(body, lambda name: _block_of(name) in frozen_blocks or _is_embedding(name))
+
+    def _drop_prefix_tokens(self) -> None:
+        for name in _PREFIX_TOKENS:
+            if getattr(self.body, name, None) is not None:
+                setattr(self.body, name, None)
+        for block in self.body.blocks:
+            for module in block.modules():
+                if hasattr(module, "num_prefix_tokens"):
+                    module.num_prefix_tokens = 0  # RoPE turns all tokens but these
+        # The body's own count stays: timm's checkpoint filter needs it to read position embeddings.
+
+    def _store_rope(self) -> None:
+        """Rotary tables of the fixed grids, made once; learnt frequencies (`rope_mixed`) stay in the body."""
+        rope = getattr(self.body, "rope", None)
+        self.learnt_rope = rope is not None and getattr(self.body, "rope_mixed", False)
+        tables: list[Tensor | None] = [None, None]
+        if rope is not None and not self.learnt_rope:
+            rope.eval()  # DINOv3's augments its coordinates in training mode
+            window = (self.window, self.window) if self.window else self.grid
+            tables = [cast_to_float32(rope.get_embed(shape=shape)) for shape in (self.grid, window)]
+            self.body.rope = None
+        self.register_buffer("rope_global", tables[0], persistent=False)
+        self.register_buffer("rope_window", tables[1], persistent=False)
+
+    def _key_mask(self) -> Tensor | None:
+        """Bool [windows, 1, 1, N], False at padded keys; None where the window divides the map."""
+        if not self.window or not (self.grid[0] % self.window or self.grid[1] % self.window):
+            return None
+        ones = torch.ones(1, *self.grid, 1)
+        return to_windows(ones, self.window)[:, None, None, :, 0] > 0
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        body = self.body
+        x = body.patch_embed(images_B3HW)  # [B, H, W, C]
+        batch, height, width, channels = x.shape
+        x = body.norm_pre(self._add_positions(x))
+        rope_global, rope_window, mask = self._rotations_and_mask(batch)
+        windowed = False
+        for index, block in enumerate(body.blocks):
+            is_global = index in self.global_blocks
+            if is_global == windowed:  # a run of windowed blocks begins or ends: one partition for each run
+                if is_global:
+                    x = from_windows(x, self.window, batch, height, width).flatten(1, 2)
+                else:
+                    x = to_windows(x.reshape(batch, height, width, channels), self.window)
+                windowed = not is_global
+            extra: dict[str, Any] = {}
+            if (rope := rope_window if windowed else rope_global) is not None:
+                extra["rope"] = rope[index] if self.learnt_rope else rope
+            if windowed and mask is not None:
+                extra["attn_mask"] = mask
+            if self.checkpoint_blocks and self.training:
+                x = checkpoint(block, x, use_reentrant=False, **extra)
+            else:
+                x = block(x, **extra)
+        x = body.norm(x)
+        if not self.window:
+            x = x[:, self.num_prefix_tokens :]
+        return [x.reshape(batch, height, width, channels).permute(0, 3, 1, 2).contiguous()]
+
+    def _add_positions(self, x_BHWC: Tensor) -> Tensor:
+        """Tokens [B, (prefix +) H * W, C] with absolute positions, where the model has them."""
+        body = self.body
+        if not self.window:
+            tokens = body._pos_embed(x_BHWC)
+            return tokens[0] if isinstance(tokens, tuple) else tokens
+        tokens = x_BHWC.flatten(1, 2)
+        if body.pos_embed is not None:
+            first = 0 if body.no_embed_class else self.num_prefix_tokens
+            tokens = tokens + body.pos_embed[:, first:]
+        return body.pos_drop(tokens)
+
+    def _rotations_and_mask(self, batch: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rope_global, rope_window = self.rope_global, self.rope_window
+        if self.learnt_rope:
+            rope_global = self.body.rope.get_embed(shape=self.grid)
+            if self.window:
+                rope_window = self.body.rope.get_embed(shape=(self.window, self.window))
+        mask = self.key_mask.repeat(batch, 1, 1, 1) if self.key_mask is not None else None
+        return rope_global, rope_window, mask
+
+
+def global_block_indices(depth: int, count: int) -> frozenset[int]:
+    """`count` evenly spaced blocks, the last block among them: 5, 11, 17, 23 of 24 for 4."""
+    count = min(count, depth)
+    return frozenset((i + 1) * depth // count - 1 for i in range(count))
+
+
+def to_windows(x_BHWC: Tensor, window: int) -> Tensor:
+    """[B * windows, window * window, C], image by image and row by row; zeros to the right and below."""
+    height, width, channels = x_BHWC.shape[1:]
+    x = F.pad(x_BHWC, (0, 0, 0, -width % window, 0, -height % window))
+    x = x.unflatten(1, (-1, window)).unflatten(3, (-1, window)).transpose(2, 3)
+    return x.reshape(-1, window * window, channels)
+
+
+def from_windows(x_WNC: Tensor, window: int, batch: int, height: int, width: int) -> Tensor:
+    """[B, H, W, C], the inverse of `to_windows`, padding cut off."""
+    rows, columns = -(-height // window), -(-width // window)
+    x = x_WNC.reshape(batch, rows, columns, window, window, -1).transpose(2, 3)
+    return x.reshape(batch, rows * window, columns * window, -1)[:, :height, :width]
+
+
+def _block_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def _is_embedding(name: str) -> bool:
+    return name.split(".")[0] in ("patch_embed", "pos_embed", "norm_pre", "rope", *_PREFIX_TOKENS)

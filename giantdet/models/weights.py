@@ -1,0 +1,144 @@
+"""Pretrained weights into a backbone, strictly: each key finds its place, or the error lists all that do not.
+
+Loading happens on a plain model, before DeepSpeed partitions it (`load_state_dict` inside `zero.Init`
+fails). Tensors are cast to the parameters' type.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from giantdet.config.types import BackboneConfig
+from giantdet.models.body import Backbone, checkpoint_filter
+
+_log = logging.getLogger(__name__)
+_HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
+_NESTS = ("state_dict", "model")
+
+
+def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
+    """Load what `config.init_weights` (a file) or `config.pretrained` (timm's tag) names; else do nothing.
+
+    timm's own filter of the family runs first: foreign keys are renamed, patch and position embeddings
+    resampled. Head, final norm and class token, which the backbone has no use for, are left out and logged.
+
+    Raises ValueError in one message for a missing file, one that is no checkpoint, or any mismatch of keys.
+    """
+    if config.init_weights and config.pretrained:
+        raise ValueError("give either backbone.pretrained or backbone.init_weights, not both")
+    if config.init_weights:
+        state = read_state_dict(config.init_weights)
+        translate = checkpoint_filter(config.name, backbone.body)
+        if translate is not None:
+            try:
+                state = translate(state, backbone.body)
+            except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, AssertionError) as error:
+                message = f"{config.init_weights} does not look like weights of '{config.name}': {error}"
+                raise ValueError(message) from error
+        what = f"{config.init_weights} as backbone '{config.name}'"
+    elif config.pretrained:
+        state, what = _timm_state_dict(backbone, config), f"timm's weights of '{config.name}'"
+    else:
+        return
+    ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
+    load_strictly(backbone.body, state, what, ignore)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors, .pth or .pt file, taken out of a `state_dict` or `model` nest.
+
+    Files are read without running code from them. Raises ValueError naming the file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"weights file {file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"weights file {file} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # pickle.UnpicklingError and whatever else a damaged pickle raises
+        raise ValueError(f"weights file {file} is no plain file of tensors: {_first_line(error)}") from error
+    for nest in _NESTS:
+        if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
+            state = state[nest]
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"weights file {file} holds no tensors at its top, in 'state_dict' or in 'model'")
+    if all(key.startswith("module.") for key in tensors):  # saved from DistributedDataParallel
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def load_strictly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    what: str,
+    ignore: Callable[[str], bool] = lambda key: False,
+) -> None:
+    """Load `state` into `module` after `report_mismatch`; on a mismatch nothing is loaded."""
+    ignored = report_mismatch(module.state_dict(), state, what, ignore)
+    if ignored:
+        _log.info("%s: left out %s", what, ", ".join(ignored))
+    # `num_batches_tracked`, the one key that may be missing, is what strict=False is for.
+    module.load_state_dict({k: v for k, v in state.items() if k not in set(ignored)}, strict=False)
+
+
+def report_mismatch(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    what: str,
+    ignore: Callable[[str], bool] = lambda key: False,
+) -> list[str]:
+    """Compare two state dicts by keys and shapes; returns the superfluous keys that `ignore` allows.
+
+    `num_batches_tracked` may be missing (older checkpoints lack it, and nothing depends on it).
+    Raises ValueError that lists the missing and unexpected keys and the shapes that differ, key by key.
+    """
+    missing = [k for k in expected if k not in found and not k.endswith("num_batches_tracked")]
+    extra = [k for k in found if k not in expected]
+    ignored = [k for k in extra if ignore(k)]
+    unexpected = [k for k in extra if not ignore(k)]
+    shapes = [
+        f"{k}: {_shape(found[k])} in the weights, {_shape(expected[k])} in the model"
+        for k in found
+        if k in expected and found[k].shape != expected[k].shape
+    ]
+    parts = [
+        f"  {len(keys)} {title}:\n" + "\n".join(f"    {key}" for key in keys)
+        for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if parts:
+        raise ValueError(f"cannot load {what}:\n" + "\n".join(parts))
+    return ignored
+
+
+def _timm_state_dict(backbone: Backbone, config: BackboneConfig) -> dict[str, Tensor]:
+    try:
+        source = timm.create_model(config.name, pretrained=True, **backbone.timm_args)
+    except Exception as error:  # no such weights, no network, no disk: many libraries' own types
+        raise ValueError(
+            f"cannot get timm's weights of '{config.name}' ({_first_line(error)}); download them "
+            "elsewhere and name the file in backbone.init_weights"
+        ) from error
+    return source.state_dict()
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
