@@ -1,0 +1,1 @@
+"""One JSON, one run: types, reading, checking, resolving, schema."""

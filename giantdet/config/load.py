@@ -1,0 +1,138 @@
+"""Reading a run's JSON: one file, overrides by dotted path, and errors that name the key.
+
+A run is a valid DeepSpeed JSON plus `"giantdet"` (config/types.py), `"about"` (free text for readers)
+and `"$schema"` (for editors). Nothing unknown passes, in either half.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from giantdet.config import deepspeed_keys as ds
+from giantdet.config.checks import ConfigError, all_paths, check_deepspeed, nearest, parse_giantdet, show
+from giantdet.config.types import GiantdetConfig
+
+__all__ = ["ConfigError", "RunConfig", "load_run", "parse_run"]
+
+OWN_KEYS = ("giantdet", "about", "$schema")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. `deepspeed` is what `deepspeed.initialize(config=...)` takes; do not change it in place."""
+
+    giantdet: GiantdetConfig
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    about: str | dict[str, Any] | None = None
+    path: Path | None = None
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check a run; "auto" values stay (config/resolve.py).
+
+    An override is `key=value` with a dotted key: `train_batch_size=8`, `zero_optimization.stage=3`,
+    `giantdet.train.steps=10`, or without `giantdet.` where the first name is one of its sections
+    (`train.steps=10`). The value is JSON, or else a string. As a run has either epochs or steps,
+    overriding one of them drops the other one of the file.
+
+    Raises ConfigError.
+    """
+    path = Path(path)
+    raw = _read_json(path)
+    _apply_overrides(raw, overrides)
+    return parse_run(raw, path)
+
+
+def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
+    """The checked run of an already parsed JSON object. Raises ConfigError."""
+    known = [*ds.KEYS, *OWN_KEYS]
+    for key in raw:
+        if key in ds.UNSUPPORTED:
+            raise ConfigError(f"{key} {ds.UNSUPPORTED[key]}")
+        if key not in known:
+            where = " (it belongs into the giantdet block)" if key in GiantdetConfig.model_fields else ""
+            raise ConfigError(f"unknown key {key}{where}{nearest(key, [*known, *all_paths()])}")
+    if not isinstance(raw.get("about", ""), str | dict):
+        raise ConfigError(f"about must be a string or an object, got {show(raw['about'])}")
+    if not isinstance(raw.get("giantdet"), dict):
+        raise ConfigError(
+            'the "giantdet" block is missing: a run is a DeepSpeed JSON with one more block, see ds_configs'
+            if "giantdet" not in raw
+            else f"giantdet must be an object, got {show(raw['giantdet'])}"
+        )
+    deepspeed = {key: value for key, value in raw.items() if key not in OWN_KEYS}
+    check_deepspeed(deepspeed)
+    return RunConfig(parse_giantdet(raw["giantdet"]), deepspeed, raw.get("about"), path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file{nearest(path.name, siblings)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    try:
+        raw = _parse_json(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a JSON object, got {show(raw)}")
+    return raw
+
+
+def _parse_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ConfigError(f"key {key} is given twice in the same object")
+            result[key] = value
+        return result
+
+    def no_constant(name: str) -> Any:
+        raise ConfigError(f"{name} is not a JSON number")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    given: set[str] = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"override {override!r} is not of the form key=value, as in train.steps=100")
+        if parts[0] in GiantdetConfig.model_fields:
+            parts.insert(0, "giantdet")
+        elif parts[0] not in ds.KEYS and parts[0] not in (*OWN_KEYS, *ds.UNSUPPORTED):
+            raise ConfigError(f"override {override!r}: unknown key {key}{nearest(key, all_paths())}")
+        key = ".".join(parts)
+        if key in given:
+            raise ConfigError(f"override {override!r}: {key} is given twice")
+        given.add(key)
+        try:
+            value = _parse_json(text)
+        except json.JSONDecodeError:
+            value = text
+        node = raw
+        for depth, part in enumerate(parts[:-1], start=1):
+            node[part] = {} if node.get(part) is None else node[part]
+            node = node[part]
+            if not isinstance(node, dict):
+                raise ConfigError(
+                    f"override {override!r}: {'.'.join(parts[:depth])} is {show(node)}, not an object"
+                )
+        node[parts[-1]] = value
+    # Only the pair in the file conflicts with the override: two overrides are the user's contradiction.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if f"giantdet.train.{one}" in given and f"giantdet.train.{other}" not in given:
+            raw["giantdet"]["train"].pop(other, None)

@@ -1,0 +1,185 @@
+"""From a checked run to one without open questions: batch triple, steps, every "auto".
+
+What is resolved is a pure function of the run, the number of processes and the data set's size, so
+that each rank finds the same answer and `describe` can print it before anything starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from giantdet.config import deepspeed_keys as ds
+from giantdet.config.checks import ConfigError, canonical_name, nearest
+from giantdet.config.load import RunConfig
+
+BATCH, MICRO, ACCUMULATION = ds.AUTO_BATCH
+
+
+def resolve(
+    run: RunConfig,
+    world_size: int,
+    train_images: int | None = None,
+    num_classes: int | None = None,
+    has_gpu: bool = True,
+) -> RunConfig:
+    """The run with every "auto" replaced and every default that matters made explicit.
+
+    world_size: number of data-parallel processes. train_images, num_classes: of the training set;
+    None where unknown (evaluation, --print-config without data), and then `train.steps`, what depends
+    on it, and `model.num_classes` stay open. has_gpu False chooses optimizers that need no compiler.
+
+    Raises ConfigError.
+    """
+    deepspeed = copy.deepcopy(run.deepspeed)
+    batch, micro, accumulation = solve_batch(deepspeed, world_size)
+    deepspeed |= {BATCH: batch, MICRO: micro, ACCUMULATION: accumulation}
+
+    for block in ds.AUTO_BLOCKS:
+        if block in deepspeed:
+            deepspeed[block] = _without_auto(deepspeed[block])
+    # DeepSpeed clips at 1.0 unless told otherwise; detectron2 does not clip.
+    if deepspeed.get("gradient_clipping", "auto") == "auto":
+        deepspeed["gradient_clipping"] = 0.0
+    _resolve_optimizer(deepspeed, has_gpu)
+
+    giantdet = run.giantdet
+    if giantdet.train.steps is None and train_images is not None:
+        assert giantdet.train.epochs is not None
+        if train_images < 1:
+            raise ConfigError("giantdet.data.train holds no image to train on; see data.filter_empty")
+        steps = math.ceil(giantdet.train.epochs * train_images / batch)
+        train = giantdet.train.model_copy(update={"steps": steps, "epochs": None})
+        giantdet = giantdet.model_copy(update={"train": train})
+    if "scheduler" in deepspeed:
+        _resolve_scheduler(deepspeed, giantdet.train.steps)
+
+    if num_classes is not None:
+        declared = giantdet.model.num_classes
+        if declared != "auto" and declared < num_classes:
+            raise ConfigError(
+                f"giantdet.model.num_classes is {declared}, but the training annotations have "
+                f'{num_classes} categories; use "auto" or {num_classes}'
+            )
+        classes = num_classes if declared == "auto" else declared
+        model = giantdet.model.model_copy(update={"num_classes": classes})
+        giantdet = giantdet.model_copy(update={"model": model})
+    return replace(run, giantdet=giantdet, deepspeed=deepspeed)
+
+
+def describe(run: RunConfig) -> str:
+    """The run as pretty-printed JSON, which `load_run` reads back to the same run."""
+    whole: dict[str, Any] = {} if run.about is None else {"about": run.about}
+    whole |= run.deepspeed
+    whole["giantdet"] = run.giantdet.model_dump(mode="json")
+    return json.dumps(whole, indent=2)
+
+
+def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None:
+    """Raise ConfigError unless each of the splits is configured and its files are on this disk."""
+    for split in splits:
+        dataset = getattr(run.giantdet.data, split)
+        if dataset is None:
+            raise ConfigError(
+                f'giantdet.data.{split} is missing; give {{"annotations": ..., "images": ...}}, a COCO '
+                "instances JSON and the folder of its images"
+            )
+        annotations, images = Path(dataset.annotations), Path(dataset.images)
+        if not annotations.is_file():
+            beside = (
+                [p.name for p in annotations.parent.glob("*.json")] if annotations.parent.is_dir() else []
+            )
+            raise ConfigError(
+                f"giantdet.data.{split}.annotations: no file {annotations}{nearest(annotations.name, beside)}"
+            )
+        if not images.is_dir():
+            raise ConfigError(f"giantdet.data.{split}.images: no folder {images}")
+
+
+def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, int]:
+    """The batch triple (train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps).
+
+    Any two of the three, or one of the first two, give the rest, by DeepSpeed's rule: their product
+    with the number of processes is the batch. Where only one is given there is no accumulation.
+
+    Raises ConfigError with the nearest batch that is possible.
+    """
+    given = [deepspeed.get(key, "auto") for key in ds.AUTO_BATCH]
+    batch, micro, accumulation = (None if value == "auto" else int(value) for value in given)
+    if batch is None and micro is None:
+        raise ConfigError(f"give {BATCH} or {MICRO}; the other one is solved for the number of processes")
+    if batch is None:
+        assert micro is not None
+        accumulation = accumulation or 1
+        return micro * accumulation * world_size, micro, accumulation
+    if micro is None and accumulation is None:
+        accumulation = 1
+    unit = world_size * (micro or 1) * (accumulation or 1)
+    solved = (batch // unit, accumulation) if micro is None else (micro, accumulation or batch // unit)
+    micro_size, accumulated = solved[0], solved[1] or 0
+    if micro_size * accumulated * world_size != batch or batch < unit:
+        complete = micro is not None and accumulation is not None
+        possible = unit if complete else max(unit, round(batch / unit) * unit)
+        raise ConfigError(
+            f"{BATCH} {batch} is not {MICRO} ({given[1]}) x {ACCUMULATION} ({given[2]}) x {world_size} "
+            f"process{'es' if world_size > 1 else ''}; nearest possible {BATCH}: {possible}"
+        )
+    return batch, micro_size, accumulated
+
+
+def _without_auto(block: Any) -> Any:
+    """DeepSpeed reads "auto" in these blocks as "not given"; say so rather than leave it open."""
+    if not isinstance(block, dict):
+        return block
+    return {key: _without_auto(value) for key, value in block.items() if value != "auto"}
+
+
+def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
+    optimizer = deepspeed["optimizer"]
+    name = canonical_name(optimizer["type"], ds.OPTIMIZERS)
+    assert name is not None
+    optimizer["type"] = name
+    params = optimizer.setdefault("params", {})
+    adam = name in ("Adam", "AdamW")
+    if adam and not has_gpu:
+        # DeepSpeed's own Adams are compiled at the first use.
+        params.setdefault("torch_adam", True)
+    if name == "Lamb" and not has_gpu:
+        raise ConfigError("optimizer.type: Lamb is a CUDA kernel of DeepSpeed; without a GPU use AdamW")
+    zero = deepspeed.get("zero_optimization", {})
+    if zero.get("stage", 0) > 0 and not adam:
+        # The user chose it by name: DeepSpeed's safety catch has nothing left to ask.
+        deepspeed.setdefault("zero_allow_untested_optimizer", True)
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and (not adam or params.get("torch_adam", False)):
+        deepspeed.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None) -> None:
+    """Fill in what depends on the run's length, and what DeepSpeed's silent defaults would spoil."""
+    scheduler = deepspeed["scheduler"]
+    name = canonical_name(scheduler["type"], ds.SCHEDULERS)
+    assert name is not None
+    scheduler["type"] = name
+    params = scheduler.setdefault("params", {})
+    if not name.startswith("Warmup"):
+        return
+    params.setdefault("warmup_type", "log")  # DeepSpeed's default; it surprises, so it is shown
+    if params.get("warmup_min_lr") == "auto":
+        params["warmup_min_lr"] = 0.0
+    if name == "WarmupLR" and params.get("warmup_max_lr") == "auto":
+        del params["warmup_max_lr"]  # absent, each group warms up to its own LR
+    if name == "WarmupDecayLR" and params.get("warmup_max_lr", "auto") == "auto":
+        # DeepSpeed's default is 0.001, whatever the optimizer's LR.
+        params["warmup_max_lr"] = deepspeed["optimizer"]["params"]["lr"]
+    if steps is None:
+        return
+    if "total_num_steps" in ds.SCHEDULERS[name] and params.get("total_num_steps", "auto") == "auto":
+        params["total_num_steps"] = steps
+    if params.get("warmup_num_steps") == "auto":
+        params["warmup_num_steps"] = max(1, min(500, round(0.05 * steps)))

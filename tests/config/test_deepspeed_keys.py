@@ -1,0 +1,165 @@
+"""Our tables of DeepSpeed's keys against what the installed DeepSpeed reads."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from giantdet.config import deepspeed_keys as ds
+from giantdet.config.load import load_run
+from giantdet.config.resolve import resolve
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed, so there is nothing to compare with")
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.compile.config import CompileConfig
+from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+MODELS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+    "comms_logger": CommsLoggerConfig,
+    "tensorboard": TensorBoardConfig,
+    "csv_monitor": CSVConfig,
+    "wandb": WandbConfig,
+    "comet": CometConfig,
+    "compile": CompileConfig,
+    "timers.throughput": DeepSpeedThroughputTimerConfig,
+}
+
+
+class Recorder(dict):  # type: ignore[type-arg]
+    """A dict that remembers which of its keys anybody asked for."""
+
+    def __init__(self, *args: Any, seen: set[str]) -> None:
+        super().__init__(*args)
+        self.seen = seen
+
+    def __copy__(self) -> Recorder:
+        return Recorder(self, seen=self.seen)
+
+    def __contains__(self, key: object) -> bool:
+        self.seen.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+
+def test_top_level_keys() -> None:
+    seen: set[str] = set()
+    # These are asked for only where others are present.
+    given = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {}}}
+    DeepSpeedConfig(Recorder(given, seen=seen))
+    assert set(ds.KEYS) <= seen, "keys that DeepSpeed does not read"
+    ours = set(ds.KEYS) | set(ds.UNSUPPORTED)
+    assert seen - ours <= {"sequence_parallel_size", "model_info"}, "keys of DeepSpeed that we do not know"
+    assert set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(ds.UNSUPPORTED)
+
+
+def names_of(model: type[BaseModel], path: str) -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        yield f"{path}.{field.alias or name}", field.annotation
+        for candidate in (field.annotation, *typing.get_args(field.annotation)):
+            if inspect.isclass(candidate) and issubclass(candidate, BaseModel):
+                yield from names_of(candidate, f"{path}.{field.alias or name}")
+
+
+def flatten(spec: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in spec.items():
+        yield f"{path}.{key}", value
+        if isinstance(value, dict):
+            yield from flatten(value, f"{path}.{key}")
+
+
+@pytest.mark.parametrize("block", MODELS)
+def test_nested_keys_and_types(block: str) -> None:
+    spec: Any = ds.KEYS
+    for name in block.split("."):
+        spec = spec[name]
+    theirs = dict(names_of(MODELS[block], block))
+    ours = dict(flatten(spec, block))
+    assert set(ours) <= set(theirs), "keys that DeepSpeed would refuse"
+    refused = {name for name in theirs if any(name == u or name.startswith(u + ".") for u in ds.UNSUPPORTED)}
+    assert set(theirs) - set(ours) == refused, "keys of DeepSpeed that we neither take nor refuse"
+    for name, expected in ours.items():
+        if expected in (bool, int, float, str):
+            choices = {theirs[name], *typing.get_args(theirs[name])}
+            assert expected in choices or (expected is str and "Path" in str(choices)), name
+
+
+def test_blocks_without_models() -> None:
+    assert set(ds.KEYS["aio"]) == set(AIO_DEFAULT_DICT)
+    seen: set[str] = set()
+    DeepSpeedFlopsProfilerConfig({"flops_profiler": Recorder({}, seen=seen)})
+    assert set(ds.KEYS["flops_profiler"]) == seen
+    for block in ("torch_autocast", "data_types", "checkpoint"):
+        seen = set()
+        content = (
+            {"writer": None}
+            if block == "checkpoint"
+            else {"dtype": "bf16", "lower_precision_safe_modules": []}
+        )
+        content = content if block != "data_types" else {}
+        DeepSpeedConfig({"train_batch_size": 1, block: Recorder(content, seen=seen)})
+        assert set(ds.KEYS[block]) == seen
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_deepspeed_accepts_resolved_recipes(recipe: Path) -> None:
+    run = resolve(load_run(recipe), world_size=1, train_images=1000, num_classes=80, has_gpu=False)
+    config = DeepSpeedConfig(run.deepspeed)
+    assert config.train_batch_size == run.deepspeed["train_batch_size"]
+    assert config.gradient_clipping == run.deepspeed["gradient_clipping"]
+    assert config.zero_optimization_stage == run.deepspeed["zero_optimization"]["stage"]
+
+
+def test_auto_blocks_drop_auto() -> None:
+    for block in ds.AUTO_BLOCKS:
+        auto = {key: "auto" for key, spec in ds.KEYS[block].items() if not isinstance(spec, dict)}
+        assert MODELS[block](**auto) == MODELS[block]()
+
+
+@pytest.mark.parametrize("name", ds.SCHEDULERS)
+def test_scheduler_parameters(name: str) -> None:
+    parameters = inspect.signature(getattr(lr_schedules, name).__init__).parameters
+    accepted = set(parameters) - {"self", "optimizer", "last_batch_iteration"}
+    assert set(ds.SCHEDULERS[name]) == accepted
+    required = {n for n in accepted if parameters[n].default is inspect.Parameter.empty}
+    # total_num_steps is filled in by resolve.
+    assert required - {"total_num_steps"} == set(ds.SCHEDULER_REQUIRED.get(name, ()))
+
+
+def test_optimizer_parameters() -> None:
+    from deepspeed.ops.lamb import FusedLamb
+
+    own = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # taken out by DeepSpeed's engine
+    for name, kind in {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}.items():
+        assert set(ds.OPTIMIZERS[name]) - own <= set(inspect.signature(kind).parameters)
+    assert set(ds.OPTIMIZERS["Lamb"]) <= set(inspect.signature(FusedLamb).parameters)
+    assert set(ds.OPTIMIZERS) == {"Adam", "AdamW", "SGD", "Lamb"}

@@ -1,0 +1,226 @@
+"""Reading a run: overrides, and one clear line for each kind of mistake."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from giantdet.config.load import ConfigError, RunConfig, load_run
+
+RUN: dict[str, Any] = {
+    "$schema": "x.json",
+    "about": "a test",
+    "train_batch_size": 8,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8},
+    "bf16": {"enabled": True},
+    "giantdet": {"train": {"steps": 10}, "data": {"size": [512, 512]}},
+}
+
+
+def write(tmp_path: Path, run: Any = RUN) -> Path:
+    path = tmp_path / "run.json"
+    path.write_text(run if isinstance(run, str) else json.dumps(run))
+    return path
+
+
+def load(tmp_path: Path, *overrides: str) -> RunConfig:
+    return load_run(write(tmp_path), list(overrides))
+
+
+def test_the_two_halves_come_apart(tmp_path: Path) -> None:
+    run = load(tmp_path)
+    assert run.giantdet.data.size == (512, 512)
+    assert run.about == "a test" and run.path == tmp_path / "run.json"
+    assert set(run.deepspeed) == set(RUN) - {"$schema", "about", "giantdet"}
+
+
+# override, what to read, its value
+OVERRIDES = [
+    ("giantdet.train.steps=20", lambda r: r.giantdet.train.steps, 20),
+    ("train.steps=20", lambda r: r.giantdet.train.steps, 20),
+    ("data.size=[64, 96]", lambda r: r.giantdet.data.size, (64, 96)),
+    ("train.output=runs/x=y", lambda r: r.giantdet.train.output, "runs/x=y"),
+    ('train.output="7"', lambda r: r.giantdet.train.output, "7"),
+    ("model.norm.type=local", lambda r: r.giantdet.model.norm.type, "local"),
+    ("model.fpn.norm=layer", lambda r: r.giantdet.model.fpn.norm, "layer"),
+    ("data.augment.jitter=[0.1, 2]", lambda r: r.giantdet.data.augment.jitter, (0.1, 2.0)),
+    ("model.mask_head.enabled=false", lambda r: r.giantdet.model.mask_head.enabled, False),
+    ("train_batch_size=32", lambda r: r.deepspeed["train_batch_size"], 32),
+    ("train_batch_size=auto", lambda r: r.deepspeed["train_batch_size"], "auto"),
+    ("zero_optimization.stage=3", lambda r: r.deepspeed["zero_optimization"]["stage"], 3),
+    ("zero_optimization.overlap_comm=auto", lambda r: r.deepspeed["zero_optimization"]["stage"], 2),
+    ("optimizer.params.lr=1", lambda r: r.deepspeed["optimizer"]["params"]["lr"], 1),
+    ("fp16.loss_scale=0", lambda r: r.deepspeed["fp16"], {"loss_scale": 0}),
+    ("train.epochs=1.5", lambda r: (r.giantdet.train.epochs, r.giantdet.train.steps), (1.5, None)),
+    (
+        'data.train={"annotations": "a.json", "images": "b"}',
+        lambda r: r.giantdet.data.train.images,
+        "b",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "read", "expected"), OVERRIDES, ids=[o[0] for o in OVERRIDES])
+def test_override(tmp_path: Path, override: str, read: Any, expected: Any) -> None:
+    assert read(load(tmp_path, override)) == expected
+
+
+def test_override_of_a_member_creates_the_block_and_leaves_the_rest(tmp_path: Path) -> None:
+    run = load(tmp_path, "data.val.annotations=a.json", "data.val.images=b", "zero_optimization.stage=1")
+    assert run.giantdet.data.val is not None and run.giantdet.data.val.annotations == "a.json"
+    assert run.deepspeed["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5e8}
+
+
+# override(s), fragments of the message
+BAD_OVERRIDES: list[tuple[list[str], list[str]]] = [
+    (["train.steps"], ["'train.steps'", "key=value"]),
+    (["=3"], ["key=value"]),
+    (["train..steps=3"], ["key=value"]),
+    (["tarin.steps=3"], ["unknown key tarin.steps", "did you mean giantdet.train.steps?"]),
+    (["train.stpes=3"], ["unknown key giantdet.train.stpes", "did you mean steps?"]),
+    (["pretrained=true"], ["did you mean giantdet.model.backbone.pretrained?"]),
+    (["learning_rate=3"], ["unknown key learning_rate"]),
+    (["train_batch_sizes=3"], ["train_batch_sizes", "did you mean train_batch_size?"]),
+    (["train.steps=3", "giantdet.train.steps=4"], ["giantdet.train.steps is given twice"]),
+    (
+        ["train.steps=3", "train.epochs=4"],
+        ["either giantdet.train.epochs or giantdet.train.steps", "not both"],
+    ),
+    (["train.steps=null"], ["neither"]),
+    (["train.steps.x=1"], ["giantdet.train.steps is 10, not an object"]),
+    (["train.steps=ten"], ["giantdet.train.steps", "an integer", '"ten"']),
+    (["train.resume=True"], ["giantdet.train.resume must be true or false", '"True"']),
+    (["train.steps=NaN"], ["NaN is not a JSON number"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), BAD_OVERRIDES, ids=[str(b[0]) for b in BAD_OVERRIDES])
+def test_bad_override(tmp_path: Path, overrides: list[str], fragments: list[str]) -> None:
+    check_error(lambda: load(tmp_path, *overrides), fragments)
+
+
+def check_error(call: Any, fragments: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+# dotted path, value (DELETE to remove it), fragments of the message
+DELETE = object()
+BAD: list[tuple[str, Any, list[str]]] = [
+    ("train_batch_sise", 8, ["unknown key train_batch_sise", "did you mean train_batch_size?"]),
+    ("zero_optimisation", {}, ["unknown key zero_optimisation", "did you mean zero_optimization?"]),
+    ("model", {}, ["unknown key model", "giantdet block"]),
+    ("lr", 0.1, ["unknown key lr", "did you mean optimizer.params.lr?"]),
+    ("elasticity", {}, ["elasticity was removed from DeepSpeed"]),
+    ("activation_checkpointing", {}, ["activation_checkpointing", "checkpoint_blocks"]),
+    ("zero_optimization.stge", 2, ["unknown key zero_optimization.stge", "did you mean stage?"]),
+    ("zero_optimization.stage", 4, ["zero_optimization.stage must be one of 0, 1, 2, 3", "got 4"]),
+    ("zero_optimization.stage", True, ["zero_optimization.stage", "got true"]),
+    ("zero_optimization", "auto", ["zero_optimization must be an object", '"auto"']),
+    ("zero_optimization.cpu_offload", True, ["zero_optimization.cpu_offload", "offload_optimizer"]),
+    ("zero_optimization.offload_param", {"device": "cpuu"}, ["offload_param.device", "did you mean cpu?"]),
+    ("zero_optimization.reduce_bucket_size", 1.5, ["reduce_bucket_size must be an integer"]),
+    ("train_batch_size", "8", ["train_batch_size must be an integer", 'or "auto"', '"8"']),
+    ("train_batch_size", 0, ["train_batch_size must be at least 1"]),
+    ("train_batch_size", True, ["train_batch_size must be an integer"]),
+    ("gradient_clipping", -1, ["gradient_clipping must not be negative"]),
+    ("bf16", True, ["bf16 must be an object"]),
+    ("bf16.enabled", "yes", ["bf16.enabled must be true or false", '"yes"']),
+    ("fp16", {"enabled": True}, ["bf16.enabled and fp16.enabled exclude each other"]),
+    ("tensorboard", {"outputpath": "x"}, ["tensorboard.outputpath", "did you mean output_path?"]),
+    ("optimizer", DELETE, ["optimizer.type is missing", "AdamW"]),
+    ("optimizer.type", "AdamX", ["optimizer.type", '"AdamX"', "did you mean"]),
+    ("optimizer.type", "Muon", ['"Muon" is not supported', "SGD"]),
+    ("optimizer.params.lr", DELETE, ["optimizer.params.lr is missing"]),
+    ("optimizer.params.lr", "auto", ["optimizer.params.lr must be a number"]),
+    ("optimizer.params.momentum", 0.9, ["unknown key optimizer.params.momentum of AdamW"]),
+    ("optimizer.params.max_grad_norm", 1, ["gradient_clipping"]),
+    ("scheduler.type", "WarmupCosine", ["scheduler.type", "did you mean WarmupCosineLR?"]),
+    ("scheduler.params.warmup_steps", 5, ["warmup_steps of WarmupLR", "did you mean warmup_num_steps?"]),
+    ("scheduler.params.warmup_type", "cubic", ["warmup_type must be one of", '"linear"']),
+    ("scheduler.params.warmup_max_lr", "high", ["warmup_max_lr must be a number"]),
+    ("scheduler", {"type": "OneCycle"}, ["scheduler.params.cycle_min_lr is missing"]),
+    ("about", 3, ["about must be a string or an object"]),
+    ("giantdet", DELETE, ['"giantdet" block is missing']),
+    ("giantdet", [], ["giantdet must be an object"]),
+    ("giantdet.modle", {}, ["unknown key giantdet.modle", "did you mean model?"]),
+    ("giantdet.data.max_object", 3, ["unknown key giantdet.data.max_object", "did you mean max_objects?"]),
+    ("giantdet.batch_size", 3, ["giantdet.batch_size", "did you mean giantdet.eval.batch_size?"]),
+    ("giantdet.data.train", {"images": "x"}, ["giantdet.data.train.annotations is missing"]),
+    ("giantdet.data.max_objects", 0, ["giantdet.data.max_objects must be greater than 0", "got 0"]),
+    ("giantdet.data.size", [512], ["giantdet.data.size"]),
+    ("giantdet.data.size", [512, 500], ["multiples of 32", "[512, 500]", "[512, 512]"]),
+    ("giantdet.data.augment", {"flip": 1.5}, ["giantdet.data.augment.flip must be at most 1", "got 1.5"]),
+    ("giantdet.data.augment", {"jitter": [2, 0.1]}, ["jitter", "low <= high"]),
+    ("giantdet.data.augment", {"jitter": [0, 1]}, ["jitter", "0 < low"]),
+    ("giantdet.data.augment", {"jitter": ["a", 1]}, ["giantdet.data.augment.jitter.0 must be a number"]),
+    ("giantdet.data.augment", {"jitter": [1, 2], "short_sides": [9]}, ["jitter", "short_sides", "exclude"]),
+    ("giantdet.data.augment", {"short_sides": []}, ["short_sides must not be empty"]),
+    ("giantdet.model", {"num_classes": "all"}, ['num_classes must be an integer or "auto"', '"all"']),
+    ("giantdet.model", {"fpn": {"norm": "layr"}}, ["giantdet.model.fpn.norm", "did you mean layer?"]),
+    ("giantdet.model", {"rpn": {"anchor_sizes": [8, 16]}}, ["anchor_sizes", "5 positive numbers"]),
+    ("giantdet.model", {"rpn": {"iou_low": 0.9}}, ["iou_low (0.9)", "iou_high (0.7)"]),
+    ("giantdet.model", {"backbone": {"drop_path_rate": 1}}, ["drop_path_rate must be less than 1"]),
+    (
+        "giantdet.model",
+        {"backbone": {"pretrained": True, "init_weights": "x"}},
+        ["backbone.pretrained", "backbone.init_weights", "exclude"],
+    ),
+    ("giantdet.train.epochs", 12, ["not both"]),
+    ("giantdet.train.steps", DELETE, ["neither"]),
+    (
+        "giantdet.train",
+        {"steps": -1, "seed": "x"},
+        ["giantdet.train.steps must be greater than 0", "(and 1 more)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "fragments"), BAD, ids=[f"{b[0]}-{b[1]}"[:60] for b in BAD])
+def test_bad_run(tmp_path: Path, path: str, value: Any, fragments: list[str]) -> None:
+    run = copy.deepcopy(RUN)
+    *parents, last = path.split(".")
+    node = run
+    for name in parents:
+        node = node[name]
+    if value is DELETE:
+        del node[last]
+    else:
+        node[last] = value
+    check_error(lambda: load_run(write(tmp_path, run)), fragments)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ('{"a": 1,\n "b" 2}', ["run.json: line 2, column 6", "Expecting ':'"]),
+        ("", ["run.json: line 1, column 1"]),
+        ("[1]", ["run.json: must be a JSON object"]),
+        ('{"bf16": {}, "bf16": {}}', ["run.json: key bf16 is given twice"]),
+        ('{"giantdet": {"train": {"steps": 1, "steps": 2}}}', ["key steps is given twice"]),
+        ('{"gradient_clipping": Infinity}', ["Infinity is not a JSON number"]),
+    ],
+)
+def test_bad_file(tmp_path: Path, text: str, fragments: list[str]) -> None:
+    check_error(lambda: load_run(write(tmp_path, text)), fragments)
+
+
+def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path)
+    check_error(lambda: load_run(tmp_path / "rum.json"), ["rum.json: no such file", "did you mean run.json?"])
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    check_error(lambda: load_run(path), ["run.json: cannot be read"])
