@@ -1,0 +1,80 @@
+# Sourced by the other scripts: afterwards `python` has giantdet and all it needs, and runs without
+# a GPU where there is none. Takes the active environment if it is complete, or else makes .venv.
+# GIANTDET_PYTHON names the Python to make .venv with (default: the newest python3 on the PATH).
+
+_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+_say() { echo "setup: $*" >&2; }
+
+# Is this Python's giantdet this checkout, with the tools of the tests?
+_complete() {
+    (cd / && "$1" - "$_root") >/dev/null 2>&1 <<'PY'
+import importlib.util as util, os, sys
+names = ("torch torchvision timm deepspeed pycocotools einops safetensors pydantic PIL tqdm matplotlib "
+         "pytest pytest_timeout ruff mypy jsonschema").split()
+found = util.find_spec("giantdet")
+here = found is not None and found.origin is not None
+here = here and os.path.realpath(found.origin).startswith(os.path.realpath(sys.argv[1]) + os.sep)
+sys.exit(not (here and all(util.find_spec(name) for name in names)))
+PY
+}
+
+_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+_find_python() {
+    local candidate
+    for candidate in ${GIANTDET_PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+        if _new_enough "$candidate"; then
+            command -v "$candidate"
+            return 0
+        fi
+    done
+    return 1
+}
+
+_setup() {
+    local active base
+    active="$(command -v python || true)"
+    if [ -n "$active" ] && _complete "$active"; then
+        _say "using $active"
+    else
+        if [ ! -x "$_root/.venv/bin/python" ]; then
+            if ! base="$(_find_python)"; then
+                _say "error: giantdet needs Python 3.11 or newer, found $(python3 --version 2>&1 || echo none);" \
+                    "install one, or name it: GIANTDET_PYTHON=/path/to/python3.11"
+                return 1
+            fi
+            _say "making .venv with $base ($("$base" --version 2>&1))"
+            if ! "$base" -m venv "$_root/.venv"; then
+                rm -rf "$_root/.venv"
+                _say "error: $base cannot make virtual environments; install its venv module"
+                return 1
+            fi
+        fi
+        # shellcheck disable=SC1091
+        . "$_root/.venv/bin/activate"
+        if ! _complete "$_root/.venv/bin/python"; then
+            _say "installing giantdet and what it needs into .venv (PyTorch is large: minutes)"
+            if ! (cd "$_root" && python -m pip install --disable-pip-version-check -q -e ".[dev]"); then
+                _say "error: pip could not install giantdet; its message is above"
+                return 1
+            fi
+        fi
+        _say "using $_root/.venv"
+    fi
+
+    # Where there is no GPU DeepSpeed says so only if told, and compiles one small op at its first start.
+    if [ -z "${DS_ACCELERATOR:-}" ] && [[ "$(nvidia-smi -L 2>/dev/null || true)" != *GPU* ]]; then
+        export DS_ACCELERATOR=cpu
+        _say "no NVIDIA GPU: running on the CPU"
+    fi
+    if ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null; then
+        _say "error: no C++ compiler (c++, g++ or \$CXX); DeepSpeed compiles an operator at its first start"
+        return 1
+    fi
+    # Not the shared default: a run that is killed while compiling leaves a lock on which others hang.
+    export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$_root/runs/torch_extensions}"
+    mkdir -p "$TORCH_EXTENSIONS_DIR"
+}
+
+_setup || { return 1 2>/dev/null || exit 1; }

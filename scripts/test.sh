@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything that must hold: format, lint, types, tests. Arguments go to pytest.
+#   scripts/test.sh                      all of it
+#   scripts/test.sh tests/config -k auto one corner
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/setup.sh
+
+# One thread a process: the tests start several, and small tensors gain nothing from more.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+echo "ruff check" && python -m ruff check .
+echo "ruff format" && python -m ruff format --check .
+echo "mypy" && python -m mypy
+echo "pytest" && python -m pytest "$@"
