@@ -92,8 +92,11 @@ def paste_masks(
     for first in range(0, len(masks_DSS), chunk):
         masks, boxes = masks_DSS[first : first + chunk], boxes_D4[first : first + chunk]
         if convention == "torchvision":
+            # It fails on a box that lies outside of the image: that one is moved, and its mask left out.
+            outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
+            boxes = boxes.masked_fill(outside[:, None], 0.0)
             soft = paste_masks_in_image(masks[:, None], boxes, (height, width))[:, 0]
-            pasted[first : first + chunk] = soft > threshold
+            pasted[first : first + chunk] = (soft > threshold) & ~outside[:, None, None]
         else:
             # The interpolation is separable: two products of small matrices instead of a grid of points.
             rows = _interpolation(boxes[:, 1], boxes[:, 3], masks.shape[1], height)
