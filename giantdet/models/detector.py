@@ -86,7 +86,8 @@ class Detector(nn.Module):
         rois = sample_rois(proposals, targets, self.config.box_head, self.num_classes, batch.seeds_B)
         box_config = self.config.box_head
         features = self.pool(levels, rois.boxes_BR4, box_config.resolution, box_config.sampling_ratio)
-        box = training_predictions(*self.box_head(features), rois, targets)
+        logits, deltas = self.box_head(features)
+        box = training_predictions(logits, deltas, rois, targets)
         mask = self.mask_training_predictions(levels, rois, targets) if self.mask_head is not None else None
         return Predictions(rpn=rpn, box=box, mask=mask)
 
@@ -123,7 +124,8 @@ class Detector(nn.Module):
         config = self.config.box_head
         features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
         min_size = 1e-2 if self.torchvision else 0.0
-        found = select_detections(*self.box_head(features), proposals, batch.sizes_B2, config, min_size)
+        logits, deltas = self.box_head(features)
+        found = select_detections(logits, deltas, proposals, batch.sizes_B2, config, min_size)
         if self.mask_head is None:
             return found
         mask_config = self.config.mask_head
@@ -146,5 +148,5 @@ class Detector(nn.Module):
 def build_detector(config: ModelConfig, image_size: tuple[int, int]) -> Detector:
     """The detector of a run, its batch norms converted as the `norm` section says."""
     detector = Detector(config, image_size)
-    detector.backbone = apply_norm(detector.backbone, config.norm)
+    apply_norm(detector.backbone, config.norm)
     return detector

@@ -23,6 +23,7 @@ class MaskHead(nn.Module):
         )
         self.upsample = nn.ConvTranspose2d(config.width, config.width, kernel_size=2, stride=2)
         nn.init.kaiming_normal_(self.upsample.weight, mode="fan_out", nonlinearity="relu")
+        assert self.upsample.bias is not None
         nn.init.zeros_(self.upsample.bias)
         self.masks = nn.Conv2d(config.width, num_classes, 1)
         normal_(self.masks, std=0.001)

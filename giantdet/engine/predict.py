@@ -1,0 +1,150 @@
+"""Predictions of an exported model on image files, without DeepSpeed.
+
+from giantdet import load_predictor
+predictor = load_predictor("runs/demo/export")
+found = predictor("image.jpg")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from giantdet.config.types import DataConfig
+from giantdet.data.coco import to_rgb
+from giantdet.data.transforms import draw_geometry, transform_image
+from giantdet.engine.evaluate import encode_mask, to_original
+from giantdet.export import ExportConfig, load_detector
+from giantdet.models.detector import Detector
+from giantdet.structures import Batch, Targets
+
+_PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
+            (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128))  # fmt: skip
+
+
+class Found(NamedTuple):
+    """What was found in one image, best first, in pixels of that image."""
+
+    boxes_D4: Tensor  # float32 xyxy
+    scores_D: Tensor  # float32
+    labels_D: Tensor  # int64, class index
+    names: list[str]  # by detection
+    category_ids: list[int]  # by detection, of the training data set
+    masks_DHW: Tensor | None  # bool
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO results."""
+        results = []
+        for d, (x0, y0, x1, y1) in enumerate(self.boxes_D4.tolist()):
+            result: dict[str, Any] = {
+                "image_id": image_id,
+                "category_id": self.category_ids[d],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": float(self.scores_D[d]),
+            }
+            if self.masks_DHW is not None:
+                result["segmentation"] = encode_mask(self.masks_DHW[d])
+            results.append(result)
+        return results
+
+
+class Predictor:
+    """A detector with its way of reading images and naming classes."""
+
+    def __init__(self, detector: Detector, config: ExportConfig, device: torch.device | str = "cpu") -> None:
+        self.detector, self.config, self.device = detector, config, device
+        self.data = DataConfig(size=config.size, short_side=config.short_side)
+
+    @torch.no_grad()
+    def __call__(self, image: str | Path | NDArray[np.uint8], threshold: float = 0.5) -> Found:
+        """Detections with a score of at least `threshold` in an image file or a uint8 RGB array [h, w, 3].
+
+        Raises ValueError for a file that is no readable image.
+        """
+        pixels = image if isinstance(image, np.ndarray) else load_image(image)
+        batch = image_batch(pixels, self.data)
+        detections = self.detector(batch.to(self.device))
+        detections = detections._replace(valid_BD=detections.valid_BD & (detections.scores_BD >= threshold))
+        boxes_D4, masks_DHW = to_original(detections, batch, 0, self.config.model.conventions)
+        chosen = detections.valid_BD[0]
+        labels_D = detections.labels_BD[0][chosen].cpu()
+        categories = [self.config.categories[label] for label in labels_D.tolist()]
+        return Found(
+            boxes_D4=boxes_D4,
+            scores_D=detections.scores_BD[0][chosen].cpu(),
+            labels_D=labels_D,
+            names=[name for _, name in categories],
+            category_ids=[number for number, _ in categories],
+            masks_DHW=masks_DHW,
+        )
+
+
+def load_image(path: str | Path) -> NDArray[np.uint8]:
+    """An image file as uint8 RGB [h, w, 3], EXIF rotation applied. Raises ValueError naming the file."""
+    try:
+        with Image.open(path) as file:
+            return np.array(to_rgb(ImageOps.exif_transpose(file)))
+    except Exception as error:  # PIL's plugins raise what they like on broken files
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
+    """One image, scaled onto the canvas as in evaluation, without targets."""
+    height, width = pixels_HW3.shape[:2]
+    geometry = draw_geometry(np.random.default_rng(0), (height, width), config, training=False)
+    canvas = transform_image(pixels_HW3, geometry, config.size)
+    return Batch(
+        images_B3HW=torch.from_numpy(canvas).permute(2, 0, 1)[None],
+        sizes_B2=torch.tensor([geometry.size_hw], dtype=torch.float32),
+        targets=no_targets(1),
+        seeds_B=torch.zeros(1, dtype=torch.int64),
+        image_ids_B=torch.zeros(1, dtype=torch.int64),
+        original_sizes_B2=torch.tensor([[height, width]]),
+    )
+
+
+def no_targets(batch: int) -> Targets:
+    """Targets without a slot."""
+    return Targets(
+        boxes_BM4=torch.zeros(batch, 0, 4),
+        labels_BM=torch.zeros(batch, 0, dtype=torch.int64),
+        valid_BM=torch.zeros(batch, 0, dtype=torch.bool),
+        masks_BMSS=torch.zeros(batch, 0, 0, 0, dtype=torch.uint8),
+        frames_BM4=torch.zeros(batch, 0, 4),
+    )
+
+
+def load_predictor(folder: str | Path, device: torch.device | str | None = None) -> Predictor:
+    """A predictor from an export's folder, on the GPU if there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    detector, config = load_detector(folder, device)
+    return Predictor(detector, config, device)
+
+
+def draw(image: NDArray[np.uint8], found: Found) -> Image.Image:
+    """The image with masks, boxes, class names and scores over it."""
+    canvas = image.astype(np.float32)
+    if found.masks_DHW is not None:
+        for mask_HW, label in zip(found.masks_DHW.numpy(), found.labels_D.tolist(), strict=True):
+            paint = np.array(_PALETTE[label % len(_PALETTE)], np.float32)
+            canvas[mask_HW] = 0.5 * canvas[mask_HW] + 0.5 * paint
+    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    # Small images are drawn larger, or their labels would cover them.
+    zoom = max(1, round(512 / max(picture.size)))
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(picture)
+    labels = found.labels_D.tolist()
+    for box, label, name, score in zip(
+        found.boxes_D4.tolist(), labels, found.names, found.scores_D.tolist(), strict=True
+    ):
+        colour = _PALETTE[label % len(_PALETTE)]
+        x0, y0, x1, y1 = (value * zoom for value in box)
+        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=2)
+        pen.text((x0 + 3, y0 + 1), f"{name} {score:.2f}", fill=colour, stroke_width=1, stroke_fill=(0, 0, 0))
+    return picture

@@ -1,0 +1,170 @@
+"""The training loop. It reads top to bottom; what it calls is named for what it does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from giantdet import checkpoint
+from giantdet.config.load import RunConfig
+from giantdet.config.resolve import check_data, describe, resolve
+from giantdet.data.coco import CocoDataset
+from giantdet.data.loader import eval_loader, train_loader
+from giantdet.distributed import comm
+from giantdet.engine import zero
+from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
+from giantdet.engine.metrics import Metrics, plot_losses
+from giantdet.export import export_config, export_engine, load_weights
+from giantdet.losses import detector_losses, sample_counts
+from giantdet.models.detector import Detector, build_detector
+from giantdet.optim.param_groups import group_table
+
+logger = logging.getLogger("giantdet")
+
+
+def train(run: RunConfig) -> dict[str, Any]:
+    """Train as the run's JSON says; returns the scores of the last evaluation ({} without one).
+
+    Writes into `train.output`: config.json (resolved), checkpoints/, metrics.jsonl, losses.png,
+    results.json and scores.json of the evaluation, export/ (safetensors).
+    """
+    device = comm.start()
+    check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
+    settings = run.giantdet.data
+    assert settings.train is not None
+    dataset = CocoDataset(settings.train.annotations, settings.train.images)
+    train_images = len(dataset.nonempty) if settings.filter_empty else len(dataset)
+    run = resolve(run, comm.world_size(), train_images, dataset.num_classes, device.type == "cuda")
+    config, output = run.giantdet, Path(run.giantdet.train.output)
+    if comm.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.json").write_text(describe(run) + "\n")
+    comm.barrier()
+
+    set_determinism(config.train.deterministic)
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    model = build_detector(config.model, settings.size)
+    load_weights(model, config.model)
+    engine = zero.initialize(model, run)
+    folder = output / "checkpoints"
+    first_step = checkpoint.resume(engine, folder) if config.train.resume else 0
+    announce(run, engine, first_step)
+
+    total_steps = config.train.steps
+    assert total_steps is not None
+    accumulation = engine.gradient_accumulation_steps()
+    micro_batch = engine.train_micro_batch_size_per_gpu()
+    batches = train_loader(
+        dataset,
+        settings,
+        micro_batch,
+        comm.rank(),
+        comm.world_size(),
+        start_micro_step=first_step * accumulation,
+        seed=config.train.seed,
+        pin_memory=device.type == "cuda",
+        masks=config.model.mask_head.enabled,
+    )
+    metrics = Metrics(output / "metrics.jsonl", total_steps, first_step, engine.monitor)
+    scores: dict[str, Any] = {}
+
+    engine.train()
+    for step in range(first_step + 1, total_steps + 1):
+        for micro_step in range(accumulation):
+            started = time.perf_counter()
+            batch = next(batches).to(device)
+            data_seconds = time.perf_counter() - started
+            seed_step(config.train.seed, step * accumulation + micro_step)
+
+            predictions = engine(batch)
+            losses = detector_losses(predictions, config.model.conventions)
+            loss = torch.stack(list(losses.values())).sum()
+            engine.backward(loss)
+            engine.step()  # DeepSpeed steps the optimizer and the schedule at the last micro-step
+
+            metrics.add({"loss": loss, **losses, **sample_counts(predictions)}, micro_batch, data_seconds)
+        metrics.step()
+        if is_due(step, config.train.log_every, total_steps):
+            metrics.log(step, **progress(engine, device, batches.counters))
+        if settings.val is not None and is_due(step, config.train.eval_every, total_steps):
+            scores = evaluate(engine, run, device)
+            engine.train()
+            if comm.is_main():
+                metrics.write({"step": step, "scores": scores})
+        if is_due(step, config.train.save_every, total_steps):
+            checkpoint.save(engine, folder, step, config.train.keep)
+    metrics.close()
+
+    export_engine(engine, output / "export", export_config(run, dataset.category_ids, dataset.class_names))
+    if comm.is_main():
+        plot_losses(output / "metrics.jsonl", output / "losses.png")
+    comm.barrier()
+    return scores
+
+
+def evaluate(engine: Any, run: RunConfig, device: torch.device) -> dict[str, Any]:
+    """COCO scores of the validation set, the same dict on all ranks; the main rank writes and prints them."""
+    settings, output = run.giantdet.data, Path(run.giantdet.train.output)
+    assert settings.val is not None
+    dataset = CocoDataset(settings.val.annotations, settings.val.images)
+    batches = eval_loader(dataset, settings, run.giantdet.eval.batch_size, comm.rank(), comm.world_size())
+    engine.eval()
+    results = detect_all(engine, batches, device, dataset.category_ids, run.giantdet.model.conventions)
+    scores: dict[str, Any] = {}
+    if comm.is_main():
+        with_masks = run.giantdet.model.mask_head.enabled and dataset.has_masks
+        scores = evaluate_results(settings.val.annotations, results, with_masks)
+        (output / "results.json").write_text(json.dumps(results))
+        (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        print("\n" + score_table(scores), flush=True)
+    return comm.broadcast_object(scores)
+
+
+def is_due(step: int, every: int, total_steps: int) -> bool:
+    """Every `every` steps (0: never) and after the last one."""
+    return step == total_steps or (every > 0 and step % every == 0)
+
+
+def seed_step(seed: int, micro_step: int) -> None:
+    """Dropout and stochastic depth as a function of (seed, micro-step, rank): no RNG state to save."""
+    torch.manual_seed((seed * 1_000_003 + micro_step) * 65_536 + comm.rank())
+
+
+def set_determinism(wanted: bool) -> None:
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True  # one shape for the whole run: the search pays off
+
+
+def progress(engine: Any, device: torch.device, counters: dict[str, int]) -> dict[str, Any]:
+    """What a log line says beside the losses."""
+    rates = zero.learning_rates(engine)
+    norm = zero.gradient_norm(engine)
+    line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(device)}
+    if norm is not None:
+        line["grad_norm"] = norm
+    return line | {name: count for name, count in counters.items() if count}
+
+
+def announce(run: RunConfig, engine: Any, first_step: int) -> None:
+    """Say what is about to happen, once."""
+    if not comm.is_main():
+        return
+    deepspeed, config = run.deepspeed, run.giantdet
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    module: Detector = engine.module
+    print(
+        f"giantdet: {config.model.backbone.name}, {module.num_classes} classes, canvas {config.data.size}, "
+        f"ZeRO-{stage}, {comm.world_size()} ranks on {engine.device.type}\n"
+        f"batch {deepspeed['train_batch_size']} = {deepspeed['train_micro_batch_size_per_gpu']} images"
+        f" x {deepspeed['gradient_accumulation_steps']} accumulated x {comm.world_size()} ranks, "
+        f"steps {first_step} to {config.train.steps}\n" + group_table(engine.basic_optimizer.param_groups),
+        flush=True,
+    )

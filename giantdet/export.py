@@ -1,0 +1,225 @@
+"""Models in and out: safetensors and config.json, and weights from other projects.
+
+An export is a folder in the Hugging Face habit: `model.safetensors` (or numbered shards and
+`model.safetensors.index.json`) and `config.json`. It loads without DeepSpeed and without the run's
+JSON. Written shard by shard: at ZeRO-3 a shard's parameters are gathered, saved and dropped before
+the next, so that no process holds more than its own partition and one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from giantdet import __version__
+from giantdet.config.load import RunConfig
+from giantdet.config.types import ModelConfig, Section
+from giantdet.convert import from_torchvision, is_torchvision
+from giantdet.distributed import comm
+from giantdet.models.detector import Detector, build_detector
+from giantdet.models.weights import load_backbone_weights, load_strictly, read_state_dict
+
+logger = logging.getLogger("giantdet")
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SHARD_BYTES = 2 * 2**30
+# Layers whose shape is the number of classes: a detector of other classes starts them afresh.
+CLASS_LAYERS = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
+
+
+class ExportConfig(Section):
+    """config.json of an export: all that is needed to build the model and to read its answers."""
+
+    format: str = "giantdet"
+    version: str = __version__
+    model: ModelConfig
+    size: tuple[int, int]
+    """Canvas (height, width)."""
+    short_side: int
+    categories: tuple[tuple[int, str], ...]
+    """(id of the data set, name) by class index."""
+
+
+def export_config(run: RunConfig, category_ids: list[int], class_names: list[str]) -> ExportConfig:
+    """What an export of this run says of itself; paths of the weights it started from are dropped."""
+    model = run.giantdet.model
+    backbone = model.backbone.model_copy(update={"init_weights": None, "pretrained": False})
+    return ExportConfig(
+        model=model.model_copy(update={"backbone": backbone, "init_weights": None}),
+        size=run.giantdet.data.size,
+        short_side=run.giantdet.data.short_side,
+        categories=tuple(zip(category_ids, class_names, strict=True)),
+    )
+
+
+def export_engine(engine: Any, folder: Path, config: ExportConfig) -> None:
+    """Write the model of a DeepSpeed engine, at any ZeRO stage. All ranks call it; the main rank writes."""
+    module: nn.Module = engine.module
+    tensors = dict(module.named_parameters()) | _persistent_buffers(module)
+    sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
+    writer = _ShardWriter(folder) if comm.is_main() else None
+    for names in shard_plan(sizes, SHARD_BYTES):
+        partitioned = [tensors[name] for name in names if hasattr(tensors[name], "ds_id")]
+        with _gathered(partitioned):
+            if writer is not None:
+                writer.write({name: tensors[name].detach().cpu().contiguous() for name in names})
+    if writer is not None:
+        writer.finish(config)
+    comm.barrier()
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig) -> None:
+    """Write the model of a saved checkpoint, in one process and without an engine.
+
+    Up to ZeRO-2 the checkpoint holds the whole model in the precision it was trained in; of ZeRO-3
+    the float32 master weights are read lazily from the ranks' files.
+    """
+    if list(checkpoint.glob("zero_pp_rank_*_mp_rank_00_model_states.pt")):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        state = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), checkpoint.name, lazy_mode=True
+        )
+    else:
+        # A checkpoint of one's own: besides tensors it holds settings that only pickle can carry.
+        file = checkpoint / "mp_rank_00_model_states.pt"
+        if not file.is_file():
+            raise ValueError(f"{checkpoint}: no model states here; name the folder of one checkpoint")
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    sizes = {name: tensor.shape.numel() * tensor.dtype.itemsize for name, tensor in state.items()}
+    writer = _ShardWriter(folder)
+    for names in shard_plan(sizes, SHARD_BYTES):
+        writer.write({name: state[name].contiguous() for name in names})
+    writer.finish(config)
+
+
+def shard_plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in their order, cut so that no shard exceeds `limit` bytes unless one tensor alone does."""
+    plan: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and plan[-1]:
+            plan.append([])
+            room = limit
+        plan[-1].append(name)
+        room -= size
+    return plan
+
+
+class _ShardWriter:
+    """Writes shards under temporary names, and gives them their final ones when their number is known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: list[list[str]] = []
+        self.bytes = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in [*folder.glob("*.safetensors"), folder / INDEX]:
+            old.unlink(missing_ok=True)
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, self._temporary(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(tensors))
+        self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def finish(self, config: ExportConfig) -> None:
+        total = len(self.shards)
+        names = (
+            [WEIGHTS]
+            if total == 1
+            else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        )
+        for i, name in enumerate(names):
+            self._temporary(i).rename(self.folder / name)
+        if total > 1:
+            where = {key: name for name, keys in zip(names, self.shards, strict=True) for key in keys}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (self.folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+
+    def _temporary(self, i: int) -> Path:
+        return self.folder / f"shard-{i}.safetensors.part"
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    saved = set(module.state_dict())
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+
+
+def _full_numel(tensor: Tensor) -> int:
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
+
+
+def _gathered(parameters: list[Tensor]) -> Any:
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def read_export_config(folder: Path) -> ExportConfig:
+    """config.json of an export. Raises ValueError naming the file where it is missing or not ours."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{folder}: not an export of giantdet (no {CONFIG})")
+    try:
+        return ExportConfig.model_validate_json(file.read_text())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def load_detector(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, ExportConfig]:
+    """The detector of an export, in evaluation mode and float32, and its config.json."""
+    folder = Path(folder)
+    config = read_export_config(folder)
+    detector = build_detector(config.model, config.size)
+    load_strictly(detector, dict(_tensors(folder)), str(folder))
+    return detector.float().to(device).eval(), config
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    index = folder / INDEX
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    )
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: {name} is missing")
+        yield from load_file(folder / name).items()
+
+
+def load_weights(detector: Detector, config: ModelConfig) -> None:
+    """Start a detector from `model.init_weights` (a whole detector) or the backbone's own setting.
+
+    A whole detector is an export's folder, its model.safetensors, or a file of torchvision's Mask or
+    Faster R-CNN. Where it was trained on another number of classes, the layers of that shape keep
+    their fresh initialisation and are named in a warning; any other mismatch is a ValueError that
+    lists every key.
+    """
+    if config.init_weights is None:
+        load_backbone_weights(detector.backbone, config.backbone)
+        return
+    path = Path(config.init_weights)
+    state = dict(_tensors(path)) if path.is_dir() else read_state_dict(path)
+    if is_torchvision(state):
+        state = from_torchvision(state)
+    expected = detector.state_dict()
+    fresh = [
+        key
+        for key in state
+        if key.startswith(CLASS_LAYERS) and key in expected and state[key].shape != expected[key].shape
+    ]
+    if fresh:
+        logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
+    load_strictly(detector, state | {key: expected[key] for key in fresh}, str(path))
