@@ -1,0 +1,344 @@
+"""From ragged images to batches of fixed shape, in an order that any run can take up at any step.
+
+The training stream is an endless sequence of samples k = 0, 1, 2, ... Sample k is a pure function of
+(seed, k): which image, how it is scaled and flipped. Micro-step t of rank r of W with B images a
+micro-batch holds the samples [(t W + r) B, (t W + r) B + B). So the stream is the same for any number of
+workers, ranks of equal W x B see the same global batches, and seeking costs nothing.
+
+Nothing is lost in silence: objects beyond the M slots, objects below a pixel and unreadable images are
+counted in `Loader.counters`, and named in warnings of the logger "giantdet".
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..config.types import DataConfig
+from ..structures import Batch, Targets
+from .coco import CocoDataset
+from .masks import object_frame
+from .records import DataError, logger
+from .transforms import Geometry, clip_boxes, draw_geometry, sides_ok, transform_boxes, transform_image
+
+MAX_BAD_IN_A_ROW = 50
+_AUGMENT = 1  # second word of the augmentation's seeds; the permutations have 0
+_EXPLAIN = {
+    "dropped_objects": "objects beyond max_objects, the smallest of their images, are left out",
+    "tiny_objects": "objects that are narrower than a pixel after scaling are left out",
+    "replaced_images": "images that cannot be used were replaced by the next of the stream",
+    "unreadable_images": "images that cannot be used are evaluated as if nothing had been found",
+}
+
+
+class Sample(NamedTuple):
+    """One image on the canvas, its objects still ragged."""
+
+    image_HW3: NDArray[np.uint8]
+    size_hw: tuple[int, int]
+    original_hw: tuple[int, int]
+    image_id: int
+    k: int
+    boxes_N4: NDArray
+    labels_N: NDArray
+    masks_NSS: NDArray[np.uint8]
+    frames_N4: NDArray
+    counts: dict[str, int]
+    bad: tuple[str, ...]  # why images before this one could not be used
+
+
+class Delivery(NamedTuple):
+    """What workers send. An error travels as text, since torch wraps a worker's exceptions in a traceback."""
+
+    batch: Batch | None
+    counts: dict[str, int]
+    bad: tuple[str, ...]
+    error: str
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(epoch: int, n: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed % 2**63, 0, epoch)).permutation(n)
+
+
+def sample_index(k: int, n: int, seed: int, shuffle: bool = True) -> int:
+    """Which of n images is sample k: every image once an epoch, in a new order each epoch."""
+    return int(_permutation(k // n, n, seed)[k % n]) if shuffle else k % n
+
+
+def make_sample(
+    dataset: CocoDataset, i: int, k: int, config: DataConfig, geometry: Geometry, targets: bool, masks: bool
+) -> Sample:
+    """Image i of the data set under `geometry`. Raises `DataError` if the image or a mask is broken."""
+    image = transform_image(dataset.read_image(i), geometry, config.size)
+    objects = dataset.objects(i)
+    boxes = transform_boxes(objects.boxes_N4, geometry)
+    tiny = ~sides_ok(boxes)
+    boxes = clip_boxes(boxes, geometry)
+    keep = np.flatnonzero(sides_ok(boxes)) if targets else np.zeros(0, np.int64)
+    slots = config.max_objects
+    counts = {"tiny_objects": int(tiny.sum()) if targets else 0, "dropped_objects": max(len(keep) - slots, 0)}
+    if len(keep) > slots:
+        sides = boxes[keep, 2:] - boxes[keep, :2]
+        keep = np.sort(keep[np.argsort(-sides.prod(axis=1), kind="stable")[:slots]])
+    side = config.mask_frame if masks else 0
+    frames = [object_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
+    return Sample(
+        image,
+        geometry.size_hw,
+        geometry.source_hw,
+        int(dataset.image_ids[i]),
+        k,
+        boxes[keep],
+        objects.labels_N[keep],
+        np.stack([bitmap for bitmap, _ in frames]) if frames else np.zeros((len(keep), side, side), np.uint8),
+        np.stack([frame for _, frame in frames]) if frames else np.zeros((len(keep), 4), np.float32),
+        counts,
+        (),
+    )
+
+
+def collate(samples: list[Sample], slots: int, side: int) -> Batch:
+    """Samples of at most `slots` objects as one batch: M = slots, S = side."""
+    size, (height, width) = len(samples), samples[0].image_HW3.shape[:2]
+    images = torch.empty((size, 3, height, width), dtype=torch.uint8)
+    targets = Targets(
+        boxes_BM4=torch.zeros(size, slots, 4),
+        labels_BM=torch.zeros(size, slots, dtype=torch.int64),
+        valid_BM=torch.zeros(size, slots, dtype=torch.bool),
+        masks_BMSS=torch.zeros(size, slots, side, side, dtype=torch.uint8),
+        frames_BM4=torch.zeros(size, slots, 4),
+    )
+    for b, sample in enumerate(samples):
+        images[b] = torch.from_numpy(sample.image_HW3).permute(2, 0, 1)
+        n = len(sample.labels_N)
+        targets.boxes_BM4[b, :n] = torch.from_numpy(sample.boxes_N4)
+        targets.labels_BM[b, :n] = torch.from_numpy(sample.labels_N)
+        targets.valid_BM[b, :n] = True
+        targets.masks_BMSS[b, :n] = torch.from_numpy(sample.masks_NSS)
+        targets.frames_BM4[b, :n] = torch.from_numpy(sample.frames_N4)
+    return Batch(
+        images,
+        torch.tensor([s.size_hw for s in samples], dtype=torch.float32),
+        targets,
+        torch.tensor([s.k for s in samples], dtype=torch.int64),
+        torch.tensor([s.image_id for s in samples], dtype=torch.int64),
+        torch.tensor([s.original_hw for s in samples], dtype=torch.int64),
+    )
+
+
+class _Stream(Dataset[Delivery]):
+    """Base of both streams: lists of sample numbers to deliveries."""
+
+    def __init__(self, dataset: CocoDataset, config: DataConfig, targets: bool, masks: bool) -> None:
+        self.dataset, self.config, self.targets, self.masks = dataset, config, targets, masks
+
+    def __getitem__(self, k: int) -> Sample:
+        raise NotImplementedError
+
+    def __getitems__(self, numbers: list[int]) -> Delivery:
+        """torch's fetcher calls this with one batch's sample numbers."""
+        try:
+            samples = [self[k] for k in numbers]
+        except DataError as error:
+            return Delivery(None, {}, (), str(error))
+        counts = Counter[str]()
+        for sample in samples:
+            counts.update(sample.counts)
+        slots = self.config.max_objects if self.targets else 0
+        batch = collate(samples, slots, self.config.mask_frame if self.masks else 0)
+        return Delivery(batch, dict(counts), tuple(text for s in samples for text in s.bad), "")
+
+
+class TrainStream(_Stream):
+    """Sample k of the training stream; see the module's docstring."""
+
+    def __init__(self, dataset: CocoDataset, config: DataConfig, seed: int, masks: bool = True) -> None:
+        super().__init__(dataset, config, targets=True, masks=masks)
+        self.seed = seed
+        self.indices = dataset.nonempty if config.filter_empty else np.arange(len(dataset))
+        if len(self.indices) == 0:
+            raise DataError(f"no image of {dataset.annotations} has an object; there is nothing to train on")
+
+    def __len__(self) -> int:
+        """Samples an epoch."""
+        return len(self.indices)
+
+    def __getitem__(self, k: int) -> Sample:
+        """Sample k. A bad image gives way to the image of sample k + 1, k + 2, ... with k's random numbers."""
+        bad: list[str] = []
+        for j in range(k, k + MAX_BAD_IN_A_ROW):
+            i = int(self.indices[sample_index(j, len(self), self.seed)])
+            height, width = self.dataset.sizes_hw[i]
+            rng = np.random.default_rng((self.seed % 2**63, _AUGMENT, k))
+            geometry = draw_geometry(rng, (int(height), int(width)), self.config, training=True)
+            try:
+                sample = make_sample(self.dataset, i, k, self.config, geometry, True, self.masks)
+            except DataError as error:
+                path = str(self.dataset.path(i))
+                bad.append(str(error) if path in str(error) else f"{path}: {error}")
+                continue
+            return sample._replace(counts=sample.counts | {"replaced_images": len(bad)}, bad=tuple(bad))
+        raise DataError(f"{MAX_BAD_IN_A_ROW} images in a row cannot be used, the last: {bad[-1]}")
+
+
+class EvalStream(_Stream):
+    """Sample k is image k; numbers from the data set's length on fill up the last batches."""
+
+    def __init__(self, dataset: CocoDataset, config: DataConfig, targets: bool, masks: bool) -> None:
+        super().__init__(dataset, config, targets, masks)
+        self._no_rng = np.random.default_rng(0)
+
+    def __getitem__(self, k: int) -> Sample:
+        if k >= len(self.dataset):
+            return self._nothing(k)
+        height, width = (int(v) for v in self.dataset.sizes_hw[k])
+        geometry = draw_geometry(self._no_rng, (height, width), self.config, training=False)
+        try:
+            return make_sample(self.dataset, k, k, self.config, geometry, self.targets, self.masks)
+        except DataError as error:
+            return self._nothing(k)._replace(counts={"unreadable_images": 1}, bad=(str(error),))
+
+    def _nothing(self, k: int) -> Sample:
+        """A black image that fills the canvas, with the id -1 and no object."""
+        size, side = self.config.size, self.config.mask_frame if self.masks else 0
+        none = np.zeros((0, 4), np.float32)
+        masks = np.zeros((0, side, side), np.uint8)
+        return Sample(
+            np.zeros((*size, 3), np.uint8),
+            size,
+            size,
+            -1,
+            k,
+            none,
+            np.zeros(0, np.int64),
+            masks,
+            none,
+            {},
+            (),
+        )
+
+
+class RankSampler(Sampler[list[int]]):
+    """Sample numbers of one rank's micro-batches from micro-step `start` up to `stop` (None: endless)."""
+
+    def __init__(self, batch: int, rank: int, world: int, start: int = 0, stop: int | None = None) -> None:
+        self.batch, self.rank, self.world, self.start, self.stop = batch, rank, world, start, stop
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start
+        while self.stop is None or step < self.stop:
+            first = (step * self.world + self.rank) * self.batch
+            yield list(range(first, first + self.batch))
+            step += 1
+
+
+class Loader:
+    """Iterator of `Batch`; `counters` adds up what had to be left out of the batches handed over so far."""
+
+    def __init__(self, stream: _Stream, sampler: RankSampler, pin_memory: bool) -> None:
+        self.counters: Counter[str] = Counter(dict.fromkeys(_EXPLAIN, 0))
+        self.steps = None if sampler.stop is None else sampler.stop - sampler.start
+        self._stream = stream
+        self._named: set[str] = set()
+        self._deliveries: Iterator[Delivery] = iter(
+            DataLoader(
+                stream,
+                batch_sampler=sampler,
+                num_workers=stream.config.workers,
+                collate_fn=_as_is,
+                worker_init_fn=_init_worker,
+                pin_memory=pin_memory,
+                # torch draws a base seed for its workers: from a generator of its own, so that the
+                # global random state does not depend on whether and when loaders are made
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        delivery = next(self._deliveries)
+        for text in delivery.bad:
+            if text not in self._named:
+                self._named.add(text)
+                logger.warning("image left out: %s", text)
+        if delivery.error or delivery.batch is None:
+            raise DataError(delivery.error)
+        for kind, count in delivery.counts.items():
+            if count and not self.counters[kind]:
+                name = self._stream.dataset.annotations
+                logger.warning("%s: %s (counted as %s from here on)", name, _EXPLAIN[kind], kind)
+            self.counters[kind] += count
+        return delivery.batch
+
+    def close(self) -> None:
+        """End the workers. Leaving the last reference does the same."""
+        self._deliveries = iter(())
+
+
+def train_loader(
+    dataset: CocoDataset,
+    config: DataConfig,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    start_micro_step: int = 0,
+    seed: int = 0,
+    pin_memory: bool = False,
+    masks: bool = True,
+) -> Loader:
+    """Endless training batches of one rank, from micro-step `start_micro_step` on.
+
+    `masks=False` (no mask head) spares the bitmaps: S is 0. Raises `DataError` if there is nothing to
+    train on, or, while iterating, if `MAX_BAD_IN_A_ROW` images in a row cannot be used.
+    """
+    stream = TrainStream(dataset, config, seed, masks)
+    return Loader(stream, RankSampler(batch, rank, world, start_micro_step), pin_memory)
+
+
+def eval_loader(
+    dataset: CocoDataset,
+    config: DataConfig,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+    targets: bool = False,
+    masks: bool = True,
+) -> Loader:
+    """Every image once over all ranks, in `loader.steps` batches that are the same number on each rank.
+
+    Slots that only fill up hold a black image as large as the canvas, with the id -1; so do unreadable
+    images, which therefore count as missed. Without `targets`, M and S are 0: the ground truth of an
+    evaluation is the annotation file.
+    """
+    steps = -(-len(dataset) // (batch * world))
+    stream = EvalStream(dataset, config, targets, targets and masks)
+    return Loader(stream, RankSampler(batch, rank, world, 0, steps), pin_memory)
+
+
+def _as_is(delivery: Delivery) -> Delivery:
+    return delivery
+
+
+def _init_worker(worker: int) -> None:
+    """Stop signals are the training loop's to handle; workers end with their loader. torch sets one thread."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def unpack_image(images_B3HW: Tensor, sizes_B2: Tensor, b: int) -> NDArray[np.uint8]:
+    """Image b of a batch without its padding, [h, w, 3]: for drawing."""
+    height, width = (int(v) for v in sizes_B2[b])
+    return images_B3HW[b, :, :height, :width].permute(1, 2, 0).numpy()

@@ -1,0 +1,137 @@
+"""Masks as small bitmaps in the frame of their own box.
+
+An object's mask travels as S x S cells of uint8 coverage over a window of the canvas, the frame,
+instead of as a full image. If the object is at most S - 2 pixels long along an axis, the frame is S
+pixels long there and whole-numbered, so that a cell is a pixel; a longer object gets longer cells.
+There is a margin of at least one cell on every side. A target of the mask head is then one RoIAlign
+in the frame's coordinates.
+
+RoIAlign on a full bitmap repeats the bitmap's border for the half pixel around it, so cells outside
+the image repeat the border here, too: what is inside the image does not show where the frame ends.
+
+Error against full bitmaps on the canvas at 800 px short side, S = 112, boxes as RoIs, 28 x 28
+targets at 0.5 (`tests/data/test_masks.py` holds it): @@NUMBERS@@
+At scale 1 and up to S - 2 pixels the bitmap is the mask, pixel by pixel.
+
+RLE strings are decoded here a window at a time, since pycocotools decodes whole images only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as mask_util
+
+from .coco import Objects
+from .records import DataError
+from .transforms import Geometry, clip_boxes, transform_boxes
+
+
+def frame_of(box_4: NDArray, side: int) -> NDArray[np.float32]:
+    """The frame xyxy of a box on the canvas; both axes follow the rule of the module's docstring."""
+    low, high = np.floor(box_4[:2]), np.ceil(box_4[2:])
+    length = high - low
+    margin = (side - length) // 2
+    start = np.where(length <= side - 2, low - margin, low - length / (side - 2))
+    span = np.where(length <= side - 2, side, length * (side / (side - 2)))
+    return np.concatenate([start, start + span]).astype(np.float32)
+
+
+def to_frame(
+    mask_hw: NDArray, geometry: Geometry, box_4: NDArray, side: int, origin_yx: tuple[int, int] = (0, 0)
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Bitmap and frame of one mask.
+
+    Args:
+        mask_hw: the mask in pixels of the original image, or a part of it that contains all of it.
+        box_4: xyxy on the canvas, clipped to the image; the frame is made around it.
+        origin_yx: where `mask_hw` begins in the original image.
+
+    Returns:
+        uint8 [side, side], the covered share of each cell times 255 (exact integral, rounded), and
+        the frame, float32 xyxy on the canvas.
+    """
+    frame = frame_of(box_4, side)
+    values = mask_hw.astype(np.float32)
+    for axis in (0, 1):
+        size = geometry.size_hw[axis]
+        start, end = float(frame[1 - axis]), float(frame[3 - axis])
+        edges = start + (end - start) / side * np.arange(side + 1)
+        # A cell outside the image becomes the image's outermost pixel.
+        lo, hi = geometry.source_range(axis, np.clip(edges[:-1], 0, size - 1), np.clip(edges[1:], 1, size))
+        values = _means(values, lo - origin_yx[axis], hi - origin_yx[axis]).T
+    return np.rint(values * 255).astype(np.uint8), frame
+
+
+def _means(values_NK: NDArray, lo_S: NDArray, hi_S: NDArray) -> NDArray:
+    """Means over intervals of axis 0, where row i covers [i, i + 1] and all is 0 beyond: [S, K]."""
+    rows = len(values_NK)
+    integral = np.zeros((rows + 1, values_NK.shape[1]), np.float32)
+    np.cumsum(values_NK, axis=0, out=integral[1:])
+
+    def up_to(x_S: NDArray) -> NDArray:
+        x_S = np.clip(x_S, 0, rows)
+        i_S = np.minimum(x_S.astype(np.int64), rows - 1)
+        return integral[i_S] + (x_S - i_S).astype(np.float32)[:, None] * values_NK[i_S]
+
+    return (up_to(hi_S) - up_to(lo_S)) / (hi_S - lo_S).astype(np.float32)[:, None]
+
+
+def object_frame(
+    objects: Objects, n: int, geometry: Geometry, box_4: NDArray, side: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """`to_frame` of object n; the frame covers its mask where that is larger than its box on the canvas.
+
+    Raises `DataError` if the RLE is broken.
+    """
+    rle = objects.rle(n)
+    x, y, w, h = (int(v) for v in mask_util.toBbox(rle))
+    if w == 0 or h == 0:  # an empty mask: all zero, whatever the window
+        x, y, w, h = 0, 0, 1, 1
+    window = decode_window(rle["counts"], objects.size_hw, (y, x, y + h, x + w), int(objects.ids_N[n]))
+    extent = clip_boxes(transform_boxes(np.array([[x, y, x + w, y + h]]), geometry), geometry)[0]
+    if window.any() and (extent[2:] > extent[:2]).all():
+        box_4 = np.concatenate([np.minimum(box_4[:2], extent[:2]), np.maximum(box_4[2:], extent[2:])])
+    return to_frame(window, geometry, box_4, side, (y, x))
+
+
+def rle_counts(string: bytes) -> NDArray[np.int64]:
+    """Run lengths, zeros first, of COCO's compressed RLE string (`rleFrString` of pycocotools' maskApi.c).
+
+    A number is little-endian in 5-bit digits, one character each, offset 48; bit 5 says that more
+    follow, bit 4 of the last is the sign; from the fourth number on it is the difference to the
+    number two places before.
+    """
+    digits = np.frombuffer(string, np.uint8).astype(np.int64) - 48
+    last = (digits & 32) == 0
+    if len(digits) == 0 or not last[-1]:
+        return np.zeros(0, np.int64)
+    end = np.flatnonzero(last)
+    start = np.concatenate([[0], end[:-1] + 1])
+    length = end - start + 1
+    place = 5 * np.minimum(np.arange(len(digits)) - np.repeat(start, length), 11)
+    numbers = np.add.reduceat((digits & 31) << place, start)
+    numbers -= np.where(digits[end] & 16, np.int64(1) << np.minimum(5 * length, 60), 0)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
+def decode_window(
+    string: bytes, size_hw: tuple[int, int], window_yxyx: tuple[int, int, int, int], name: int = 0
+) -> NDArray[np.uint8]:
+    """A window (y0, x0, y1, x1) inside the image of a compressed RLE as uint8 0/1 [y1 - y0, x1 - x0].
+
+    Runs go down the columns, so the columns of the window are cut out of the runs, and nothing of the
+    size of the image is made. Raises `DataError`, with the annotation id `name`, if the runs do not
+    add up to the image.
+    """
+    height, width = size_hw
+    y0, x0, y1, x1 = window_yxyx
+    counts = rle_counts(string)
+    if len(counts) == 0 or counts.min() < 0 or counts.sum() != height * width:
+        raise DataError(f"annotation {name}: its RLE does not add up to {height} x {width} pixels")
+    ends = np.clip(np.cumsum(counts), x0 * height, x1 * height)
+    runs = np.diff(ends, prepend=x0 * height)
+    flat = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs)
+    return flat.reshape(x1 - x0, height).T[y0:y1]

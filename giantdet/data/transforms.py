@@ -1,0 +1,128 @@
+"""Geometry: an image scaled, cropped and flipped onto the top left of a fixed canvas.
+
+One `Geometry` says it all, and images, boxes and masks follow it alike. Training draws it at random:
+multi-scale (detectron2's ResizeShortestEdge) or large-scale jitter (Ghiasi et al. 2021, as
+detectron2's ResizeScale and FixedSizeCrop do it), and a horizontal flip. Evaluation has one answer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..config.types import DataConfig
+
+MIN_SIDE = 1.0  # boxes that are narrower on the canvas, pixels, are dropped
+
+
+class Geometry(NamedTuple):
+    """From pixels of the original image to pixels of the canvas: scale, then flip, then subtract the offset.
+
+    All sizes are (height, width). The scales of the axes differ a little, because sizes are whole numbers.
+    """
+
+    source_hw: tuple[int, int]
+    resized_hw: tuple[int, int]  # the whole image after scaling
+    offset_yx: tuple[int, int]  # of the crop in the resized and flipped image
+    size_hw: tuple[int, int]  # of the crop: what of the canvas holds image
+    flip: bool
+
+    @property
+    def scale_yx(self) -> tuple[float, float]:
+        return self.resized_hw[0] / self.source_hw[0], self.resized_hw[1] / self.source_hw[1]
+
+    def source_range(self, axis: int, lo: NDArray, hi: NDArray) -> tuple[NDArray, NDArray]:
+        """Intervals [lo, hi] of the canvas along axis 0 (y) or 1 (x), as intervals of the original image."""
+        lo, hi = lo + self.offset_yx[axis], hi + self.offset_yx[axis]
+        if axis == 1 and self.flip:
+            lo, hi = self.resized_hw[1] - hi, self.resized_hw[1] - lo
+        return lo / self.scale_yx[axis], hi / self.scale_yx[axis]
+
+
+def draw_geometry(
+    rng: np.random.Generator, image_hw: tuple[int, int], config: DataConfig, training: bool
+) -> Geometry:
+    """The geometry of one sample. In evaluation `rng` is not used.
+
+    `jitter` (scale of the size that fills the canvas, then a random crop) takes precedence over
+    `short_sides`. Otherwise the whole image is kept: it is scaled to the short side, or to what fits.
+    """
+    (height, width), (canvas_h, canvas_w) = image_hw, config.size
+    fit = min(canvas_h / height, canvas_w / width)
+    jitter = config.augment.jitter if training else None
+    if jitter is not None:
+        scale = fit * rng.uniform(*jitter)
+        limit_h, limit_w = 2**31, 2**31
+    else:
+        short = config.short_side
+        if training and config.augment.short_sides:
+            short = int(rng.choice(config.augment.short_sides))
+        scale = min(short / min(height, width), fit)
+        limit_h, limit_w = canvas_h, canvas_w
+    resized = (
+        min(max(int(height * scale + 0.5), 1), limit_h),
+        min(max(int(width * scale + 0.5), 1), limit_w),
+    )
+    size = (min(resized[0], canvas_h), min(resized[1], canvas_w))
+    offset = (0, 0)
+    if jitter is not None:
+        offset = (
+            int(rng.integers(resized[0] - size[0] + 1)),
+            int(rng.integers(resized[1] - size[1] + 1)),
+        )
+    flip = training and bool(rng.random() < config.augment.flip)
+    return Geometry(image_hw, resized, offset, size, flip)
+
+
+def transform_image(
+    image_hw3: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """The canvas, uint8 [H, W, 3], zero where there is no image. Bilinear and antialiased (PIL)."""
+    (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
+    canvas = np.zeros((*canvas_hw, 3), np.uint8)
+    if geometry.resized_hw == geometry.source_hw:
+        whole = image_hw3[:, ::-1] if geometry.flip else image_hw3
+        canvas[:height, :width] = whole[top : top + height, left : left + width]
+        return canvas
+    # Only the crop is computed: the window of the original that ends up in it. PIL's filter still reads
+    # the pixels around the window.
+    y = geometry.source_range(0, np.array(0.0), np.array(float(height)))
+    x = geometry.source_range(1, np.array(0.0), np.array(float(width)))
+    source_h, source_w = geometry.source_hw
+    window = (
+        max(float(x[0]), 0.0),
+        max(float(y[0]), 0.0),
+        min(float(x[1]), source_w),
+        min(float(y[1]), source_h),
+    )
+    part = np.asarray(
+        Image.fromarray(image_hw3).resize((width, height), Image.Resampling.BILINEAR, box=window)
+    )
+    canvas[:height, :width] = part[:, ::-1] if geometry.flip else part
+    return canvas
+
+
+def transform_boxes(boxes_N4: NDArray, geometry: Geometry) -> NDArray[np.float64]:
+    """Boxes xyxy of the original image on the canvas, not clipped."""
+    (scale_y, scale_x), (top, left) = geometry.scale_yx, geometry.offset_yx
+    x0, y0, x1, y1 = boxes_N4.astype(np.float64).T * np.array([scale_x, scale_y, scale_x, scale_y])[:, None]
+    if geometry.flip:
+        x0, x1 = geometry.resized_hw[1] - x1, geometry.resized_hw[1] - x0
+    return np.stack([x0 - left, y0 - top, x1 - left, y1 - top], axis=1)
+
+
+def clip_boxes(boxes_N4: NDArray, geometry: Geometry) -> NDArray:
+    """Boxes of the canvas, clipped to its part that holds image.
+
+    A cropped object's box is the clipped box, not the box of the mask's rest, as in detectron2.
+    """
+    height, width = geometry.size_hw
+    return np.clip(boxes_N4, 0, np.array([width, height, width, height]))
+
+
+def sides_ok(boxes_N4: NDArray) -> NDArray[np.bool_]:
+    """Which boxes have no side below `MIN_SIDE`."""
+    return (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_SIDE).all(axis=1)
