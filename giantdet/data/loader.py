@@ -11,11 +11,13 @@ counted in `Loader.counters`, and named in warnings of the logger "giantdet".
 
 from __future__ import annotations
 
+import atexit
 import functools
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -136,7 +138,7 @@ def collate(samples: list[Sample], slots: int, side: int) -> Batch:
     )
 
 
-class _Stream(Dataset[Delivery]):
+class _Stream(Dataset[Sample]):
     """Base of both streams: lists of sample numbers to deliveries."""
 
     def __init__(self, dataset: CocoDataset, config: DataConfig, targets: bool, masks: bool) -> None:
@@ -174,7 +176,7 @@ class TrainStream(_Stream):
         return len(self.indices)
 
     def __getitem__(self, k: int) -> Sample:
-        """Sample k. A bad image gives way to the image of sample k + 1, k + 2, ... with k's random numbers."""
+        """Sample k. A bad image gives way to that of sample k + 1, k + 2, ... with k's random numbers."""
         bad: list[str] = []
         for j in range(k, k + MAX_BAD_IN_A_ROW):
             i = int(self.indices[sample_index(j, len(self), self.seed)])
@@ -242,6 +244,17 @@ class RankSampler(Sampler[list[int]]):
             step += 1
 
 
+# Workers ignore SIGTERM, with which multiprocessing would end them when Python exits: whoever has not
+# closed his loader by then (an exception, say) would wait for them for ever.
+_open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_loaders() -> None:
+    for loader in list(_open_loaders):
+        loader.close()
+
+
 class Loader:
     """Iterator of `Batch`; `counters` adds up what had to be left out of the batches handed over so far."""
 
@@ -249,6 +262,7 @@ class Loader:
         self.counters: Counter[str] = Counter(dict.fromkeys(_EXPLAIN, 0))
         self.steps = None if sampler.stop is None else sampler.stop - sampler.start
         self._stream = stream
+        _open_loaders.add(self)
         self._named: set[str] = set()
         self._deliveries: Iterator[Delivery] = iter(
             DataLoader(
@@ -328,12 +342,12 @@ def eval_loader(
     return Loader(stream, RankSampler(batch, rank, world, 0, steps), pin_memory)
 
 
-def _as_is(delivery: Delivery) -> Delivery:
+def _as_is(delivery: Any) -> Any:
     return delivery
 
 
 def _init_worker(worker: int) -> None:
-    """Stop signals are the training loop's to handle; workers end with their loader. torch sets one thread."""
+    """Stop signals are the training loop's to handle; workers end with their loader."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -50,10 +50,10 @@ def train(run: RunConfig) -> dict[str, Any]:
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     model = build_detector(config.model, settings.size)
     load_weights(model, config.model)
+    announce(run, model, device)
     engine = zero.initialize(model, run)
     folder = output / "checkpoints"
     first_step = checkpoint.resume(engine, folder) if config.train.resume else 0
-    announce(run, engine, first_step)
 
     total_steps = config.train.steps
     assert total_steps is not None
@@ -70,6 +70,8 @@ def train(run: RunConfig) -> dict[str, Any]:
         pin_memory=device.type == "cuda",
         masks=config.model.mask_head.enabled,
     )
+    if first_step and comm.is_main():
+        print(f"going on after step {first_step} from {folder}", flush=True)
     metrics = Metrics(output / "metrics.jsonl", total_steps, first_step, engine.monitor)
     scores: dict[str, Any] = {}
 
@@ -99,6 +101,7 @@ def train(run: RunConfig) -> dict[str, Any]:
         if is_due(step, config.train.save_every, total_steps):
             checkpoint.save(engine, folder, step, config.train.keep)
     metrics.close()
+    batches.close()
 
     export_engine(engine, output / "export", export_config(run, dataset.category_ids, dataset.class_names))
     if comm.is_main():
@@ -153,18 +156,17 @@ def progress(engine: Any, device: torch.device, counters: dict[str, int]) -> dic
     return line | {name: count for name, count in counters.items() if count}
 
 
-def announce(run: RunConfig, engine: Any, first_step: int) -> None:
+def announce(run: RunConfig, model: Detector, device: torch.device) -> None:
     """Say what is about to happen, once."""
     if not comm.is_main():
         return
     deepspeed, config = run.deepspeed, run.giantdet
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
-    module: Detector = engine.module
     print(
-        f"giantdet: {config.model.backbone.name}, {module.num_classes} classes, canvas {config.data.size}, "
-        f"ZeRO-{stage}, {comm.world_size()} ranks on {engine.device.type}\n"
+        f"giantdet: {config.model.backbone.name}, {model.num_classes} classes, canvas {config.data.size}, "
+        f"ZeRO-{stage}, {comm.world_size()} ranks on {device.type}, {config.train.steps} steps\n"
         f"batch {deepspeed['train_batch_size']} = {deepspeed['train_micro_batch_size_per_gpu']} images"
-        f" x {deepspeed['gradient_accumulation_steps']} accumulated x {comm.world_size()} ranks, "
-        f"steps {first_step} to {config.train.steps}\n" + group_table(engine.basic_optimizer.param_groups),
+        f" x {deepspeed['gradient_accumulation_steps']} accumulated x {comm.world_size()} ranks\n"
+        + group_table(zero.groups_of(model, run)),
         flush=True,
     )

@@ -21,10 +21,16 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    params = run.deepspeed.get("optimizer", {}).get("params", {})
-    groups = parameter_groups(model, params.get("weight_decay", 0.0), params.get("lr"))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups_of(model, run), config=run.deepspeed, dist_init_required=False
+    )
     return engine
+
+
+def groups_of(model: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
+    """The model's parameter groups with the LR and weight decay of the run's optimizer."""
+    params = run.deepspeed["optimizer"].get("params", {})
+    return parameter_groups(model, params.get("weight_decay", 0.0), params["lr"])
 
 
 def learning_rates(engine: Any) -> dict[str, float]:
