@@ -52,7 +52,7 @@ class Objects:
         return len(self.labels_N)
 
     def rle(self, n: int) -> dict[str, Any]:
-        """Compressed RLE of object n over the whole image. An object without segmentation is its filled box."""
+        """Compressed RLE of object n over the whole image; without a segmentation, its filled box."""
         data, row = self.dataset, self.first + n
         height, width = self.size_hw
         kind, (start, end) = data.segment_kind[row], data.segments_K2[row]

@@ -32,7 +32,8 @@ def make_demo(folder: str | Path, train_images: int, val_images: int, size: int 
     for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
         directory = Path(folder) / name
         directory.mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for n in range(count):
             rng = np.random.default_rng((seed, split, n))
             pixels, objects = _draw(rng, size)
@@ -122,9 +123,7 @@ def _ground(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
     ground = rng.uniform(40, 215, 3) + np.zeros((size, size, 3))
     for cells, strength in ((4, 22.0), (16, 12.0)):
         coarse = rng.normal(0, strength, (cells, cells, 3))
-        layers = [
-            np.asarray(Image.fromarray(coarse[..., c].astype(np.float32)).resize((size, size), Image.BICUBIC))
-            for c in range(3)
-        ]
-        ground += np.stack(layers, axis=-1)
+        layers = [Image.fromarray(coarse[..., c].astype(np.float32)) for c in range(3)]
+        smooth = [np.asarray(layer.resize((size, size), Image.Resampling.BICUBIC)) for layer in layers]
+        ground += np.stack(smooth, axis=-1)
     return ground + rng.normal(0, rng.uniform(2, 12), (size, size, 1))

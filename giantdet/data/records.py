@@ -36,7 +36,8 @@ def read_instances(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     for key in _KEYS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(
-                f'annotations {path} have no list "{key}"; a COCO instances file has images, annotations, categories'
+                f'annotations {path} have no list "{key}"; '
+                "a COCO instances file has images, annotations and categories"
             )
     if not content["images"]:
         raise DataError(f"annotations {path} name no images")
@@ -83,7 +84,7 @@ def object_fault(record: Any, sizes: Mapping[int, Size], categories: Container[i
     """What makes an annotation unusable as a box: ids and the box. Overhanging boxes are usable (clipped)."""
     if not isinstance(record, dict):
         return "bad annotation", f"{str(record)[:80]} is not an object"
-    image_id = record.get("image_id")
+    image_id: Any = record.get("image_id")
     if not is_id(image_id) or image_id not in sizes:
         return "unknown image", f"image_id {image_id!r} is not among the usable images"
     category_id = record.get("category_id")

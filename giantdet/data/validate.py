@@ -1,0 +1,196 @@
+"""What is wrong with a data set, record by record, before a long run finds out. Files are left alone.
+
+`CocoDataset` skips what is an error here and uses what is a warning or an info. Not checked: whether
+`area` is that of the mask, and whether labels are right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from .coco import orient, to_rgb
+from .masks import rle_counts
+from .records import (
+    DataError,
+    Fault,
+    Size,
+    category_fault,
+    image_fault,
+    object_fault,
+    polygon_fault,
+    read_instances,
+    rle_fault,
+)
+
+_OVERHANG = 1.0  # pixels a box may stick out without a word; rounding does that
+_BOX_MASK_SLACK = 2.0  # pixels between the sides of a box and of its mask
+
+
+class Problem(NamedTuple):
+    """`id` is the image's, annotation's or category's id, as the kind and text say; None if it has none."""
+
+    kind: str
+    id: Any
+    text: str
+    level: Literal["error", "warning", "info"] = "error"
+
+    @property
+    def is_error(self) -> bool:
+        return self.level == "error"
+
+
+def validate(annotations: str | Path, images: str | Path, read_files: bool = True) -> list[Problem]:
+    """All problems of a COCO instances JSON and its image folder; every image is decoded if `read_files`.
+
+    Raises `DataError` if the JSON as a whole cannot be used.
+    """
+    content = read_instances(annotations)
+    problems: list[Problem] = []
+    categories: set[int] = set()
+    for record in content["categories"]:
+        if fault := category_fault(record, categories):
+            problems.append(_problem(fault, "category", record))
+        else:
+            categories.add(record["id"])
+    sizes: dict[int, Size] = {}
+    for record in content["images"]:
+        if fault := image_fault(record, sizes):
+            problems.append(_problem(fault, "image", record))
+            continue
+        sizes[record["id"]] = (record["height"], record["width"])
+        if read_files:
+            problems += _file_problems(record, Path(images) / record["file_name"])
+    seen: set[Any] = set()
+    with_objects: set[int] = set()
+    for record in content["annotations"]:
+        if fault := object_fault(record, sizes, categories):
+            problems.append(_problem(fault, "annotation", record))
+            continue
+        with_objects.add(record["image_id"])
+        problems += _object_problems(record, sizes[record["image_id"]], seen)
+    for image_id in sizes:
+        if image_id not in with_objects:
+            problems.append(
+                Problem("no objects", image_id, f"image {image_id}: it has no usable object", "info")
+            )
+    return problems
+
+
+def format_report(problems: list[Problem], examples: int = 5) -> str:
+    """Kinds with their counts, errors first, each with its first `examples` records."""
+    if not problems:
+        return "no problems found"
+    order = {"error": 0, "warning": 1, "info": 2}
+    kinds = Counter((p.level, p.kind) for p in problems)
+    lines = []
+    for (level, kind), count in sorted(kinds.items(), key=lambda item: (order[item[0][0]], item[0][1])):
+        lines.append(f"{level}: {kind}: {count}")
+        texts = [p.text for p in problems if (p.level, p.kind) == (level, kind)]
+        lines += [f"    {text}" for text in texts[:examples]]
+        if count > examples:
+            lines.append(f"    ... and {count - examples} more")
+    return "\n".join(lines)
+
+
+def _problem(
+    fault: Fault, what: str, record: Any, level: Literal["error", "warning", "info"] = "error"
+) -> Problem:
+    name = record.get("id") if isinstance(record, dict) else None
+    return Problem(fault[0], name, f"{what} {name}: {fault[1]}", level)
+
+
+def _file_problems(record: dict[str, Any], path: Path) -> Iterator[Problem]:
+    size = (record["height"], record["width"])
+    try:
+        with Image.open(path) as file:
+            stored = (file.height, file.width)
+            turned = file.getexif().get(0x0112, 1) not in (0, 1)
+            oriented = orient(file, size)
+            to_rgb(oriented).load()  # decodes all, so that a truncated file shows
+    except FileNotFoundError:
+        yield _problem(("missing file", f"{path} does not exist"), "image", record)
+    except DataError as error:
+        yield _problem(("size mismatch", f"{path}: {error}"), "image", record)
+    except Exception as error:  # PIL's plugins raise what they like on broken files
+        yield _problem(("unreadable file", f"{path}: {type(error).__name__} {error}"), "image", record)
+    else:
+        if turned:
+            rotated = oriented is not file
+            how = "is applied" if rotated else f"is ignored: only the stored {stored[1]} x {stored[0]} fits"
+            yield _problem(
+                ("EXIF rotation", f"{path} has an EXIF rotation, which {how}"), "image", record, "warning"
+            )
+
+
+def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iterator[Problem]:
+    """Problems of an annotation whose ids and box can be used."""
+
+    def found(kind: str, text: str, level: Literal["error", "warning", "info"] = "error") -> Problem:
+        return _problem((kind, text), "annotation", record, level)
+
+    name = record.get("id")
+    if type(name) is not int:
+        yield found(
+            "bad annotation id",
+            f"id {name!r} is not an integer; pycocotools cannot evaluate on it",
+            "warning",
+        )
+    elif name in seen:
+        yield found("duplicate annotation id", "pycocotools keeps only the last one of an id", "warning")
+    else:
+        seen.add(name)
+    for key in ("area", "iscrowd"):
+        if not isinstance(record.get(key), int | float) or not math.isfinite(record[key]):
+            yield found(
+                f"no {key}", f"{key} is {record.get(key)!r}; pycocotools needs it to evaluate", "warning"
+            )
+    x, y, w, h = record["bbox"]
+    if x < -_OVERHANG or y < -_OVERHANG or x + w > size[1] + _OVERHANG or y + h > size[0] + _OVERHANG:
+        yield found(
+            "box overhangs",
+            f"bbox {record['bbox']} sticks out of the {size[1]} x {size[0]} image; it is clipped",
+            "warning",
+        )
+    segmentation = record.get("segmentation")
+    if record.get("iscrowd") and not isinstance(segmentation, dict):
+        yield found("crowd without RLE", "a crowd region's segmentation should be RLE", "warning")
+    if segmentation is None or segmentation == []:
+        return
+    if isinstance(segmentation, dict):
+        if fault := rle_fault(segmentation, size):
+            yield found(*fault)
+            return
+        rle = segmentation
+        if isinstance(rle["counts"], list):
+            rle = mask_util.frPyObjects(rle, *size)
+        else:
+            runs = rle_counts(rle["counts"].encode())
+            if len(runs) == 0 or runs.min() < 0 or runs.sum() != size[0] * size[1]:
+                yield found("bad RLE", f"RLE counts do not add up to {size[0]} x {size[1]} pixels")
+                return
+    else:
+        parts = []
+        for part in segmentation if isinstance(segmentation, list) else [segmentation]:
+            if fault := polygon_fault(part):
+                yield found(*fault)
+            else:
+                parts.append(np.asarray(part, np.float64))
+        if not parts:
+            return
+        rle = mask_util.merge(mask_util.frPyObjects(parts, *size))
+    if mask_util.area(rle) == 0:
+        yield found("empty mask", "its mask has no pixel in the image", "warning")
+        return
+    mx, my, mw, mh = (float(v) for v in mask_util.toBbox(rle))
+    box = np.clip([x, y, x + w, y + h], 0, [size[1], size[0], size[1], size[0]])
+    if np.abs(box - [mx, my, mx + mw, my + mh]).max() > _BOX_MASK_SLACK:
+        text = f"bbox {record['bbox']} is not around its mask, whose box is {[mx, my, mw, mh]}"
+        yield found("box and mask differ", text, "info")
