@@ -146,16 +146,16 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
     optimizer["type"] = name
     params = optimizer.setdefault("params", {})
     adam = name in ("Adam", "AdamW")
-    if adam and not has_gpu:
-        # DeepSpeed's own Adams are compiled at the first use.
+    zero = deepspeed.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if adam and (offload == "none" or not has_gpu):
+        # DeepSpeed's own Adams are compiled at the first use, with nvcc on a GPU; torch's need nothing.
         params.setdefault("torch_adam", True)
     if name == "Lamb" and not has_gpu:
         raise ConfigError("optimizer.type: Lamb is a CUDA kernel of DeepSpeed; without a GPU use AdamW")
-    zero = deepspeed.get("zero_optimization", {})
     if zero.get("stage", 0) > 0 and not adam:
         # The user chose it by name: DeepSpeed's safety catch has nothing left to ask.
         deepspeed.setdefault("zero_allow_untested_optimizer", True)
-    offload = zero.get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and (not adam or params.get("torch_adam", False)):
         deepspeed.setdefault("zero_force_ds_cpu_optimizer", False)
 
