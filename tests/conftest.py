@@ -19,3 +19,13 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip(f"needs the reference data of the developers in {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo set, 12 training and 5 validation images of 64 pixels."""
+    from giantdet.data.demo import make_demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo(folder, train_images=12, val_images=5, size=64)
+    return folder

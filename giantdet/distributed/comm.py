@@ -123,6 +123,20 @@ def mean_over_ranks(values: list[float]) -> list[float]:
     return (total / world_size()).tolist()
 
 
+def average_(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its mean over the ranks, in place; all ranks must call it.
+
+    Summed in float64, so that tensors that are equal on all ranks stay what they are to the last bit.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    total = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    dist.all_reduce(total)
+    parts = (total / world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def any_rank(flag: bool) -> bool:
     """True on all ranks if it is on one; all ranks must call it."""
     return max(mean_over_ranks([float(flag)])) > 0.0

@@ -109,8 +109,16 @@ class Metrics:
 def _drop_lines_after(path: Path, step: int) -> None:
     """Keep what was logged up to `step`: the steps after it are about to be run again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         path.write_text("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Infinite for the half of a line that a killed run leaves behind."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -132,7 +140,8 @@ def plot_losses(path: Path, picture: Path) -> None:
         upper.plot(steps, [line[name] for line in lines], label=name, linewidth=2 if name == "loss" else 1)
     upper.set_ylabel("loss")
     upper.set_yscale("log")
-    upper.legend(fontsize=8)
+    if lines:
+        upper.legend(fontsize=8)
     upper.grid(alpha=0.3)
     lower.plot(steps, [line["lr"] for line in lines], color="black")
     lower.set_ylabel("learning rate")

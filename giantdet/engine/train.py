@@ -93,12 +93,16 @@ def train(run: RunConfig) -> dict[str, Any]:
         metrics.step()
         if is_due(step, config.train.log_every, total_steps):
             metrics.log(step, **progress(engine, device, batches.counters))
-        if settings.val is not None and is_due(step, config.train.eval_every, total_steps):
+        evaluation_due = settings.val is not None and is_due(step, config.train.eval_every, total_steps)
+        checkpoint_due = is_due(step, config.train.save_every, total_steps)
+        if evaluation_due or checkpoint_due:
+            zero.average_statistics(engine)
+        if evaluation_due:
             scores = evaluate(engine, run, device)
             engine.train()
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
-        if is_due(step, config.train.save_every, total_steps):
+        if checkpoint_due:
             checkpoint.save(engine, folder, step, config.train.keep)
     metrics.close()
     batches.close()

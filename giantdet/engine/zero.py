@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from giantdet.config.load import RunConfig
+from giantdet.distributed import comm
 from giantdet.optim.param_groups import parameter_groups
 
 
@@ -42,6 +43,18 @@ def gradient_norm(engine: Any) -> float | None:
     """Norm of the last step's gradient before clipping, or None where DeepSpeed keeps none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+@torch.no_grad()
+def average_statistics(engine: Any) -> None:
+    """Give all ranks the mean of their batch norms' running statistics. All ranks call it.
+
+    Each rank's are of its own images. Without this, ranks would evaluate different models, and the one
+    that is saved and exported would know the main rank's images alone.
+    """
+    norms = [m for m in engine.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+    comm.average_(statistics)
 
 
 def peak_memory(device: torch.device) -> float:

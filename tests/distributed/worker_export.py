@@ -1,0 +1,44 @@
+"""One rank of test_export.py: export_engine in one file and in many, at the ZeRO stage that the run says.
+
+worker_export.py FOLDER JSON [JSON ...]; of each run writes FOLDER/NAME/{whole,sharded} and state.pt, the
+state of the model before DeepSpeed partitioned it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from giantdet import export
+from giantdet.config.load import load_run
+from giantdet.config.resolve import resolve
+from giantdet.distributed import comm
+from giantdet.engine import zero
+from giantdet.models.detector import build_detector
+
+
+def main() -> None:
+    comm.start()
+    torch.set_num_threads(1)
+    for path in map(Path, sys.argv[2:]):
+        run = resolve(load_run(path), comm.world_size(), 12, 4, has_gpu=False)
+        torch.manual_seed(0)
+        model = build_detector(run.giantdet.model, run.giantdet.data.size)
+        folder = Path(sys.argv[1]) / path.stem
+        config = export.export_config(run, [1, 3, 4, 7], ["circle", "rectangle", "triangle", "star"])
+        if comm.is_main():
+            folder.mkdir()
+            torch.save({k: v.clone() for k, v in model.state_dict().items()}, folder / "state.pt")
+        engine = zero.initialize(model, run)
+        export.export_engine(engine, folder / "whole", config)
+        export.SHARD_BYTES = 200_000
+        export.export_engine(engine, folder / "sharded", config)
+        export.SHARD_BYTES = 2 * 2**30
+        engine.destroy()
+    comm.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""One rank of test_zero.py: the same steps at all ZeRO stages, and on rank 0 in plain PyTorch.
+
+worker_zero.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with losses and parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_run
+
+from giantdet.config.load import RunConfig, parse_run
+from giantdet.config.resolve import resolve
+from giantdet.config.types import ModelConfig
+from giantdet.distributed import comm
+from giantdet.engine import zero
+from giantdet.losses import detector_losses
+from giantdet.models.detector import Detector, build_detector
+from giantdet.optim.param_groups import parameter_groups
+from giantdet.structures import Batch, Targets
+
+STEPS = 3
+
+
+def make_batch(step: int, micro_step: int, rank: int) -> Batch:
+    """Noise with bright rectangles as objects; every odd rank has images without a single one."""
+    rng = torch.Generator().manual_seed(10_000 * step + 100 * micro_step + rank)
+    count, slots, side = 2, 6, 14
+    images = torch.randint(0, 160, (count, 3, 64, 64), dtype=torch.uint8, generator=rng)
+    corner = torch.randint(0, 30, (count, slots, 2), generator=rng).float()
+    extent = torch.randint(8, 32, (count, slots, 2), generator=rng).float()
+    boxes = torch.cat([corner, corner + extent], -1)
+    valid = torch.arange(slots).expand(count, slots) < (0 if rank % 2 else 3)
+    for b in range(count):
+        for x0, y0, x1, y1 in boxes[b][valid[b]].long().tolist():
+            images[b, :, y0:y1, x0:x1] = 230
+    boxes = boxes * valid[..., None]
+    targets = Targets(
+        boxes_BM4=boxes,
+        labels_BM=torch.randint(0, 4, (count, slots), generator=rng) * valid,
+        valid_BM=valid,
+        masks_BMSS=torch.full((count, slots, side, side), 255, dtype=torch.uint8) * valid[..., None, None],
+        frames_BM4=boxes,
+    )
+    return Batch(
+        images_B3HW=images,
+        sizes_B2=torch.tensor([[64.0, 64.0], [56.0, 64.0]]),
+        targets=targets,
+        seeds_B=torch.arange(count) + 1000 * step + 10 * rank + 100 * micro_step,
+        image_ids_B=torch.arange(count),
+        original_sizes_B2=torch.tensor([[64, 64], [56, 64]]),
+    )
+
+
+def build(model: ModelConfig) -> Detector:
+    torch.manual_seed(0)
+    return build_detector(model, (64, 64))
+
+
+def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
+    raw = tiny_run(folder, folder, giantdet__model__num_classes=4, **case)
+    # Far above rounding noise, which AdamW would else blow up to steps of the size of the LR.
+    raw["optimizer"]["params"]["eps"] = 1e-4
+    return resolve(parse_run(raw), comm.world_size(), train_images=100, num_classes=4, has_gpu=False)
+
+
+def total_loss(model: Any, batch: Batch) -> torch.Tensor:
+    return torch.stack(list(detector_losses(model(batch)).values())).sum()
+
+
+def with_zero(run: RunConfig) -> dict[str, Any]:
+    engine = zero.initialize(build(run.giantdet.model), run)
+    engine.train()
+    losses, norms = [], []
+    for step in range(STEPS):
+        for micro_step in range(engine.gradient_accumulation_steps()):
+            loss = total_loss(engine, make_batch(step, micro_step, comm.rank()))
+            engine.backward(loss)
+            engine.step()
+            losses.append(comm.mean_over_ranks([float(loss)])[0])
+        norms.append(zero.gradient_norm(engine))
+    parameters = {}
+    import deepspeed
+
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            parameters[name] = parameter.detach().float().clone()
+    groups = {g["name"]: g["weight_decay"] for g in engine.basic_optimizer.param_groups}
+    engine.destroy()
+    return {"losses": losses, "norms": norms, "parameters": parameters, "groups": groups}
+
+
+def by_hand(run: RunConfig) -> dict[str, Any]:
+    """What all ranks together must compute, in one process without DeepSpeed."""
+    model = build(run.giantdet.model).train()
+    params = run.deepspeed["optimizer"]["params"]
+    groups = parameter_groups(model, params["weight_decay"], params["lr"])
+    optimizer = torch.optim.AdamW(groups, eps=params["eps"])
+    accumulation = run.deepspeed["gradient_accumulation_steps"]
+    clipping = run.deepspeed["gradient_clipping"]
+    losses, norms = [], []
+    for step in range(STEPS):
+        for micro_step in range(accumulation):
+            mean = 0.0
+            for rank in range(comm.world_size()):
+                loss = total_loss(model, make_batch(step, micro_step, rank)) / comm.world_size()
+                (loss / accumulation).backward()
+                mean += float(loss)
+            losses.append(mean)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        norms.append(float(norm))
+        if clipping:
+            for gradient in gradients:
+                gradient *= min(1.0, clipping / (float(norm) + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "parameters": parameters}
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    comm.start()
+    torch.set_num_threads(1)
+    for name, case in cases.items():
+        by_itself = case.pop("by_hand", False)
+        run = run_of(case, folder)
+        found = by_hand(run) if by_itself else with_zero(run)
+        if comm.is_main():
+            torch.save(found, folder / f"{name}.pt")
+        comm.barrier()
+    comm.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""metrics.jsonl: means, resumed runs, a loss that is no number, the plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from giantdet.engine.metrics import DivergedError, Metrics, plot_losses, read_metrics
+
+
+def test_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "m.jsonl", total_steps=4, first_step=0)
+    for step in range(1, 5):
+        metrics.add({"loss": torch.tensor(float(step)), "loss_cls": torch.tensor(1.0)}, 3, 0.0)
+        metrics.add({"loss": torch.tensor(float(step) + 1), "loss_cls": torch.tensor(2.0)}, 3, 0.0)
+        metrics.step()
+        if step % 2 == 0:
+            metrics.log(step, lr=0.1 * step)
+    metrics.write({"step": 4, "scores": {"box": {"AP": 0.5}}})
+    metrics.close()
+    first, second, scores = read_metrics(tmp_path / "m.jsonl")
+    assert (first["step"], first["loss"], first["loss_cls"], first["lr"]) == (2, 2.0, 1.5, 0.2)
+    assert (second["step"], second["loss"]) == (4, 4.0)
+    assert first["images_per_second"] > 0
+    assert 0 <= first["data_share"] <= 1
+    assert scores == {"step": 4, "scores": {"box": {"AP": 0.5}}}
+
+
+def test_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    # The last line was cut short as its run was killed.
+    path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (5, 10, 15)) + '{"step": 2')
+    metrics = Metrics(path, total_steps=20, first_step=10)
+    metrics.close()
+    assert [line["step"] for line in read_metrics(path)] == [5, 10]
+
+
+def test_run_from_the_start_drops_an_older_run(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 5, "loss": 1.0}\n')
+    Metrics(path, total_steps=20, first_step=0).close()
+    assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_diverged_loss_is_written_and_raised(tmp_path: Path, value: float) -> None:
+    metrics = Metrics(tmp_path / "m.jsonl", total_steps=4, first_step=0)
+    metrics.add({"loss": torch.tensor(value)}, 1, 0.0)
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step 3: lower the learning rate"):
+        metrics.log(3)
+    assert read_metrics(tmp_path / "m.jsonl")[0]["step"] == 3
+    metrics.close()
+
+
+def test_monitors_get_the_numbers(tmp_path: Path) -> None:
+    class Monitor:
+        enabled = True
+        events: list[Any] = []  # noqa: RUF012
+
+        def write_events(self, events: list[Any]) -> None:
+            self.events += events
+
+    monitor = Monitor()
+    metrics = Metrics(tmp_path / "m.jsonl", 4, 0, monitor)
+    metrics.add({"loss": torch.tensor(2.0)}, 1, 0.0)
+    metrics.log(1, lr=0.5)
+    metrics.close()
+    assert ("giantdet/loss", 2.0, 1) in monitor.events
+    assert ("giantdet/lr", 0.5, 1) in monitor.events
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_plot_is_a_picture_whatever_was_logged(tmp_path: Path, steps: int) -> None:
+    lines = [{"step": s, "loss": 1.0 / s, "loss_cls": 0.5, "lr": 0.1} for s in range(1, steps + 1)]
+    lines.append({"step": steps, "scores": {}})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_losses(tmp_path / "m.jsonl", tmp_path / "losses.png")
+    assert Image.open(tmp_path / "losses.png").width > 100

@@ -1,0 +1,154 @@
+"""A detector and a run small enough for tests, and real processes to run them in. No test in here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPO = Path(__file__).resolve().parents[1]
+
+MODEL: dict[str, Any] = {
+    "backbone": {"name": "test_resnet"},
+    "norm": {"type": "local"},
+    "fpn": {"channels": 16},
+    "rpn": {
+        "anchor_sizes": [8, 16, 32, 48, 64],
+        "batch_per_image": 32,
+        "pre_nms_train": 50,
+        "pre_nms_test": 50,
+        "post_nms_train": 20,
+        "post_nms_test": 20,
+    },
+    "box_head": {"width": 32, "batch_per_image": 16, "detections": 10, "score_threshold": 0.0},
+    "mask_head": {"width": 16, "convs": 1, "slots": 4},
+}
+
+
+def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A run's JSON on the demo set in `data` (canvas 64 x 64); `changes` by dotted path, `__` for a dot."""
+    raw: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.002, "weight_decay": 0.05}},
+        "zero_optimization": {"stage": 0},
+        "gradient_clipping": 0.0,
+        "giantdet": {
+            "model": MODEL,
+            "data": {
+                "train": {"annotations": str(data / "train.json"), "images": str(data / "train")},
+                "val": {"annotations": str(data / "val.json"), "images": str(data / "val")},
+                "size": [64, 64],
+                "short_side": 64,
+                "max_objects": 8,
+                "mask_frame": 28,
+                "workers": 0,
+            },
+            "train": {"steps": 2, "output": str(output), "log_every": 1},
+        },
+    }
+    for path, value in changes.items():
+        set_path(raw, path.replace("__", "."), value)
+    return raw
+
+
+def set_path(raw: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted path without touching the dicts that other runs share."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        raw[parent] = dict(raw.get(parent, {}))
+        raw = raw[parent]
+    raw[last] = value
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a subprocess: CPU, one thread, compiled ops where the repository keeps them, tests importable."""
+    kept = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
+    return kept | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions")),
+        "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
+        "PYTHONWARNINGS": "ignore",
+        **more,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Ended(NamedTuple):
+    """What a process left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def launch(script: Path, world: int, *arguments: object, timeout: float = 120.0) -> list[Ended]:
+    """Run `script` as `world` ranks, and what each left behind.
+
+    A rank that fails ends the others after a moment, as a launcher does. AssertionError on a time-out.
+    """
+    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    with ExitStack() as stack:
+        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in "oe"] for _ in range(world)]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env=environment(RANK=str(r), LOCAL_RANK=str(r), **group),
+                cwd=REPO,
+                stdout=files[r][0],
+                stderr=files[r][1],
+            )
+            for r in range(world)
+        ]
+        in_time = _wait(ranks, timeout)
+        for file in (file for pair in files for file in pair):
+            file.seek(0)
+        texts = [[file.read() for file in pair] for pair in files]
+    results = [Ended(p.returncode, *text) for p, text in zip(ranks, texts, strict=True)]
+    assert in_time, f"{script.name} hung for {timeout:.0f} s\n{logs(results)}"
+    return results
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> bool:
+    end = time.monotonic() + timeout
+    while any(process.poll() is None for process in ranks):
+        if any(process.returncode for process in ranks):
+            end = min(end, time.monotonic() + 15)
+        if time.monotonic() > end:
+            failed = any(process.returncode for process in ranks)
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+            return failed  # not a hang of its own: the others waited for the one that failed
+        time.sleep(0.05)
+    return True
+
+
+def logs(results: list[Ended]) -> str:
+    return "\n".join(
+        f"--- rank {r}, exit code {end.code}\n{end.out[-3000:]}\n{end.err[-6000:]}"
+        for r, end in enumerate(results)
+    )
+
+
+def launch_ok(script: Path, world: int, *arguments: object, timeout: float = 120.0) -> list[Ended]:
+    """`launch`, and every rank must end with exit code 0."""
+    results = launch(script, world, *arguments, timeout=timeout)
+    assert all(end.code == 0 for end in results), logs(results)
+    return results
