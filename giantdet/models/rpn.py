@@ -4,6 +4,10 @@ Shapes: B images · A anchors (all levels) · N proposals · R sampled anchors �
 Reference: detectron2's `RPN` and `find_top_rpn_proposals`. On purpose different: anchors centred in
 the padding are neither trained nor proposed, because our canvas is fixed and may have more padding
 than a batch that is padded to its largest image (the torchvision conventions keep them).
+
+The loss reads 256 of a quarter of a million anchors, and proposals are constants. So the pass over all
+cells keeps no graph, and the sampled anchors' cells, cut out with their 3 x 3 neighbours, go through the
+head a second time: the same numbers, and the backward of a few hundred cells instead of all.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ class RpnHead(nn.Module):
 
     def __init__(self, channels: int, anchors_per_cell: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3)  # zero-padded by who calls it
         self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
         self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
         for layer in (self.conv, self.objectness, self.deltas):
@@ -38,10 +42,45 @@ class RpnHead(nn.Module):
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, C, h, w]` to objectness logits `[B, h*w*K]` and deltas `[B, h*w*K, 4]`, float32."""
-        hidden = F.relu(self.conv(level))
+        return self.predict(F.pad(level, (1, 1, 1, 1)))
+
+    def at_anchors(self, levels: list[Tensor], index_BR: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives at anchors `index_BR`, counted over all levels: `[B, R]` and `[B, R, 4]`."""
+        anchors_per_cell = self.objectness.out_channels
+        around_BRX = _neighbours(levels)[index_BR // anchors_per_cell]
+        batch, channels = levels[0].shape[:2]
+        beyond_B1C = levels[0].new_zeros(batch, 1, channels)  # what the border reads
+        cells_BNC = torch.cat([*(level.flatten(2).mT for level in levels), beyond_B1C], 1)
+        count = cells_BNC.shape[1]
+        first_B11 = torch.arange(batch, device=index_BR.device)[:, None, None] * count
+        patches = F.embedding(around_BRX + first_B11, cells_BNC.flatten(0, 1))
+        objectness, deltas = self.predict(patches.view(-1, 3, 3, channels).permute(0, 3, 1, 2))
+        which_K = (index_BR % anchors_per_cell).flatten()
+        deltas_K4 = gather_slots(deltas, which_K[:, None]).squeeze(1)
+        return objectness.gather(1, which_K[:, None]).view_as(index_BR), deltas_K4.view(*index_BR.shape, 4)
+
+    def predict(self, padded: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of a map with a border of one cell already around it."""
+        hidden = F.relu(self.conv(padded))
         objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(*objectness.shape, 4)
         return objectness.float(), deltas.float()
+
+
+def _neighbours(levels: list[Tensor]) -> Tensor:
+    """The 3 x 3 cells around each cell, row by row: `[N, 9]` numbers of cells counted over all levels.
+
+    A neighbour beyond the level's border is number N.
+    """
+    shapes = [level.shape[-2:] for level in levels]
+    total = sum(height * width for height, width in shapes)
+    first, around = 0, []
+    for height, width in shapes:
+        number_hw = torch.arange(first, first + height * width, device=levels[0].device).view(height, width)
+        bordered = F.pad(number_hw, (1, 1, 1, 1), value=total)
+        around.append(bordered.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
+        first += height * width
+    return torch.cat(around)
 
 
 class Rpn(nn.Module):
@@ -84,14 +123,12 @@ class Rpn(nn.Module):
         self, levels: list[Tensor], sizes_B2: Tensor, targets: Targets | None, seeds_B: Tensor
     ) -> tuple[Proposals, RpnPredictions | None]:
         anchors = self.anchors(levels)
-        objectness, deltas = zip(*(self.head(level) for level in levels), strict=True)
+        with torch.no_grad():
+            objectness, deltas = zip(*(self.head(level) for level in levels), strict=True)
         outside = [self._outside(a, sizes_B2) for a in anchors]
         proposals = select_proposals(
-            [
-                score.detach().masked_fill(out, -torch.inf)
-                for score, out in zip(objectness, outside, strict=True)
-            ],
-            [delta.detach() for delta in deltas],
+            [score.masked_fill(out, -torch.inf) for score, out in zip(objectness, outside, strict=True)],
+            list(deltas),
             anchors,
             sizes_B2,
             self.config.pre_nms_train if self.training else self.config.pre_nms_test,
@@ -102,8 +139,7 @@ class Rpn(nn.Module):
         if targets is None:
             return proposals, None
         predictions = self._at_sampled_anchors(
-            torch.cat(objectness, 1),
-            torch.cat(deltas, 1),
+            levels,
             torch.cat(anchors),
             torch.cat(outside, 1),
             targets,
@@ -122,8 +158,7 @@ class Rpn(nn.Module):
 
     def _at_sampled_anchors(
         self,
-        objectness_BA: Tensor,
-        deltas_BA4: Tensor,
+        levels: list[Tensor],
         anchors_A4: Tensor,
         outside_BA: Tensor,
         targets: Targets,
@@ -143,9 +178,10 @@ class Rpn(nn.Module):
         boxes_BR4 = gather_slots(targets.boxes_BM4, index_BA.gather(1, index_BR))
         # Negatives have no box to aim at; aiming at the anchor itself keeps the encoding finite.
         boxes_BR4 = torch.where(positive_BR[..., None], boxes_BR4, anchors_BR4)
+        objectness_BR, deltas_BR4 = self.head.at_anchors(levels, index_BR)
         return RpnPredictions(
-            objectness_BR=objectness_BA.gather(1, index_BR),
-            deltas_BR4=gather_slots(deltas_BA4, index_BR),
+            objectness_BR=objectness_BR,
+            deltas_BR4=deltas_BR4,
             target_deltas_BR4=encode_deltas(boxes_BR4, anchors_BR4, DELTA_WEIGHTS),
             positive_BR=positive_BR,
             valid_BR=valid_BR,
