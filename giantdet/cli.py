@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,36 @@ def main(arguments: list[str] | None = None) -> int:
         # ConfigError and DataError are ValueErrors that carry their one line.
         if not _is_user_error(error):
             raise
-        print(f"giantdet: error: {error}", file=sys.stderr)
+        _say(f"giantdet: error: {error}")
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"giantdet: error: {error.filename}: {error.strerror}")
         return EXIT_BAD_INPUT
     except RuntimeError as error:
         if type(error).__name__ != "DivergedError":
             raise
-        print(f"giantdet: stopped: {error}", file=sys.stderr)
+        _say(f"giantdet: stopped: {error}")
         return EXIT_DIVERGED
+    finally:
+        if "giantdet.distributed.comm" in sys.modules:
+            sys.modules["giantdet.distributed.comm"].stop()
+
+
+def _say(message: str) -> None:
+    """To stderr, once: of many ranks that stop for one reason, the main rank says it.
+
+    Before the ranks know one another, it is the first of each machine: files may be missing on one alone.
+    """
+    if "giantdet.distributed.comm" in sys.modules:
+        comm = sys.modules["giantdet.distributed.comm"]
+        if comm.world_size() > 1:
+            if not comm.said_by_main(message):
+                print(message, file=sys.stderr, flush=True)
+            return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def _is_user_error(error: ValueError) -> bool:
@@ -43,7 +68,9 @@ def _is_user_error(error: ValueError) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("giantdet.")
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(
+        ("giantdet.", "__main__")
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("export", type=Path, help="folder with model.safetensors and config.json")
     evaluate.add_argument("--annotations", required=True, help="COCO instances JSON")
     evaluate.add_argument("--images", required=True, help="folder of its images")
-    evaluate.add_argument("--batch-size", type=int, default=1)
-    evaluate.add_argument("--workers", type=int, default=2)
+    evaluate.add_argument("--batch-size", type=_at_least(1), default=1)
+    evaluate.add_argument("--workers", type=_at_least(0), default=2)
     evaluate.add_argument("--results", type=Path, help="write COCO results JSON here")
     evaluate.set_defaults(command=run_eval)
 
@@ -97,12 +124,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("make-demo-data", help="make the small data set of scripts/demo.sh")
     demo.add_argument("folder", type=Path)
-    demo.add_argument("--train-images", type=int, default=2000)
-    demo.add_argument("--val-images", type=int, default=200)
-    demo.add_argument("--size", type=int, default=128, help="side of the square images in pixels")
+    demo.add_argument("--train-images", type=_at_least(1), default=2000)
+    demo.add_argument("--val-images", type=_at_least(1), default=200)
+    demo.add_argument("--size", type=_at_least(16), default=128, help="side of the square images in pixels")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(command=run_demo_data)
     return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+
+    return number
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,23 +165,15 @@ def run_train(options: argparse.Namespace) -> None:
     if options.print_config:
         print_config(run)
         return
-    from giantdet.distributed import comm
     from giantdet.engine.train import train
 
     if options.local_rank is not None:
-        import os
-
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    try:
-        train(run)
-    finally:
-        comm.stop()
+    train(run)
 
 
 def print_config(run: Any) -> None:
     """The run as resolved for this many processes, and for the data set where it is at hand."""
-    import os
-
     import torch
 
     from giantdet.config.resolve import describe, resolve
@@ -171,21 +199,24 @@ def run_eval(options: argparse.Namespace) -> None:
     from giantdet.export import load_detector
 
     device = comm.start()
-    try:
-        detector, config = load_detector(options.export, device)
-        dataset = CocoDataset(options.annotations, options.images)
-        data = DataConfig(size=config.size, short_side=config.short_side, workers=options.workers)
-        batches = eval_loader(dataset, data, options.batch_size, comm.rank(), comm.world_size())
-        results = detect_all(
-            detector, batches, device, [number for number, _ in config.categories], config.model.conventions
+    detector, config = load_detector(options.export, device)
+    dataset = CocoDataset(options.annotations, options.images)
+    category_ids = [number for number, _ in config.categories]
+    if unknown := set(dataset.category_ids) - set(category_ids):
+        raise ValueError(
+            f"{options.annotations}: categories {sorted(unknown)} are not among those that {options.export} "
+            f"was trained on, {category_ids}"
         )
-        if comm.is_main():
-            if options.results is not None:
-                options.results.write_text(json.dumps(results))
-            masks = config.model.mask_head.enabled and dataset.has_masks
-            print(score_table(evaluate_results(options.annotations, results, masks)))
-    finally:
-        comm.stop()
+    data = DataConfig(size=config.size, short_side=config.short_side, workers=options.workers)
+    batches = eval_loader(dataset, data, options.batch_size, comm.rank(), comm.world_size())
+    results = detect_all(detector, batches, device, category_ids, config.model.conventions)
+    if comm.is_main():
+        if options.results is not None:
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps(results))
+        masks = config.model.mask_head.enabled and dataset.has_masks
+        print(score_table(evaluate_results(options.annotations, results, masks)))
+    comm.barrier()
 
 
 def run_predict(options: argparse.Namespace) -> None:
@@ -194,15 +225,28 @@ def run_predict(options: argparse.Namespace) -> None:
     predictor = load_predictor(options.export)
     options.output.mkdir(parents=True, exist_ok=True)
     results = []
-    for number, path in enumerate(_image_files(options.images)):
+    files = _image_files(options.images)
+    for number, (path, picture) in enumerate(zip(files, _pictures(files, options.output), strict=True)):
         image = load_image(path)
         found = predictor(image, options.threshold)
-        picture = options.output / f"{path.stem}.png"
         draw(image, found).save(picture)
         results += [{"file_name": str(path), **result} for result in found.to_coco(number)]
         print(f"{path}: {len(found.names)} objects, {picture}")
     (options.output / "results.json").write_text(json.dumps(results))
     print(f"results: {options.output / 'results.json'}")
+
+
+def _pictures(files: list[Path], folder: Path) -> list[Path]:
+    """One name in `folder` for each file's overlay. Raises ValueError where one would replace a file."""
+    pictures: list[Path] = []
+    for path in files:
+        picture, number = folder / f"{path.stem}.png", 2
+        while picture in pictures:
+            picture, number = folder / f"{path.stem}_{number}.png", number + 1
+        pictures.append(picture)
+    if replaced := {p.resolve() for p in pictures} & {p.resolve() for p in files}:
+        raise ValueError(f"{min(replaced)}: its overlay would replace it; choose another --output")
+    return pictures
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
@@ -227,7 +271,8 @@ def run_export(options: argparse.Namespace) -> None:
     from giantdet.export import export_checkpoint, export_config
 
     run = load_run(options.run / "config.json")
-    assert run.giantdet.data.train is not None
+    if run.giantdet.data.train is None:
+        raise ValueError(f"{options.run / 'config.json'}: no data.train, which names the classes")
     dataset = CocoDataset(run.giantdet.data.train.annotations, run.giantdet.data.train.images)
     folder = options.run / "checkpoints"
     checkpoint = folder / options.checkpoint if options.checkpoint else newest(folder)
@@ -248,7 +293,10 @@ def run_configs(options: argparse.Namespace) -> None:
     if not options.folder.is_dir():
         raise ValueError(f"{options.folder}: no such folder; name the one that holds the recipes")
     for path in sorted(options.folder.glob("*.json")):
-        about = json.loads(path.read_text()).get("about", "")
+        try:
+            about = json.loads(path.read_text()).get("about", "")
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+            about = "(not a JSON object)"
         text = about.get("what", "") if isinstance(about, dict) else about
         print(f"{path}: {text}")
 

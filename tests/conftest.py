@@ -7,6 +7,8 @@ from pathlib import Path
 
 # The op that DeepSpeed compiles at its first start must not meet the lock of a killed run.
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("GIANTDET_TEST_GPU") else "cuda")
+REPO = Path(__file__).resolve().parents[1]
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions"))
 
 import pytest
 
@@ -28,4 +30,29 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("demo")
     make_demo(folder, train_images=12, val_images=5, size=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of an untrained tiny detector of the demo set's classes, written without an engine."""
+    import torch
+    from safetensors.torch import save_file
+    from tiny import MODEL
+
+    from giantdet.config.types import ModelConfig
+    from giantdet.data.demo import CATEGORIES
+    from giantdet.export import ExportConfig
+    from giantdet.models.detector import build_detector
+
+    folder = tmp_path_factory.mktemp("export")
+    config = ExportConfig(
+        model=ModelConfig.model_validate({**MODEL, "num_classes": 4}),
+        size=(64, 64),
+        short_side=64,
+        categories=tuple(CATEGORIES.items()),
+    )
+    torch.manual_seed(0)
+    save_file(build_detector(config.model, config.size).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(config.model_dump_json())
     return folder

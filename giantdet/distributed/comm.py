@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -121,6 +122,30 @@ def mean_over_ranks(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=_cpu_group())
     return (total / world_size()).tolist()
+
+
+def said_by_main(message: str, seconds: float = 3.0) -> bool:
+    """For a rank that stops with `message`: does the main rank stop with the same, and say so?
+
+    False on the main rank, which says it, and where the main rank has another message or none in time.
+    Through the store of the process group and not by a collective: the other ranks may be anywhere.
+    """
+    words, heard = "giantdet/last_words", "giantdet/last_words_heard"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if is_main():
+            store.set(words, message)
+            end = time.monotonic() + seconds
+            # The store may live in this process: it stays until all have asked.
+            while store.add(heard, 0) < world_size() - 1 and time.monotonic() < end:
+                time.sleep(0.05)
+            return False
+        store.set_timeout(timedelta(seconds=seconds))
+        same = store.get(words).decode() == message
+        store.add(heard, 1)
+        return same
+    except (dist.DistStoreError, RuntimeError):
+        return False
 
 
 def average_(tensors: list[torch.Tensor]) -> None:

@@ -51,11 +51,15 @@ def to_coco(
 ) -> list[dict[str, Any]]:
     """Detections on the canvas to COCO results in pixels of the original images."""
     results: list[dict[str, Any]] = []
+    # A model may have more classes than the data set has categories: those outputs mean nothing.
+    detections = detections._replace(
+        valid_BD=detections.valid_BD & (detections.labels_BD < len(category_ids))
+    )
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # a slot that only fills up the batch
-        chosen = detections.valid_BD[b]
         boxes_D4, masks_DHW = to_original(detections, batch, b, conventions)
+        chosen = detections.valid_BD[b]
         scores, labels = detections.scores_BD[b][chosen].tolist(), detections.labels_BD[b][chosen].tolist()
         for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
             x0, y0, x1, y1 = box

@@ -70,7 +70,10 @@ class Predictor:
         pixels = image if isinstance(image, np.ndarray) else load_image(image)
         batch = image_batch(pixels, self.data)
         detections = self.detector(batch.to(self.device))
-        detections = detections._replace(valid_BD=detections.valid_BD & (detections.scores_BD >= threshold))
+        # A model may have more classes than names: those outputs mean nothing.
+        named_BD = detections.labels_BD < len(self.config.categories)
+        shown_BD = detections.valid_BD & named_BD & (detections.scores_BD >= threshold)
+        detections = detections._replace(valid_BD=shown_BD)
         boxes_D4, masks_DHW = to_original(detections, batch, 0, self.config.model.conventions)
         chosen = detections.valid_BD[0]
         labels_D = detections.labels_BD[0][chosen].cpu()

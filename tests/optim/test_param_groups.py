@@ -1,0 +1,77 @@
+"""Parameter groups: every trainable parameter once, in the right group, found by name."""
+
+from __future__ import annotations
+
+import torch
+from tiny import MODEL
+from torch import nn
+
+from giantdet.config.types import ModelConfig
+from giantdet.models.detector import build_detector
+from giantdet.optim.param_groups import group_table, parameter_groups
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.table = nn.Parameter(torch.zeros(3, 4))
+        self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"table"}
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(Part())
+        self.two = nn.Linear(4, 2, bias=False)
+
+
+def test_decay_by_dimension_and_by_timms_list() -> None:
+    model = Whole()
+    groups = {group["name"]: group for group in parameter_groups(model, 0.1, 0.01)}
+    part = model.one[0]
+    same = lambda found, wanted: [id(p) for p in found] == [id(p) for p in wanted]  # noqa: E731
+    assert set(groups) == {"one", "one/no_decay", "two"}, "no empty group for a module without biases"
+    assert same(groups["one"]["params"], [part.linear.weight])
+    exempt = [part.table, part.linear.bias, part.norm.weight, part.norm.bias]
+    assert same(groups["one/no_decay"]["params"], exempt)
+    assert [groups[n]["weight_decay"] for n in ("one", "one/no_decay", "two")] == [0.1, 0.0, 0.1]
+    assert all(group["lr"] == 0.01 for group in groups.values())
+    assert all("lr" not in group for group in parameter_groups(model, 0.1))
+
+
+def test_detector_each_trainable_parameter_once() -> None:
+    config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_resnet", "frozen_stages": 2}}
+    model = build_detector(ModelConfig.model_validate(config), (64, 64))
+    groups = parameter_groups(model, 0.05, 0.1)
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert len(ids) < len(list(model.parameters())), "the frozen stages are left out"
+    modules = {group["name"].removesuffix("/no_decay") for group in groups}
+    assert modules == {"backbone", "fpn", "rpn", "box_head", "mask_head"}
+    torch.optim.AdamW(groups)  # takes them as they are
+
+
+def test_position_embeddings_of_a_vit_are_not_decayed() -> None:
+    config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_vit", "window": 2}}
+    model = build_detector(ModelConfig.model_validate(config), (64, 64))
+    groups = {group["name"]: group for group in parameter_groups(model, 0.05)}
+    named = {id(p): name for name, p in model.named_parameters()}
+    undecayed = [named[id(p)] for p in groups["backbone/no_decay"]["params"]]
+    assert any("pos_embed" in name for name in undecayed)
+    assert not any("pos_embed" in named[id(p)] for p in groups["backbone"]["params"])
+
+
+def test_table_counts_what_zero3_partitioned() -> None:
+    groups = parameter_groups(Whole(), 0.1, 0.01)
+    lines = group_table(groups).splitlines()
+    assert [line.split()[0] for line in lines] == ["group", "one/no_decay", "one", "two"]
+    assert lines[3].split()[1:] == ["1", "8", "0.1", "0.01"]
+    empty = nn.Parameter(torch.zeros(0))
+    empty.ds_numel = 1_000_000  # what DeepSpeed leaves of a partitioned parameter
+    table = group_table([{"params": [empty], "name": "giant", "weight_decay": 0.0}])
+    assert "1,000,000" in table

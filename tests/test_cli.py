@@ -1,0 +1,265 @@
+"""The command line as its users meet it: help, errors of one line, every command on a tiny run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny import REPO, Ended, environment, free_port, launch, logs, set_path, tiny_run
+
+from giantdet import cli
+from giantdet.config.load import load_run, parse_run
+
+COMMANDS = ("train", "eval", "predict", "export", "validate-data", "configs", "make-demo-data")
+SCRIPT = REPO / "scripts/train.py"
+
+
+def _run(*command: object) -> Ended:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment(),
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def _one_line(code: int, err: str, *parts: str) -> None:
+    """Exit code 2 and one line of ours; libraries' own chatter at import is not ours."""
+    assert code == 2, err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "giantdet: error" in line]
+    assert len(lines) == 1, err
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+def _write(folder: Path, raw: dict[str, Any]) -> Path:
+    path = folder / "run.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_help_in_a_process_of_its_own() -> None:
+    done = _run("-m", "giantdet.cli", "--help")
+    assert done.code == 0
+    assert all(command in done.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: giantdet {command}")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"train_batchsize": 8}, ["train_batchsize", "did you mean train_batch_size"]),
+        ({"giantdet.train.stepz": 8}, ["giantdet.train.stepz", "steps"]),
+        ({"giantdet.train.steps": "many"}, ["giantdet.train.steps"]),
+        ({"giantdet.model.backbone.name": "resnet51"}, ["unknown backbone 'resnet51'", "resnet50"]),
+        ({"giantdet.data.size": [64, 72]}, ["data.size must be multiples of 32", "[64, 72]"]),
+        ({"giantdet.data.train.annotations": "nowhere.json"}, ["no file nowhere.json"]),
+        ({"giantdet.data.val.images": "nowhere"}, ["no folder nowhere"]),
+        ({"giantdet.model.num_classes": 2}, ["num_classes is 2", "4 categories"]),
+        ({"giantdet.model.init_weights": "no.safetensors"}, ["no.safetensors does not exist"]),
+        ({"giantdet.model.backbone.init_weights": "no.pth"}, ["no.pth does not exist"]),
+        ({"train_batch_size": 3}, ["train_batch_size 3", "nearest possible"]),
+        ({"giantdet.train.output": "/dev/null/run"}, ["/dev/null"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_of_a_run_are_one_line(
+    change: dict[str, Any], parts: list[str], demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    raw = tiny_run(demo_data, tmp_path / "out")
+    for path, value in change.items():
+        set_path(raw, path, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # and what comm.start sets is taken back
+        monkeypatch.setenv(name, {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}.get(name, "0"))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    code = cli.main(["train", "--deepspeed_config", str(_write(tmp_path, raw))])
+    _one_line(code, capsys.readouterr().err, *parts)
+
+
+def test_missing_or_broken_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["train", "--config", str(tmp_path / "no.json")])
+    _one_line(code, capsys.readouterr().err, "no.json: no such file")
+    (tmp_path / "broken.json").write_text('{"a": 1,}')
+    code = cli.main(["train", "--config", str(tmp_path / "broken.json")])
+    _one_line(code, capsys.readouterr().err, "broken.json: line 1")
+
+
+def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(options: Any) -> None:
+        int("not a number")
+        raise AssertionError
+
+    monkeypatch.setattr(cli, "run_configs", broken)
+    # The innermost frame is this test's, not giantdet's.
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["configs"])
+
+
+def test_script_in_one_process(demo_data: Path, tmp_path: Path) -> None:
+    """Unknown backbone under python; then a run of two steps, in either spelling of the local rank."""
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
+    done = _run(SCRIPT, "--deepspeed_config", run, "--local_rank=0", "model.backbone.name=resnet51")
+    _one_line(done.code, done.err, "unknown backbone 'resnet51'")
+    done = _run(SCRIPT, "--deepspeed", "--deepspeed_config", run, "--local-rank=0", "train.steps=1")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out/export/model.safetensors").is_file()
+    assert (tmp_path / "out/losses.png").is_file()
+
+
+def test_deepspeed_launcher_says_it_once(demo_data: Path, tmp_path: Path) -> None:
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out", giantdet__model__num_classes=2))
+    port = f"--master_port={free_port()}"
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus=2", port]
+    done = _run(*launcher, SCRIPT, "--deepspeed_config", run)
+    said = [line for line in (done.err + done.out).splitlines() if "giantdet: error" in line]
+    assert done.code != 0
+    assert len(said) == 1, done.err
+    assert "num_classes is 2" in said[0]
+    assert "Traceback" not in done.err
+
+
+def test_each_reason_is_said_once_over_all_ranks() -> None:
+    """Two ranks stop for one reason, one for another; the main rank is silent in the second launch."""
+    worker = REPO / "tests/distributed/worker_words.py"
+    same = launch(worker, 3, "bad key", "bad key", "disk full")
+    said = [[line for line in end.err.splitlines() if line in ("bad key", "disk full")] for end in same]
+    assert said == [["bad key"], [], ["disk full"]], logs(same)
+    alone = launch(worker, 2, "-", "disk full")
+    assert ["disk full" in end.err for end in alone] == [False, True], logs(alone)
+
+
+def test_print_config_reads_back_to_the_same_run(demo_data: Path, tmp_path: Path, capsys: Any) -> None:
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
+    assert cli.main(["train", "--config", str(run), "--print-config", "train.steps=7"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["giantdet"]["train"]["steps"] == 7
+    assert printed["giantdet"]["model"]["num_classes"] == 4
+    assert printed["train_batch_size"] == 2
+    (tmp_path / "again.json").write_text(json.dumps(printed))
+    assert cli.main(["train", "--config", str(tmp_path / "again.json"), "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out) == printed
+    assert load_run(tmp_path / "again.json").giantdet == parse_run(printed).giantdet
+    assert not (tmp_path / "out").exists()
+
+
+def test_configs_lists_every_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["configs", str(REPO / "ds_configs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list((REPO / "ds_configs").glob("*.json")))
+    assert all(len(line.split(": ", 1)[1]) > 10 for line in lines)
+    (tmp_path / "broken.json").write_text("{")
+    assert cli.main(["configs", str(tmp_path)]) == 0
+    assert "not a JSON object" in capsys.readouterr().out
+    assert cli.main(["configs", str(tmp_path / "no")]) == 2
+
+
+def test_validate_data(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations, images = str(demo_data / "val.json"), str(demo_data / "val")
+    assert cli.main(["validate-data", annotations, images]) == 0
+    content = json.loads(Path(annotations).read_text())
+    content["annotations"][0]["category_id"] = 99
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    assert cli.main(["validate-data", str(tmp_path / "bad.json"), images]) == 1
+    assert "99" in capsys.readouterr().out
+    assert cli.main(["validate-data", str(tmp_path / "no.json"), images]) == 2
+    _one_line(2, capsys.readouterr().err, "no.json")
+
+
+def test_make_demo_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--train-images", "2", "--val-images", "1", "--size", "64"]
+    assert cli.main(["make-demo-data", str(tmp_path / "demo"), *arguments]) == 0
+    assert len(list((tmp_path / "demo/train").iterdir())) == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["make-demo-data", str(tmp_path), "--train-images", "0"])
+    assert ended.value.code == 2
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_predict(tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any) -> None:
+    image = next(iter(sorted((demo_data / "val").iterdir())))
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / image.name
+    twin.write_bytes(image.read_bytes())
+    output = tmp_path / "out"
+    arguments = [
+        "predict",
+        str(tiny_export),
+        str(image),
+        str(twin),
+        "--threshold",
+        "0",
+        "--output",
+        str(output),
+    ]
+    assert cli.main(arguments) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert {r["file_name"] for r in results} == {str(image), str(twin)}
+    pictures = sorted(p.name for p in output.glob("*.png"))
+    assert pictures == [f"{image.stem}.png", f"{image.stem}_2.png"], "files of one name do not overwrite"
+    assert all(Image.open(output / name).width >= 64 for name in pictures)
+    capsys.readouterr()
+
+
+def test_predict_says_what_is_wrong(tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any) -> None:
+    out = ["--output", str(tmp_path / "out")]
+    for arguments, part in (
+        ([str(tiny_export), str(tmp_path / "no.jpg")], "no.jpg: no such image"),
+        ([str(tmp_path), str(demo_data / "val")], "not an export of giantdet"),
+        ([str(tiny_export), str(demo_data / "val.json")], "not a readable image"),
+        ([str(tiny_export), str(tmp_path)], "no image in this folder"),
+    ):
+        code = cli.main(["predict", *arguments, *out])
+        _one_line(code, capsys.readouterr().err, part)
+    source = tmp_path / "a.png"
+    Image.new("RGB", (64, 64)).save(source)
+    before = source.read_bytes()
+    code = cli.main(["predict", str(tiny_export), str(source), "--output", str(tmp_path)])
+    _one_line(code, capsys.readouterr().err, "a.png: its overlay would replace it")
+    assert source.read_bytes() == before
+
+
+def test_eval_refuses_foreign_categories(
+    tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}.get(name, "0"))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    images = ["--images", str(demo_data / "val"), "--workers", "0"]
+    results = tmp_path / "new/results.json"
+    code = cli.main(
+        [
+            "eval",
+            str(tiny_export),
+            "--annotations",
+            str(demo_data / "val.json"),
+            *images,
+            "--results",
+            str(results),
+        ]
+    )
+    assert code == 0
+    assert "AP50" in capsys.readouterr().out
+    assert isinstance(json.loads(results.read_text()), list)
+    content = json.loads((demo_data / "val.json").read_text())
+    content["categories"].append({"id": 50, "name": "hexagon"})
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    code = cli.main(["eval", str(tiny_export), "--annotations", str(tmp_path / "val.json"), *images])
+    _one_line(code, capsys.readouterr().err, "categories [50]")
