@@ -22,15 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config.types import DataConfig
-from ..structures import Batch, Targets
+from ..structures import Batch
 from .coco import CocoDataset
-from .masks import object_frame
 from .records import DataError, logger
-from .transforms import Geometry, clip_boxes, draw_geometry, sides_ok, transform_boxes, transform_image
+from .samples import Sample, collate, make_sample
+from .transforms import draw_geometry
 
 MAX_BAD_IN_A_ROW = 50
 _AUGMENT = 1  # second word of the augmentation's seeds; the permutations have 0
@@ -40,22 +39,6 @@ _EXPLAIN = {
     "replaced_images": "images that cannot be used were replaced by the next of the stream",
     "unreadable_images": "images that cannot be used are evaluated as if nothing had been found",
 }
-
-
-class Sample(NamedTuple):
-    """One image on the canvas, its objects still ragged."""
-
-    image_HW3: NDArray[np.uint8]
-    size_hw: tuple[int, int]
-    original_hw: tuple[int, int]
-    image_id: int
-    k: int
-    boxes_N4: NDArray
-    labels_N: NDArray
-    masks_NSS: NDArray[np.uint8]
-    frames_N4: NDArray
-    counts: dict[str, int]
-    bad: tuple[str, ...]  # why images before this one could not be used
 
 
 class Delivery(NamedTuple):
@@ -75,67 +58,6 @@ def _permutation(epoch: int, n: int, seed: int) -> NDArray[np.int64]:
 def sample_index(k: int, n: int, seed: int, shuffle: bool = True) -> int:
     """Which of n images is sample k: every image once an epoch, in a new order each epoch."""
     return int(_permutation(k // n, n, seed)[k % n]) if shuffle else k % n
-
-
-def make_sample(
-    dataset: CocoDataset, i: int, k: int, config: DataConfig, geometry: Geometry, targets: bool, masks: bool
-) -> Sample:
-    """Image i of the data set under `geometry`. Raises `DataError` if the image or a mask is broken."""
-    image = transform_image(dataset.read_image(i), geometry, config.size)
-    objects = dataset.objects(i)
-    boxes = transform_boxes(objects.boxes_N4, geometry)
-    tiny = ~sides_ok(boxes)
-    boxes = clip_boxes(boxes, geometry)
-    keep = np.flatnonzero(sides_ok(boxes)) if targets else np.zeros(0, np.int64)
-    slots = config.max_objects
-    counts = {"tiny_objects": int(tiny.sum()) if targets else 0, "dropped_objects": max(len(keep) - slots, 0)}
-    if len(keep) > slots:
-        sides = boxes[keep, 2:] - boxes[keep, :2]
-        keep = np.sort(keep[np.argsort(-sides.prod(axis=1), kind="stable")[:slots]])
-    side = config.mask_frame if masks else 0
-    frames = [object_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
-    return Sample(
-        image,
-        geometry.size_hw,
-        geometry.source_hw,
-        int(dataset.image_ids[i]),
-        k,
-        boxes[keep],
-        objects.labels_N[keep],
-        np.stack([bitmap for bitmap, _ in frames]) if frames else np.zeros((len(keep), side, side), np.uint8),
-        np.stack([frame for _, frame in frames]) if frames else np.zeros((len(keep), 4), np.float32),
-        counts,
-        (),
-    )
-
-
-def collate(samples: list[Sample], slots: int, side: int) -> Batch:
-    """Samples of at most `slots` objects as one batch: M = slots, S = side."""
-    size, (height, width) = len(samples), samples[0].image_HW3.shape[:2]
-    images = torch.empty((size, 3, height, width), dtype=torch.uint8)
-    targets = Targets(
-        boxes_BM4=torch.zeros(size, slots, 4),
-        labels_BM=torch.zeros(size, slots, dtype=torch.int64),
-        valid_BM=torch.zeros(size, slots, dtype=torch.bool),
-        masks_BMSS=torch.zeros(size, slots, side, side, dtype=torch.uint8),
-        frames_BM4=torch.zeros(size, slots, 4),
-    )
-    for b, sample in enumerate(samples):
-        images[b] = torch.from_numpy(sample.image_HW3).permute(2, 0, 1)
-        n = len(sample.labels_N)
-        targets.boxes_BM4[b, :n] = torch.from_numpy(sample.boxes_N4)
-        targets.labels_BM[b, :n] = torch.from_numpy(sample.labels_N)
-        targets.valid_BM[b, :n] = True
-        targets.masks_BMSS[b, :n] = torch.from_numpy(sample.masks_NSS)
-        targets.frames_BM4[b, :n] = torch.from_numpy(sample.frames_N4)
-    return Batch(
-        images,
-        torch.tensor([s.size_hw for s in samples], dtype=torch.float32),
-        targets,
-        torch.tensor([s.k for s in samples], dtype=torch.int64),
-        torch.tensor([s.image_id for s in samples], dtype=torch.int64),
-        torch.tensor([s.original_hw for s in samples], dtype=torch.int64),
-    )
 
 
 class _Stream(Dataset[Sample]):
@@ -282,7 +204,11 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        delivery = next(self._deliveries)
+        try:
+            delivery = next(self._deliveries)
+        except (ConnectionError, EOFError) as error:
+            # What a worker's death looks like while one of its batches is on its way; torch words the rest.
+            raise RuntimeError("a data loader worker died; was it killed for want of memory?") from error
         for text in delivery.bad:
             if text not in self._named:
                 self._named.add(text)
@@ -298,7 +224,11 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. Leaving the last reference does the same."""
-        self._deliveries = iter(())
+        deliveries, self._deliveries = self._deliveries, iter(())
+        # Letting go is not enough where the traceback of an exception still holds torch's iterator.
+        shutdown = getattr(deliveries, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
 
 
 def train_loader(
@@ -350,9 +280,3 @@ def _init_worker(worker: int) -> None:
     """Stop signals are the training loop's to handle; workers end with their loader."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def unpack_image(images_B3HW: Tensor, sizes_B2: Tensor, b: int) -> NDArray[np.uint8]:
-    """Image b of a batch without its padding, [h, w, 3]: for drawing."""
-    height, width = (int(v) for v in sizes_B2[b])
-    return images_B3HW[b, :, :height, :width].permute(1, 2, 0).numpy()

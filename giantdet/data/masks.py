@@ -9,8 +9,11 @@ in the frame's coordinates.
 RoIAlign on a full bitmap repeats the bitmap's border for the half pixel around it, so cells outside
 the image repeat the border here, too: what is inside the image does not show where the frame ends.
 
-Error against full bitmaps on the canvas at 800 px short side, S = 112, boxes as RoIs, 28 x 28
-targets at 0.5 (`tests/data/test_masks.py` holds it): @@NUMBERS@@
+Error against full bitmaps (`tests/data/test_geometry.py` holds it), S = 112, images at 800 px short
+side, objects of coco_panoptic200 / dsb2018_nuclei / fruits_nuts, bitmaps of exact coverage: mean IoU of
+the masks 0.9955 / 0.9993 / 0.9962, least 0.979 / 0.989 / 0.993; wrong cells of the 28 x 28 targets of
+their boxes 0.07 / 0.07 / 0.03 %. Against bitmaps that were scaled to the nearest pixel, as detectron2
+does, 0.8 / 1.2 / 0.3 % of the cells differ, nearly all of it the error of nearest scaling.
 At scale 1 and up to S - 2 pixels the bitmap is the mask, pixel by pixel.
 
 RLE strings are decoded here a window at a time, since pycocotools decodes whole images only.

@@ -1,0 +1,92 @@
+"""One image on the canvas with its objects, and several of them as a batch of fixed shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..config.types import DataConfig
+from ..structures import Batch, Targets
+from .coco import CocoDataset
+from .masks import object_frame
+from .transforms import Geometry, clip_boxes, sides_ok, transform_boxes, transform_image
+
+
+class Sample(NamedTuple):
+    """One image on the canvas, its objects still ragged."""
+
+    image_HW3: NDArray[np.uint8]
+    size_hw: tuple[int, int]
+    original_hw: tuple[int, int]
+    image_id: int
+    k: int
+    boxes_N4: NDArray
+    labels_N: NDArray
+    masks_NSS: NDArray[np.uint8]
+    frames_N4: NDArray
+    counts: dict[str, int]
+    bad: tuple[str, ...]  # why images before this one could not be used
+
+
+def make_sample(
+    dataset: CocoDataset, i: int, k: int, config: DataConfig, geometry: Geometry, targets: bool, masks: bool
+) -> Sample:
+    """Image i of the data set under `geometry`. Raises `DataError` if the image or a mask is broken."""
+    image = transform_image(dataset.read_image(i), geometry, config.size)
+    objects = dataset.objects(i)
+    boxes = transform_boxes(objects.boxes_N4, geometry)
+    tiny = ~sides_ok(boxes)
+    boxes = clip_boxes(boxes, geometry)
+    keep = np.flatnonzero(sides_ok(boxes)) if targets else np.zeros(0, np.int64)
+    slots = config.max_objects
+    counts = {"tiny_objects": int(tiny.sum()) if targets else 0, "dropped_objects": max(len(keep) - slots, 0)}
+    if len(keep) > slots:
+        sides = boxes[keep, 2:] - boxes[keep, :2]
+        keep = np.sort(keep[np.argsort(-sides.prod(axis=1), kind="stable")[:slots]])
+    side = config.mask_frame if masks else 0
+    frames = [object_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
+    return Sample(
+        image,
+        geometry.size_hw,
+        geometry.source_hw,
+        int(dataset.image_ids[i]),
+        k,
+        boxes[keep],
+        objects.labels_N[keep],
+        np.stack([bitmap for bitmap, _ in frames]) if frames else np.zeros((len(keep), side, side), np.uint8),
+        np.stack([frame for _, frame in frames]) if frames else np.zeros((len(keep), 4), np.float32),
+        counts,
+        (),
+    )
+
+
+def collate(samples: list[Sample], slots: int, side: int) -> Batch:
+    """Samples of at most `slots` objects as one batch: M = slots, S = side."""
+    size, (height, width) = len(samples), samples[0].image_HW3.shape[:2]
+    images = torch.empty((size, 3, height, width), dtype=torch.uint8)
+    targets = Targets(
+        boxes_BM4=torch.zeros(size, slots, 4),
+        labels_BM=torch.zeros(size, slots, dtype=torch.int64),
+        valid_BM=torch.zeros(size, slots, dtype=torch.bool),
+        masks_BMSS=torch.zeros(size, slots, side, side, dtype=torch.uint8),
+        frames_BM4=torch.zeros(size, slots, 4),
+    )
+    for b, sample in enumerate(samples):
+        images[b] = torch.from_numpy(sample.image_HW3).permute(2, 0, 1)
+        n = len(sample.labels_N)
+        targets.boxes_BM4[b, :n] = torch.from_numpy(sample.boxes_N4)
+        targets.labels_BM[b, :n] = torch.from_numpy(sample.labels_N)
+        targets.valid_BM[b, :n] = True
+        targets.masks_BMSS[b, :n] = torch.from_numpy(sample.masks_NSS)
+        targets.frames_BM4[b, :n] = torch.from_numpy(sample.frames_N4)
+    return Batch(
+        images,
+        torch.tensor([s.size_hw for s in samples], dtype=torch.float32),
+        targets,
+        torch.tensor([s.k for s in samples], dtype=torch.int64),
+        torch.tensor([s.image_id for s in samples], dtype=torch.int64),
+        torch.tensor([s.original_hw for s in samples], dtype=torch.int64),
+    )
