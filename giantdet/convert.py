@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+_EPS = 1e-5  # of timm's ResNets
+
 _RENAMES: tuple[tuple[str, str], ...] = (
     (r"backbone\.body\.", "backbone.body."),
     (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"fpn.laterals.\1.0."),
@@ -40,11 +42,16 @@ def is_torchvision(state: Mapping[str, Tensor]) -> bool:
     return any(key.startswith("backbone.fpn.inner_blocks.") for key in state)
 
 
-def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_torchvision(state: Mapping[str, Tensor], norm_eps: float | None = None) -> dict[str, Tensor]:
     """torchvision's `maskrcnn_resnet50_fpn` or `fasterrcnn_resnet50_fpn` in giantdet's names.
 
     Use it with `model.conventions: "torchvision"`, for which the weights were trained. Older files
     (before torchvision 0.12) name the RPN's and mask head's layers differently and are understood too.
+
+    `norm_eps` is the epsilon of the batch norms that the weights were trained with. torchvision sets it to
+    0 for its COCO weights (`overwrite_eps` in `mask_rcnn.py`), and a file does not say so. None takes 0 for
+    frozen norms (their files have no `num_batches_tracked`), and 1e-5 otherwise. Another epsilon than ours
+    is folded into the norms' weights, exactly.
     Raises ValueError naming the keys that have no counterpart (the v2 models, for example).
     """
     converted: dict[str, Tensor] = {}
@@ -62,7 +69,20 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(
             f"torchvision weights with keys that giantdet has no place for: {', '.join(unknown)}"
         )
+    if norm_eps is None:
+        norm_eps = _EPS if any(key.endswith("num_batches_tracked") for key in converted) else 0.0
+    _fold_eps(converted, norm_eps)
     return converted
+
+
+def _fold_eps(state: dict[str, Tensor], eps: float) -> None:
+    """weight / sqrt(var + eps) as weight' / sqrt(var + 1e-5), in place."""
+    if eps == _EPS:
+        return
+    for key in [key for key in state if key.endswith(".running_var")]:
+        variance, name = state[key].double(), key.removesuffix("running_var") + "weight"
+        factor = ((variance + _EPS) / (variance + eps).clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+        state[name] = (state[name].double() * factor).to(state[name].dtype)
 
 
 def _modern(key: str) -> str:

@@ -68,7 +68,10 @@ class Detector(nn.Module):
         return self.train_heads(levels, batch) if self.training else self.detect(levels, batch)
 
     def normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
-        """uint8 pixels to the backbone's units and dtype; the padding stays exactly zero."""
+        """uint8 pixels to the backbone's units and dtype; the padding stays exactly zero.
+
+        Channels last: convolutions pass the layout on, and run faster in it on CPUs and in bf16 on GPUs.
+        """
         device = images_B3HW.device
         height, width = images_B3HW.shape[-2:]
         rows = torch.arange(height, device=device) < sizes_B2[:, :1]
@@ -77,7 +80,8 @@ class Detector(nn.Module):
         # Python scalars, channel by channel: a tensor of constants would be a copy that the GPU waits for.
         channels = zip(images_B3HW.float().unbind(1), self.pixel_scale, self.pixel_shift, strict=True)
         pixels_B3HW = torch.stack([pixels * scale + shift for pixels, scale, shift in channels], 1)
-        return torch.where(inside_B1HW, pixels_B3HW, 0.0).to(next(self.parameters()).dtype)
+        pixels_B3HW = torch.where(inside_B1HW, pixels_B3HW, 0.0).to(next(self.parameters()).dtype)
+        return pixels_B3HW.contiguous(memory_format=torch.channels_last)
 
     def train_heads(self, levels: list[Tensor], batch: Batch) -> Predictions:
         targets = batch.targets
@@ -98,8 +102,9 @@ class Detector(nn.Module):
         assert self.mask_head is not None
         config = self.config.mask_head
         slots = min(config.slots, rois.positive_BR.shape[1])
-        boxes_BP4, index_BP = rois.boxes_BR4[:, :slots], rois.index_BR[:, :slots]
-        valid_BP = rois.positive_BR[:, :slots]
+        valid_BP, index_BP = rois.positive_BR[:, :slots], rois.index_BR[:, :slots]
+        # Adaptive sampling takes a point a cell: an unused slot's box of any size would cost time.
+        boxes_BP4 = rois.boxes_BR4[:, :slots].where(valid_BP[..., None], 0.0)
         label_BP = rois.labels_BR[:, :slots].where(valid_BP, 0)
         features = self.pool(levels, boxes_BP4, config.resolution, config.sampling_ratio)
         logits = self.mask_head(features, label_BP.flatten())
@@ -148,5 +153,6 @@ class Detector(nn.Module):
 def build_detector(config: ModelConfig, image_size: tuple[int, int]) -> Detector:
     """The detector of a run, its batch norms converted as the `norm` section says."""
     detector = Detector(config, image_size)
-    apply_norm(detector.backbone, config.norm)
+    apply_norm(detector, config.norm)  # those of pyramid and heads too
+    # Weights stay contiguous: DeepSpeed 0.19 broadcasts them as bytes, and raises for channels-last ones.
     return detector

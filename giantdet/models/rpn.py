@@ -165,7 +165,8 @@ class Rpn(nn.Module):
         seeds_B: Tensor,
     ) -> RpnPredictions:
         config = self.config
-        iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4)
+        # Before matching: the best anchor of an object at the border must be one that can be sampled.
+        iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4).masked_fill_(outside_BA[:, None], 0.0)
         index_BA, label_BA = match(
             iou_BMA, targets.valid_BM, config.iou_low, config.iou_high, allow_low_quality=True
         )
