@@ -1,0 +1,80 @@
+"""The operators that a training step really runs: no shape that depends on data, no reading of the device.
+
+One exception: inside the operator `giantdet::nms_mask`, the CPU's kernel calls torchvision's NMS, whose
+result has an unknown length, and scatters it into a mask. On the CPU there is no device to wait for, and the
+operator's own output has a fixed shape; the GPU's kernel (`nms_mask_fixed_point`) is held to the rule here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_detector import build, dataset, load, step  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from giantdet.data.coco import CocoDataset
+from giantdet.ops.nms import nms_mask_fixed_point
+
+BANNED = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "is_nonzero",
+}
+INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all operators, and those that break the rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.broken: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        self.names.add(func._schema.name)
+        if name in BANNED:
+            self.broken.add(name)
+        if name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+            self.broken.add(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+def test_training_step(dataset: CocoDataset) -> None:  # noqa: F811
+    for conventions in ("detectron2", "torchvision"):
+        detector, batch = build(), load(dataset)
+        detector.torchvision = conventions == "torchvision"
+        with Recorder() as recorder:
+            step(detector, batch)
+        assert not recorder.broken
+        assert {"giantdet::nms_mask", "aten::convolution", "aten::convolution_backward"} <= recorder.names
+
+
+def test_evaluation(dataset: CocoDataset) -> None:  # noqa: F811
+    detector, batch = build().eval(), load(dataset)
+    with torch.no_grad(), Recorder() as recorder:
+        detector(batch)
+    assert not recorder.broken and "giantdet::nms_mask" in recorder.names
+
+
+def test_nms_of_the_gpu() -> None:
+    boxes = torch.rand(2, 20, 4).cumsum(-1)
+    with Recorder() as recorder:
+        nms_mask_fixed_point(boxes, torch.rand(2, 20), torch.rand(2, 20) > 0.2, 0.5)
+    assert not recorder.broken and len(recorder.names) > 5
+
+
+@pytest.mark.parametrize(
+    "code", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: bool(x.any())]
+)
+def test_the_recorder_finds(code: Any) -> None:
+    with Recorder() as recorder:
+        code(torch.ones(3))
+    assert recorder.broken
