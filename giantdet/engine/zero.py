@@ -22,6 +22,11 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    for parameter in model.parameters():
+        # DeepSpeed broadcasts weights as bytes, which a channels-last weight cannot be viewed as. A clone:
+        # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups_of(model, run), config=run.deepspeed, dist_init_required=False
     )
