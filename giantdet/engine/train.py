@@ -98,7 +98,7 @@ def train(run: RunConfig) -> dict[str, Any]:
         if evaluation_due or checkpoint_due:
             zero.average_statistics(engine)
         if evaluation_due:
-            scores = evaluate(engine, run, device)
+            scores = evaluate(engine, run, dataset.category_ids, device)
             engine.train()
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
@@ -114,14 +114,17 @@ def train(run: RunConfig) -> dict[str, Any]:
     return scores
 
 
-def evaluate(engine: Any, run: RunConfig, device: torch.device) -> dict[str, Any]:
-    """COCO scores of the validation set, the same dict on all ranks; the main rank writes and prints them."""
+def evaluate(engine: Any, run: RunConfig, category_ids: list[int], device: torch.device) -> dict[str, Any]:
+    """COCO scores of the validation set, the same dict on all ranks; the main rank writes and prints them.
+
+    `category_ids` are the training set's, by class index: the model answers in its classes.
+    """
     settings, output = run.giantdet.data, Path(run.giantdet.train.output)
     assert settings.val is not None
     dataset = CocoDataset(settings.val.annotations, settings.val.images)
     batches = eval_loader(dataset, settings, run.giantdet.eval.batch_size, comm.rank(), comm.world_size())
     engine.eval()
-    results = detect_all(engine, batches, device, dataset.category_ids, run.giantdet.model.conventions)
+    results = detect_all(engine, batches, device, category_ids, run.giantdet.model.conventions)
     scores: dict[str, Any] = {}
     if comm.is_main():
         with_masks = run.giantdet.model.mask_head.enabled and dataset.has_masks
@@ -157,7 +160,10 @@ def progress(engine: Any, device: torch.device, counters: dict[str, int]) -> dic
     line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(device)}
     if norm is not None:
         line["grad_norm"] = norm
-    return line | {name: count for name, count in counters.items() if count}
+    # What the loaders of all ranks had to leave out: nothing is lost in silence.
+    names = sorted(counters)
+    totals = comm.mean_over_ranks([float(counters[name] * comm.world_size()) for name in names])
+    return line | {name: round(total) for name, total in zip(names, totals, strict=True) if total}
 
 
 def announce(run: RunConfig, model: Detector, device: torch.device) -> None:
