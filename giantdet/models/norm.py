@@ -77,7 +77,8 @@ class FrozenBatchNorm2d(Float32Buffers):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         bias = self.bias - self.running_mean * scale
-        x = x * scale.to(x.dtype).view(1, -1, 1, 1) + bias.to(x.dtype).view(1, -1, 1, 1)
+        # One pass over x, which `F.batch_norm` has too; but that one would keep x for the backward.
+        x = torch.addcmul(bias.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1))
         return self.act(self.drop(x))
 
     def extra_repr(self) -> str:

@@ -48,7 +48,8 @@ def test_frozen_model_equals_timm_frozen_and_plain_eval(name: str) -> None:
     reference = freeze_batch_norm_2d(shaken_model(name))(x)
     frozen = apply_norm(model, FROZEN).train()  # train mode must not matter
     out = frozen(x)
-    assert torch.equal(out, reference)
+    # timm's multiplies and adds in two passes, ours in one that rounds once.
+    torch.testing.assert_close(out, reference, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
     assert sorted(frozen.state_dict()) == sorted(keys)

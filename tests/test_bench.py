@@ -1,0 +1,51 @@
+"""The step benchmark runs, compares like with like, and says what it compared. No time is asserted."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def bench(*arguments: str) -> str:
+    command = [
+        sys.executable,
+        str(REPO / "scripts" / "bench.py"),
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        *arguments,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=REPO)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def counts(output: str, side: str) -> dict[str, float]:
+    line = next(line for line in output.splitlines() if re.match(rf"  {side} +loss ", line))
+    return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", line)}
+
+
+def test_both_sides_do_the_same_work() -> None:
+    small = ("--size", "64", "--batch", "1", "--objects", "2", "--max-objects", "4", "--rois", "16")
+    output = bench(*small, "--mask-slots", "4", "--pairs", "1")
+    ours, theirs = counts(output, "giantdet"), counts(output, "torchvision")
+    assert ours["rois"] == theirs["rois"] == 16
+    assert ours["masks_computed"] == 4 >= theirs["masks_computed"] >= 1
+    # Same weights and pixels; the two draw different RoIs.
+    assert abs(ours["loss"] - theirs["loss"]) < 0.2 * theirs["loss"]
+    assert len(re.findall(r"data [\d.]+  forward [\d.]+  backward [\d.]+  optimizer [\d.]+", output)) == 4
+    assert re.search(r"^machine: .+ cores, 1 threads", output, re.MULTILINE)
+    ratio = re.search(r"^median ratio: ([\d.]+)$", output, re.MULTILINE)
+    assert ratio and float(ratio[1]) > 0
+
+
+def test_refuses_what_torchvision_has_not() -> None:
+    command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--backbone", "convnext_atto"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPO)
+    assert result.returncode == 2
+    assert "--only giantdet" in result.stderr
