@@ -282,7 +282,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--objects", type=int, default=8, help="objects an image")
     parser.add_argument("--max-objects", type=int, default=100, help="our ground-truth slots an image")
     parser.add_argument("--rois", type=int, default=512, help="RoIs an image in the box head, on both sides")
-    parser.add_argument("--mask-slots", type=int, default=64, help="our mask slots an image")
+    parser.add_argument("--mask-slots", type=int, default=32, help="our mask slots an image; a run has 64")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
