@@ -1,8 +1,8 @@
 """A small instance segmentation set, made on the fly: shapes of four classes on textured ground.
 
 For trying the whole system without a download. Circles, rectangles, triangles and stars of any colour,
-a little turned, 14 to 40 % of the image's side, cover one another; some images hold crowds of small ones
-(10 to 15 %), one in twenty holds nothing.
+a little turned, 18 to 40 % of the image's side, cover one another; some images hold crowds of small ones
+(14 to 18 %), one in twenty holds nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pycocotools import mask as mask_util
 CATEGORIES = {1: "circle", 3: "rectangle", 4: "triangle", 7: "star"}
 _EMPTY, _CROWDED = 0.05, 0.2  # shares of the images
 _MIN_VISIBLE, _MIN_PIXELS = 0.3, 16
-_TURN = 0.4  # radians, either way
+_TURN = 0.25  # radians, either way
 
 
 def make_demo(folder: str | Path, train_images: int, val_images: int, size: int = 128, seed: int = 0) -> None:
@@ -58,12 +58,12 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[
     if rng.random() >= _EMPTY:
         for _ in range(int(rng.integers(2, 9))):
             x, y = rng.uniform(0.08, 0.92, 2) * size
-            shapes.append((int(rng.choice(kinds)), x, y, size * float(rng.uniform(0.07, 0.2))))
+            shapes.append((int(rng.choice(kinds)), x, y, size * float(rng.uniform(0.09, 0.2))))
         if rng.random() < _CROWDED:
             centre, kind = rng.uniform(0.25, 0.75, 2) * size, int(rng.choice(kinds))
             for _ in range(int(rng.integers(6, 14))):
                 x, y = np.clip(centre + rng.normal(0, 0.17 * size, 2), 0.03 * size, 0.97 * size)
-                shapes.append((kind, x, y, size * float(rng.uniform(0.05, 0.075))))
+                shapes.append((kind, x, y, size * float(rng.uniform(0.07, 0.09))))
     owner = np.full((size, size), -1)
     outlines, areas = [], []
     for n, (kind, x, y, radius) in enumerate(shapes):
@@ -105,7 +105,7 @@ def _outline(rng: np.random.Generator, kind: int) -> NDArray[np.float64]:
     elif CATEGORIES[kind] == "triangle":
         angle, radius = np.arange(3) / 3 * 2 * np.pi + rng.uniform(-0.2, 0.2, 3), np.ones(3)
     else:
-        angle, radius = np.arange(10) / 10 * 2 * np.pi, np.tile([1.0, 0.42], 5)
+        angle, radius = np.arange(10) / 10 * 2 * np.pi, np.tile([1.0, 0.5], 5)
     angle = angle + rng.uniform(-_TURN, _TURN) - np.pi / 2
     return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], axis=1)
 
