@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def launch(script: Path, world: int, *arguments: object, timeout: float = 240.0)
                 cwd=REPO,
                 stdout=files[r][0],
                 stderr=files[r][1],
+                start_new_session=True,  # so that what a rank starts, a compiler say, ends with it
             )
             for r in range(world)
         ]
@@ -133,7 +135,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> bool:
             failed = any(process.returncode for process in ranks)
             for process in ranks:
                 if process.poll() is None:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             return failed  # not a hang of its own: the others waited for the one that failed
         time.sleep(0.05)

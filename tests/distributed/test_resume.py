@@ -27,8 +27,8 @@ from giantdet.export import ExportConfig, export_checkpoint, load_detector, read
 WORKER = Path(__file__).with_name("worker_train.py")
 STAGES = [0, 1, 2, 3]
 STEPS, STOP = 6, 3
-# Measured, not computed: they differ from run to run.
-CLOCKS = ("images_per_second", "data_share", "memory_gib")
+# Measured, or counted since the process started: they differ from run to run.
+CLOCKS = ("images_per_second", "data_share", "memory_gib", "dropped_objects", "tiny_objects")
 
 
 def _write(path: Path, raw: dict[str, Any]) -> Path:

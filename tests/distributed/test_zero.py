@@ -42,10 +42,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 def _assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Losses to 1e-5; weights to a twentieth of one step of the LR 2e-3, all but 1 % of them to 2e-6.
+
+    The last bit of a sum can turn a ReLU or the winner of a max pool, whose gradient then goes elsewhere.
+    """
     assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
     assert one["parameters"].keys() == other["parameters"].keys()
-    for name, tensor in one["parameters"].items():
-        torch.testing.assert_close(tensor, other["parameters"][name], rtol=1e-5, atol=2e-6, msg=name)
+    distances = {
+        name: (tensor - other["parameters"][name]).abs() for name, tensor in one["parameters"].items()
+    }
+    assert {name: d.max().item() for name, d in distances.items() if d.max() > 1e-4} == {}
+    assert torch.cat([d.flatten() for d in distances.values()]).gt(2e-6).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("stage", range(4))
