@@ -3,9 +3,9 @@
 No trained detector is at hand, so the weights are random, with batch norms calibrated on the images and
 predictors scaled until scores and deltas spread: thousands of proposals, a hundred detections an image.
 
-Where detectron2's conventions (our defaults) differ on purpose, `test_detectron2_conventions_differ` names
-and measures it: unrounded anchors and strides, RoIAlign's half pixel and its adaptive points, L1 instead of
-smooth L1, normalisers, and no anchors centred in the padding.
+Where detectron2's conventions (our defaults) differ on purpose, the last two tests measure it: unrounded
+anchors and strides, none centred in the padding, RoIAlign's half pixel. Of the losses (L1 instead of smooth
+L1, normalisers) `tests/models/test_losses.py` has both conventions.
 """
 
 from __future__ import annotations
@@ -328,22 +328,34 @@ def test_backbone_of_published_weights(scene: Scene) -> None:
 
 
 @torch.no_grad()
-def test_detectron2_conventions_differ(scene: Scene, reference: MaskRCNN) -> None:
-    """The same weights under detectron2's conventions: other anchors, features, losses. A switch that does
-    nothing would show here.
-
-    Box losses: L1 exceeds smooth L1 of beta 1/9 by at most 1/18 a coordinate, and by half where it is small.
-    """
-    detector = converted(reference, conventions="detectron2")
-    anchors = [torch.cat(d.rpn.anchors(_grids())) for d in (detector, converted(reference))]
+def test_detectron2_conventions_differ(reference: MaskRCNN) -> None:
+    """torchvision rounds anchors' corners, takes image // grid for the stride, and keeps those in the padding."""
+    detector, theirs = converted(reference, conventions="detectron2"), converted(reference)
+    anchors = [torch.cat(d.rpn.anchors(_grids())) for d in (detector, theirs)]
     moved = (anchors[0] - anchors[1]).abs().max(1).values
-    assert 0.3 < moved[:-90].max() < 0.5  # rounded corners; and P6, whose stride is 58 or 57 instead of 64
-    assert 25 < moved[-90:].max() < 70
-    padded = scene.batch._replace(sizes_B2=torch.tensor([[HEIGHT, WIDTH / 2]] * 2))
-    for conventions, most in (("detectron2", 0), ("torchvision", 1)):
-        rpn = converted(reference, conventions=conventions).rpn
-        outside = torch.cat([rpn._outside(a, padded.sizes_B2) for a in rpn.anchors(_grids())], 1)
-        assert bool(outside.any()) == (most == 0)
+    assert 0.3 < moved[:-90].max() < 0.5  # rounded corners
+    assert 25 < moved[-90:].max() < 70  # P6, whose stride is 58 or 57 instead of 64
+    half = torch.tensor([[HEIGHT, WIDTH / 2]])
+    for rpn, share in ((detector.rpn, 0.5), (theirs.rpn, 0.0)):
+        outside = torch.cat([rpn._outside(a, half) for a in rpn.anchors(_grids())], 1)
+        assert float(outside.float().mean()) == pytest.approx(share, abs=0.01)
+
+
+@torch.no_grad()
+def test_roi_align_conventions_differ(scene: Scene, reference: MaskRCNN) -> None:
+    """By how much features of the annotated objects change: by the half pixel (0.23 of their norm), and by
+    one point a cell (adaptive, detectron2's own default) instead of two a bin (0.07).
+    """
+    batch, theirs = scene.batch, converted(reference)
+    levels = theirs.fpn(theirs.backbone(pixels_of(batch)))
+    boxes_BM4 = batch.targets.boxes_BM4
+    valid_K = batch.targets.valid_BM.flatten()
+    ours = converted(reference, conventions="detectron2")
+    expected = theirs.pool(levels, boxes_BM4, 7, 2)[valid_K]
+    relative = lambda x, y: float((x[valid_K] - y).norm() / y.norm())  # noqa: E731
+    aligned = ours.pool(levels, boxes_BM4, 7, 2)
+    measured = relative(aligned, expected), relative(ours.pool(levels, boxes_BM4, 7, 0), aligned[valid_K])
+    assert 0.01 < measured[0] < 0.6 and 0.001 < measured[1] < 0.3, measured
 
 
 def _grids() -> list[Tensor]:
