@@ -329,7 +329,7 @@ def test_backbone_of_published_weights(scene: Scene) -> None:
 
 @torch.no_grad()
 def test_detectron2_conventions_differ(reference: MaskRCNN) -> None:
-    """torchvision rounds anchors' corners, takes image // grid for the stride, and keeps those in the padding."""
+    """torchvision rounds anchors, takes image // grid for the stride, and keeps anchors in the padding."""
     detector, theirs = converted(reference, conventions="detectron2"), converted(reference)
     anchors = [torch.cat(d.rpn.anchors(_grids())) for d in (detector, theirs)]
     moved = (anchors[0] - anchors[1]).abs().max(1).values
