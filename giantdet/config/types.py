@@ -53,7 +53,8 @@ class NormConfig(Section):
     """Batch normalisation of the backbone, applied from outside (`models/norm.py`)."""
 
     type: Literal["frozen", "local"] = "frozen"
-    """frozen: statistics and affine are constants; local: each rank's own micro-batch."""
+    """frozen: the backbone's statistics and affine are constants (fresh norms of pyramid and heads are
+    local then); local: each rank's own micro-batch."""
 
 
 class FpnConfig(Section):

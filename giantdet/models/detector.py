@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from giantdet.config.types import ModelConfig
+from giantdet.config.types import ModelConfig, NormConfig
 from giantdet.models.backbone import build_backbone
 from giantdet.models.box_head import (
     BoxHead,
@@ -153,6 +153,11 @@ class Detector(nn.Module):
 def build_detector(config: ModelConfig, image_size: tuple[int, int]) -> Detector:
     """The detector of a run, its batch norms converted as the `norm` section says."""
     detector = Detector(config, image_size)
-    apply_norm(detector, config.norm)  # those of pyramid and heads too
+    apply_norm(detector.backbone, config.norm)
+    # Norms of pyramid and heads start fresh: constants of mean 0 and variance 1 would normalise nothing.
+    fresh = NormConfig(type="local") if config.norm.type == "frozen" else config.norm
+    for part in (detector.fpn, detector.rpn, detector.box_head, detector.mask_head):
+        if part is not None:
+            apply_norm(part, fresh)
     # Weights stay contiguous: DeepSpeed 0.19 broadcasts them as bytes, and raises for channels-last ones.
     return detector

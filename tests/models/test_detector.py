@@ -177,17 +177,17 @@ def test_bfloat16(dataset: CocoDataset, norm: str, heads: str) -> None:
     assert all(t.isfinite().all() for t in tree_flatten(found)[0])
 
 
-def test_norm_type_reaches_pyramid_and_heads() -> None:
-    """A stock BatchNorm2d anywhere would raise in bf16 and never become frozen or grouped."""
+@pytest.mark.parametrize("kind", ["frozen", "local"])
+def test_norm_type_reaches_pyramid_and_heads(kind: str) -> None:
+    """A stock BatchNorm2d anywhere would raise in bf16; a frozen fresh norm would do nothing."""
     sections: dict[str, Any] = {name: {"norm": "batch"} for name in ("fpn", "mask_head", "box_head")}
     sections["box_head"] |= {"convs": 1, "fcs": 1}
-    for kind, cls in (("frozen", "FrozenBatchNorm2d"), ("local", "LocalBatchNorm2d")):
-        names = {
-            type(m).__name__
-            for m in build(norm={"type": kind}, **sections).modules()
-            if "BatchNorm" in type(m).__name__
-        }
-        assert names == {cls}
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, module in build(norm={"type": kind}, **sections).named_modules():
+        if "BatchNorm" in type(module).__name__:
+            found[name.startswith("backbone.")].add(type(module).__name__)
+    frozen = {"frozen": "FrozenBatchNorm2d", "local": "LocalBatchNorm2d"}
+    assert found == {True: {frozen[kind]}, False: {"LocalBatchNorm2d"}}
 
 
 @torch.no_grad()
