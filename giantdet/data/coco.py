@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_util
 
-from .records import (
+from giantdet.data.records import (
     DataError,
     Fault,
     category_fault,

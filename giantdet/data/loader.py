@@ -24,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..config.types import DataConfig
-from ..structures import Batch
-from .coco import CocoDataset
-from .records import DataError, logger
-from .samples import Sample, collate, make_sample
-from .transforms import draw_geometry
+from giantdet.config.types import DataConfig
+from giantdet.data.coco import CocoDataset
+from giantdet.data.records import DataError, logger
+from giantdet.data.samples import Sample, collate, make_sample
+from giantdet.data.transforms import draw_geometry
+from giantdet.structures import Batch
 
 MAX_BAD_IN_A_ROW = 50
 _AUGMENT = 1  # second word of the augmentation's seeds; the permutations have 0

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 
-from .coco import Objects
-from .records import DataError
-from .transforms import Geometry, clip_boxes, transform_boxes
+from giantdet.data.coco import Objects
+from giantdet.data.records import DataError
+from giantdet.data.transforms import Geometry, clip_boxes, transform_boxes
 
 
 def frame_of(box_4: NDArray, side: int) -> NDArray[np.float32]:

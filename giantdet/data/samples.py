@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..config.types import DataConfig
-from ..structures import Batch, Targets
-from .coco import CocoDataset
-from .masks import object_frame
-from .transforms import Geometry, clip_boxes, sides_ok, transform_boxes, transform_image
+from giantdet.config.types import DataConfig
+from giantdet.data.coco import CocoDataset
+from giantdet.data.masks import object_frame
+from giantdet.data.transforms import Geometry, clip_boxes, sides_ok, transform_boxes, transform_image
+from giantdet.structures import Batch, Targets
 
 
 class Sample(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..config.types import DataConfig
+from giantdet.config.types import DataConfig
 
 MIN_SIDE = 1.0  # boxes that are narrower on the canvas, pixels, are dropped
 

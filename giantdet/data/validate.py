@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from .coco import orient, to_rgb
-from .masks import rle_counts
-from .records import (
+from giantdet.data.coco import orient, to_rgb
+from giantdet.data.masks import rle_counts
+from giantdet.data.records import (
     DataError,
     Fault,
     Size,
