@@ -166,15 +166,24 @@ class RankSampler(Sampler[list[int]]):
             step += 1
 
 
-# Workers ignore SIGTERM, with which multiprocessing would end them when Python exits: whoever has not
-# closed his loader by then (an exception, say) would wait for them for ever.
-_open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+# Workers ignore SIGTERM, with which multiprocessing would end them when Python exits, and it would wait for
+# them for ever. So torch's iterators are ended by us, by this function of `atexit` at the latest: a loader
+# that was dropped is gone by then, but the traceback of an exception may still hold its iterator.
+_iterators: set[Any] = set()
 
 
 @atexit.register
-def _close_loaders() -> None:
-    for loader in list(_open_loaders):
-        loader.close()
+def _end_all() -> None:
+    for deliveries in list(_iterators):
+        _end(deliveries)
+
+
+def _end(deliveries: Any) -> None:
+    """End the workers of one of torch's iterators."""
+    _iterators.discard(deliveries)
+    shutdown = getattr(deliveries, "_shutdown_workers", None)  # an iterator without workers has none
+    if shutdown is not None:
+        shutdown()
 
 
 class Loader:
@@ -184,7 +193,6 @@ class Loader:
         self.counters: Counter[str] = Counter(dict.fromkeys(_EXPLAIN, 0))
         self.steps = None if sampler.stop is None else sampler.stop - sampler.start
         self._stream = stream
-        _open_loaders.add(self)
         self._named: set[str] = set()
         self._deliveries: Iterator[Delivery] = iter(
             DataLoader(
@@ -199,6 +207,8 @@ class Loader:
                 generator=torch.Generator().manual_seed(0),
             )
         )
+        _iterators.add(self._deliveries)
+        weakref.finalize(self, _end, self._deliveries)
 
     def __iter__(self) -> Loader:
         return self
@@ -225,10 +235,7 @@ class Loader:
     def close(self) -> None:
         """End the workers. Leaving the last reference does the same."""
         deliveries, self._deliveries = self._deliveries, iter(())
-        # Letting go is not enough where the traceback of an exception still holds torch's iterator.
-        shutdown = getattr(deliveries, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
+        _end(deliveries)
 
 
 def train_loader(

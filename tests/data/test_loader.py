@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +227,23 @@ def test_only_bad_images(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match="50 images in a row cannot be used") as caught:
         next(loader)
     assert "\n" not in str(caught.value)
+
+
+def test_python_ends_while_something_holds_the_workers(folder: Path) -> None:
+    """The traceback of a failed test did, and the whole run hung at its exit."""
+    code = f"""
+from giantdet.config.types import DataConfig
+from giantdet.data.coco import CocoDataset
+from giantdet.data.loader import train_loader
+config = DataConfig(size=(64, 64), short_side=64, workers=1)
+loader = train_loader(CocoDataset("{folder}/train.json", "{folder}/train"), config, 2)
+next(loader)
+kept = loader._deliveries
+del loader
+print("here")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "here\n"), ended.stderr
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 1), (2, 2), (4, 2), (3, 4)])
