@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from giantdet import __version__
 from giantdet.config.load import RunConfig
-from giantdet.config.types import ModelConfig, Section
+from giantdet.config.types import ModelConfig, NormConfig, Section
 from giantdet.convert import from_torchvision, is_torchvision
 from giantdet.distributed import comm
 from giantdet.models.detector import Detector, build_detector
@@ -42,6 +42,7 @@ class ExportConfig(Section):
     format: str = "giantdet"
     version: str = __version__
     model: ModelConfig
+    norm: NormConfig = NormConfig()
     size: tuple[int, int]
     """Canvas (height, width)."""
     short_side: int
@@ -55,6 +56,7 @@ def export_config(run: RunConfig, category_ids: list[int], class_names: list[str
     backbone = model.backbone.model_copy(update={"init_weights": None, "pretrained": False})
     return ExportConfig(
         model=model.model_copy(update={"backbone": backbone, "init_weights": None}),
+        norm=run.giantdet.norm,
         size=run.giantdet.data.size,
         short_side=run.giantdet.data.short_side,
         categories=tuple(zip(category_ids, class_names, strict=True)),
@@ -183,7 +185,7 @@ def load_detector(folder: str | Path, device: torch.device | str = "cpu") -> tup
     """The detector of an export, in evaluation mode and float32, and its config.json."""
     folder = Path(folder)
     config = read_export_config(folder)
-    detector = build_detector(config.model, config.size)
+    detector = build_detector(config.model, config.size, config.norm)
     load_strictly(detector, dict(_tensors(folder)), str(folder))
     return detector.float().to(device).eval(), config
 

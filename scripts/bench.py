@@ -150,7 +150,6 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
             "num_classes": CLASSES,
             "conventions": "torchvision",
             "backbone": {"name": args.backbone},
-            "norm": {"type": "frozen"},
             "rpn": {"post_nms_train": 2000},
             "box_head": {"batch_per_image": args.rois},
             "mask_head": {"slots": args.mask_slots},

@@ -43,7 +43,7 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
     from tiny import MODEL
 
-    from giantdet.config.types import ModelConfig
+    from giantdet.config.types import ModelConfig, NormConfig
     from giantdet.data.demo import CATEGORIES
     from giantdet.export import ExportConfig
     from giantdet.models.detector import build_detector
@@ -51,11 +51,14 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     config = ExportConfig(
         model=ModelConfig.model_validate({**MODEL, "num_classes": 4}),
+        norm=NormConfig(type="local"),
         size=(64, 64),
         short_side=64,
         categories=tuple(CATEGORIES.items()),
     )
     torch.manual_seed(0)
-    save_file(build_detector(config.model, config.size).state_dict(), folder / "model.safetensors")
+    save_file(
+        build_detector(config.model, config.size, config.norm).state_dict(), folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(config.model_dump_json())
     return folder

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, REPO, environment, launch_ok, tiny_run
 
-from giantdet.config.types import ModelConfig
+from giantdet.config.types import ModelConfig, NormConfig
 from giantdet.engine.predict import draw, load_image, load_predictor
 from giantdet.export import export_checkpoint, load_detector, load_weights, read_export_config, shard_plan
 from giantdet.models.detector import Detector, build_detector
@@ -98,7 +98,7 @@ def test_loads_without_deepspeed(tiny_export: Path, demo_data: Path) -> None:
 def _detector(**changes: object) -> tuple[Detector, ModelConfig]:
     config = ModelConfig.model_validate({**MODEL, "num_classes": 4, **changes})
     torch.manual_seed(1)
-    return build_detector(config, (64, 64)), config
+    return build_detector(config, (64, 64), NormConfig(type="local")), config
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
@@ -153,7 +153,7 @@ def test_torchvision_file_as_init_weights(tmp_path: Path) -> None:
             "init_weights": str(tmp_path / "maskrcnn.pth"),
         }
     )
-    detector = build_detector(config, (64, 64))
+    detector = build_detector(config, (64, 64), NormConfig(type="local"))
     load_weights(detector, config)
     state, source = detector.state_dict(), theirs.state_dict()
     assert torch.equal(

@@ -17,7 +17,6 @@ REPO = Path(__file__).resolve().parents[1]
 
 MODEL: dict[str, Any] = {
     "backbone": {"name": "test_resnet"},
-    "norm": {"type": "local"},
     "fpn": {"channels": 16},
     "rpn": {
         "anchor_sizes": [8, 16, 32, 48, 64],
@@ -42,6 +41,7 @@ def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "giantdet": {
             "model": MODEL,
+            "norm": {"type": "local"},
             "data": {
                 "train": {"annotations": str(data / "train.json"), "images": str(data / "train")},
                 "val": {"annotations": str(data / "val.json"), "images": str(data / "val")},

@@ -17,6 +17,7 @@ from typing import Any
 from giantdet.config import deepspeed_keys as ds
 from giantdet.config.checks import ConfigError, canonical_name, nearest
 from giantdet.config.load import RunConfig
+from giantdet.config.types import GiantdetConfig
 
 BATCH, MICRO, ACCUMULATION = ds.AUTO_BATCH
 
@@ -49,6 +50,7 @@ def resolve(
     _resolve_optimizer(deepspeed, has_gpu)
 
     giantdet = run.giantdet
+    _check_norms(giantdet, micro, world_size)
     if giantdet.train.steps is None and train_images is not None:
         assert giantdet.train.epochs is not None
         if train_images < 1:
@@ -130,6 +132,42 @@ def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, i
             f"process{'es' if world_size > 1 else ''}; nearest possible {BATCH}: {possible}"
         )
     return batch, micro_size, accumulated
+
+
+def bn_ranks(bn_size: int, images_per_rank: int, world_size: int) -> int:
+    """Number of ranks that are normalised together: `bn_size` images of theirs, or the world's if fewer.
+
+    Raises ConfigError with the sizes that fit, where ranks of so many images do not divide the world so.
+    """
+    ranks, rest = divmod(bn_size, images_per_rank)
+    if bn_size >= images_per_rank * world_size:
+        return world_size
+    if rest or world_size % ranks:
+        fitting = [str(r * images_per_rank) for r in range(1, world_size + 1) if world_size % r == 0]
+        raise ConfigError(
+            f"bn_size {bn_size} does not fit {world_size} ranks of {images_per_rank} "
+            f"image{'s' if images_per_rank > 1 else ''}; sizes that fit: {', '.join(fitting)}"
+        )
+    return ranks
+
+
+def _check_norms(giantdet: GiantdetConfig, micro: int, world_size: int) -> None:
+    """Raise ConfigError for a size of batch norms that does not fit, and for a choice without an object."""
+    norm, model = giantdet.norm, giantdet.model
+    for name, section in (("", norm), (".fpn", norm.fpn), (".heads", norm.heads)):
+        if section is not None and section.type == "cgbn":
+            try:
+                bn_ranks(section.bn_size, micro, world_size)
+            except ConfigError as error:
+                raise ConfigError(f"giantdet.norm{name}: {error}") from None
+    heads = (model.box_head.norm, model.mask_head.norm if model.mask_head.enabled else "none")
+    for name, chosen, kinds in (("fpn", norm.fpn, (model.fpn.norm,)), ("heads", norm.heads, heads)):
+        if chosen is not None and "batch" not in kinds:
+            where = "model.fpn" if name == "fpn" else "model.box_head or model.mask_head"
+            raise ConfigError(
+                f"giantdet.norm.{name} is given, but there is no BatchNorm: "
+                f'set "norm": "batch" in giantdet.{where}, or leave it out'
+            )
 
 
 def _without_auto(block: Any) -> Any:

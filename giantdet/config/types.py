@@ -49,14 +49,6 @@ class BackboneConfig(Section):
     """Plain ViTs: the patch embedding is resampled to this size."""
 
 
-class NormConfig(Section):
-    """Batch normalisation of the backbone, applied from outside (`models/norm.py`)."""
-
-    type: Literal["frozen", "local"] = "frozen"
-    """frozen: the backbone's statistics and affine are constants (fresh norms of pyramid and heads are
-    local then); local: each rank's own micro-batch."""
-
-
 class FpnConfig(Section):
     """Feature pyramid P2-P6 (Lin et al. 2017; for plain ViTs the simple pyramid of ViTDet)."""
 
@@ -130,13 +122,43 @@ class ModelConfig(Section):
     """Which reference's fine print holds: anchors' rounding, RoIAlign's half-pixel offset, smooth L1
     beta, normalisers, pasting. torchvision's are needed by weights that come from there."""
     backbone: BackboneConfig = BackboneConfig()
-    norm: NormConfig = NormConfig()
     fpn: FpnConfig = FpnConfig()
     rpn: RpnConfig = RpnConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
     init_weights: str | None = None
     """A giantdet export (folder or model.safetensors) to start the whole detector from."""
+
+
+class PartNormConfig(Section):
+    """How the BatchNorms of one part of the model find their statistics."""
+
+    type: Literal["frozen", "local", "cgbn"] = "frozen"
+    """frozen: statistics and affine are constants; local: each rank's own micro-batch; cgbn: the images
+    of several ranks (`distributed/cgbn.py`)."""
+    bn_size: PositiveInt = 32
+    """cgbn: images that are normalised together, micro-batch x ranks; at most the world's. MegDet's 32."""
+
+
+class NormConfig(PartNormConfig):
+    """Batch normalisation, applied to the model from outside (`models/norm.py`).
+
+    `type` and `bn_size` are the backbone's. The norms of pyramid and heads (`"norm": "batch"` in their
+    sections) are as the backbone's, or local where that is frozen: they start fresh, and constants of mean 0
+    and variance 1 would normalise nothing.
+    """
+
+    fpn: PartNormConfig | None = None
+    """Another choice for the pyramid."""
+    heads: PartNormConfig | None = None
+    """Another choice for the box and mask heads."""
+
+    def of(self, part: Literal["backbone", "fpn", "heads"]) -> PartNormConfig:
+        """The choice that holds for a part."""
+        if part == "backbone":
+            return self
+        chosen = self.fpn if part == "fpn" else self.heads
+        return chosen or (PartNormConfig(type="local") if self.type == "frozen" else self)
 
 
 class DatasetConfig(Section):
@@ -204,6 +226,7 @@ class GiantdetConfig(Section):
     """The `"giantdet"` block."""
 
     model: ModelConfig = ModelConfig()
+    norm: NormConfig = NormConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         _cpu_group.cache_clear()
+        subgroup.cache_clear()
         dist.destroy_process_group()
 
 
@@ -122,6 +123,37 @@ def mean_over_ranks(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=_cpu_group())
     return (total / world_size()).tolist()
+
+
+@cache
+def subgroup(ranks: int) -> Any:
+    """This rank's group of `ranks` consecutive ranks; None (no communication) where it would be alone.
+
+    All ranks must call it, in the same order; `ranks` divides the world. A communicator of its own even
+    where it spans the world: small messages in a step must not queue behind the reduction of gradients.
+    """
+    return dist.new_subgroups(group_size=ranks)[0] if ranks > 1 else None
+
+
+def group_size(group: Any) -> int:
+    """Number of ranks of a process group; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def all_gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """`[ranks, *tensor.shape]`: the tensor of each rank of the group, in rank order."""
+    if group is None:
+        return tensor[None]
+    gathered = tensor.new_empty(dist.get_world_size(group) * tensor.numel())
+    dist.all_gather_into_tensor(gathered, tensor.flatten(), group=group)
+    return gathered.view(-1, *tensor.shape)
+
+
+def all_reduce(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum over the ranks of the group, in place of `tensor`."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 def said_by_main(message: str, seconds: float = 3.0) -> bool:

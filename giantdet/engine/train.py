@@ -22,6 +22,7 @@ from giantdet.engine.metrics import Metrics, plot_losses
 from giantdet.export import export_config, export_engine, load_weights
 from giantdet.losses import detector_losses, sample_counts
 from giantdet.models.detector import Detector, build_detector
+from giantdet.models.norm import norm_summary
 from giantdet.optim.param_groups import group_table
 
 logger = logging.getLogger("giantdet")
@@ -48,7 +49,9 @@ def train(run: RunConfig) -> dict[str, Any]:
 
     set_determinism(config.train.deterministic)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    model = build_detector(config.model, settings.size)
+    micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
+    accumulation = run.deepspeed["gradient_accumulation_steps"]
+    model = build_detector(config.model, settings.size, config.norm, micro_batch)
     load_weights(model, config.model)
     announce(run, model, device)
     engine = zero.initialize(model, run)
@@ -57,8 +60,6 @@ def train(run: RunConfig) -> dict[str, Any]:
 
     total_steps = config.train.steps
     assert total_steps is not None
-    accumulation = engine.gradient_accumulation_steps()
-    micro_batch = engine.train_micro_batch_size_per_gpu()
     batches = train_loader(
         dataset,
         settings,
@@ -171,12 +172,29 @@ def announce(run: RunConfig, model: Detector, device: torch.device) -> None:
     if not comm.is_main():
         return
     deepspeed, config = run.deepspeed, run.giantdet
+    micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
+    accumulation = deepspeed["gradient_accumulation_steps"]
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
     print(
         f"giantdet: {config.model.backbone.name}, {model.num_classes} classes, canvas {config.data.size}, "
         f"ZeRO-{stage}, {comm.world_size()} ranks on {device.type}, {config.train.steps} steps\n"
-        f"batch {deepspeed['train_batch_size']} = {deepspeed['train_micro_batch_size_per_gpu']} images"
-        f" x {deepspeed['gradient_accumulation_steps']} accumulated x {comm.world_size()} ranks\n"
+        f"batch {deepspeed['train_batch_size']} = {micro_batch} images x {accumulation} accumulated"
+        f" x {comm.world_size()} ranks\n"
+        + norm_table(model, micro_batch, accumulation)
         + group_table(zero.groups_of(model, run)),
         flush=True,
     )
+
+
+def norm_table(model: Detector, micro_batch: int, accumulation: int) -> str:
+    """Which images each part's batch norms see together, in lines that end with a line break."""
+    parts = {"backbone": model.backbone, "fpn": model.fpn, "box head": model.box_head}
+    if model.mask_head is not None:
+        parts["mask head"] = model.mask_head
+    lines = [f"  {name}: {norm_summary(part, micro_batch)}\n" for name, part in parts.items()]
+    if accumulation > 1 and any("images" in line for line in lines):
+        lines.append(
+            f"  accumulation adds no image to these: each of the {accumulation} micro-steps is normalised by "
+            "itself, and moves the running statistics\n"
+        )
+    return "batch norms\n" + "".join(lines)

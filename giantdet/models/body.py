@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.config.types import BackboneConfig
-from giantdet.models.norm import FrozenBatchNorm2d, convert_batchnorm
+from giantdet.distributed.cgbn import replace_batchnorm
+from giantdet.models.norm import FrozenBatchNorm2d
 
 
 class Backbone(nn.Module):
@@ -86,7 +87,7 @@ def freeze(body: nn.Module, is_frozen: Callable[[str], bool]) -> None:
     for name, parameter in body.named_parameters():
         if is_frozen(name):
             parameter.requires_grad_(False)
-    convert_batchnorm(
+    replace_batchnorm(
         body, FrozenBatchNorm2d.from_batchnorm, lambda norm: norm.affine and not norm.weight.requires_grad
     )
 

@@ -150,14 +150,22 @@ class Detector(nn.Module):
         )
 
 
-def build_detector(config: ModelConfig, image_size: tuple[int, int]) -> Detector:
-    """The detector of a run, its batch norms converted as the `norm` section says."""
+def build_detector(
+    config: ModelConfig,
+    image_size: tuple[int, int],
+    norm: NormConfig | None = None,
+    images_per_rank: int | None = None,
+) -> Detector:
+    """The detector of a run, its batch norms converted as the `norm` section says.
+
+    `images_per_rank` is the micro-batch, from which CGBN forms its groups; None: one process (evaluation).
+    """
     detector = Detector(config, image_size)
-    apply_norm(detector.backbone, config.norm)
-    # Norms of pyramid and heads start fresh: constants of mean 0 and variance 1 would normalise nothing.
-    fresh = NormConfig(type="local") if config.norm.type == "frozen" else config.norm
-    for part in (detector.fpn, detector.rpn, detector.box_head, detector.mask_head):
-        if part is not None:
-            apply_norm(part, fresh)
+    norm = norm or NormConfig()
+    apply_norm(detector.backbone, norm.of("backbone"), images_per_rank)
+    apply_norm(detector.fpn, norm.of("fpn"), images_per_rank)
+    for head in (detector.rpn, detector.box_head, detector.mask_head):
+        if head is not None:
+            apply_norm(head, norm.of("heads"), images_per_rank)
     # Weights stay contiguous: DeepSpeed 0.19 broadcasts them as bytes, and raises for channels-last ones.
     return detector

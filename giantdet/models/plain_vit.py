@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from giantdet.config.types import BackboneConfig
+from giantdet.distributed.cgbn import Float32Buffers
 from giantdet.models.body import (
     Backbone,
     cast_to_float32,
@@ -29,7 +30,6 @@ from giantdet.models.body import (
     image_statistics,
     require_multiple,
 )
-from giantdet.models.norm import Float32Buffers
 
 _PREFIX_TOKENS = ("cls_token", "reg_token", "dist_token")
 

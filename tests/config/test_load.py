@@ -47,7 +47,7 @@ OVERRIDES = [
     ("data.size=[64, 96]", lambda r: r.giantdet.data.size, (64, 96)),
     ("train.output=runs/x=y", lambda r: r.giantdet.train.output, "runs/x=y"),
     ('train.output="7"', lambda r: r.giantdet.train.output, "7"),
-    ("model.norm.type=local", lambda r: r.giantdet.model.norm.type, "local"),
+    ("norm.type=local", lambda r: r.giantdet.norm.type, "local"),
     ("model.fpn.norm=layer", lambda r: r.giantdet.model.fpn.norm, "layer"),
     ("data.augment.jitter=[0.1, 2]", lambda r: r.giantdet.data.augment.jitter, (0.1, 2.0)),
     ("model.mask_head.enabled=false", lambda r: r.giantdet.model.mask_head.enabled, False),

@@ -25,7 +25,7 @@ def main() -> None:
     for path in map(Path, sys.argv[2:]):
         run = resolve(load_run(path), comm.world_size(), 12, 4, has_gpu=False)
         torch.manual_seed(0)
-        model = build_detector(run.giantdet.model, run.giantdet.data.size)
+        model = build_detector(run.giantdet.model, run.giantdet.data.size, run.giantdet.norm)
         folder = Path(sys.argv[1]) / path.stem
         config = export.export_config(run, [1, 3, 4, 7], ["circle", "rectangle", "triangle", "star"])
         if comm.is_main():

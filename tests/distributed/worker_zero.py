@@ -15,7 +15,7 @@ from tiny import tiny_run
 
 from giantdet.config.load import RunConfig, parse_run
 from giantdet.config.resolve import resolve
-from giantdet.config.types import ModelConfig
+from giantdet.config.types import ModelConfig, NormConfig
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.losses import detector_losses
@@ -58,7 +58,7 @@ def make_batch(step: int, micro_step: int, rank: int) -> Batch:
 
 def build(model: ModelConfig) -> Detector:
     torch.manual_seed(0)
-    return build_detector(model, (64, 64))
+    return build_detector(model, (64, 64), NormConfig(type="local"))
 
 
 def run_of(case: dict[str, Any], folder: Path) -> RunConfig:

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_flatten
 from torchvision.ops import box_iou
 
-from giantdet.config.types import DataConfig, ModelConfig
+from giantdet.config.types import DataConfig, ModelConfig, NormConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
 from giantdet.data.loader import train_loader
@@ -51,12 +51,12 @@ def emptied(batch: Batch, *which: int) -> Batch:
     return batch._replace(targets=batch.targets._replace(**zeroed))
 
 
-def build(seed: int = 0, **changes: Any) -> Detector:
+def build(seed: int = 0, norm: str = "local", **changes: Any) -> Detector:
     torch.manual_seed(seed)
     raw = {**MODEL, "num_classes": 4}
     for key, value in changes.items():
         raw[key] = {**MODEL.get(key, {}), **value}
-    return build_detector(ModelConfig.model_validate(raw), CANVAS)
+    return build_detector(ModelConfig.model_validate(raw), CANVAS, NormConfig.model_validate({"type": norm}))
 
 
 def step(detector: Detector, batch: Batch) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def test_every_parameter_gets_a_finite_gradient(
 
 def test_an_image_without_objects_leaves_the_others_alone(dataset: CocoDataset) -> None:
     """Predictions and targets of image 1 are the same whether image 0 has objects or not."""
-    detector, batch = build(norm={"type": "frozen"}).train(), load(dataset)
+    detector, batch = build(norm="frozen").train(), load(dataset)
     full, half = detector(batch), detector(emptied(batch, 0))
     for a, b in zip(tree_flatten(full)[0], tree_flatten(half)[0], strict=True):
         assert torch.equal(a[1], b[1])
@@ -162,7 +162,7 @@ def test_faster_rcnn(dataset: CocoDataset) -> None:
 @pytest.mark.parametrize("heads", ["none", "batch", "layer"])
 def test_bfloat16(dataset: CocoDataset, norm: str, heads: str) -> None:
     sections: dict[str, Any] = {name: {"norm": heads} for name in ("fpn", "mask_head")}
-    detector = build(norm={"type": norm}, box_head={"norm": heads, "convs": 1, "fcs": 1}, **sections)
+    detector = build(norm=norm, box_head={"norm": heads, "convs": 1, "fcs": 1}, **sections)
     in_float32 = {k: float(v) for k, v in step(detector, load(dataset)).items()}
     detector.bfloat16()
     losses = step(detector, load(dataset))
@@ -183,11 +183,11 @@ def test_norm_type_reaches_pyramid_and_heads(kind: str) -> None:
     sections: dict[str, Any] = {name: {"norm": "batch"} for name in ("fpn", "mask_head", "box_head")}
     sections["box_head"] |= {"convs": 1, "fcs": 1}
     found: dict[bool, set[str]] = {True: set(), False: set()}
-    for name, module in build(norm={"type": kind}, **sections).named_modules():
+    for name, module in build(norm=kind, **sections).named_modules():
         if "BatchNorm" in type(module).__name__:
             found[name.startswith("backbone.")].add(type(module).__name__)
-    frozen = {"frozen": "FrozenBatchNorm2d", "local": "LocalBatchNorm2d"}
-    assert found == {True: {frozen[kind]}, False: {"LocalBatchNorm2d"}}
+    frozen = {"frozen": "FrozenBatchNorm2d", "local": "CrossGpuBatchNorm"}
+    assert found == {True: {frozen[kind]}, False: {"CrossGpuBatchNorm"}}
 
 
 @torch.no_grad()
@@ -273,7 +273,7 @@ def test_compiles_to_one_graph(dataset: CocoDataset, conventions: str, backend: 
     """Forward and losses without a break; the same graph serves images without objects. No exceptions: NMS is
     an operator that the graph calls."""
     torch._dynamo.reset()
-    detector = build(norm={"type": "frozen"}).train()
+    detector = build(norm="frozen").train()
     counter = CompileCounterWithBackend(backend)
 
     def losses_of(batch: Batch) -> dict[str, Tensor]:

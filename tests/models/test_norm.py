@@ -10,7 +10,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from giantdet.config.types import NormConfig
-from giantdet.models.norm import FrozenBatchNorm2d, LocalBatchNorm2d, apply_norm
+from giantdet.models.norm import CrossGpuBatchNorm, FrozenBatchNorm2d, apply_norm
 
 FROZEN, LOCAL = NormConfig(type="frozen"), NormConfig(type="local")
 
@@ -87,7 +87,7 @@ def test_frozen_of_norm_without_affine() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_local_equals_batchnorm(training: bool) -> None:
     stock, ours = shaken(nn.BatchNorm2d(6)), apply_norm(shaken(nn.BatchNorm2d(6)), LOCAL)
-    assert isinstance(ours, LocalBatchNorm2d)
+    assert isinstance(ours, CrossGpuBatchNorm)
     x = 3 + 2 * torch.randn(4, 6, 5, 5)
     results = []
     for layer in (stock.train(training), ours.train(training)):
@@ -108,7 +108,7 @@ def by_hand(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 def test_local_in_bfloat16_computes_in_float32() -> None:
     """A mean of 100 with a spread of 1: bf16 statistics would be off by a third of the spread."""
-    norm = LocalBatchNorm2d.from_batchnorm(nn.BatchNorm2d(4)).bfloat16()
+    norm = CrossGpuBatchNorm.from_batchnorm(nn.BatchNorm2d(4)).bfloat16()
     assert norm.weight.dtype == torch.bfloat16 and norm.running_var.dtype == torch.float32
     x = (100 + torch.randn(8, 4, 16, 16)).bfloat16()
     leaf = x.clone().requires_grad_()
@@ -163,17 +163,12 @@ def test_local_keeps_the_parameters_and_frozen_ones_stay_frozen() -> None:
     assert isinstance(apply_norm(model, FROZEN)[0], FrozenBatchNorm2d)  # a local one can be frozen later
 
 
-def test_local_needs_statistics() -> None:
-    with pytest.raises(ValueError, match="running statistics"):
-        apply_norm(nn.BatchNorm2d(3, track_running_stats=False), LOCAL)
-
-
 def test_train_mode_follows() -> None:
     assert not apply_norm(nn.BatchNorm2d(3).eval(), LOCAL).training
 
 
 def test_compiles_to_one_graph() -> None:
-    model = nn.Sequential(LocalBatchNorm2d(3), FrozenBatchNorm2d(3))
+    model = nn.Sequential(CrossGpuBatchNorm(3), FrozenBatchNorm2d(3))
     x = torch.randn(2, 3, 4, 4)
     out = torch.compile(model, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(out, F.batch_norm(x, None, None, training=True), rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import torch
 from tiny import MODEL
 from torch import nn
 
-from giantdet.config.types import ModelConfig
+from giantdet.config.types import ModelConfig, NormConfig
 from giantdet.models.detector import build_detector
 from giantdet.optim.param_groups import group_table, parameter_groups
 
@@ -46,7 +46,7 @@ def test_decay_by_dimension_and_by_timms_list() -> None:
 
 def test_detector_each_trainable_parameter_once() -> None:
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_resnet", "frozen_stages": 2}}
-    model = build_detector(ModelConfig.model_validate(config), (64, 64))
+    model = build_detector(ModelConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     groups = parameter_groups(model, 0.05, 0.1)
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -58,7 +58,7 @@ def test_detector_each_trainable_parameter_once() -> None:
 
 def test_position_embeddings_of_a_vit_are_not_decayed() -> None:
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_vit", "window": 2}}
-    model = build_detector(ModelConfig.model_validate(config), (64, 64))
+    model = build_detector(ModelConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     groups = {group["name"]: group for group in parameter_groups(model, 0.05)}
     named = {id(p): name for name, p in model.named_parameters()}
     undecayed = [named[id(p)] for p in groups["backbone/no_decay"]["params"]]
