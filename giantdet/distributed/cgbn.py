@@ -155,12 +155,16 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
 
     def _normalise_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """One fused kernel, which moves the running statistics too."""
-        if not self._moves():
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, True, factor, self.eps)
+        mean, var, factor = self.running_mean, self.running_var, self.momentum
+        if self._moves():
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            if factor is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        elif mean is not None and var is not None:
+            # The kernel keeps these for its backward, and a checkpoint wants to see as many tensors again.
+            mean, var = mean.clone(), var.clone()
+        return F.batch_norm(x, mean, var, weight, bias, True, factor or 0.0, self.eps)
 
     def _moves(self) -> bool:
         return self.training and self.running_mean is not None and not is_recomputing()

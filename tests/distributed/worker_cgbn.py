@@ -6,7 +6,8 @@ Prints `PASSED name` after each case. Ranks differ in their numbers of images an
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,13 @@ CHANNELS = 6
 STEPS = 3
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """`images[r % 4]` images of `sizes[r % 4]` on rank r."""
 
     name: str
     norm: Any = nn.BatchNorm2d
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)
     images: tuple[int, ...] = (2, 2, 2, 2)
     sizes: tuple[tuple[int, ...], ...] = ((5, 7),) * 4
     dtype: torch.dtype = torch.float32
@@ -117,7 +119,7 @@ def check(case: Case, rank: int, world: int) -> None:
     whole.load_state_dict(stock.state_dict())
     whole.train(not case.evaluation)
     act = getattr(stock, "act", nn.Identity())
-    scale = torch.tensor(case.tolerance)
+    tight = {"atol": case.tolerance, "rtol": case.tolerance}
     for step in range(STEPS):
         xs, probes = inputs(case, world, step)
         x = xs[rank].clone().requires_grad_()
@@ -130,12 +132,9 @@ def check(case: Case, rank: int, world: int) -> None:
         reference_y.backward(joined(probes).double())
         expected_y, expected_dx = (of_rank(t, xs, rank) for t in (reference_y, reference_x.grad))
         # An output or gradient in bfloat16 is off by its rounding; everything else is float32.
-        loose = (
-            {"atol": 0.02, "rtol": 2**-7} if case.autocast else {"atol": float(scale), "rtol": float(scale)}
-        )
+        loose = {"atol": 0.02, "rtol": 2**-7} if case.autocast else tight
         torch.testing.assert_close(y.double(), expected_y, **loose)
         torch.testing.assert_close(x.grad.double(), expected_dx, **loose)
-    tight = {"atol": float(scale), "rtol": float(scale)}
     for name, parameter in ours.named_parameters():
         gradient = comm.all_reduce(parameter.grad.double().clone(), comm.subgroup(world))
         expected = whole.get_parameter(name).grad
@@ -206,9 +205,8 @@ def sub_groups(rank: int, world: int) -> None:
 
 def one_collective_each_way(rank: int, world: int) -> None:
     calls: list[str] = []
-    originals = {
-        name: getattr(dist, name) for name in dir(dist) if name.startswith(("all_", "reduce", "broad"))
-    }
+    names = [name for name in dir(dist) if name.startswith(("all_", "reduce", "broadcast", "gather"))]
+    originals = {name: getattr(dist, name) for name in names}
     for name, function in originals.items():
         if callable(function):
             setattr(dist, name, lambda *a, _n=name, _f=function, **k: (calls.append(_n), _f(*a, **k))[1])
@@ -223,13 +221,17 @@ def one_collective_each_way(rank: int, world: int) -> None:
 
 def recomputation(rank: int, world: int) -> None:
     """Checkpointed blocks run twice; running statistics move once, and gradients are the same."""
+    for group in (comm.subgroup(world), None):
+        _recompute(group, rank)
+
+
+def _recompute(group: Any, rank: int) -> None:
     results = []
     for mode in ("plain", "reentrant", "other", "deepspeed"):
         torch.manual_seed(0)
-        block = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)
-        )
-        convert_batchnorm(block, comm.subgroup(world))
+        layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)]
+        block = nn.Sequential(*layers)
+        convert_batchnorm(block, group)
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         if mode == "plain":
             y = block(x)
@@ -266,9 +268,8 @@ def copies(rank: int, world: int) -> None:
 
 def merging(rank: int, world: int) -> None:
     """In float32 a sum of squares would leave no digit: 1e8 has a spacing of 8."""
-    parts = [
-        torch.randn(50 * (r + 1), 5, generator=torch.Generator().manual_seed(r)) + 1e4 for r in range(world)
-    ]
+    seeds = [torch.Generator().manual_seed(r) for r in range(world)]
+    parts = [torch.randn(50 * (r + 1), 5, generator=seeds[r]) + 1e4 for r in range(world)]
     rows = [torch.stack([p.double().mean(0), p.double().var(0, unbiased=False)]).float() for p in parts]
     counts = torch.tensor([[float(len(p))] for p in parts])
     mean, var, count = merge_statistics(torch.stack(rows)[:, 0], torch.stack(rows)[:, 1], counts)

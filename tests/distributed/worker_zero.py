@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from tiny import tiny_run
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from giantdet.config.load import RunConfig, parse_run
 from giantdet.config.resolve import resolve
-from giantdet.config.types import ModelConfig, NormConfig
+from giantdet.config.types import NormConfig
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.losses import detector_losses
 from giantdet.models.detector import Detector, build_detector
 from giantdet.optim.param_groups import parameter_groups
-from giantdet.structures import Batch, Targets
+from giantdet.structures import Batch, Predictions, Targets
 
 STEPS = 3
 
@@ -56,9 +57,10 @@ def make_batch(step: int, micro_step: int, rank: int) -> Batch:
     )
 
 
-def build(model: ModelConfig) -> Detector:
+def build(run: RunConfig, norm: NormConfig | None = None) -> Detector:
     torch.manual_seed(0)
-    return build_detector(model, (64, 64), NormConfig(type="local"))
+    micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
+    return build_detector(run.giantdet.model, (64, 64), norm or run.giantdet.norm, micro_batch)
 
 
 def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
@@ -68,17 +70,32 @@ def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
     return resolve(parse_run(raw), comm.world_size(), train_images=100, num_classes=4, has_gpu=False)
 
 
-def total_loss(model: Any, batch: Batch) -> torch.Tensor:
-    return torch.stack(list(detector_losses(model(batch)).values())).sum()
+def total_loss(predictions: Predictions) -> torch.Tensor:
+    return torch.stack(list(detector_losses(predictions).values())).sum()
+
+
+def mean_loss(model: Detector, batches: list[Batch], together: bool) -> torch.Tensor:
+    """Mean of the ranks' losses, each of its own batch; batch norms see all of them together or one only."""
+    if not together:
+        return torch.stack([total_loss(model(batch)) for batch in batches]).mean()
+    leaves, spec = zip(*(tree_flatten(batch) for batch in batches), strict=True)
+    whole = model(tree_unflatten(list(map(torch.cat, zip(*leaves, strict=True))), spec[0]))
+    each = len(batches[0].image_ids_B)
+    parts = [tree_map(lambda t, r=r: t[each * r : each * (r + 1)], whole) for r in range(len(batches))]
+    return torch.stack([total_loss(part) for part in parts]).mean()
+
+
+def statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: b.detach().clone() for n, b in model.named_buffers() if "running" in n or "tracked" in n}
 
 
 def with_zero(run: RunConfig) -> dict[str, Any]:
-    engine = zero.initialize(build(run.giantdet.model), run)
+    engine = zero.initialize(build(run), run)
     engine.train()
     losses, norms = [], []
     for step in range(STEPS):
         for micro_step in range(engine.gradient_accumulation_steps()):
-            loss = total_loss(engine, make_batch(step, micro_step, comm.rank()))
+            loss = total_loss(engine(make_batch(step, micro_step, comm.rank())))
             engine.backward(loss)
             engine.step()
             losses.append(comm.mean_over_ranks([float(loss)])[0])
@@ -90,13 +107,19 @@ def with_zero(run: RunConfig) -> dict[str, Any]:
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             parameters[name] = parameter.detach().float().clone()
     groups = {g["name"]: g["weight_decay"] for g in engine.basic_optimizer.param_groups}
+    moved = statistics(engine.module)
+    zero.average_statistics(engine)
+    for name, buffer in statistics(engine.module).items():
+        if run.giantdet.norm.type == "cgbn":
+            assert torch.equal(buffer, moved[name]), f"{name} differs over the group"
     engine.destroy()
-    return {"losses": losses, "norms": norms, "parameters": parameters, "groups": groups}
+    return {"losses": losses, "norms": norms, "parameters": parameters, "groups": groups, "moved": moved}
 
 
 def by_hand(run: RunConfig) -> dict[str, Any]:
     """What all ranks together must compute, in one process without DeepSpeed."""
-    model = build(run.giantdet.model).train()
+    together = run.giantdet.norm.type == "cgbn"
+    model = build(run, NormConfig(type="local")).train()
     params = run.deepspeed["optimizer"]["params"]
     groups = parameter_groups(model, params["weight_decay"], params["lr"])
     optimizer = torch.optim.AdamW(groups, eps=params["eps"])
@@ -105,12 +128,10 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
     losses, norms = [], []
     for step in range(STEPS):
         for micro_step in range(accumulation):
-            mean = 0.0
-            for rank in range(comm.world_size()):
-                loss = total_loss(model, make_batch(step, micro_step, rank)) / comm.world_size()
-                (loss / accumulation).backward()
-                mean += float(loss)
-            losses.append(mean)
+            batches = [make_batch(step, micro_step, rank) for rank in range(comm.world_size())]
+            loss = mean_loss(model, batches, together)
+            (loss / accumulation).backward()
+            losses.append(float(loss))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.stack([g.norm() for g in gradients]).norm()
         norms.append(float(norm))
@@ -120,7 +141,7 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "parameters": parameters}
+    return {"losses": losses, "norms": norms, "parameters": parameters, "moved": statistics(model)}
 
 
 def main() -> None:
