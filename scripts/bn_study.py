@@ -93,16 +93,15 @@ def read(folder: Path) -> dict[str, Any]:
 def table(results: dict[int, list[dict[str, Any]]]) -> str:
     lines = ["| BN size | AP | AP50 | loss at the end | AP of each seed |", "|---|---|---|---|---|"]
     for size, runs in results.items():
-        cells = [
-            spread([r[key] for r in runs], digits) for key, digits in (("AP", 3), ("AP50", 3), ("late", 3))
-        ]
-        lines.append(f"| {size} | {' | '.join(cells)} | {', '.join(f'{r["AP"]:.3f}' for r in runs)} |")
+        means = " | ".join(spread([r[key] for r in runs]) for key in ("AP", "AP50", "late"))
+        each = ", ".join(format(r["AP"], ".3f") for r in runs)
+        lines.append(f"| {size} | {means} | {each} |")
     return "\n".join(lines)
 
 
-def spread(values: list[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
 def plot(results: dict[int, list[dict[str, Any]]], path: Path) -> None:
