@@ -113,6 +113,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=run_export)
 
+    precise = commands.add_parser(
+        "precise-bn",
+        help="estimate the running statistics of a run's batch norms anew",
+        description="Estimate the running statistics of the batch norms in a run's export anew, over batches "
+        "of its training data, and write another export.",
+    )
+    precise.add_argument("run", type=Path, help="folder of the run (train.output)")
+    precise.add_argument("--batches", type=_at_least(1), default=200, help="a process; default: 200")
+    precise.add_argument(
+        "--batch-size", type=_at_least(1), help="default: the images that training normalised together"
+    )
+    precise.add_argument("--output", type=Path, help="default: RUN/export_precise_bn")
+    precise.set_defaults(command=run_precise_bn)
+
     validate = commands.add_parser("validate-data", help="report every bad record of a COCO data set")
     validate.add_argument("annotations", help="COCO instances JSON")
     validate.add_argument("images", help="folder of its images")
@@ -183,7 +197,7 @@ def print_config(run: Any) -> None:
     data = run.giantdet.data
     if data.train is not None and Path(data.train.annotations).is_file():
         dataset = CocoDataset(data.train.annotations, data.train.images)
-        images = len(dataset.nonempty) if data.filter_empty else len(dataset)
+        images = len(dataset.training_indices(data.filter_empty))
         classes = dataset.num_classes
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
@@ -279,6 +293,38 @@ def run_export(options: argparse.Namespace) -> None:
     output = options.output or options.run / "export"
     export_checkpoint(checkpoint, output, export_config(run, dataset.category_ids, dataset.class_names))
     print(output)
+
+
+def run_precise_bn(options: argparse.Namespace) -> None:
+    from giantdet.config.load import load_run
+    from giantdet.config.resolve import check_data
+    from giantdet.data.coco import CocoDataset
+    from giantdet.data.loader import train_loader
+    from giantdet.distributed import comm
+    from giantdet.engine.precise_bn import bn_images, reestimate
+    from giantdet.export import export_model, load_detector
+
+    run = load_run(options.run / "config.json")
+    check_data(run, ["train"])
+    data = run.giantdet.data
+    assert data.train is not None
+    device = comm.start()
+    detector, config = load_detector(options.run / "export", device)
+    dataset = CocoDataset(data.train.annotations, data.train.images)
+    size = options.batch_size or bn_images(run)
+    masks = config.model.mask_head.enabled
+    batches = train_loader(
+        dataset, data, size, comm.rank(), comm.world_size(), seed=run.giantdet.train.seed, masks=masks
+    )
+    norms = reestimate(detector, batches, options.batches, device)
+    batches.close()
+    if norms == 0:
+        raise ValueError(f"{options.run}: its model has no batch norm with running statistics")
+    output = options.output or options.run / "export_precise_bn"
+    export_model(detector, output, config)
+    if comm.is_main():
+        images = options.batches * size * comm.world_size()
+        print(f"{output}: {norms} batch norms over {images} images, {size} at a time")
 
 
 def run_validate(options: argparse.Namespace) -> int:

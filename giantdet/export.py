@@ -63,10 +63,9 @@ def export_config(run: RunConfig, category_ids: list[int], class_names: list[str
     )
 
 
-def export_engine(engine: Any, folder: Path, config: ExportConfig) -> None:
-    """Write the model of a DeepSpeed engine, at any ZeRO stage. All ranks call it; the main rank writes."""
-    module: nn.Module = engine.module
-    tensors = dict(module.named_parameters()) | _persistent_buffers(module)
+def export_model(model: nn.Module, folder: Path, config: ExportConfig) -> None:
+    """Write a model, plain or that of a DeepSpeed engine at any ZeRO stage. All ranks call it, one writes."""
+    tensors = dict(model.named_parameters()) | _persistent_buffers(model)
     sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
     for names in shard_plan(sizes, SHARD_BYTES):

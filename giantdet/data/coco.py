@@ -214,6 +214,10 @@ class CocoDataset:
         """Indices of the images that have an object."""
         return np.flatnonzero(np.diff(self.object_start))
 
+    def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
+        """Indices of the images to train on: all, or those that have an object."""
+        return self.nonempty if filter_empty else np.arange(len(self))
+
     def objects(self, i: int) -> Objects:
         """The objects of image i, in the file's order."""
         rows = slice(int(self.object_start[i]), int(self.object_start[i + 1]))

@@ -89,7 +89,7 @@ class TrainStream(_Stream):
     def __init__(self, dataset: CocoDataset, config: DataConfig, seed: int, masks: bool = True) -> None:
         super().__init__(dataset, config, targets=True, masks=masks)
         self.seed = seed
-        self.indices = dataset.nonempty if config.filter_empty else np.arange(len(dataset))
+        self.indices = dataset.training_indices(config.filter_empty)
         if len(self.indices) == 0:
             raise DataError(f"no image of {dataset.annotations} has an object; there is nothing to train on")
 

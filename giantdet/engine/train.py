@@ -19,7 +19,7 @@ from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
 from giantdet.engine.metrics import Metrics, plot_losses
-from giantdet.export import export_config, export_engine, load_weights
+from giantdet.export import export_config, export_model, load_weights
 from giantdet.losses import detector_losses, sample_counts
 from giantdet.models.detector import Detector, build_detector
 from giantdet.models.norm import norm_summary
@@ -39,7 +39,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     settings = run.giantdet.data
     assert settings.train is not None
     dataset = CocoDataset(settings.train.annotations, settings.train.images)
-    train_images = len(dataset.nonempty) if settings.filter_empty else len(dataset)
+    train_images = len(dataset.training_indices(settings.filter_empty))
     run = resolve(run, comm.world_size(), train_images, dataset.num_classes, device.type == "cuda")
     config, output = run.giantdet, Path(run.giantdet.train.output)
     if comm.is_main():
@@ -108,7 +108,8 @@ def train(run: RunConfig) -> dict[str, Any]:
     metrics.close()
     batches.close()
 
-    export_engine(engine, output / "export", export_config(run, dataset.category_ids, dataset.class_names))
+    exported = export_config(run, dataset.category_ids, dataset.class_names)
+    export_model(engine.module, output / "export", exported)
     if comm.is_main():
         plot_losses(output / "metrics.jsonl", output / "losses.png")
     comm.barrier()

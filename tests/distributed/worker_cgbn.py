@@ -249,6 +249,22 @@ def _recompute(group: Any, rank: int) -> None:
             assert torch.equal(a, b)
 
 
+def compiled(rank: int, world: int) -> None:
+    """One graph for forward and backward, the collectives inside."""
+    results = []
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
+        convert_batchnorm(block, comm.subgroup(world))
+        function = torch.compile(block, fullgraph=True, backend="aot_eager") if compile_it else block
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        y = function(x)
+        y.square().mean().backward()
+        results.append([y, x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def nothing_at_all(rank: int, world: int) -> None:
     """No rank has a value: shapes pass, statistics stay."""
     norm = CrossGpuBatchNorm(3, group=comm.subgroup(world))
@@ -294,6 +310,7 @@ def main() -> None:
         sub_groups,
         one_collective_each_way,
         recomputation,
+        compiled,
         nothing_at_all,
         copies,
         merging,
