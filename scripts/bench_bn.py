@@ -6,7 +6,7 @@ deepspeed --num_accelerators 2 scripts/bench_bn.py               # over ranks (t
 The inputs are those of all batch norms of ResNet-50, once for each layer, on `--images` images of `--size`
 pixels a rank. The kinds take turns in every repetition; a ratio is of neighbouring measurements, and the
 median of the ratios counts. In one process, `exchanging` goes through the collectives of a group of one.
-SyncBatchNorm is BatchNorm2d in one process, and needs GPUs for more.
+SyncBatchNorm needs a GPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def kinds(channels: int, device: torch.device) -> dict[str, nn.Module]:
         norms["CGBN, exchanging"] = CrossGpuBatchNorm(channels, group=dist.group.WORLD)
     else:
         norms["CGBN"] = CrossGpuBatchNorm(channels, group=comm.subgroup(world))
-    if world == 1 or device.type == "cuda":
+    if device.type == "cuda":
         norms["SyncBatchNorm"] = nn.SyncBatchNorm(channels)
     return {name: norm.to(device) for name, norm in norms.items()}
 
@@ -83,9 +83,7 @@ def main() -> None:
     layout = torch.contiguous_format if args.contiguous else torch.channels_last
     totals: list[Counter[str]] = [Counter() for _ in range(args.repetitions)]
     for shape, layers in shapes_of_resnet50(args.images, args.size).items():
-        x = torch.randn(shape, dtype=getattr(torch, args.dtype), device=device).contiguous(
-            memory_format=layout
-        )
+        x = torch.randn(shape, device=device).to(getattr(torch, args.dtype), memory_format=layout)
         dy = torch.randn_like(x)
         x.requires_grad_()
         norms = kinds(shape[1], device)
@@ -103,9 +101,8 @@ def main() -> None:
         for name in totals[0]:
             ratios = sorted(total[name] / total["BatchNorm2d"] for total in totals)
             median = 1e3 * statistics.median(total[name] for total in totals)
-            print(
-                f"| {name} | {median:.1f} | {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
-            )
+            spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            print(f"| {name} | {median:.1f} | {spread} |")
     comm.stop()
 
 
