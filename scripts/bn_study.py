@@ -1,6 +1,6 @@
 """MegDet's study of the BN size, at the scale of a desk: AP over the number of images normalised together.
 
-python scripts/bn_study.py DATA --output runs/bn_study --plot docs/bn-study.png
+python scripts/bn_study.py DATA [key=value ...] --output runs/bn_study --plot docs/bn-study.png
 
 DATA is a COCO-format folder (annotations/instances_{train,val}.json, images/). For every seed and BN size
 one run of 8 ranks with 2 images each, the paper's images a GPU: the batch is 16, and only the number of
@@ -41,6 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run's JSON")
     parser.add_argument("--output", type=Path, default=Path("runs/bn_study"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -77,8 +78,10 @@ def run(options: argparse.Namespace, size: int, seed: int, folder: Path) -> None
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"BN size {size}, seed {seed}", file=sys.stderr, flush=True)
     with folder.with_suffix(".log").open("w") as log:
-        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        subprocess.run(command + overrides, stdout=log, stderr=subprocess.STDOUT, check=True)
+        given = {override.partition("=")[0] for override in options.overrides}
+        ours = [f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in given]
+        command += ours + options.overrides
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
 def read(folder: Path) -> dict[str, Any]:
