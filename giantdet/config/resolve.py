@@ -61,6 +61,8 @@ def resolve(
     if "scheduler" in deepspeed:
         _resolve_scheduler(deepspeed, giantdet.train.steps)
 
+    giantdet = _resolve_agvm(giantdet, deepspeed)
+
     if num_classes is not None:
         declared = giantdet.model.num_classes
         if declared != "auto" and declared < num_classes:
@@ -168,6 +170,15 @@ def _check_norms(giantdet: GiantdetConfig, micro: int, world_size: int) -> None:
                 f"giantdet.norm.{name} is given, but there is no BatchNorm: "
                 f'set "norm": "batch" in giantdet.{where}, or leave it out'
             )
+
+
+def _resolve_agvm(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
+    agvm, steps = giantdet.agvm, giantdet.train.steps
+    if not agvm.enabled or agvm.start_step != "auto" or steps is None:
+        return giantdet
+    warmup = deepspeed.get("scheduler", {}).get("params", {}).get("warmup_num_steps", 0)
+    start = warmup + min(100, steps // 10)
+    return giantdet.model_copy(update={"agvm": agvm.model_copy(update={"start_step": start})})
 
 
 def _without_auto(block: Any) -> Any:

@@ -197,6 +197,34 @@ class DataConfig(Section):
     """Leave images without objects out of training (detectron2's default). Evaluation keeps them."""
 
 
+class AgvmConfig(Section):
+    """Adaptive gradient variance modulator (Xue et al., NeurIPS 2022); see `optim/agvm.py`."""
+
+    enabled: bool = False
+    estimator: Literal["half_split", "all_splits"] = "half_split"
+    """half_split: the paper's, two halves of the batch; all_splits: the expectation over all splits."""
+    preconditioned: bool | Auto = "auto"
+    """Compare gradients as Adam would scale them. auto: with Adam and AdamW."""
+    look_ahead: Literal["exact", "released"] = "exact"
+    """Second moment of the preconditioner. released: the authors' code, whose current square is
+    under-weighted by the square of the number of ranks."""
+    interval: PositiveInt = 10
+    """Steps between measurements."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.97
+    """Of the factors' exponential moving average, which starts from 1."""
+    start_step: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """First step that measures and is scaled, counted from 0. auto: 100 steps (at most a tenth of the run)
+    after the warmup's end, as the authors' code."""
+    stop_step: Annotated[int, Field(ge=0)] | None = None
+    """Last such step."""
+    clamp: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 10.0)
+    """Bounds of the ratio of variances, before the square root."""
+    anchor: str = "backbone"
+    """The module that the others are aligned with; its factor is 1."""
+    modules: dict[str, tuple[str, ...]] | None = None
+    """Patterns of parameter names by module, the first that fits; None: the detector's parts."""
+
+
 class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: PositiveInt | None = None
@@ -227,6 +255,7 @@ class GiantdetConfig(Section):
 
     model: ModelConfig = ModelConfig()
     norm: NormConfig = NormConfig()
+    agvm: AgvmConfig = AgvmConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

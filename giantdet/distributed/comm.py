@@ -156,6 +156,13 @@ def all_reduce(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return tensor
 
 
+def sum_over_ranks_(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place of `tensor`; all ranks must call it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def said_by_main(message: str, seconds: float = 3.0) -> bool:
     """For a rank that stops with `message`: does the main rank stop with the same, and say so?
 

@@ -36,7 +36,7 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
 def groups_of(model: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
     """The model's parameter groups with the LR and weight decay of the run's optimizer."""
     params = run.deepspeed["optimizer"].get("params", {})
-    return parameter_groups(model, params.get("weight_decay", 0.0), params["lr"])
+    return parameter_groups(model, params.get("weight_decay", 0.0), params["lr"], run.giantdet.agvm.modules)
 
 
 def learning_rates(engine: Any) -> dict[str, float]:

@@ -7,6 +7,7 @@ habit of ViTDet, Swin and ConvNeXt; timm names the embeddings in `no_weight_deca
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 from torch import nn
@@ -14,15 +15,23 @@ from torch import nn
 NO_DECAY = "/no_decay"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
-    """One dict a group: `params`, `name`, `weight_decay` (and `lr`). Frozen parameters are left out."""
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    lr: float | None = None,
+    modules: dict[str, tuple[str, ...]] | None = None,
+) -> list[dict[str, Any]]:
+    """One dict a group: `params`, `name`, `weight_decay` (and `lr`). Frozen parameters are left out.
+
+    `modules` are patterns of parameter names by module, see `module_of`; None: the model's children.
+    """
     exempt = _undecayed_names(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and name not in exempt
-        key = name.split(".", 1)[0] + ("" if decayed else NO_DECAY)
+        key = module_of(name, modules) + ("" if decayed else NO_DECAY)
         group = groups.setdefault(
             key, {"params": [], "name": key, "weight_decay": weight_decay if decayed else 0.0}
         )
@@ -30,6 +39,25 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = N
         if lr is not None:
             group["lr"] = lr
     return list(groups.values())
+
+
+def module_of(name: str, modules: dict[str, tuple[str, ...]] | None = None) -> str:
+    """The module that a parameter belongs to: the first with a pattern that fits its name.
+
+    Without patterns it is the name's first part (`backbone.body.conv1.weight`: backbone). ValueError
+    where no pattern fits.
+    """
+    if modules is None:
+        return name.split(".", 1)[0]
+    for module, patterns in modules.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            return module
+    raise ValueError(f"agvm.modules: no pattern fits parameter {name}; add one, '*' fits all that is left")
+
+
+def module_of_group(group: dict[str, Any]) -> str:
+    """The module that the name of a parameter group begins with."""
+    return str(group.get("name", "")).split("/", 1)[0]
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:

@@ -1,0 +1,199 @@
+"""AGVM at every ZeRO stage on real processes, held to a brute force that computes each shard's gradient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import launch_ok
+
+WORKER = Path(__file__).with_name("worker_agvm.py")
+SGD = {"optimizer": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
+ADAMW = {
+    "optimizer": "AdamW",
+    "params": {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.05},
+}
+AGVM = {"enabled": True, "interval": 2, "start_step": 2, "momentum": 0.5}
+
+
+def agvm(**more: Any) -> dict[str, Any]:
+    return {"agvm": AGVM | more}
+
+
+def case(optimizer: dict[str, Any], stage: int, estimator: str, **more: Any) -> dict[str, Any]:
+    own = ("preconditioned", "interval", "start_step", "stop_step", "look_ahead", "momentum")
+    settings = {key: more.pop(key) for key in list(more) if key in own}
+    return {**optimizer, "stage": stage, **agvm(estimator=estimator, **settings), **more}
+
+
+FORMS = {
+    "sgd_half": (SGD, "half_split", {}),
+    "sgd_all": (SGD, "all_splits", {}),
+    "adamw_half": (ADAMW, "half_split", {}),
+    "adamw_all": (ADAMW, "all_splits", {}),
+    "adamw_all_raw": (ADAMW, "all_splits", {"preconditioned": False}),
+}
+TWO: dict[str, dict[str, Any]] = {}
+for form, (optimizer, estimator, more) in FORMS.items():
+    for stage in range(4):
+        TWO[f"{form}{stage}"] = case(optimizer, stage, estimator, **more)
+        TWO[f"{form}{stage}_accumulate_clip"] = case(
+            optimizer, stage, estimator, accumulation=4, clip=0.3, wide=3, **more
+        )
+
+
+def run(folder: Path, world: int, cases: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    launch_ok(WORKER, world, folder, json.dumps(cases), timeout=300)
+    return {name: torch.load(folder / f"{name}.pt") for name in cases}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("agvm"), 2, TWO)
+
+
+def assert_equal(found: dict[str, Any], tolerance: float = 1e-4) -> None:
+    moved = False
+    for step, (mine, hand) in enumerate(zip(found["deepspeed"], found["hand"], strict=True)):
+        lagging = (
+            mine["variances"] != {}
+            and step > 0
+            and mine["factors"] == found["deepspeed"][step - 1]["factors"]
+        )
+        assert lagging is not None
+        for key in ("variances", "factors"):
+            assert mine[key] == pytest.approx(hand[key], abs=tolerance), (step, key)
+        for name, weight in hand["weights"].items():
+            torch.testing.assert_close(mine["weights"][name], weight, atol=2e-5, rtol=1e-3)
+        moved = moved or any(abs(f - 1) > 0.01 for f in hand["factors"].values())
+    assert moved, "no factor left 1: the test shows nothing"
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_equals_brute_force(two: dict[str, dict[str, Any]], name: str) -> None:
+    assert_equal(two[name])
+
+
+def test_stages_agree(two: dict[str, dict[str, Any]]) -> None:
+    for form in FORMS:
+        for suffix in ("", "_accumulate_clip"):
+            first = two[f"{form}0{suffix}"]["deepspeed"]
+            for stage in (1, 2, 3):
+                for a, b in zip(first, two[f"{form}{stage}{suffix}"]["deepspeed"], strict=True):
+                    assert a["variances"] == pytest.approx(b["variances"], abs=1e-4)
+                    assert a["factors"] == pytest.approx(b["factors"], abs=1e-4)
+
+
+def test_schedules_never_see_the_factors(two: dict[str, dict[str, Any]]) -> None:
+    """After each step the groups have their own LR again."""
+    for name, found in two.items():
+        for record in found["deepspeed"]:
+            assert set(record["lr"].values()) == {TWO[name]["params"]["lr"]}, name
+
+
+MORE: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "halves_of_micro_batches": case(ADAMW, 2, "half_split", accumulation=4),
+        "all_splits": case(SGD, 3, "all_splits", accumulation=4),
+    },
+    2: {
+        "adam_from_step_0": case(ADAMW, 2, "half_split", start_step=0, interval=1),
+        "adam_from_step_0_stage_3": case(ADAMW, 3, "all_splits", start_step=0, interval=1),
+        "every_step": case(SGD, 1, "all_splits", start_step=0, interval=1),
+        "stop": case(SGD, 2, "half_split", stop_step=5),
+        "frozen_module": case(ADAMW, 2, "half_split", frozen=True),
+        "frozen_module_stage_3": case(ADAMW, 3, "all_splits", frozen=True),
+        "resumed": case(ADAMW, 2, "half_split", resume_after=4),
+        "resumed_norms": case(SGD, 3, "all_splits", resume_after=4),
+        **{f"offload{s}": case(ADAMW, s, "half_split", offload=True) for s in (1, 2, 3)},
+        "offload_norms": case(ADAMW, 3, "all_splits", offload=True, preconditioned=False),
+    },
+    3: {
+        "odd_world": case(ADAMW, 2, "half_split", accumulation=2),
+        "odd_world_stage_3": case(SGD, 3, "half_split", accumulation=2),
+        "odd_world_all_splits": case(ADAMW, 3, "all_splits"),
+    },
+    4: {
+        "adamw_half2": case(ADAMW, 2, "half_split"),
+        "adamw_half3": case(ADAMW, 3, "half_split", accumulation=4, clip=0.3),
+        "sgd_all1": case(SGD, 1, "all_splits", accumulation=4),
+        "sgd_all3": case(SGD, 3, "all_splits", clip=0.3),
+        "adamw_all0": case(ADAMW, 0, "all_splits"),
+    },
+}
+
+
+@pytest.mark.parametrize("world", MORE)
+def test_worlds_and_corners(tmp_path: Path, world: int) -> None:
+    for name, found in run(tmp_path, world, MORE[world]).items():
+        try:
+            assert_equal(found)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+GOLDEN = {
+    "ws2_sgd_float64": {"optimizer": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}},
+    "ws2_sgd_clip": {
+        "optimizer": "SGD",
+        "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
+        "clip": 0.25,
+        "clip_range": [3, 10],
+    },
+    "ws2_adam_float64": {"optimizer": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.99]}},
+    "ws2_adamw_mom05": {
+        "optimizer": "AdamW",
+        "params": {"lr": 0.01, "betas": [0.9, 0.99], "weight_decay": 0.05},
+    },
+}
+
+
+def test_traces_of_the_released_code(shared: Path, tmp_path: Path) -> None:
+    """Similarities, factors and weights of the authors' hook, at every stage; theirs are in float64."""
+    cases = {}
+    traces = {name: json.loads((shared / f"golden/{name}.json").read_text()) for name in GOLDEN}
+    for name, trace in traces.items():
+        settings = {
+            "enabled": True,
+            "interval": trace["case"]["hook"]["lr_update_interval"],
+            "start_step": trace["case"]["hook"]["lr_update_start_iter"],
+            "momentum": trace["case"]["hook"]["momentum"],
+            "look_ahead": "released",
+        }
+        for stage in range(4):
+            cases[f"{name}{stage}"] = {
+                **GOLDEN[name],
+                "stage": stage,
+                "agvm": settings,
+                "golden": str(shared / "golden/inputs_ws2.npz"),
+                "steps": len(trace["steps"]),
+            }
+    for key, found in run(tmp_path, 2, cases).items():
+        trace = traces[key[:-1]]
+        modules = ("backbone", "neck", "head")
+        for mine, theirs in zip(found["deepspeed"], trace["steps"], strict=True):
+            where = (key, theirs["iter"])
+            if theirs["similarities"] is not None:
+                found_ones = [mine["variances"][m] for m in modules]
+                assert found_ones == pytest.approx(theirs["similarities"], abs=1e-5), where
+            assert [mine["factors"][m] for m in modules] == pytest.approx(
+                theirs["scale_factors"], abs=1e-5
+            ), where
+            for name, total in theirs["param_sum"].items():
+                assert float(mine["weights"][name].double().sum()) == pytest.approx(total, abs=1e-4), where
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_stays_near_float32(tmp_path: Path, stage: int) -> None:
+    cases = {
+        f"{name}{accumulation}": case(ADAMW, stage, name, bf16=True, accumulation=accumulation, wide=3)
+        for name in ("half_split", "all_splits")
+        for accumulation in (1, 4)
+    }
+    for name, found in run(tmp_path, 2, cases).items():
+        for mine, hand in zip(found["deepspeed"], found["hand"], strict=True):
+            assert mine["variances"] == pytest.approx(hand["variances"], abs=0.1), name
+            assert mine["factors"] == pytest.approx(hand["factors"], abs=0.1), name
