@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from giantdet.distributed import comm
+from giantdet.optim.agvm import Agvm
 
 _PREFIX = "step_"
 
 
-def save(engine: Any, folder: Path, step: int, keep: int) -> Path:
+def save(engine: Any, folder: Path, step: int, keep: int, agvm: Agvm | None = None) -> Path:
     """Write checkpoint `step_N` and remove all but the newest `keep`. All ranks call it."""
     tag = f"{_PREFIX}{step}"
     groups = [_describe(group) for group in engine.basic_optimizer.param_groups]
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step, "groups": groups})
+    state = {"step": step, "groups": groups, "agvm": agvm.state_dict() if agvm is not None else None}
+    engine.save_checkpoint(str(folder), tag=tag, client_state=state)
     comm.barrier()
     if comm.is_main():
         for old in checkpoints(folder)[:-keep]:
@@ -30,7 +32,7 @@ def save(engine: Any, folder: Path, step: int, keep: int) -> Path:
     return folder / tag
 
 
-def resume(engine: Any, folder: Path) -> int:
+def resume(engine: Any, folder: Path, agvm: Agvm | None = None) -> int:
     """Load the newest checkpoint of `folder`; returns the number of steps done, 0 without one."""
     if not comm.broadcast_object((folder / "latest").exists()):
         return 0
@@ -44,6 +46,8 @@ def resume(engine: Any, folder: Path) -> int:
                 f"{path}: parameter group '{saved['name']}' was saved where the model now has '{name}'"
             )
         group.update(saved)
+    if agvm is not None and state.get("agvm") is not None:
+        agvm.load_state_dict(state["agvm"])
     return int(state["step"])
 
 

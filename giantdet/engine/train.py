@@ -23,6 +23,7 @@ from giantdet.export import export_config, export_model, load_weights
 from giantdet.losses import detector_losses, sample_counts
 from giantdet.models.detector import Detector, build_detector
 from giantdet.models.norm import norm_summary
+from giantdet.optim.agvm import Agvm
 from giantdet.optim.param_groups import group_table
 
 logger = logging.getLogger("giantdet")
@@ -56,7 +57,8 @@ def train(run: RunConfig) -> dict[str, Any]:
     announce(run, model, device)
     engine = zero.initialize(model, run)
     folder = output / "checkpoints"
-    first_step = checkpoint.resume(engine, folder) if config.train.resume else 0
+    agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
+    first_step = checkpoint.resume(engine, folder, agvm) if config.train.resume else 0
 
     total_steps = config.train.steps
     assert total_steps is not None
@@ -88,12 +90,16 @@ def train(run: RunConfig) -> dict[str, Any]:
             losses = detector_losses(predictions, config.model.conventions)
             loss = torch.stack(list(losses.values())).sum()
             engine.backward(loss)
+            if agvm is not None:
+                agvm.observe()
+                agvm.scale()
             engine.step()  # DeepSpeed steps the optimizer and the schedule at the last micro-step
 
             metrics.add({"loss": loss, **losses, **sample_counts(predictions)}, micro_batch, data_seconds)
         metrics.step()
         if is_due(step, config.train.log_every, total_steps):
-            metrics.log(step, **progress(engine, device, batches.counters))
+            modulation = agvm.scalars() if agvm is not None else {}
+            metrics.log(step, **progress(engine, device, batches.counters), **modulation)
         evaluation_due = settings.val is not None and is_due(step, config.train.eval_every, total_steps)
         checkpoint_due = is_due(step, config.train.save_every, total_steps)
         if evaluation_due or checkpoint_due:
@@ -104,7 +110,7 @@ def train(run: RunConfig) -> dict[str, Any]:
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
         if checkpoint_due:
-            checkpoint.save(engine, folder, step, config.train.keep)
+            checkpoint.save(engine, folder, step, config.train.keep, agvm)
     metrics.close()
     batches.close()
 

@@ -51,6 +51,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
             "giantdet__train__save_every": 1,
             "giantdet__data__augment": {"short_sides": [48, 56, 64]},
             "giantdet__model__backbone__drop_path_rate": 0.3,
+            "giantdet__agvm": {
+                "enabled": True,
+                "estimator": "all_splits" if stage > 1 else "half_split",
+                "preconditioned": stage < 3,
+                "interval": 2,
+                "start_step": 1,
+                "momentum": 0.5,
+            },
         }
         for name, steps in (("straight", STEPS), ("stopped", STOP)):
             raw = tiny_run(demo_data, folder / f"{name}{stage}", giantdet__train__steps=steps, **settings)
@@ -78,6 +86,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> Non
     straight, stopped = runs / f"straight{stage}", runs / f"stopped{stage}"
     assert [line["step"] for line in _lines(straight)] == list(range(1, STEPS + 1))
     assert len({line["lr"] for line in _lines(straight)}) > 3, "the schedule moves the LR"
+    factors = [line["agvm/mask_head/factor"] for line in _lines(straight)]
+    assert factors[0] == 1.0 and len(set(factors)) > 2, "AGVM moves the factors"
     assert _lines(stopped) == _lines(straight)
     one, other = _weights(straight), _weights(stopped)
     assert one.keys() == other.keys()
