@@ -127,6 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
     precise.add_argument("--output", type=Path, help="default: RUN/export_precise_bn")
     precise.set_defaults(command=run_precise_bn)
 
+    plot = commands.add_parser("plot", help="draw the losses of a run, and what AGVM measured and did")
+    plot.add_argument("run", type=Path, help="folder of the run (train.output)")
+    plot.add_argument("--output", type=Path, help="folder of the pictures; default: RUN")
+    plot.set_defaults(command=run_plot)
+
     validate = commands.add_parser("validate-data", help="report every bad record of a COCO data set")
     validate.add_argument("annotations", help="COCO instances JSON")
     validate.add_argument("images", help="folder of its images")
@@ -234,13 +239,13 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def run_predict(options: argparse.Namespace) -> None:
-    from giantdet.engine.predict import draw, load_image, load_predictor
+    from giantdet.engine.predict import draw, image_files, load_image, load_predictor, picture_names
 
     predictor = load_predictor(options.export)
     options.output.mkdir(parents=True, exist_ok=True)
     results = []
-    files = _image_files(options.images)
-    for number, (path, picture) in enumerate(zip(files, _pictures(files, options.output), strict=True)):
+    files = image_files(options.images)
+    for number, (path, picture) in enumerate(zip(files, picture_names(files, options.output), strict=True)):
         image = load_image(path)
         found = predictor(image, options.threshold)
         draw(image, found).save(picture)
@@ -248,34 +253,6 @@ def run_predict(options: argparse.Namespace) -> None:
         print(f"{path}: {len(found.names)} objects, {picture}")
     (options.output / "results.json").write_text(json.dumps(results))
     print(f"results: {options.output / 'results.json'}")
-
-
-def _pictures(files: list[Path], folder: Path) -> list[Path]:
-    """One name in `folder` for each file's overlay. Raises ValueError where one would replace a file."""
-    pictures: list[Path] = []
-    for path in files:
-        picture, number = folder / f"{path.stem}.png", 2
-        while picture in pictures:
-            picture, number = folder / f"{path.stem}_{number}.png", number + 1
-        pictures.append(picture)
-    if replaced := {p.resolve() for p in pictures} & {p.resolve() for p in files}:
-        raise ValueError(f"{min(replaced)}: its overlay would replace it; choose another --output")
-    return pictures
-
-
-def _image_files(paths: list[Path]) -> list[Path]:
-    endings = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
-        elif path.exists():
-            files.append(path)
-        else:
-            raise ValueError(f"{path}: no such image or folder")
-    if not files:
-        raise ValueError(f"{paths[0]}: no image in this folder (looked for {', '.join(sorted(endings))})")
-    return files
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -325,6 +302,20 @@ def run_precise_bn(options: argparse.Namespace) -> None:
     if comm.is_main():
         images = options.batches * size * comm.world_size()
         print(f"{output}: {norms} batch norms over {images} images, {size} at a time")
+
+
+def run_plot(options: argparse.Namespace) -> None:
+    from giantdet.engine.plots import plot_agvm, plot_losses
+
+    metrics, output = options.run / "metrics.jsonl", options.output or options.run
+    if not metrics.is_file():
+        raise ValueError(f"{options.run}: no metrics.jsonl here; name the folder of a run")
+    output.mkdir(parents=True, exist_ok=True)
+    plot_losses(metrics, output / "losses.png")
+    print(output / "losses.png")
+    if '"agvm/' in metrics.read_text():
+        plot_agvm(metrics, output / "agvm.png")
+        print(output / "agvm.png")
 
 
 def run_validate(options: argparse.Namespace) -> int:

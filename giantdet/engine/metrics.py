@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, metrics.jsonl, DeepSpeed's monitors, a plot at the end.
+"""What a run tells: a progress bar, metrics.jsonl, DeepSpeed's monitors.
 
 Losses stay on the device until a line is due; the one host synchronisation is in `Metrics.log`.
 """
@@ -124,29 +124,3 @@ def _step_of(line: str) -> float:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def plot_losses(path: Path, picture: Path) -> None:
-    """Draw the losses (and the LR below) of a metrics.jsonl into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = [line for line in read_metrics(path) if "loss" in line]
-    steps = [line["step"] for line in lines]
-    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-    for name in [key for key in (lines[0] if lines else {}) if key.startswith("loss")]:
-        upper.plot(steps, [line[name] for line in lines], label=name, linewidth=2 if name == "loss" else 1)
-    upper.set_ylabel("loss")
-    upper.set_yscale("log")
-    if lines:
-        upper.legend(fontsize=8)
-    upper.grid(alpha=0.3)
-    lower.plot(steps, [line["lr"] for line in lines], color="black")
-    lower.set_ylabel("learning rate")
-    lower.set_xlabel("step")
-    lower.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)

@@ -130,6 +130,35 @@ def load_predictor(folder: str | Path, device: torch.device | str | None = None)
     return Predictor(detector, config, device)
 
 
+def picture_names(files: list[Path], folder: Path) -> list[Path]:
+    """One name in `folder` for each file's overlay. Raises ValueError where one would replace a file."""
+    pictures: list[Path] = []
+    for path in files:
+        picture, number = folder / f"{path.stem}.png", 2
+        while picture in pictures:
+            picture, number = folder / f"{path.stem}_{number}.png", number + 1
+        pictures.append(picture)
+    if replaced := {p.resolve() for p in pictures} & {p.resolve() for p in files}:
+        raise ValueError(f"{min(replaced)}: its overlay would replace it; choose another --output")
+    return pictures
+
+
+def image_files(paths: list[Path]) -> list[Path]:
+    """All images among files and folders. Raises ValueError for a path or a folder without any."""
+    endings = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+        elif path.exists():
+            files.append(path)
+        else:
+            raise ValueError(f"{path}: no such image or folder")
+    if not files:
+        raise ValueError(f"{paths[0]}: no image in this folder (looked for {', '.join(sorted(endings))})")
+    return files
+
+
 def draw(image: NDArray[np.uint8], found: Found) -> Image.Image:
     """The image with masks, boxes, class names and scores over it."""
     canvas = image.astype(np.float32)

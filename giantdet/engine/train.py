@@ -18,7 +18,8 @@ from giantdet.data.loader import eval_loader, train_loader
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
-from giantdet.engine.metrics import Metrics, plot_losses
+from giantdet.engine.metrics import Metrics
+from giantdet.engine.plots import plot_agvm, plot_losses
 from giantdet.export import export_config, export_model, load_weights
 from giantdet.losses import detector_losses, sample_counts
 from giantdet.models.detector import Detector, build_detector
@@ -118,6 +119,8 @@ def train(run: RunConfig) -> dict[str, Any]:
     export_model(engine.module, output / "export", exported)
     if comm.is_main():
         plot_losses(output / "metrics.jsonl", output / "losses.png")
+        if agvm is not None:
+            plot_agvm(output / "metrics.jsonl", output / "agvm.png")
     comm.barrier()
     return scores
 

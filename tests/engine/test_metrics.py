@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from giantdet.engine.metrics import DivergedError, Metrics, plot_losses, read_metrics
+from giantdet.engine.metrics import DivergedError, Metrics, read_metrics
+from giantdet.engine.plots import plot_losses
 
 
 def test_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:

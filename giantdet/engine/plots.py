@@ -1,0 +1,69 @@
+"""Pictures of a run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from giantdet.engine.metrics import read_metrics
+
+
+def plot_losses(path: Path, picture: Path) -> None:
+    """Draw the losses (and the LR below) of a metrics.jsonl into a PNG."""
+    plt = _pyplot()
+    lines = _logged(path)
+    steps = [line["step"] for line in lines]
+    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    for name in [key for key in (lines[0] if lines else {}) if key.startswith("loss")]:
+        upper.plot(steps, [line[name] for line in lines], label=name, linewidth=2 if name == "loss" else 1)
+    upper.set_ylabel("loss")
+    upper.set_yscale("log")
+    if lines:
+        upper.legend(fontsize=8)
+    lower.plot(steps, [line["lr"] for line in lines], color="black")
+    lower.set_ylabel("learning rate")
+    _finish(plt, figure, (upper, lower), picture)
+
+
+def plot_agvm(path: Path, picture: Path) -> None:
+    """Draw each module's gradient variance, factor and LR over the steps into a PNG (AGVM's figure 1).
+
+    Raises ValueError where the run was without AGVM.
+    """
+    lines = [line for line in _logged(path) if any(key.startswith("agvm/") for key in line)]
+    if not lines:
+        raise ValueError(f"{path}: no line of AGVM; it was not enabled in this run")
+    plt = _pyplot()
+    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 9))
+    for module in [key.split("/")[1] for key in lines[0] if key.endswith("/factor")]:
+        for axis, value in zip(axes, ("variance", "factor", "factor"), strict=True):
+            points = [line for line in lines if f"agvm/{module}/{value}" in line]
+            scale = [line["lr"] if axis is axes[2] else 1.0 for line in points]
+            values = [line[f"agvm/{module}/{value}"] * s for line, s in zip(points, scale, strict=True)]
+            axis.plot([line["step"] for line in points], values, label=module)
+    for axis, label in zip(axes, ("variance, 1 - cos", "factor of the LR", "learning rate"), strict=True):
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=8)
+    _finish(plt, figure, axes, picture)
+
+
+def _logged(path: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(path) if "loss" in line]
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _finish(plt: Any, figure: Any, axes: Any, picture: Path) -> None:
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
