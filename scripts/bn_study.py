@@ -125,7 +125,7 @@ def plot(results: dict[int, list[dict[str, Any]]], path: Path) -> None:
     left.set_xscale("log", base=2)
     left.set_xticks(sizes, [str(size) for size in sizes])
     left.set(xlabel="images normalised together", ylabel="box AP, a dot a seed")
-    right.set(xlabel="step", ylabel="training loss, mean of the seeds", yscale="log")
+    right.set(xlabel="step", ylabel="training loss, mean of the seeds")
     right.legend()
     figure.savefig(path, dpi=110)
 
