@@ -287,6 +287,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 leaves torch's choice")
     parser.add_argument("--backbone", default="resnet50", help="timm's name; other than resnet50: ours only")
+    parser.add_argument("--agvm", action="store_true", help="instead: what AGVM adds, see bench_agvm.py")
+    parser.add_argument("--stage", type=int, default=2, help="ZeRO stage of --agvm")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=["giantdet", "torchvision"], default=None)
     args = parser.parse_args()
     if args.size % 64 or args.size <= 0:
@@ -310,6 +313,11 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.agvm:
+        import bench_agvm
+
+        bench_agvm.main(args)
+        return
     print(describe_machine(args.device))
     print(
         f"setting: {args.backbone}, batch {args.batch}, {args.size}x{args.size}, "

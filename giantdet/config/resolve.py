@@ -174,11 +174,13 @@ def _check_norms(giantdet: GiantdetConfig, micro: int, world_size: int) -> None:
 
 def _resolve_agvm(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
     agvm, steps = giantdet.agvm, giantdet.train.steps
-    if not agvm.enabled or agvm.start_step != "auto" or steps is None:
-        return giantdet
-    warmup = deepspeed.get("scheduler", {}).get("params", {}).get("warmup_num_steps", 0)
-    start = warmup + min(100, steps // 10)
-    return giantdet.model_copy(update={"agvm": agvm.model_copy(update={"start_step": start})})
+    found: dict[str, Any] = {}
+    if agvm.preconditioned == "auto":
+        found["preconditioned"] = deepspeed["optimizer"]["type"] in ("Adam", "AdamW")
+    if agvm.start_step == "auto" and steps is not None:
+        warmup = deepspeed.get("scheduler", {}).get("params", {}).get("warmup_num_steps", 0)
+        found["start_step"] = warmup + min(100, steps // 10)
+    return giantdet.model_copy(update={"agvm": agvm.model_copy(update=found)})
 
 
 def _without_auto(block: Any) -> Any:

@@ -197,3 +197,17 @@ def test_bf16_stays_near_float32(tmp_path: Path, stage: int) -> None:
         for mine, hand in zip(found["deepspeed"], found["hand"], strict=True):
             assert mine["variances"] == pytest.approx(hand["variances"], abs=0.1), name
             assert mine["factors"] == pytest.approx(hand["factors"], abs=0.1), name
+
+
+def test_what_does_not_fit_is_one_line_that_says_what_to_do() -> None:
+    _, out, _ = launch_ok(WORKER.with_name("worker_agvm_errors.py"), 1)[0]
+    found = [line for line in out.splitlines() if line.startswith("REFUSED")]
+    words = [
+        "two ranks, or",
+        'take "all_splits"',
+        "agvm.anchor 'backbone'",
+        "name the groups",
+        "no pattern fits",
+    ]
+    assert len(found) == len(words)
+    assert all(word in line for word, line in zip(words, found, strict=True)), found

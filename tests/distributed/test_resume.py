@@ -51,6 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
             "giantdet__train__save_every": 1,
             "giantdet__data__augment": {"short_sides": [48, 56, 64]},
             "giantdet__model__backbone__drop_path_rate": 0.3,
+            "giantdet__norm": {"type": "cgbn" if stage > 1 else "local"},
             "giantdet__agvm": {
                 "enabled": True,
                 "estimator": "all_splits" if stage > 1 else "half_split",

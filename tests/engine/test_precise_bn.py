@@ -54,10 +54,11 @@ def test_images_of_a_batch_norm(tmp_path: Path, norm: dict[str, object], expecte
 
 def test_command(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run of two ranks with CGBN; other weights stay, statistics move towards those of the data."""
-    raw = tiny_run(demo_data, tmp_path / "run", giantdet__norm={"type": "cgbn", "bn_size": 4})
+    norm = {"type": "cgbn", "bn_size": 4}
+    raw = tiny_run(demo_data, tmp_path / "run", gradient_accumulation_steps=2, giantdet__norm=norm)
     (tmp_path / "run.json").write_text(json.dumps(raw))
     _, out, _ = launch_ok(WORKER, 2, tmp_path / "run.json")[0]
-    assert "over 4 images (2 ranks x 2)" in out
+    assert "over 4 images (2 ranks x 2)" in out and "accumulation adds no image" in out
     assert cli.main(["precise-bn", str(tmp_path / "run"), "--batches", "5"]) == 0
     assert "over 20 images, 4 at a time" in capsys.readouterr().out
     before = load_file(tmp_path / "run/export/model.safetensors")
