@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_do() -> None:
     _, out, _ = launch_ok(WORKER.with_name("worker_agvm_errors.py"), 1)[0]
     found = [line for line in out.splitlines() if line.startswith("REFUSED")]
     words = [
-        "two ranks, or",
+        "needs two ranks",
         'take "all_splits"',
         "agvm.anchor 'backbone'",
         "name the groups",

@@ -72,5 +72,5 @@ def test_modules_by_patterns() -> None:
         "stem",
         "rest",
     ]
-    with pytest.raises(ValueError, match="no pattern fits parameter head.weight"):
+    with pytest.raises(ValueError, match="no pattern fits"):
         module_of("head.weight", {"backbone": ("backbone.*",)})
