@@ -57,6 +57,8 @@ def main() -> None:
         size: [read(options.output / f"bn{size}_seed{s}") for s in options.seeds] for size in options.sizes
     }
     print(table(results))
+    if "agvm" in " ".join(options.overrides):
+        print(variance_table(options))
     if options.plot is not None:
         plot(results, options.plot)
 
@@ -100,6 +102,20 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
         each = ", ".join(format(r["AP"], ".3f") for r in runs)
         lines.append(f"| {size} | {means} | {each} |")
     return "\n".join(lines)
+
+
+def variance_table(options: argparse.Namespace) -> str:
+    """Each module's gradient variance, mean of all measurements and seeds, for runs with AGVM."""
+    rows: dict[int, dict[str, float]] = {}
+    for size in options.sizes:
+        folders = [options.output / f"bn{size}_seed{seed}" for seed in options.seeds]
+        lines = [json.loads(line) for f in folders for line in (f / "metrics.jsonl").read_text().splitlines()]
+        names = sorted({key for line in lines for key in line if key.endswith("/variance")})
+        rows[size] = {name: statistics.fmean(line[name] for line in lines if name in line) for name in names}
+    modules = [name.split("/")[1] for name in next(iter(rows.values()))]
+    table = [f"| BN size | {' | '.join(modules)} |", "|---" * (len(modules) + 1) + "|"]
+    table += [f"| {size} | {' | '.join(f'{v:.3f}' for v in row.values())} |" for size, row in rows.items()]
+    return "\n".join(table)
 
 
 def spread(values: list[float]) -> str:

@@ -109,7 +109,10 @@ def test_cgbn_in_bf16_keeps_float32_statistics(found: dict[str, dict[str, Any]])
     for name, statistic in mine["moved"].items():
         assert statistic.dtype == reference["moved"][name].dtype
         expected = reference["moved"][name].float()
-        assert (statistic.float() - expected).norm() < 0.15 * expected.norm(), name
+        # Three steps of bf16 weights are off by that; the statistics themselves are finer than bf16.
+        assert (statistic.float() - expected).norm() < 0.3 * expected.norm(), name
+        if statistic.is_floating_point():
+            assert not torch.equal(statistic, statistic.bfloat16().float()), name
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
