@@ -33,6 +33,7 @@ module, and its factors act one step later, because the mean's norm is read in t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
+from giantdet.distributed.cgbn import CrossGpuBatchNorm
 from giantdet.optim.moments import Fragment, second_moments
 from giantdet.optim.param_groups import module_of, module_of_group
 from giantdet.optim.variance import (
@@ -51,7 +53,20 @@ from giantdet.optim.variance import (
     variance_of_halves,
 )
 
+logger = logging.getLogger("giantdet")
+
 BUCKET = 2**25  # elements that are reduced at a time
+
+
+def norms_tie_shards(ranks: int, world: int, estimator: str) -> bool:
+    """Do batch norms over `ranks` ranks at a time see images of two shards that are compared?
+
+    Halves of the ranks are free of each other if both are made of whole groups; halves of the micro-batches
+    (an odd world) always are, and single ranks never.
+    """
+    if estimator == "all_splits":
+        return ranks > 1
+    return world % 2 == 0 and (world // 2) % ranks != 0
 
 
 class Agvm:
@@ -96,6 +111,8 @@ class Agvm:
                 f"agvm: the optimizer's groups are of the modules {sorted(named)}, the parameters of "
                 f"{self.names}; name the groups as optim/param_groups.py does"
             )
+        if self.config.clamp[0] > self.config.clamp[1]:
+            raise ValueError(f"agvm.clamp {list(self.config.clamp)}: give the lower bound first")
         if self.shards < 2:
             raise ValueError(
                 "agvm needs two ranks or gradient_accumulation_steps of two: one shard has no variance"
@@ -104,6 +121,16 @@ class Agvm:
             raise ValueError(
                 f"agvm.estimator half_split cannot halve {comm.world_size()} ranks x {self.accumulation} "
                 'micro-batches; take "all_splits", or an even number of one of them'
+            )
+
+        norms = [m for m in self.engine.module.modules() if isinstance(m, CrossGpuBatchNorm)]
+        ranks = max((comm.group_size(norm.group) for norm in norms), default=1)
+        if comm.is_main() and norms_tie_shards(ranks, comm.world_size(), self.config.estimator):
+            logger.warning(
+                "agvm: batch norms over %d ranks tie the gradients that are compared to one another, and the "
+                "variances come out too large; take half_split, and a bn_size that divides half the batch "
+                "(docs/agvm.md)",
+                ranks,
             )
 
     # What a loop calls

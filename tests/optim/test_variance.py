@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from giantdet.optim.agvm import norms_tie_shards
 from giantdet.optim.param_groups import module_of
 from giantdet.optim.variance import (
     aligning_factors,
@@ -74,3 +75,14 @@ def test_modules_by_patterns() -> None:
     ]
     with pytest.raises(ValueError, match="no pattern fits"):
         module_of("head.weight", {"backbone": ("backbone.*",)})
+
+
+def test_which_batch_norms_tie_the_halves() -> None:
+    """By the groups themselves: does one have ranks of both halves?"""
+    for world in (1, 2, 3, 4, 6, 8, 12):
+        for ranks in (r for r in range(1, world + 1) if world % r == 0):
+            groups = [range(first, first + ranks) for first in range(0, world, ranks)]
+            halves = [{int(rank >= world // 2) for rank in group} for group in groups]
+            expected = world % 2 == 0 and any(len(half) == 2 for half in halves)
+            assert norms_tie_shards(ranks, world, "half_split") == expected
+            assert norms_tie_shards(ranks, world, "all_splits") == (ranks > 1)
