@@ -93,7 +93,7 @@ def test_checkpointed_blocks_change_nothing(found: dict[str, dict[str, Any]], st
 def test_cgbn_equals_one_process_with_the_whole_batch(found: dict[str, dict[str, Any]], case: str) -> None:
     """Farther apart: batches of another size round differently in every convolution.
 
-    By the third step that has turned a winner of the stem's max pool; in float64 it does not.
+    By the third step that has turned a winner of the stem's max pool. In float64 they agree far better.
     """
     mine, reference = found[f"{case[:5]}_cgbn{case[5:]}"], found["hand_cgbn"]
     _assert_same(mine, found["zero0_cgbn"])
