@@ -194,8 +194,7 @@ def average_(tensors: list[torch.Tensor]) -> None:
     """
     if world_size() == 1 or not tensors:
         return
-    total = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-    dist.all_reduce(total)
+    total = sum_over_ranks_(torch.cat([tensor.detach().double().flatten() for tensor in tensors]))
     parts = (total / world_size()).split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))

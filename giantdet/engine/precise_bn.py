@@ -30,6 +30,8 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], number: int, device: 
     the number of batch norms, 0 where all are frozen or have no running statistics.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return 0
     found: dict[nn.Module, tuple[Tensor, ...]] = {}
 
     def collect(norm: nn.Module, inputs: tuple[Tensor]) -> None:

@@ -26,9 +26,10 @@ stages. All ranks call both functions. On measured steps only:
 - `all_splits`: the expected cosine over all splits into halves, from the squared norms of the K = ranks x
   micro-batches shards' gradients and of their mean (see `variance_of_all_splits`).
 
-What they cost: both keep two sums of the gradient in float32 on each rank until the end of the step and
-reduce them, 8 bytes a parameter each. `all_splits` without preconditioning keeps and sends a few floats a
-module, and its factors act one step later, because the mean's norm is read in the optimizer step.
+What they cost: two sums of the gradient in float32 on each rank until the end of the step (one for
+half_split on an even number of ranks), and a reduction of both, 8 bytes a parameter. `all_splits` without
+preconditioning keeps and sends a few floats a module, and its factors act one step later, because the mean's
+norm is read in the optimizer step.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
 from giantdet.distributed.cgbn import CrossGpuBatchNorm
-from giantdet.optim.moments import Fragment, second_moments
+from giantdet.optim.moments import Fragment, even_share, second_moments
 from giantdet.optim.param_groups import module_of, module_of_group
 from giantdet.optim.variance import (
     aligning_factors,
@@ -122,7 +123,6 @@ class Agvm:
                 f"agvm.estimator half_split cannot halve {comm.world_size()} ranks x {self.accumulation} "
                 'micro-batches; take "all_splits", or an even number of one of them'
             )
-
         norms = [m for m in self.engine.module.modules() if isinstance(m, CrossGpuBatchNorm)]
         ranks = max((comm.group_size(norm.group) for norm in norms), default=1)
         if comm.is_main() and norms_tie_shards(ranks, comm.world_size(), self.config.estimator):
@@ -247,7 +247,9 @@ class Agvm:
             comm.sum_over_ranks_(rows)
             sizes = [_numel(p) for p in bucket]
             for p, part in zip(bucket, rows.split(sizes, 1), strict=True):
-                fragment = _even_fragment(p) if fragments is None else fragments.get(p)
+                fragment = (
+                    Fragment(*even_share(_numel(p)), {}, None) if fragments is None else fragments.get(p)
+                )
                 if fragment is not None:
                     both = part[:, fragment.first : fragment.last] / self._loss_scale()
                     sums[self.index[self.module[p]]] += self._products(both, fragment)
@@ -348,8 +350,3 @@ class Agvm:
 
 def _numel(p: nn.Parameter) -> int:
     return int(getattr(p, "ds_numel", p.numel()))
-
-
-def _even_fragment(p: nn.Parameter) -> Fragment:
-    first, last = (_numel(p) * r // comm.world_size() for r in (comm.rank(), comm.rank() + 1))
-    return Fragment(first, last, {}, None)

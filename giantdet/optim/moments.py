@@ -45,6 +45,12 @@ def second_moments(engine: Any) -> dict[nn.Parameter, Fragment]:
         ) from error
 
 
+def even_share(size: int) -> tuple[int, int]:
+    """[first, last) of `size` elements for this rank; over the ranks all of them exactly once."""
+    world, rank = comm.world_size(), comm.rank()
+    return size * rank // world, size * (rank + 1) // world
+
+
 def _of_stage_3(engine: Any, parameters: list[Any]) -> dict[nn.Parameter, Fragment]:
     """Each parameter is cut into equal parts, one a rank; a rank's parts lie in flat sub-groups."""
     optimizer, base = engine.optimizer, engine.basic_optimizer
@@ -95,7 +101,7 @@ def _of_stage_0(engine: Any) -> dict[nn.Parameter, Fragment]:
         is_flat = len(group["params"]) != len(members)
         offset = 0
         for j, p in enumerate(members):
-            first, last = (p.numel() * r // comm.world_size() for r in (comm.rank(), comm.rank() + 1))
+            first, last = even_share(p.numel())
             state = base.state.get(group["params"][0 if is_flat else j], {})
             start = offset + first if is_flat else first
             found[p] = Fragment(first, last, group, _cut(state, start, last - first))
