@@ -85,8 +85,43 @@ _ADAM = {
     "fp32_optimizer_states": bool,
 }
 
-# Every optimizer that giantdet has trained with, and its parameters. Adam, AdamW and Lamb are
-# DeepSpeed's, the others torch.optim's.
+# Every optimizer that giantdet has trained with, and its parameters. Adam and AdamW are DeepSpeed's, SGD and
+# Adagrad torch.optim's.
+_TIMM: dict[str, dict[str, Spec]] = {
+    "Lion": {"lr": float, "betas": list, "weight_decay": float},
+    "Lamb": {
+        "lr": float,
+        "betas": list,
+        "eps": float,
+        "weight_decay": float,
+        "bias_correction": bool,
+        "grad_averaging": bool,
+        "trust_clip": bool,
+        "always_adapt": bool,
+        "decoupled_decay": bool,
+    },
+    "Lars": {
+        "lr": float,
+        "momentum": float,
+        "dampening": float,
+        "weight_decay": float,
+        "nesterov": bool,
+        "trust_coeff": float,
+        "eps": float,
+        "trust_clip": bool,
+        "always_adapt": bool,
+    },
+    "Muon": {
+        "lr": float,
+        "momentum": float,
+        "nesterov": bool,
+        "weight_decay": float,
+        "betas": list,
+        "ns_steps": int,
+        "adjust_lr_fn": ("original", "match_rms_adamw"),
+    },
+}
+
 OPTIMIZERS: dict[str, dict[str, Spec]] = {
     "Adam": _ADAM,
     "AdamW": _ADAM,
@@ -98,16 +133,18 @@ OPTIMIZERS: dict[str, dict[str, Spec]] = {
         "nesterov": bool,
         "foreach": bool,
     },
-    "Lamb": {
+    "Adagrad": {
         "lr": float,
-        "betas": list,
+        "lr_decay": float,
         "eps": float,
         "weight_decay": float,
-        "bias_correction": bool,
-        "max_coeff": float,
-        "min_coeff": float,
+        "initial_accumulator_value": float,
     },
+    **_TIMM,
 }
+# Built by optim/optimizers.py; the second kind needs whole weights, which ZeRO-1 to 3 take apart.
+TIMM_OPTIMIZERS = tuple(_TIMM)
+WHOLE_WEIGHT_OPTIMIZERS = ("Lamb", "Lars", "Muon")
 
 _WARMUP = {"warmup_num_steps": int, "warmup_type": ("linear", "log")}
 

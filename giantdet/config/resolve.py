@@ -202,8 +202,11 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
     if adam and (offload == "none" or not has_gpu):
         # DeepSpeed's own Adams are compiled at the first use, with nvcc on a GPU; torch's need nothing.
         params.setdefault("torch_adam", True)
-    if name == "Lamb" and not has_gpu:
-        raise ConfigError("optimizer.type: Lamb is a CUDA kernel of DeepSpeed; without a GPU use AdamW")
+    if name in ds.WHOLE_WEIGHT_OPTIMIZERS and zero.get("stage", 0) > 0:
+        raise ConfigError(
+            f"optimizer.type: {name} works on whole weights, which zero_optimization.stage {zero['stage']} takes "
+            "apart; set the stage to 0, or use AdamW, SGD or Lion"
+        )
     if zero.get("stage", 0) > 0 and not adam:
         # The user chose it by name: DeepSpeed's safety catch has nothing left to ask.
         deepspeed.setdefault("zero_allow_untested_optimizer", True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from giantdet.config.load import RunConfig
 from giantdet.distributed import comm
+from giantdet.optim.optimizers import optimizer_factory
 from giantdet.optim.param_groups import parameter_groups
 
 
@@ -27,8 +28,16 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
         # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
         if parameter.ndim > 1:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    config, optimizer = run.deepspeed, run.deepspeed["optimizer"]
+    factory = optimizer_factory(optimizer["type"], optimizer.get("params", {}))
+    if factory is not None:  # DeepSpeed would take special paths for some of their names
+        config = {key: value for key, value in config.items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups_of(model, run), config=run.deepspeed, dist_init_required=False
+        model=model,
+        model_parameters=groups_of(model, run),
+        optimizer=factory,
+        config=config,
+        dist_init_required=False,
     )
     return engine
 
