@@ -1,8 +1,9 @@
 """Save and resume a run, at every ZeRO stage.
 
 DeepSpeed writes the shards (`step_N/`, and `latest` naming the newest). Beside them goes what
-DeepSpeed does not keep: the step, and the LR, weight decay and name of every parameter group, which
-DeepSpeed 0.19 overwrites with the first group's at ZeRO-3. Data order and random numbers are pure
+DeepSpeed does not keep: the step, the names of the parameter groups, the state of AGVM and of the average
+of the weights. Loading, DeepSpeed 0.19 overwrites LR, weight decay and name of every group with the first
+group's at ZeRO-3: they are put back. Data order and random numbers are pure
 functions of the step (`data/loader.py`, `ops/sampling.py`), so there is no state of theirs to save.
 """
 
@@ -14,16 +15,26 @@ from typing import Any
 
 from giantdet.distributed import comm
 from giantdet.optim.agvm import Agvm
+from giantdet.optim.ema import WeightEma
 
 _PREFIX = "step_"
 
 
-def save(engine: Any, folder: Path, step: int, keep: int, agvm: Agvm | None = None) -> Path:
+def save(
+    engine: Any,
+    folder: Path,
+    step: int,
+    keep: int,
+    agvm: Agvm | None = None,
+    ema: WeightEma | None = None,
+) -> Path:
     """Write checkpoint `step_N` and remove all but the newest `keep`. All ranks call it."""
     tag = f"{_PREFIX}{step}"
-    groups = [_describe(group) for group in engine.basic_optimizer.param_groups]
+    groups = [group["name"] for group in engine.basic_optimizer.param_groups]
     state = {"step": step, "groups": groups, "agvm": agvm.state_dict() if agvm is not None else None}
     engine.save_checkpoint(str(folder), tag=tag, client_state=state)
+    if ema is not None:
+        ema.save(folder / tag)
     comm.barrier()
     if comm.is_main():
         for old in checkpoints(folder)[:-keep]:
@@ -32,22 +43,28 @@ def save(engine: Any, folder: Path, step: int, keep: int, agvm: Agvm | None = No
     return folder / tag
 
 
-def resume(engine: Any, folder: Path, agvm: Agvm | None = None) -> int:
-    """Load the newest checkpoint of `folder`; returns the number of steps done, 0 without one."""
+def resume(engine: Any, folder: Path, agvm: Agvm | None = None, ema: WeightEma | None = None) -> int:
+    """Load the newest checkpoint of `folder`; returns the number of steps done, 0 without one.
+
+    LR and weight decay are the run's own, and not those of the checkpoint: they are what the JSON says.
+    """
     if not comm.broadcast_object((folder / "latest").exists()):
         return 0
-    names = [group["name"] for group in engine.basic_optimizer.param_groups]
+    own = [_describe(group) for group in engine.basic_optimizer.param_groups]
     path, state = engine.load_checkpoint(str(folder))
     if path is None:
         raise ValueError(f"{folder}: the checkpoint that 'latest' names cannot be loaded")
-    for name, group, saved in zip(names, engine.basic_optimizer.param_groups, state["groups"], strict=True):
-        if name != saved["name"]:
-            raise ValueError(
-                f"{path}: parameter group '{saved['name']}' was saved where the model now has '{name}'"
-            )
-        group.update(saved)
+    names = [group["name"] for group in own]
+    if names != state["groups"]:
+        raise ValueError(f"{path}: saved with the parameter groups {state['groups']}, the run has {names}")
+    for group, described in zip(engine.basic_optimizer.param_groups, own, strict=True):
+        group.update(described)
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.apply()
     if agvm is not None and state.get("agvm") is not None:
         agvm.load_state_dict(state["agvm"])
+    if ema is not None:
+        ema.load(Path(path))
     return int(state["step"])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+COCO_IMAGES = 117_266
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,8 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
     precise.set_defaults(command=run_precise_bn)
 
     plot = commands.add_parser("plot", help="draw the losses of a run, and what AGVM measured and did")
-    plot.add_argument("run", type=Path, help="folder of the run (train.output)")
+    plot.add_argument("run", type=Path, nargs="?", help="folder of the run (train.output)")
     plot.add_argument("--output", type=Path, help="folder of the pictures; default: RUN")
+    plot.add_argument("--schedule", type=Path, metavar="JSON", help="draw the LR that a run's JSON says")
+    plot.add_argument("--gpus", type=_at_least(1), default=1, help="for --schedule; default: 1")
+    coco = f"of an epoch, for --schedule; default: {COCO_IMAGES}, COCO train2017's with objects"
+    plot.add_argument("--images", type=_at_least(1), default=COCO_IMAGES, help=coco)
     plot.set_defaults(command=run_plot)
 
     validate = commands.add_parser("validate-data", help="report every bad record of a COCO data set")
@@ -305,17 +310,23 @@ def run_precise_bn(options: argparse.Namespace) -> None:
 
 
 def run_plot(options: argparse.Namespace) -> None:
-    from giantdet.engine.plots import plot_agvm, plot_losses
+    from giantdet.engine.plots import plot_run, plot_schedule
 
+    if options.schedule is not None:
+        from giantdet.config.load import load_run
+        from giantdet.config.resolve import resolve
+
+        run = resolve(load_run(options.schedule), options.gpus, options.images)
+        print(plot_schedule(run, options.output or Path()))
+        return
+    if options.run is None:
+        raise ValueError("plot: name the folder of a run, or a JSON with --schedule")
     metrics, output = options.run / "metrics.jsonl", options.output or options.run
     if not metrics.is_file():
         raise ValueError(f"{options.run}: no metrics.jsonl here; name the folder of a run")
     output.mkdir(parents=True, exist_ok=True)
-    plot_losses(metrics, output / "losses.png")
-    print(output / "losses.png")
-    if '"agvm/' in metrics.read_text():
-        plot_agvm(metrics, output / "agvm.png")
-        print(output / "agvm.png")
+    for picture in plot_run(metrics, output):
+        print(picture)
 
 
 def run_validate(options: argparse.Namespace) -> int:

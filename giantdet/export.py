@@ -27,6 +27,7 @@ from giantdet.convert import from_torchvision, is_torchvision
 from giantdet.distributed import comm
 from giantdet.models.detector import Detector, build_detector
 from giantdet.models.weights import load_backbone_weights, load_strictly, read_state_dict
+from giantdet.optim.ema import SavedEma
 
 logger = logging.getLogger("giantdet")
 
@@ -81,6 +82,7 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig) -> None:
 def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig) -> None:
     """Write the model of a saved checkpoint, in one process and without an engine.
 
+    With the averages of the weights, where the checkpoint has them: they are what a run exports.
     Up to ZeRO-2 the checkpoint holds the whole model in the precision it was trained in; of ZeRO-3
     the float32 master weights are read lazily from the ranks' files.
     """
@@ -96,10 +98,15 @@ def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig) -> N
         if not file.is_file():
             raise ValueError(f"{checkpoint}: no model states here; name the folder of one checkpoint")
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    averages = SavedEma(checkpoint)
+    averaged = averages.names()
     sizes = {name: tensor.shape.numel() * tensor.dtype.itemsize for name, tensor in state.items()}
     writer = _ShardWriter(folder)
     for names in shard_plan(sizes, SHARD_BYTES):
-        writer.write({name: state[name].contiguous() for name in names})
+        tensors = {name: state[name].contiguous() for name in names}
+        for name in averaged.intersection(names):
+            tensors[name] = averages.read(name).view_as(tensors[name]).to(tensors[name].dtype)
+        writer.write(tensors)
     writer.finish(config)
 
 

@@ -4,9 +4,9 @@ python scripts/large_batch.py DATA --weights WEIGHTS --output runs/large_batch -
 python scripts/large_batch.py DATA --weights WEIGHTS --output runs/large_batch --tune
 
 DATA is a COCO-format folder (annotations/instances_{train,val}.json, images/), WEIGHTS a file with ImageNet
-weights of tf_efficientnet_lite0. Every run sees the same number of images in the same order; the batch is made
-by accumulation in one process. The learning rates of batch 4 are tuned (--tune), those of the other batches
-follow from the arm's rule. Runs that are finished are not repeated. Prints Markdown tables.
+weights of tf_efficientnet_lite0. Every run sees the same number of images in the same order; the batch is
+made by accumulation in one process. The learning rates of batch 4 are tuned (--tune), those of the other
+batches follow from the arm's rule. Runs that are finished are not repeated. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+EXIT_DIVERGED = 3  # of giantdet train
 REPO = Path(__file__).resolve().parents[1]
 BATCHES, REFERENCE = (4, 32, 64, 128), 4
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Lamb": {"betas": [0.9, 0.999], "weight_decay": 0.01},
 }
 # At batch 4, the best of --tune.
-LEARNING_RATES = {"SGD": 0.01, "AdamW": 4e-4, "Lamb": 2e-3}
+LEARNING_RATES = {"SGD": 0.005, "AdamW": 4e-4, "Lamb": 2e-3}
 CANDIDATES = {
     "SGD": (0.0025, 0.005, 0.01, 0.02),
     "AdamW": (1e-4, 2e-4, 4e-4, 8e-4),
@@ -82,12 +83,16 @@ def main() -> None:
         tune(options)
         return
     jobs = [
-        (arm, batch, seed) for seed in options.seeds for batch in options.batches for arm in options.arms
+        (arm, batch, seed)
+        for seed in options.seeds
+        for batch in options.batches
+        for arm in options.arms
+        if (arm, batch) != ("linear", REFERENCE)  # every rule gives the same there
     ]
     with ThreadPoolExecutor(options.parallel) as pool:
         list(pool.map(lambda job: train_arm(options, *job), jobs))
     results = {
-        (arm, batch): [read(folder_of(options, arm, batch, seed)) for seed in options.seeds]
+        (arm, batch): [run for seed in options.seeds if (run := read(folder_of(options, arm, batch, seed)))]
         for arm in options.arms
         for batch in options.batches
     }
@@ -105,10 +110,13 @@ def tune(options: argparse.Namespace) -> None:
         list(pool.map(lambda job: train(options, folders[job], REFERENCE, 100, *job, False), jobs))
     print("| optimizer | LR at batch 4 | AP |\n|---|---|---|")
     for (name, lr), folder in folders.items():
-        print(f"| {name} | {lr:g} | {read(folder)['AP']:.3f} |")
+        run = read(folder)
+        score = format(run["AP"], ".3f") if run else "NaN"
+        print(f"| {name} | {lr:g} | {score} |")
 
 
 def folder_of(options: argparse.Namespace, arm: str, batch: int, seed: int) -> Path:
+    arm = "sqrt" if (arm, batch) == ("linear", REFERENCE) else arm
     return Path(options.output / f"{arm}_batch{batch}_seed{seed}")
 
 
@@ -122,13 +130,13 @@ def train(
     options: argparse.Namespace, folder: Path, batch: int, seed: int, optimizer: str, lr: float, agvm: bool
 ) -> None:
     """One run in one process; its output goes to FOLDER.log."""
-    if (folder / "scores.json").exists():
+    if (folder / "scores.json").exists() or (folder / "diverged").exists():
         return
     steps = options.images // batch
     measured = max(1, steps // 40)  # 40 measurements, or log lines, at each batch size
     settings = SETTINGS | {
         "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": min(16, batch // 2),  # AGVM compares halves of the micro-batches
+        "train_micro_batch_size_per_gpu": min(16, batch // 2 if agvm else batch),  # AGVM halves micro-batches
         "optimizer": {"type": optimizer, "params": {"lr": lr, **OPTIMIZERS[optimizer]}},
         "scheduler.params.warmup_num_steps": steps // 10,
         "agvm.enabled": agvm,
@@ -150,27 +158,30 @@ def train(
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"{folder.name}, LR {lr:.3g}", file=sys.stderr, flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    with folder.with_suffix(".log").open("w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env=environment)
+    with (folder.parent / f"{folder.name}.log").open("w") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if code == EXIT_DIVERGED:
+        (folder / "diverged").touch()
+    elif code:
+        raise RuntimeError(f"{folder.name} failed with exit code {code}; see {folder}.log")
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """AP, whether the loss stayed finite, losses by images seen, AGVM's values by images seen."""
+def read(folder: Path) -> dict[str, Any] | None:
+    """AP, and AGVM's values by images seen; None for a run whose loss became NaN."""
+    if (folder / "diverged").exists():
+        return None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     batch = json.loads((folder / "config.json").read_text())["train_batch_size"]
-    finite = all(line["loss"] is not None and math.isfinite(line["loss"]) for line in lines)
     keys = sorted({key for line in lines for key in line if key.startswith("agvm/")})
     return {
         "AP": json.loads((folder / "scores.json").read_text())["box"]["AP"],
-        "finite": finite,
-        "loss": [(line["step"] * batch, line["loss"]) for line in lines],
         **{key: [(line["step"] * batch, line[key]) for line in lines if key in line] for key in keys},
     }
 
 
 def table(results: dict[tuple[str, int], list[dict[str, Any]]], options: argparse.Namespace) -> str:
-    """AP, mean and standard deviation over the seeds; how many diverged."""
+    """AP, mean and standard deviation over the seeds that stayed finite; how many did not."""
     lines = [f"| | {' | '.join(f'batch {b}' for b in options.batches)} |"]
     lines.append("|---" * (len(options.batches) + 1) + "|")
     for arm in options.arms:
@@ -178,9 +189,10 @@ def table(results: dict[tuple[str, int], list[dict[str, Any]]], options: argpars
         for batch in options.batches:
             runs = results[arm, batch]
             scores = [run["AP"] for run in runs]
+            mean = f"{statistics.fmean(scores):.3f}" if scores else ""
             spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-            lost = sum(not run["finite"] for run in runs)
-            cells.append(f"{statistics.fmean(scores):.3f}{spread}" + (f", {lost} NaN" if lost else ""))
+            lost = len(options.seeds) - len(scores)
+            cells.append(" ".join(filter(None, [mean + spread, f"{lost} x NaN" if lost else ""])))
         lines.append(f"| {ARMS[arm][0]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -196,6 +208,8 @@ def factor_table(results: dict[tuple[str, int], list[dict[str, Any]]], options: 
                 "|---" * (len(names) + 2) + "|",
             ]
         for batch in options.batches:
+            if not results[arm, batch]:
+                continue
             means = [statistics.fmean(run[name][-1][1] for run in results[arm, batch]) for name in names]
             lines.append(f"| {ARMS[arm][0]} | {batch} | {' | '.join(f'{m:.2f}' for m in means)} |")
     return "\n".join(lines)
@@ -216,7 +230,8 @@ def plot(results: dict[tuple[str, int], list[dict[str, Any]]], options: argparse
         points = [[run["AP"] for run in results[arm, batch]] for batch in options.batches]
         for batch, scores in zip(options.batches, points, strict=True):
             axis.plot([batch] * len(scores), scores, ".", color=f"C{i}", alpha=0.5)
-        axis.plot(options.batches, [statistics.fmean(p) for p in points], color=f"C{i}", label=ARMS[arm][0])
+        means = [statistics.fmean(p) if p else math.nan for p in points]
+        axis.plot(options.batches, means, color=f"C{i}", label=ARMS[arm][0])
     axis.set_xscale("log", base=2)
     axis.set_xticks(options.batches, [str(batch) for batch in options.batches])
     axis.set(xlabel="batch size", ylabel="box AP, a dot a seed")
@@ -225,7 +240,7 @@ def plot(results: dict[tuple[str, int], list[dict[str, Any]]], options: argparse
         axes = row.subplots(1, len(options.batches), sharey=True)
         for batch, axis in zip(options.batches, axes, strict=True):
             runs = results[arm, batch]
-            for name in [key for key in runs[0] if key.endswith("/variance")]:
+            for name in [key for key in (runs[0] if runs else {}) if key.endswith("/variance")]:
                 columns = list(zip(*(run[name] for run in runs), strict=False))
                 images = [column[0][0] for column in columns]
                 means = [statistics.fmean(value for _, value in column) for column in columns]

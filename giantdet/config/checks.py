@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from giantdet.config import deepspeed_keys as ds
+from giantdet.config import plugins
+from giantdet.config.lengths import LENGTH_WORDS, is_length
 from giantdet.config.types import GiantdetConfig
 
 
@@ -49,9 +51,9 @@ def all_paths() -> list[str]:
                 walk(value, f"{prefix}{key}.")
 
     walk(ds.KEYS, "")
-    for params in ds.OPTIMIZERS.values():
+    for params in plugins.OPTIMIZERS.values():
         walk(params, "optimizer.params.")
-    for params in ds.SCHEDULERS.values():
+    for params in plugins.SCHEDULERS.values():
         walk(params, "scheduler.params.")
     walk(giantdet_keys(), "giantdet.")
     return paths
@@ -94,9 +96,9 @@ def check_deepspeed(config: dict[str, Any]) -> None:
     on = [name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled") is True]
     if len(on) > 1:
         raise ConfigError(f"{' and '.join(f'{n}.enabled' for n in on)} exclude each other; switch one off")
-    _check_plugin(config, "optimizer", ds.OPTIMIZERS, ())
+    _check_plugin(config, "optimizer", plugins.OPTIMIZERS, ())
     if "scheduler" in config:
-        _check_plugin(config, "scheduler", ds.SCHEDULERS, ds.AUTO_SCHEDULER)
+        _check_plugin(config, "scheduler", plugins.SCHEDULERS, plugins.AUTO_SCHEDULER)
 
 
 def _check_plugin(
@@ -118,13 +120,24 @@ def _check_plugin(
         if key not in known[canonical]:
             raise ConfigError(f"unknown key {path} of {canonical}{nearest(key, known[canonical])}")
         _check_value(path, value, known[canonical][key], key in auto)
-        if known[canonical][key] is object and not (key in auto and value == "auto"):
-            for lr in value if isinstance(value, list) else [value]:
-                _check_value(path, lr, float, False)
-    required = ("lr",) if block == "optimizer" else ds.SCHEDULER_REQUIRED.get(canonical, ())
+    if canonical == "WarmupMultiStepLR":
+        _check_milestones(params)
+    required = ("lr",) if block == "optimizer" else plugins.SCHEDULER_REQUIRED.get(canonical, ())
     for key in required:
         if key not in params:
             raise ConfigError(f"{block}.params.{key} is missing; {canonical} needs it")
+
+
+def _check_milestones(params: dict[str, Any]) -> None:
+    for i, value in enumerate(params.get("milestones", [])):
+        _check_value(f"scheduler.params.milestones.{i}", value, plugins.LENGTH, False)
+    gamma, count = params.get("gamma", 0.1), len(params.get("milestones", []))
+    for value in gamma if isinstance(gamma, list) else [gamma]:
+        _check_value("scheduler.params.gamma", value, float, False)
+    if isinstance(gamma, list) and len(gamma) != count:
+        raise ConfigError(
+            f"scheduler.params.gamma has {len(gamma)} values for {count} milestones; give as many"
+        )
 
 
 def canonical_name(name: str, known: Iterable[str]) -> str | None:
@@ -145,6 +158,11 @@ def _check_value(path: str, value: Any, spec: Any, auto: bool) -> None:
             _check_value(full, inner, spec[key], auto)
         return
     if spec is object or (auto and value == "auto") or (spec is str and value is None):
+        return
+    if spec == plugins.LENGTH:
+        if not is_length(value) or (not isinstance(value, str) and value < 0):
+            or_auto = ', or "auto"' if auto else ""
+            raise ConfigError(f"{path} must be {LENGTH_WORDS}{or_auto}, got {show(value)}")
         return
     if isinstance(spec, tuple):
         # `True == 1` in Python, but not in JSON.

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from giantdet.config import deepspeed_keys as ds
+from giantdet.config import plugins
 from giantdet.config.checks import ConfigError, canonical_name, nearest
+from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
 from giantdet.config.types import GiantdetConfig
 
@@ -58,9 +60,10 @@ def resolve(
         steps = math.ceil(giantdet.train.epochs * train_images / batch)
         train = giantdet.train.model_copy(update={"steps": steps, "epochs": None})
         giantdet = giantdet.model_copy(update={"train": train})
+    giantdet = _resolve_lr(giantdet, deepspeed)
     if "scheduler" in deepspeed:
-        _resolve_scheduler(deepspeed, giantdet.train.steps)
-
+        _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
+    giantdet = _resolve_clip_window(giantdet, deepspeed, train_images)
     giantdet = _resolve_agvm(giantdet, deepspeed)
 
     if num_classes is not None:
@@ -172,13 +175,69 @@ def _check_norms(giantdet: GiantdetConfig, micro: int, world_size: int) -> None:
             )
 
 
+def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
+    """Scale all LRs to the batch. What is resolved is a recipe of this batch: it scales to the same again."""
+    scaling = giantdet.lr_scaling
+    params = deepspeed["optimizer"]["params"]
+    if scaling.rule == "none":
+        return giantdet
+    if scaling.reference_batch is None:
+        raise ConfigError(
+            f'giantdet.lr_scaling.rule "{scaling.rule}" needs giantdet.lr_scaling.reference_batch, the batch '
+            "that the learning rate is meant for"
+        )
+    ratio = deepspeed[BATCH] / scaling.reference_batch
+    factor = ratio if scaling.rule == "linear" else math.sqrt(ratio)
+    scheduler = deepspeed.get("scheduler", {}).get("params", {})
+    if scheduler.get("warmup_min_ratio") == "auto":
+        # MegDet's warmup: from the reference's LR up to the batch's.
+        scheduler["warmup_min_ratio"] = min(1.0, 1.0 / factor)
+    for block, keys in ((params, ("lr",)), (scheduler, plugins.SCHEDULER_LRS)):
+        for key in keys:
+            if isinstance(block.get(key), int | float):
+                block[key] = block[key] * factor
+    resolved = scaling.model_copy(update={"reference_batch": deepspeed[BATCH]})
+    return giantdet.model_copy(update={"lr_scaling": resolved})
+
+
+def _resolve_clip_window(
+    giantdet: GiantdetConfig, deepspeed: dict[str, Any], images: int | None
+) -> GiantdetConfig:
+    window = giantdet.train.clip_window
+    if window is None:
+        return giantdet
+    if deepspeed["gradient_clipping"] == 0:
+        raise ConfigError(
+            "giantdet.train.clip_window is given, but gradient_clipping is 0: nothing to clip at"
+        )
+    found: Any
+    if window == "auto":
+        end = _warmup_steps(deepspeed)
+        if not isinstance(end, int):
+            return giantdet
+        found = (max(0, end - 100), end + 100)
+    else:
+        found = tuple(to_steps(length, deepspeed[BATCH], images) for length in window)
+        if all(isinstance(step, int) for step in found) and found[0] > found[1]:
+            raise ConfigError(f"giantdet.train.clip_window {list(window)}: give the first step first")
+    train = giantdet.train.model_copy(update={"clip_window": found})
+    return giantdet.model_copy(update={"train": train})
+
+
+def _warmup_steps(deepspeed: dict[str, Any]) -> int | str:
+    """Steps of the resolved schedule's warmup; a text where that needs an unknown epoch."""
+    params = deepspeed.get("scheduler", {}).get("params", {})
+    steps: int | str = params.get("warmup_num_steps", params.get("cycle_first_step_size", 0))
+    return steps
+
+
 def _resolve_agvm(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
     agvm, steps = giantdet.agvm, giantdet.train.steps
     found: dict[str, Any] = {}
     if agvm.preconditioned == "auto":
         found["preconditioned"] = deepspeed["optimizer"]["type"] in ("Adam", "AdamW")
-    if agvm.start_step == "auto" and steps is not None:
-        warmup = deepspeed.get("scheduler", {}).get("params", {}).get("warmup_num_steps", 0)
+    warmup = _warmup_steps(deepspeed)
+    if agvm.start_step == "auto" and steps is not None and isinstance(warmup, int):
         found["start_step"] = warmup + min(100, steps // 10)
     return giantdet.model_copy(update={"agvm": agvm.model_copy(update=found)})
 
@@ -192,7 +251,7 @@ def _without_auto(block: Any) -> Any:
 
 def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
     optimizer = deepspeed["optimizer"]
-    name = canonical_name(optimizer["type"], ds.OPTIMIZERS)
+    name = canonical_name(optimizer["type"], plugins.OPTIMIZERS)
     assert name is not None
     optimizer["type"] = name
     params = optimizer.setdefault("params", {})
@@ -202,10 +261,10 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
     if adam and (offload == "none" or not has_gpu):
         # DeepSpeed's own Adams are compiled at the first use, with nvcc on a GPU; torch's need nothing.
         params.setdefault("torch_adam", True)
-    if name in ds.WHOLE_WEIGHT_OPTIMIZERS and zero.get("stage", 0) > 0:
+    if name in plugins.WHOLE_WEIGHT_OPTIMIZERS and zero.get("stage", 0) > 0:
         raise ConfigError(
-            f"optimizer.type: {name} works on whole weights, which zero_optimization.stage {zero['stage']} takes "
-            "apart; set the stage to 0, or use AdamW, SGD or Lion"
+            f"optimizer.type: {name} works on whole weights, which zero_optimization.stage {zero['stage']} "
+            "takes apart; set the stage to 0, or use AdamW, SGD or Lion"
         )
     if zero.get("stage", 0) > 0 and not adam:
         # The user chose it by name: DeepSpeed's safety catch has nothing left to ask.
@@ -214,26 +273,45 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
         deepspeed.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
-def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None) -> None:
-    """Fill in what depends on the run's length, and what DeepSpeed's silent defaults would spoil."""
+def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None, images: int | None) -> None:
+    """Turn lengths into steps, fill in what depends on the run's, and what silent defaults would spoil."""
     scheduler = deepspeed["scheduler"]
-    name = canonical_name(scheduler["type"], ds.SCHEDULERS)
+    name = canonical_name(scheduler["type"], plugins.SCHEDULERS)
     assert name is not None
     scheduler["type"] = name
-    params = scheduler.setdefault("params", {})
+    params, spec = scheduler.setdefault("params", {}), plugins.SCHEDULERS[name]
+    ours = name not in plugins.DEEPSPEED_SCHEDULERS
+    if "warmup_num_steps" in spec:
+        params.setdefault("warmup_num_steps", "auto" if ours else 1000)
+    if "total_num_steps" in spec:
+        params.setdefault("total_num_steps", "auto")
+    if steps is not None:
+        if params.get("total_num_steps") == "auto":
+            params["total_num_steps"] = steps
+        if params.get("warmup_num_steps") == "auto":
+            params["warmup_num_steps"] = max(1, min(500, round(0.05 * steps)))
+    for key, value in params.items():
+        if spec[key] == plugins.LENGTH and value != "auto":
+            params[key] = to_steps(value, deepspeed[BATCH], images)
+    if name == "WarmupMultiStepLR":
+        _resolve_milestones(params, deepspeed[BATCH], images)
     if not name.startswith("Warmup"):
         return
-    params.setdefault("warmup_type", "log")  # DeepSpeed's default; it surprises, so it is shown
+    # DeepSpeed's default surprises, so it is shown.
+    params.setdefault("warmup_type", "linear" if ours else "log")
+    if "warmup_min_ratio" in spec and params.get("warmup_min_ratio", "auto") == "auto":
+        params["warmup_min_ratio"] = 1e-3 if ours else 0.0  # detectron2's and mmdetection's; DeepSpeed's
     if params.get("warmup_min_lr") == "auto":
         params["warmup_min_lr"] = 0.0
-    if name == "WarmupLR" and params.get("warmup_max_lr") == "auto":
-        del params["warmup_max_lr"]  # absent, each group warms up to its own LR
-    if name == "WarmupDecayLR" and params.get("warmup_max_lr", "auto") == "auto":
-        # DeepSpeed's default is 0.001, whatever the optimizer's LR.
+    if params.get("warmup_max_lr") == "auto" or (name == "WarmupDecayLR" and "warmup_max_lr" not in params):
+        # DeepSpeed's default for the latter is 0.001, whatever the optimizer's LR.
         params["warmup_max_lr"] = deepspeed["optimizer"]["params"]["lr"]
-    if steps is None:
-        return
-    if "total_num_steps" in ds.SCHEDULERS[name] and params.get("total_num_steps", "auto") == "auto":
-        params["total_num_steps"] = steps
-    if params.get("warmup_num_steps") == "auto":
-        params["warmup_num_steps"] = max(1, min(500, round(0.05 * steps)))
+
+
+def _resolve_milestones(params: dict[str, Any], batch: int, images: int | None) -> None:
+    found = [to_steps(value, batch, images) for value in params["milestones"]]
+    if all(isinstance(step, int) for step in found) and found != sorted(set(found)):
+        raise ConfigError(
+            f"scheduler.params.milestones must rise, got {params['milestones']} ({found} steps)"
+        )
+    params["milestones"] = found

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from giantdet.config import deepspeed_keys as ds
+from giantdet.config import plugins
+from giantdet.config.lengths import LENGTH_PATTERN
 from giantdet.config.types import GiantdetConfig
 
 SCHEMA_PATH = Path(__file__).with_name("schema.json")
@@ -35,8 +37,8 @@ def build_schema() -> dict[str, Any]:
         auto = key in (*ds.AUTO_BATCH, *ds.AUTO_BLOCKS, "gradient_clipping")
         properties[key] = _schema_of(spec, auto)
     for block, known, auto_keys in (
-        ("optimizer", ds.OPTIMIZERS, ()),
-        ("scheduler", ds.SCHEDULERS, ds.AUTO_SCHEDULER),
+        ("optimizer", plugins.OPTIMIZERS, ()),
+        ("scheduler", plugins.SCHEDULERS, plugins.AUTO_SCHEDULER),
     ):
         properties[block]["properties"]["type"] = {"enum": list(known)}
         properties[block]["allOf"] = [
@@ -68,6 +70,12 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 def _schema_of(spec: Any, auto: bool) -> dict[str, Any]:
     if spec is object:
         return {}
+    if spec == plugins.LENGTH:
+        kinds: list[dict[str, Any]] = [
+            {"type": "integer", "minimum": 0},
+            {"type": "string", "pattern": LENGTH_PATTERN},
+        ]
+        return {"anyOf": [*kinds, {"const": "auto"}] if auto else kinds}
     if isinstance(spec, dict):
         schema = _object({key: _schema_of(inner, auto) for key, inner in spec.items()})
         return schema

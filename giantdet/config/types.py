@@ -11,9 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from giantdet.config.lengths import LENGTH_PATTERN
+
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Length = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=LENGTH_PATTERN)]
+"""Steps, or a text like "2 epochs" or "90000 images" (config/lengths.py)."""
 
 
 class Section(BaseModel):
@@ -217,7 +222,7 @@ class AgvmConfig(Section):
     after the warmup's end, as the authors' code."""
     stop_step: Annotated[int, Field(ge=0)] | None = None
     """Last such step."""
-    clamp: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 10.0)
+    clamp: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)
     """Bounds of the ratio of variances, before the square root."""
     anchor: str = "backbone"
     """The module that the others are aligned with; its factor is 1."""
@@ -225,10 +230,39 @@ class AgvmConfig(Section):
     """Patterns of parameter names by module, the first that fits; None: the detector's parts."""
 
 
+class LrScalingConfig(Section):
+    """The LR of the batch at hand from that of the recipe's batch; all LRs of the JSON are the latter's."""
+
+    reference_batch: PositiveInt | None = None
+    """Batch size that the JSON's LRs are meant for; needed by linear and sqrt."""
+    rule: Literal["linear", "sqrt", "none"] = "none"
+    """LR x batch / reference_batch (MegDet; Goyal et al. 2017), x its root (AGVM; LAMB), or as it stands."""
+
+
+class ParamGroupsConfig(Section):
+    """LRs of parts of the model, as factors of the optimizer's (`optim/param_groups.py`)."""
+
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Factor from each layer of the backbone to the one below it (ViTDet: 0.7 to 0.9)."""
+    lr_multipliers: dict[str, PositiveFloat] = {}
+    """Factor by module: {"backbone": 0.1}."""
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights, which is then what is evaluated and exported."""
+
+    enabled: bool = False
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9998
+    """Per step. In the first steps less, (1 + n) / (10 + n), so that the start is forgotten."""
+
+
 class TrainConfig(Section):
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
     """Optimizer steps; give either epochs or steps."""
+    clip_window: tuple[Length, Length] | Auto | None = None
+    """First and last step (from 0) that `gradient_clipping` acts in; None: all. auto: 100 steps before to 100
+    after the warmup's end, as AGVM's authors."""
     seed: int = 0
     output: str = "runs/run"
     """Folder of the run: checkpoints, metrics.jsonl, config.json, results."""
@@ -256,6 +290,9 @@ class GiantdetConfig(Section):
     model: ModelConfig = ModelConfig()
     norm: NormConfig = NormConfig()
     agvm: AgvmConfig = AgvmConfig()
+    lr_scaling: LrScalingConfig = LrScalingConfig()
+    param_groups: ParamGroupsConfig = ParamGroupsConfig()
+    ema: EmaConfig = EmaConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from giantdet.config.load import RunConfig
 from giantdet.engine.metrics import read_metrics
+from giantdet.optim.schedules import lr_function
+
+
+def plot_run(metrics: Path, folder: Path) -> list[Path]:
+    """Draw all pictures that a run has data for: losses.png, and agvm.png with AGVM. Returns their paths."""
+    pictures = {"losses.png": plot_losses}
+    if any(key.startswith("agvm/") for line in _logged(metrics) for key in line):
+        pictures["agvm.png"] = plot_agvm
+    for name, draw in pictures.items():
+        draw(metrics, folder / name)
+    return [folder / name for name in pictures]
+
+
+def plot_schedule(run: RunConfig, folder: Path) -> str:
+    """Draw the LR of a resolved run over its steps, `NAME_schedule.png`; returns what there is to say of it.
+
+    Raises ValueError where the run has no scheduler block.
+    """
+    optimizer, scheduler = run.deepspeed["optimizer"], run.deepspeed.get("scheduler")
+    steps, lr = run.giantdet.train.steps, optimizer["params"]["lr"]
+    if scheduler is None:
+        raise ValueError(f"{run.path}: no scheduler block; the learning rate stays {lr}")
+    assert steps is not None
+    function = lr_function(scheduler["type"], scheduler["params"], lr)
+    name = run.path.stem if run.path is not None else "run"
+    title = f"{name}: batch {run.deepspeed['train_batch_size']}, {steps} steps, {optimizer['type']}"
+
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4))
+    shown = sorted({round(i * (steps - 1) / 2000) for i in range(2001)} | set(range(min(steps, 200))))
+    axis.plot(shown, [function(step) for step in shown], drawstyle="steps-post")
+    axis.set_title(title, fontsize=9)
+    axis.set_ylabel("learning rate")
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / f"{name}_schedule.png"
+    _finish(plt, figure, (axis,), picture)
+
+    lines = [title, f"{scheduler['type']} {json.dumps(scheduler['params'])}"]
+    for step in sorted({0, steps // 100, steps // 20, steps // 4, steps // 2, 3 * steps // 4, steps - 1}):
+        lines.append(f"  step {step:>7}  LR {function(step):.4g}")
+    return "\n".join([*lines, str(picture)])
 
 
 def plot_losses(path: Path, picture: Path) -> None:

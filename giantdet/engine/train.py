@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
 from giantdet.engine.metrics import Metrics
-from giantdet.engine.plots import plot_agvm, plot_losses
+from giantdet.engine.plots import plot_run
 from giantdet.export import export_config, export_model, load_weights
 from giantdet.losses import detector_losses, sample_counts
 from giantdet.models.detector import Detector, build_detector
 from giantdet.models.norm import norm_summary
 from giantdet.optim.agvm import Agvm
+from giantdet.optim.ema import WeightEma
 from giantdet.optim.param_groups import group_table
 
 logger = logging.getLogger("giantdet")
@@ -59,7 +61,8 @@ def train(run: RunConfig) -> dict[str, Any]:
     engine = zero.initialize(model, run)
     folder = output / "checkpoints"
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
-    first_step = checkpoint.resume(engine, folder, agvm) if config.train.resume else 0
+    ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
+    first_step = checkpoint.resume(engine, folder, agvm, ema) if config.train.resume else 0
 
     total_steps = config.train.steps
     assert total_steps is not None
@@ -81,6 +84,7 @@ def train(run: RunConfig) -> dict[str, Any]:
 
     engine.train()
     for step in range(first_step + 1, total_steps + 1):
+        zero.set_gradient_clipping(engine, clipping_at(step - 1, run))
         for micro_step in range(accumulation):
             started = time.perf_counter()
             batch = next(batches).to(device)
@@ -95,6 +99,8 @@ def train(run: RunConfig) -> dict[str, Any]:
                 agvm.observe()
                 agvm.scale()
             engine.step()  # DeepSpeed steps the optimizer and the schedule at the last micro-step
+            if ema is not None and engine.is_gradient_accumulation_boundary():
+                ema.update()
 
             metrics.add({"loss": loss, **losses, **sample_counts(predictions)}, micro_batch, data_seconds)
         metrics.step()
@@ -106,21 +112,21 @@ def train(run: RunConfig) -> dict[str, Any]:
         if evaluation_due or checkpoint_due:
             zero.average_statistics(engine)
         if evaluation_due:
-            scores = evaluate(engine, run, dataset.category_ids, device)
+            with averaged(ema):
+                scores = evaluate(engine, run, dataset.category_ids, device)
             engine.train()
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
         if checkpoint_due:
-            checkpoint.save(engine, folder, step, config.train.keep, agvm)
+            checkpoint.save(engine, folder, step, config.train.keep, agvm, ema)
     metrics.close()
     batches.close()
 
     exported = export_config(run, dataset.category_ids, dataset.class_names)
-    export_model(engine.module, output / "export", exported)
+    with averaged(ema):
+        export_model(engine.module, output / "export", exported)
     if comm.is_main():
-        plot_losses(output / "metrics.jsonl", output / "losses.png")
-        if agvm is not None:
-            plot_agvm(output / "metrics.jsonl", output / "agvm.png")
+        plot_run(output / "metrics.jsonl", output)
     comm.barrier()
     return scores
 
@@ -149,6 +155,17 @@ def evaluate(engine: Any, run: RunConfig, category_ids: list[int], device: torch
 def is_due(step: int, every: int, total_steps: int) -> bool:
     """Every `every` steps (0: never) and after the last one."""
     return step == total_steps or (every > 0 and step % every == 0)
+
+
+def averaged(ema: WeightEma | None) -> AbstractContextManager[None]:
+    """The average of the weights in the model's place, where the run keeps one."""
+    return nullcontext() if ema is None else ema.applied()
+
+
+def clipping_at(step: int, run: RunConfig) -> float:
+    """The norm that the gradient of a step, counted from 0, is clipped at; 0: not at all."""
+    limit, window = float(run.deepspeed["gradient_clipping"]), run.giantdet.train.clip_window
+    return limit if window is None or int(window[0]) <= step <= int(window[1]) else 0.0
 
 
 def seed_step(seed: int, micro_step: int) -> None:
@@ -191,9 +208,29 @@ def announce(run: RunConfig, model: Detector, device: torch.device) -> None:
         f"batch {deepspeed['train_batch_size']} = {micro_batch} images x {accumulation} accumulated"
         f" x {comm.world_size()} ranks\n"
         + norm_table(model, micro_batch, accumulation)
-        + group_table(zero.groups_of(model, run)),
+        + schedule_line(run)
+        + group_table(zero.groups_of(model, run), deepspeed["optimizer"]["params"]["lr"]),
         flush=True,
     )
+
+
+def schedule_line(run: RunConfig) -> str:
+    """Optimizer, LR, schedule, clipping and averaging, in a line that ends with a line break."""
+    deepspeed, config = run.deepspeed, run.giantdet
+    optimizer, scheduler = deepspeed["optimizer"], deepspeed.get("scheduler")
+    parts = [f"{optimizer['type']} with LR {optimizer['params']['lr']:.4g}"]
+    if scheduler is None:
+        parts.append("constant")
+    else:
+        values = ", ".join(f"{key} {value}" for key, value in scheduler["params"].items())
+        parts.append(f"{scheduler['type']} ({values})")
+    if deepspeed["gradient_clipping"]:
+        window = config.train.clip_window
+        where = "" if window is None else f" in steps {window[0]} to {window[1]}"
+        parts.append(f"gradients clipped at {deepspeed['gradient_clipping']:g}{where}")
+    if config.ema.enabled:
+        parts.append(f"weights averaged with decay {config.ema.decay:g}")
+    return ", ".join(parts) + "\n"
 
 
 def norm_table(model: Detector, micro_batch: int, accumulation: int) -> str:

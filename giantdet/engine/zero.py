@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from giantdet.config.load import RunConfig
+from giantdet.config.plugins import TIMM_OPTIMIZERS
 from giantdet.distributed import comm
 from giantdet.optim.optimizers import optimizer_factory
 from giantdet.optim.param_groups import parameter_groups
+from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 
 
 def initialize(model: nn.Module, run: RunConfig) -> Any:
@@ -28,29 +31,58 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
         # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
         if parameter.ndim > 1:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    config, optimizer = run.deepspeed, run.deepspeed["optimizer"]
-    factory = optimizer_factory(optimizer["type"], optimizer.get("params", {}))
-    if factory is not None:  # DeepSpeed would take special paths for some of their names
-        config = {key: value for key, value in config.items() if key != "optimizer"}
+    optimizer, scheduler = run.deepspeed["optimizer"], run.deepspeed.get("scheduler")
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=groups_of(model, run),
-        optimizer=factory,
-        config=config,
+        optimizer=optimizer_factory(optimizer["type"], optimizer["params"]),
+        lr_scheduler=None if scheduler is None else partial(_schedule, scheduler, optimizer["params"]["lr"]),
+        config=_deepspeed_config(run),
         dist_init_required=False,
     )
     return engine
 
 
+def _deepspeed_config(run: RunConfig) -> dict[str, Any]:
+    """The JSON's half for DeepSpeed, without the names of what we build: it has special paths for some."""
+    built = {"scheduler"}
+    if run.deepspeed["optimizer"]["type"] in TIMM_OPTIMIZERS:
+        built.add("optimizer")
+    return {key: value for key, value in run.deepspeed.items() if key not in built}
+
+
+def _schedule(scheduler: dict[str, Any], lr: float, optimizer: Any) -> LrSchedule:
+    kind, params = scheduler["type"], scheduler["params"]
+    return LrSchedule(optimizer, lr_function(kind, params, lr), lr, momentum_function(kind, params))
+
+
 def groups_of(model: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
     """The model's parameter groups with the LR and weight decay of the run's optimizer."""
-    params = run.deepspeed["optimizer"].get("params", {})
-    return parameter_groups(model, params.get("weight_decay", 0.0), params["lr"], run.giantdet.agvm.modules)
+    params, chosen = run.deepspeed["optimizer"]["params"], run.giantdet.param_groups
+    return parameter_groups(
+        model,
+        params.get("weight_decay", 0.0),
+        params["lr"],
+        run.giantdet.agvm.modules,
+        chosen.layer_decay,
+        chosen.lr_multipliers,
+    )
 
 
 def learning_rates(engine: Any) -> dict[str, float]:
     """LR by group name."""
     return {group["name"]: float(group["lr"]) for group in engine.basic_optimizer.param_groups}
+
+
+def set_gradient_clipping(engine: Any, limit: float) -> None:
+    """Clip the coming steps' gradients at this norm, 0 for none.
+
+    At ZeRO-1 to 3 and in bf16 the limit is the optimizer's, else the engine's configuration's; DeepSpeed
+    copies one to the other at the start, and a checkpoint brings its own.
+    """
+    engine._config.gradient_clipping = limit
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = limit
 
 
 def gradient_norm(engine: Any) -> float | None:

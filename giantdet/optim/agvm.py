@@ -96,6 +96,7 @@ class Agvm:
         # By step, [modules, 2]: squares of the shards' gradients, square of their mean.
         self._sums: dict[int, Tensor] = {}
         self._active: dict[str, float] = {}
+        self._clipping = 0.0  # of the coming step; a run may clip in some steps only
         self._hooks = [p.register_hook(self._reader(p)) for p in self.module]
         self._hooks.append(engine.basic_optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(engine.basic_optimizer.register_step_post_hook(self._after_step))
@@ -154,6 +155,7 @@ class Agvm:
     def scale(self) -> None:
         """Before `engine.step()`: let the factors act on the coming optimizer step."""
         self._active = self.factors if self._is_within() else {}
+        self._clipping = self.engine.gradient_clipping()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to keep. All ranks call it."""
@@ -338,7 +340,7 @@ class Agvm:
 
     def _clip_coefficient(self) -> float:
         """By which DeepSpeed has multiplied the gradient of the last step."""
-        clip, norm = self.engine.gradient_clipping(), self.engine.get_global_grad_norm()
+        clip, norm = self._clipping, self.engine.get_global_grad_norm()
         return min(1.0, clip / (float(norm) + 1e-6)) if clip and norm is not None else 1.0
 
     def _take(self, variances: dict[str, float]) -> None:

@@ -1,10 +1,10 @@
 """Optimizers by the name in the JSON's `optimizer` block.
 
-DeepSpeed builds Adam, AdamW, Adagrad and SGD (torch.optim's). Lion, LAMB, LARS and Muon are timm's: DeepSpeed's
-own Lion and LAMB are CUDA kernels, and its Muon fails at every stage (0.19.8).
+DeepSpeed builds Adam, AdamW, Adagrad and SGD (torch.optim's). Lion, LAMB, LARS and Muon are timm's:
+DeepSpeed's own Lion and LAMB are CUDA kernels, and its Muon fails at every stage (0.19.8).
 
-LAMB and LARS scale a step by the norm of a weight as a whole, Muon makes its momentum orthogonal. From
-ZeRO-1 on an optimizer sees flat pieces of many weights joined, so these three need stage 0, where it sees each
+LAMB and LARS scale a step by the norm of a weight as a whole, Muon makes its momentum orthogonal. From ZeRO-1
+on an optimizer sees flat pieces of many weights joined, so these three need stage 0, where it sees each
 weight; config/resolve.py refuses them elsewhere.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from giantdet.config.deepspeed_keys import TIMM_OPTIMIZERS
+from giantdet.config.plugins import TIMM_OPTIMIZERS
 
 
 def optimizer_factory(
     name: str, params: dict[str, Any]
 ) -> Callable[[list[dict[str, Any]]], Optimizer] | None:
-    """What `deepspeed.initialize(optimizer=...)` takes for a timm optimizer; None where DeepSpeed builds it."""
+    """What `deepspeed.initialize(optimizer=...)` takes for timm's; None for those that DeepSpeed builds."""
     if name not in TIMM_OPTIMIZERS:
         return None
     from timm import optim

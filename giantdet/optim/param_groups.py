@@ -1,13 +1,15 @@
-"""Parameter groups: (module of the detector) x (with or without weight decay).
+"""Parameter groups: (module of the detector) x (layer of the backbone) x (with or without weight decay).
 
 Groups carry a name, because they are found by name, never by position: ZeRO reorders and merges.
 Norms and biases (tensors of at most one dimension) and position embeddings are not decayed, the
-habit of ViTDet, Swin and ConvNeXt; timm names the embeddings in `no_weight_decay()`.
+habit of ViTDet, Swin and ConvNeXt; timm names the embeddings in `no_weight_decay()`. Layers are timm's too
+(`group_matcher`), and there are groups by layer only where their LRs differ.
 """
 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -20,25 +22,67 @@ def parameter_groups(
     weight_decay: float,
     lr: float | None = None,
     modules: dict[str, tuple[str, ...]] | None = None,
+    layer_decay: float | None = None,
+    lr_multipliers: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """One dict a group: `params`, `name`, `weight_decay` (and `lr`). Frozen parameters are left out.
 
-    `modules` are patterns of parameter names by module, see `module_of`; None: the model's children.
+    modules: patterns of parameter names by module, see `module_of`; None: the model's children.
+    layer_decay: factor of the LR from each layer of a timm model in it to the one below, see `layers`.
+    lr_multipliers: factor of the LR by module.
+
+    Raises ValueError for a multiplier of an unknown module, and for a layer decay without layers.
     """
-    exempt = _undecayed_names(model)
+    exempt, multipliers = _undecayed_names(model), lr_multipliers or {}
+    height = layers(model) if layer_decay is not None and layer_decay < 1 else {}
     groups: dict[str, dict[str, Any]] = {}
+    known: set[str] = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and name not in exempt
-        key = module_of(name, modules) + ("" if decayed else NO_DECAY)
+        module = module_of(name, modules)
+        known.add(module)
+        layer = f"/layer_{height[name][0]:02}" if name in height else ""
+        key = module + layer + ("" if decayed else NO_DECAY)
         group = groups.setdefault(
             key, {"params": [], "name": key, "weight_decay": weight_decay if decayed else 0.0}
         )
         group["params"].append(parameter)
         if lr is not None:
-            group["lr"] = lr
+            depth = height[name][1] if name in height else 0
+            group["lr"] = lr * multipliers.get(module, 1.0) * (layer_decay or 1.0) ** depth
+    if unknown := set(multipliers) - known:
+        raise ValueError(
+            f"param_groups.lr_multipliers: no module {', '.join(sorted(unknown))} with trainable parameters; "
+            f"there are {', '.join(sorted(known))}"
+        )
     return list(groups.values())
+
+
+def layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(layer from below, layers from the top) by name, of the parameters of the timm models in `model`.
+
+    As in ViTDet, the stem is layer 0 and the top layer is one below what follows: its second number is 1.
+
+    Raises ValueError where no part of the model knows its layers.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for prefix, module in model.named_modules():
+        matcher = getattr(module, "group_matcher", None)
+        if not callable(matcher):
+            continue
+        from timm.models import group_parameters
+
+        numbers = group_parameters(module, matcher(coarse=False), reverse=True)
+        top = max(numbers.values()) + 1
+        for name, number in numbers.items():
+            found[f"{prefix}.{name}" if prefix else name] = (number, top - number)
+    if not found:
+        raise ValueError(
+            "param_groups.layer_decay: no part of the model knows its layers (timm's group_matcher)"
+        )
+    return found
 
 
 def module_of(name: str, modules: dict[str, tuple[str, ...]] | None = None) -> str:
@@ -70,14 +114,15 @@ def _undecayed_names(model: nn.Module) -> set[str]:
     return names
 
 
-def group_table(groups: list[dict[str, Any]]) -> str:
-    """The groups as lines of text: name, tensors, parameters, weight decay, LR."""
-    lines = [f"{'group':<24}{'tensors':>8}{'parameters':>14}{'decay':>9}{'lr':>11}"]
+def group_table(groups: list[dict[str, Any]], lr: float | None = None) -> str:
+    """The groups as lines of text: name, tensors, parameters, weight decay, LR, and its share of `lr`."""
+    lines = [f"{'group':<28}{'tensors':>8}{'parameters':>15}{'decay':>8}{'lr':>11}{'scale':>8}"]
     for group in groups:
         # At ZeRO-3 a partitioned parameter is empty and knows its size as ds_numel.
         count = sum(getattr(p, "ds_numel", p.numel()) for p in group["params"])
-        lr = f"{group['lr']:.3g}" if "lr" in group else "-"
+        own = f"{group['lr']:.3g}" if "lr" in group else "-"
+        scale = f"{group['lr'] / lr:.3g}" if lr and "lr" in group else "-"
         lines.append(
-            f"{group['name']:<24}{len(group['params']):>8}{count:>14,}{group['weight_decay']:>9.3g}{lr:>11}"
+            f"{group['name']:<28}{len(group['params']):>8}{count:>15,}{group['weight_decay']:>8.3g}{own:>11}{scale:>8}"
         )
     return "\n".join(lines)
