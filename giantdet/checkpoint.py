@@ -64,7 +64,7 @@ def resume(engine: Any, folder: Path, agvm: Agvm | None = None, ema: WeightEma |
     if agvm is not None and state.get("agvm") is not None:
         agvm.load_state_dict(state["agvm"])
     if ema is not None:
-        ema.load(Path(path))
+        ema.load(newest(folder))
     return int(state["step"])
 
 

@@ -31,10 +31,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Lamb": {"betas": [0.9, 0.999], "weight_decay": 0.01},
 }
 # At batch 4, the best of --tune.
-LEARNING_RATES = {"SGD": 0.005, "AdamW": 4e-4, "Lamb": 2e-3}
+LEARNING_RATES = {"SGD": 0.005, "AdamW": 8e-4, "Lamb": 4e-3}
 CANDIDATES = {
     "SGD": (0.0025, 0.005, 0.01, 0.02),
-    "AdamW": (1e-4, 2e-4, 4e-4, 8e-4),
+    "AdamW": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
     "Lamb": (1e-3, 2e-3, 4e-3, 8e-3),
 }
 # Arm: what the table calls it, optimizer, power of the batch in the LR, with AGVM.
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=5120, help="that a run sees, repetitions included")
+    parser.add_argument("--images", type=int, default=3840, help="that a run sees, repetitions included")
     parser.add_argument("--parallel", type=int, default=2, help="runs side by side, one core each")
     parser.add_argument("--tune", action="store_true", help="try the learning rates of batch 4")
     parser.add_argument("--plot", type=Path, help="draw the figure here")

@@ -217,6 +217,7 @@ _WORDS = {
     "tuple_type": "a list",
     "model_type": "an object",
     "model_attributes_type": "an object",
+    "string_pattern_mismatch": LENGTH_WORDS,
 }
 
 
@@ -242,7 +243,9 @@ def _one_liners(error: ValidationError, block: dict[str, Any]) -> list[str]:
         value: Any = block
         taken: list[str] = []
         for part in item["loc"]:
-            if not isinstance(value, dict | list) or (isinstance(value, dict) and part not in value):
+            if not (isinstance(value, list) and isinstance(part, int)) and not (
+                isinstance(value, dict) and part in value
+            ):
                 break
             value = value[part]  # type: ignore[call-overload,index]
             taken.append(str(part))

@@ -21,8 +21,8 @@ _ADAM = {
     "fp32_optimizer_states": bool,
 }
 
-# Every optimizer that giantdet has trained with, and its parameters. Adam and AdamW are DeepSpeed's, SGD and
-# Adagrad torch.optim's.
+# Every optimizer that giantdet has trained with, and its parameters. Adam and AdamW are DeepSpeed's, SGD is
+# torch.optim's. (Adagrad loses its parameter groups at ZeRO-1 and 2: DeepSpeed 0.19 makes it anew.)
 _TIMM: dict[str, dict[str, Spec]] = {
     "Lion": {"lr": float, "betas": list, "weight_decay": float},
     "Lamb": {
@@ -68,13 +68,6 @@ OPTIMIZERS: dict[str, dict[str, Spec]] = {
         "weight_decay": float,
         "nesterov": bool,
         "foreach": bool,
-    },
-    "Adagrad": {
-        "lr": float,
-        "lr_decay": float,
-        "eps": float,
-        "weight_decay": float,
-        "initial_accumulator_value": float,
     },
     **_TIMM,
 }

@@ -299,7 +299,7 @@ def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None, images: int
         return
     # DeepSpeed's default surprises, so it is shown.
     params.setdefault("warmup_type", "linear" if ours else "log")
-    if "warmup_min_ratio" in spec and params.get("warmup_min_ratio", "auto") == "auto":
+    if params.get("warmup_min_ratio", "auto" if ours else 0.0) == "auto":
         params["warmup_min_ratio"] = 1e-3 if ours else 0.0  # detectron2's and mmdetection's; DeepSpeed's
     if params.get("warmup_min_lr") == "auto":
         params["warmup_min_lr"] = 0.0

@@ -37,13 +37,13 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
         model_parameters=groups_of(model, run),
         optimizer=optimizer_factory(optimizer["type"], optimizer["params"]),
         lr_scheduler=None if scheduler is None else partial(_schedule, scheduler, optimizer["params"]["lr"]),
-        config=_deepspeed_config(run),
+        config=deepspeed_config(run),
         dist_init_required=False,
     )
     return engine
 
 
-def _deepspeed_config(run: RunConfig) -> dict[str, Any]:
+def deepspeed_config(run: RunConfig) -> dict[str, Any]:
     """The JSON's half for DeepSpeed, without the names of what we build: it has special paths for some."""
     built = {"scheduler"}
     if run.deepspeed["optimizer"]["type"] in TIMM_OPTIMIZERS:

@@ -9,6 +9,7 @@ In bf16 runs what is averaged are the bf16 weights that the model computes with.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from giantdet.distributed import comm
 from giantdet.optim.moments import even_share
+
+logger = logging.getLogger("giantdet")
 
 _FILE = "ema_rank{}.safetensors"
 
@@ -73,6 +76,8 @@ class WeightEma:
         """Take up a checkpoint of any number of ranks; where it has no averages, begin with the weights."""
         averages = SavedEma(folder)
         self.steps = averages.steps
+        if not averages.found and comm.is_main():
+            logger.warning("%s holds no averages of the weights: they begin here", folder)
         for name, p in self.parameters.items():
             if averages.found:
                 first, last = _bounds(p)

@@ -1,6 +1,6 @@
 """Optimizers by the name in the JSON's `optimizer` block.
 
-DeepSpeed builds Adam, AdamW, Adagrad and SGD (torch.optim's). Lion, LAMB, LARS and Muon are timm's:
+DeepSpeed builds Adam, AdamW and SGD (torch.optim's). Lion, LAMB, LARS and Muon are timm's:
 DeepSpeed's own Lion and LAMB are CUDA kernels, and its Muon fails at every stage (0.19.8).
 
 LAMB and LARS scale a step by the norm of a weight as a whole, Muon makes its momentum orthogonal. From ZeRO-1

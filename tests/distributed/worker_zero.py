@@ -66,7 +66,8 @@ def build(run: RunConfig, norm: NormConfig | None = None) -> Detector:
 def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
     raw = tiny_run(folder, folder, giantdet__model__num_classes=4, **case)
     # Far above rounding noise, which AdamW would else blow up to steps of the size of the LR.
-    raw["optimizer"]["params"]["eps"] = 1e-4
+    if raw["optimizer"]["type"] == "AdamW":
+        raw["optimizer"]["params"]["eps"] = 1e-4
     return resolve(parse_run(raw), comm.world_size(), train_images=100, num_classes=4, has_gpu=False)
 
 

@@ -1,4 +1,4 @@
-"""Schedules against DeepSpeed's own classes, and against the formulas of detectron2, mmdetection and torch."""
+"""Schedules against DeepSpeed's own classes, torch's, and mmdetection's formulas."""
 
 from __future__ import annotations
 

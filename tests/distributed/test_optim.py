@@ -1,0 +1,204 @@
+"""Optimizers, schedules, clipping in a window and averages of the weights, at every ZeRO stage.
+
+On real processes, held to plain PyTorch in one process; every odd rank's images hold no object.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import launch_ok, tiny_run
+from worker_optim import DECAY
+
+from giantdet.engine.metrics import read_metrics
+from giantdet.optim.ema import SavedEma, WeightEma
+from giantdet.optim.schedules import lr_function
+
+WORKER = Path(__file__).with_name("worker_optim.py")
+TRAIN = Path(__file__).with_name("worker_train.py")
+
+# eps: far above rounding noise, which would else be blown up to steps of the size of the LR.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    "Lion": {"lr": 1e-5, "betas": [0.9, 0.99], "weight_decay": 0.1},
+    "Lamb": {"lr": 0.002, "betas": [0.9, 0.999], "eps": 1e-4, "weight_decay": 0.01},
+    "Lars": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "Muon": {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.01},
+}
+STAGES = {name: [0] if name in ("Lamb", "Lars", "Muon") else [0, 1, 2, 3] for name in OPTIMIZERS}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "WarmupLR": {"warmup_num_steps": 2, "warmup_max_lr": 0.01},
+    "WarmupDecayLR": {"warmup_num_steps": 2, "total_num_steps": 5},
+    "WarmupCosineLR": {"warmup_num_steps": 2, "total_num_steps": 5},
+    "OneCycle": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 2},
+    "LRRangeTest": {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 1},
+    "WarmupMultiStepLR": {"warmup_num_steps": 2, "milestones": [3], "warmup_type": "exponential"},
+    "WarmupCosineDecayLR": {"warmup_num_steps": 2, "total_num_steps": 5},
+    "WarmupPolyLR": {"warmup_num_steps": 2, "total_num_steps": 5},
+}
+LR = 0.002
+GROUPS = {"layer_decay": 0.5, "lr_multipliers": {"fpn": 3.0}}
+WINDOW: dict[str, Any] = {"gradient_clipping": 0.5, "giantdet__train__clip_window": [1, 1]}
+
+
+def _optimizer(name: str) -> dict[str, Any]:
+    return {"optimizer": {"type": name, "params": OPTIMIZERS[name]}}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    **{f"hand_{name}": {"by_hand": True, **_optimizer(name)} for name in OPTIMIZERS},
+    **{
+        f"{name}{stage}": {"zero_optimization__stage": stage, **_optimizer(name)}
+        for name, stages in STAGES.items()
+        for stage in stages
+    },
+    **{f"{name}_bf16": {"bf16__enabled": True, **_optimizer(name)} for name in ("Lamb", "Lars", "Muon")},
+    **{
+        f"{name}{stage}": {
+            "steps": 5,
+            "zero_optimization__stage": stage,
+            "scheduler": {"type": name, "params": params},
+            "giantdet__param_groups": GROUPS,
+        }
+        for name, params in SCHEDULES.items()
+        for stage in (range(4) if name in ("WarmupDecayLR", "OneCycle") else (2, 3))
+    },
+    "hand_window": {"by_hand": True, **WINDOW},
+    **{f"window{stage}": {"zero_optimization__stage": stage, **WINDOW} for stage in range(4)},
+    "window_bf16": {"zero_optimization__stage": 1, "bf16__enabled": True, **WINDOW},
+    "hand_unclipped": {"by_hand": True},
+    "hand_start": {"by_hand": True, "steps": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("optim")
+    launch_ok(WORKER, 2, folder, json.dumps(CASES), timeout=300)
+    return folder
+
+
+def _found(folder: Path, case: str) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / f"{case}.pt", weights_only=False)
+    return found
+
+
+def _distances(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> torch.Tensor:
+    assert one.keys() == other.keys()
+    return torch.cat([(tensor - other[name]).abs().flatten() for name, tensor in one.items()])
+
+
+@pytest.mark.parametrize(("name", "stage"), [(n, s) for n, stages in STAGES.items() for s in stages])
+def test_optimizer_equals_plain_pytorch(folder: Path, name: str, stage: int) -> None:
+    mine, reference = _found(folder, f"{name}{stage}"), _found(folder, f"hand_{name}")
+    distances = _distances(mine["parameters"], reference["parameters"])
+    moved = _distances(reference["parameters"], _found(folder, "hand_start")["parameters"])
+    assert moved.mean() > 1e-6, "nothing was learnt: the test shows nothing"
+    assert distances.max() < 1e-2 * moved.max() and distances.mean() < 1e-4 * moved.mean()
+
+
+@pytest.mark.parametrize("name", ["Lamb", "Lars", "Muon"])
+def test_optimizers_of_whole_weights_work_in_bf16(folder: Path, name: str) -> None:
+    """Stage 0 in bf16 keeps one float32 weight for each of the model's: norms are of whole weights."""
+    mine, reference = _found(folder, f"{name}_bf16"), _found(folder, f"hand_{name}")
+    assert mine["shapes"] == sorted(tuple(w.shape) for w in reference["parameters"].values())
+    start = _found(folder, "hand_start")["parameters"]
+    step = torch.cat([(w - start[n]).flatten() for n, w in mine["parameters"].items()])
+    wanted = torch.cat([(w - start[n]).flatten() for n, w in reference["parameters"].items()])
+    assert torch.cosine_similarity(step, wanted, dim=0) > 0.7
+
+
+@pytest.mark.parametrize(("name", "stage"), [(n, s) for n in SCHEDULES for s in range(4)])
+def test_schedule_keeps_the_groups_ratios(folder: Path, name: str, stage: int) -> None:
+    if f"{name}{stage}" not in CASES:
+        pytest.skip("two types are tried at all stages, the others at 2 and 3")
+    lrs = _found(folder, f"{name}{stage}")["lrs"]
+    function = lr_function(name, SCHEDULES[name], LR)
+    layers = sorted({key.split("/")[1] for key in lrs[0] if key.startswith("backbone/layer")})
+    assert len(layers) >= 4 and layers[0] == "layer_00"
+    for step, found in enumerate(lrs):
+        lr = function(step)
+        wanted = {}
+        for key in found:
+            part, *rest = key.split("/")
+            depth = len(layers) - layers.index(rest[0]) if part == "backbone" else 0
+            wanted[key] = lr * 0.5**depth * (3.0 if part == "fpn" else 1.0)
+        assert found == pytest.approx(wanted, rel=1e-6), step
+
+
+def test_one_cycle_moves_the_momentum(folder: Path) -> None:
+    for stage in range(4):
+        betas = [step[0] for step in _found(folder, f"OneCycle{stage}")["betas"]]
+        assert [b for b, _ in betas] == pytest.approx([0.8, 0.85, 0.8, 0.85, 0.9])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_clipping_in_a_window(folder: Path, stage: int) -> None:
+    mine, reference = _found(folder, f"window{stage}"), _found(folder, "hand_window")
+    unclipped = _found(folder, "hand_unclipped")
+    distances = _distances(mine["parameters"], reference["parameters"])
+    assert distances.max() < 1e-4 and distances.gt(2e-6).float().mean() < 0.01
+    assert _distances(reference["parameters"], unclipped["parameters"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["SGD0", "SGD1", "SGD2", "SGD3", "window0", "window1", "window2", "window3"])
+def test_average_of_the_weights(folder: Path, case: str) -> None:
+    mine, reference = _found(folder, case), _found(folder, "hand_window" if "w" in case else "hand_SGD")
+    distances = _distances(mine["averages"], reference["averages"])
+    assert distances.max() < 1e-4 and distances.gt(2e-6).float().mean() < 0.01
+    assert _distances(mine["averages"], mine["parameters"]).max() > 1e-4
+    assert _distances(mine["restored"], mine["parameters"]).max() == 0.0
+
+
+def test_average_in_bf16(folder: Path) -> None:
+    mine = _found(folder, "window_bf16")
+    assert _distances(mine["restored"], mine["parameters"]).max() == 0.0
+    for average in mine["averages"].values():
+        assert torch.equal(average, average.bfloat16().float()), "the model computes in bf16"
+    kept = SavedEma(folder / "window_bf16")
+    finer = torch.cat([kept.read(name) for name in sorted(kept.names())])
+    assert not torch.equal(finer, finer.bfloat16().float()), "the average itself is float32"
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_average_is_taken_up_by_another_number_of_ranks(folder: Path, stage: int) -> None:
+    found = _found(folder, f"SGD{stage}")
+    model = torch.nn.ParameterDict(
+        {n.replace(".", "/"): torch.zeros_like(w) for n, w in found["averages"].items()}
+    )
+    ema = WeightEma(model, DECAY)
+    ema.parameters = {name.replace("/", "."): p for name, p in ema.parameters.items()}
+    ema.shares = {name.replace("/", "."): share for name, share in ema.shares.items()}
+    ema.load(folder / f"SGD{stage}")
+    assert ema.steps == 3
+    for name, average in found["averages"].items():
+        assert torch.equal(ema.shares[name].view_as(average), average), name
+
+
+def test_ranks_and_accumulation_train_the_same(tmp_path: Path, demo_data: Path) -> None:
+    """4 ranks, 2 ranks with 2 micro-steps, 1 rank with 4: ten steps of SGD on the same 8 images each."""
+    settings: dict[str, Any] = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": "auto",
+        "optimizer": {"type": "SGD", "params": {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}},
+        "zero_optimization__stage": 1,
+        "giantdet__norm": {"type": "frozen"},
+        "giantdet__lr_scaling": {"reference_batch": 16, "rule": "linear"},
+        "giantdet__train__steps": 10,
+        "giantdet__data__val": None,
+    }
+    losses = {}
+    for world in (4, 2, 1):
+        output = tmp_path / f"world{world}"
+        raw = tiny_run(demo_data, output, **settings)
+        (tmp_path / "run.json").write_text(json.dumps(raw))
+        launch_ok(TRAIN, world, tmp_path / "run.json")
+        losses[world] = [line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line]
+    assert len(losses[1]) == 10 and losses[1][-1] < losses[1][0]
+    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,101 @@
+"""One rank of test_optim.py: a few steps under ZeRO, and on rank 0 in plain PyTorch.
+
+worker_optim.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with LRs by step, weights and their averages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import timm.optim
+import torch
+from worker_zero import build, make_batch, mean_loss, run_of, total_loss
+
+from giantdet.config.load import RunConfig
+from giantdet.distributed import comm
+from giantdet.engine import zero
+from giantdet.engine.train import clipping_at
+from giantdet.optim.ema import WeightEma
+
+STEPS = 3
+DECAY = 0.3  # below (1 + n) / (10 + n) from the third step on: both regimes are seen
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            found[name] = parameter.detach().float().clone()
+    return found
+
+
+def with_zero(run: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
+    engine = zero.initialize(build(run), run)
+    engine.train()
+    ema = WeightEma(engine.module, DECAY)
+    lrs, betas = [], []
+    for step in range(steps):
+        zero.set_gradient_clipping(engine, clipping_at(step, run))
+        lrs.append(zero.learning_rates(engine))
+        betas.append([group.get("betas") for group in engine.basic_optimizer.param_groups])
+        engine.backward(total_loss(engine(make_batch(step, 0, comm.rank()))))
+        engine.step()
+        ema.update()
+    found = {"lrs": lrs, "betas": betas, "parameters": weights(engine.module)}
+    found["shapes"] = sorted(tuple(p.shape) for g in engine.basic_optimizer.param_groups for p in g["params"])
+    with ema.applied():
+        found["averages"] = weights(engine.module)
+        engine(make_batch(9, 0, comm.rank()))  # the model works with them, at ZeRO-3 too
+    found["restored"] = weights(engine.module)
+    folder.mkdir(exist_ok=True)
+    ema.save(folder)
+    engine.destroy()
+    return found
+
+
+def plain_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    params = {k: v for k, v in run.deepspeed["optimizer"]["params"].items() if k != "torch_adam"}
+    name = run.deepspeed["optimizer"]["type"]
+    if name == "Lamb":
+        params["max_grad_norm"] = None
+    library: Any = torch.optim if hasattr(torch.optim, name) and name != "Muon" else timm.optim
+    return getattr(library, name)(groups, **params)  # type: ignore[no-any-return]
+
+
+def by_hand(run: RunConfig, steps: int) -> dict[str, Any]:
+    """What all ranks together must compute, in one process without DeepSpeed."""
+    model = build(run).train()
+    optimizer = plain_optimizer(run, zero.groups_of(model, run))
+    averages = weights(model)
+    for step in range(steps):
+        mean_loss(model, [make_batch(step, 0, rank) for rank in range(comm.world_size())], False).backward()
+        if limit := clipping_at(step, run):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(DECAY, (2 + step) / (11 + step))
+        for name, weight in weights(model).items():
+            averages[name] = decay * averages[name] + (1 - decay) * weight
+    return {"parameters": weights(model), "averages": averages}
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    comm.start()
+    torch.set_num_threads(1)
+    for name, case in cases.items():
+        by_itself, steps = case.pop("by_hand", False), case.pop("steps", STEPS)
+        run = run_of(case, folder)
+        found = by_hand(run, steps) if by_itself else with_zero(run, folder / name, steps)
+        if comm.is_main():
+            torch.save(found, folder / f"{name}.pt")
+        comm.barrier()
+    comm.stop()
+
+
+if __name__ == "__main__":
+    main()
