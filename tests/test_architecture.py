@@ -28,6 +28,8 @@ ORDER = [
 ]
 SAME = {"convert": "export", "checkpoint": "export", "__main__": "cli"}
 MAX_LINES, MAX_CORE_LINES = 360, 6000  # of the core, lines of code: explaining it shall cost nothing
+# Lists of the names that DeepSpeed, torch and timm know: data, which grow with those.
+TABLES = {"config/deepspeed_keys.py", "config/plugins.py"}
 
 # Each of these makes the host wait for the device, or a shape depend on data.
 BANNED = {
@@ -159,4 +161,5 @@ def test_counting_lines() -> None:
 def test_sizes() -> None:
     lines = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
     assert {name: n for name, n in lines.items() if n > MAX_LINES} == {}
-    assert 1000 < sum(lines_of_code(path.read_text()) for path in FILES) <= MAX_CORE_LINES
+    core = [path for path in FILES if name_of(path) not in TABLES]
+    assert 1000 < sum(lines_of_code(path.read_text()) for path in core) <= MAX_CORE_LINES

@@ -343,16 +343,12 @@ def test_check_data(tmp_path: Path) -> None:
         check_data(run)
 
 
-def world_size_of(recipe: Path) -> int:
-    small = recipe.name == "demo.json" or "_finetune_" in recipe.name
-    return 64 if "_64_" in recipe.name else 2 if small else 8
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
     run = load_run(recipe)
     assert isinstance(run.about, dict) and f"ds_configs/{recipe.name}" in run.about["command"]
-    for world in (world_size_of(recipe), 2):
+    gpus = run.about["gpus"]
+    for world in (gpus, 2):
         resolved = resolve(run, world, train_images=117_266, num_classes=80)
         text = describe(resolved)
         assert '"auto"' not in text
@@ -367,7 +363,8 @@ def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
         # Nothing is left to resolve.
         assert describe(resolve(again, world, train_images=1, num_classes=80)) == text
     # No accumulation where the recipe was meant for.
-    assert resolve(run, world_size_of(recipe), 117_266).deepspeed["gradient_accumulation_steps"] == 1
+    assert resolve(run, gpus, 117_266).deepspeed["gradient_accumulation_steps"] == 1
+    assert {"what", "command", "hardware", "time", "expected"} <= set(run.about)
     stem_batch = [int(part) for part in recipe.stem.split("_") if part.isdigit()]
     assert stem_batch in ([], [run.deepspeed["train_batch_size"]])
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from tiny import MODEL
 from torch import nn
 
@@ -70,8 +73,52 @@ def test_table_counts_what_zero3_partitioned() -> None:
     groups = parameter_groups(Whole(), 0.1, 0.01)
     lines = group_table(groups).splitlines()
     assert [line.split()[0] for line in lines] == ["group", "one/no_decay", "one", "two"]
-    assert lines[3].split()[1:] == ["1", "8", "0.1", "0.01"]
+    assert lines[3].split()[1:] == ["1", "8", "0.1", "0.01", "-"]
     empty = nn.Parameter(torch.zeros(0))
     empty.ds_numel = 1_000_000  # what DeepSpeed leaves of a partitioned parameter
     table = group_table([{"params": [empty], "name": "giant", "weight_decay": 0.0}])
     assert "1,000,000" in table
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "test_resnet"]
+)
+def test_layer_decay_is_timms_one_layer_further(name: str) -> None:
+    """timm gives the top layer of a model without classifier the scale 1, ViTDet one decay."""
+    with torch.device("meta"):
+        body = timm.create_model(name, num_classes=0)
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"body": body}), "head": Part()})
+    named = {id(p): n for n, p in model.named_parameters()}
+    mine = {named[id(p)]: g["lr"] for g in parameter_groups(model, 0.1, 2.0, None, 0.7) for p in g["params"]}
+    theirs = {}
+    for group in param_groups_layer_decay(body, 0.1, layer_decay=0.7):
+        theirs |= {named[id(p)]: 2.0 * 0.7 * group["lr_scale"] for p in group["params"]}
+    assert len(set(theirs.values())) > 4
+    assert mine == pytest.approx(theirs | {n: 2.0 for n in mine if n.startswith("head")})
+
+
+def test_layer_decay_of_vitdet() -> None:
+    """`get_vit_lr_decay_rate` of detectron2: rate ** (layers + 1 - id), the embeddings 0, block i i + 1."""
+    config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_vit", "window": 2}}
+    model = build_detector(ModelConfig.model_validate(config), (64, 64), NormConfig(type="local"))
+    named = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, 1.0, None, 0.5, {"rpn": 10.0})
+    found = {named[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    depth = len(model.backbone.body.blocks)
+    for name, lr in found.items():
+        wanted = 10.0 if name.startswith("rpn") else 1.0
+        if name.startswith("backbone"):
+            number = 0
+            if ".blocks." in name:
+                number = int(name.split(".blocks.")[1].split(".")[0]) + 1
+            elif not any(word in name for word in ("pos_embed", "patch_embed")):
+                continue  # the final norm, which ViTDet has not
+            wanted = 0.5 ** (depth + 1 - number)
+        assert lr == wanted, name
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="no module neck with trainable parameters; there are one, two"):
+        parameter_groups(Whole(), 0.1, 0.01, None, None, {"neck": 2.0})
+    with pytest.raises(ValueError, match="no part of the model knows its layers"):
+        parameter_groups(Whole(), 0.1, 0.01, None, 0.9)
