@@ -33,8 +33,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 # At the reference batch, the best of --tune.
 LEARNING_RATES = {"SGD": 0.01, "AdamW": 8e-4, "Lamb": 4e-3}
 CANDIDATES = {
-    "SGD": (0.005, 0.01, 0.02),
-    "AdamW": (4e-4, 8e-4, 1.6e-3),
+    "SGD": (0.005, 0.01, 0.02, 0.04),
+    "AdamW": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
     "Lamb": (2e-3, 4e-3, 8e-3),
 }
 # Arm: what the table calls it, optimizer, power of the batch in the LR, with AGVM.

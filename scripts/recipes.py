@@ -22,10 +22,10 @@ Every file of `ds_configs/` is a whole run. This page is made from them by `pyth
 **Which one?** Look for your number of GPUs, or a larger one: a recipe keeps its batch on fewer GPUs by
 gradient accumulation and then trains the same, only slower (`tests/distributed/test_optim.py` holds the
 losses of 4, 2 and 1 ranks to 1e-5). What does change are batch norms: with `"norm": "cgbn"` fewer ranks
-have fewer images to normalise together, as accumulated micro-batches are normalised each by itself; the start of a run
-says how many. Any number of GPUs goes whose product with the images of a micro-batch divides the batch. For
-another batch, override it: `train_batch_size=128`. Where a recipe has `lr_scaling`, its learning rate
-follows, and lengths in epochs stay what they are.
+have fewer images to normalise together, as accumulated micro-batches are normalised each by itself; the
+start of a run says how many. Any number of GPUs goes whose product with the images of a micro-batch divides
+the batch. For another batch, override it: `train_batch_size=128`. Where a recipe has `lr_scaling`, its
+learning rate follows, and lengths in epochs stay what they are.
 
 **What is proven?** The demo and the fine-tuning recipe were run, on CPUs. All others were not: the numbers in
 their last column are those of the work they follow, and "memory not measured" means that the images a GPU may
