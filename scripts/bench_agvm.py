@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +66,18 @@ def seconds(engine: Any, batch: Batch, agvm: Agvm | None) -> float:
     return _now(engine.device) - started
 
 
+def peak_of(step: Callable[[], object], device: torch.device) -> int:
+    """Largest memory while a step runs, bytes: the allocator's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
+    step()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -76,11 +90,21 @@ def main(args: argparse.Namespace) -> None:
     batch = giantdet_batch(scene, args.max_objects, frame=112).to(device)
     if comm.is_main():
         print(f"{comm.world_size()} ranks, ZeRO-{args.stage}, batch {args.batch} a rank, {args.size} pixels")
-        print(f"| estimator | step | measured step | ratio, least to most | at interval {INTERVAL} |")
-        print("|---|---|---|---|---|")
+        print(
+            f"| estimator | step | measured step | ratio, least to most | at interval {INTERVAL} "
+            "| memory of a measured step |"
+        )
+        print("|---|---|---|---|---|---|")
     for name, (optimizer, settings) in FORMS.items():
         engine = start(args, optimizer)
+        parameters = sum(
+            p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()
+        )
         seconds(engine, batch, None)
+        plain_peak = peak_of(lambda engine=engine: seconds(engine, batch, None), device)
+        agvm = Agvm(engine, AgvmConfig(enabled=True, interval=1, start_step=0, **settings))
+        peak = peak_of(lambda engine=engine, agvm=agvm: seconds(engine, batch, agvm), device)
+        agvm.close()
         pairs = []
         for _ in range(args.pairs + 1):
             plain = seconds(engine, batch, None)
@@ -93,7 +117,8 @@ def main(args: argparse.Namespace) -> None:
         if comm.is_main():
             print(
                 f"| {name} | {medians[0]:.3f} s | {medians[1]:.3f} s | {statistics.median(ratios):.3f} "
-                f"({ratios[0]:.3f} to {ratios[-1]:.3f}) | {100 * cost:+.2f}% |",
+                f"({ratios[0]:.3f} to {ratios[-1]:.3f}) | {100 * cost:+.2f}% "
+                f"| {(peak - plain_peak) / parameters:+.1f} bytes a parameter |",
                 flush=True,
             )
         engine.destroy()

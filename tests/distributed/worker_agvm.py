@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
@@ -28,6 +29,8 @@ STEPS, ROWS = 8, 5
 class Toy(nn.Module):
     """The three modules of the golden traces; `wide` makes fragments of many sizes."""
 
+    checkpoint_blocks = False
+
     def __init__(self, wide: int = 1) -> None:
         super().__init__()
         self.backbone = nn.Linear(6, 8 * wide)
@@ -36,7 +39,13 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.backbone.weight.dtype)
-        return self.head(torch.tanh(self.neck(torch.tanh(self.backbone(x)))))
+        if self.checkpoint_blocks:
+            x = checkpoint(self.body, x, use_reentrant=False)
+            return self.head(x)
+        return self.head(self.body(x))
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.neck(torch.tanh(self.backbone(x))))
 
 
 def build(case: dict[str, Any]) -> Toy:
@@ -90,6 +99,7 @@ def under_deepspeed(case: dict[str, Any]) -> list[dict[str, Any]]:
     elif case["optimizer"] != "SGD":
         config["optimizer"]["params"] = case["params"] | {"torch_adam": True}
     model = build(case)
+    model.checkpoint_blocks = case.get("checkpoint_blocks", False)
     groups = groups_of(case, model)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     agvm = Agvm(engine, AgvmConfig.model_validate(case["agvm"]))
