@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Lamb": {"betas": [0.9, 0.999], "weight_decay": 0.01},
 }
 # At the reference batch, the best of --tune.
-LEARNING_RATES = {"SGD": 0.01, "AdamW": 8e-4, "Lamb": 4e-3}
+LEARNING_RATES = {"SGD": 0.02, "AdamW": 1.6e-3, "Lamb": 4e-3}
 CANDIDATES = {
     "SGD": (0.005, 0.01, 0.02, 0.04),
     "AdamW": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
