@@ -46,12 +46,12 @@ def save(
 def resume(engine: Any, folder: Path, agvm: Agvm | None = None, ema: WeightEma | None = None) -> int:
     """Load the newest checkpoint of `folder`; returns the number of steps done, 0 without one.
 
-    LR and weight decay are the run's own, and not those of the checkpoint: they are what the JSON says.
+    LR, schedule and weight decay are the run's own and not those of the checkpoint: what the JSON says.
     """
     if not comm.broadcast_object((folder / "latest").exists()):
         return 0
     own = [_describe(group) for group in engine.basic_optimizer.param_groups]
-    path, state = engine.load_checkpoint(str(folder))
+    path, state = engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
     if path is None:
         raise ValueError(f"{folder}: the checkpoint that 'latest' names cannot be loaded")
     names = [group["name"] for group in own]
@@ -60,7 +60,7 @@ def resume(engine: Any, folder: Path, agvm: Agvm | None = None, ema: WeightEma |
     for group, described in zip(engine.basic_optimizer.param_groups, own, strict=True):
         group.update(described)
     if engine.lr_scheduler is not None:
-        engine.lr_scheduler.apply()
+        engine.lr_scheduler.go_to(engine.global_steps - engine.skipped_steps)
     if agvm is not None and state.get("agvm") is not None:
         agvm.load_state_dict(state["agvm"])
     if ema is not None:

@@ -65,6 +65,12 @@ def resolve(
         _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
     giantdet = _resolve_clip_window(giantdet, deepspeed, train_images)
     giantdet = _resolve_agvm(giantdet, deepspeed)
+    offload = deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device")
+    if giantdet.ema.enabled and offload == "nvme":
+        raise ConfigError(
+            "giantdet.ema needs the weights in memory, and zero_optimization.offload_param puts them on "
+            'nvme; offload to "cpu"'
+        )
 
     if num_classes is not None:
         declared = giantdet.model.num_classes

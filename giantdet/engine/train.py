@@ -99,10 +99,10 @@ def train(run: RunConfig) -> dict[str, Any]:
                 agvm.observe()
                 agvm.scale()
             engine.step()  # DeepSpeed steps the optimizer and the schedule at the last micro-step
-            if ema is not None and engine.is_gradient_accumulation_boundary():
-                ema.update()
 
             metrics.add({"loss": loss, **losses, **sample_counts(predictions)}, micro_batch, data_seconds)
+        if ema is not None:
+            ema.update()
         metrics.step()
         if is_due(step, config.train.log_every, total_steps):
             modulation = agvm.scalars() if agvm is not None else {}

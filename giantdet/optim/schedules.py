@@ -54,11 +54,11 @@ class LrSchedule:
         self.optimizer, self.function, self.lr = optimizer, function, lr
         self.momentum = momentum if "betas" in optimizer.defaults else None
         self.base = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        self.steps = 0
-        self.apply()
+        self.go_to(0)
 
-    def apply(self) -> None:
-        """Set what holds at this step: after a checkpoint was loaded, say."""
+    def go_to(self, step: int) -> None:
+        """Set what holds at a step, counted in steps that the optimizer took."""
+        self.steps = step
         ratio = self.function(self.steps) / self.lr
         for group in self.optimizer.param_groups:
             group["lr"] = self.base[group["name"]] * ratio
@@ -67,8 +67,7 @@ class LrSchedule:
 
     def step(self, *_: Any, **__: Any) -> None:
         """After an optimizer step."""
-        self.steps += 1
-        self.apply()
+        self.go_to(self.steps + 1)
 
     def get_last_lr(self) -> list[float]:
         return [group["lr"] for group in self.optimizer.param_groups]
@@ -77,8 +76,7 @@ class LrSchedule:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.steps = state["steps"]
-        self.apply()
+        self.go_to(state["steps"])
 
 
 # Ours

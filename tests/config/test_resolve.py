@@ -293,6 +293,14 @@ def test_lr_scaling(world: int, rule: str, factor: float) -> None:
             resolve(parse_run(raw), world)
 
 
+def test_average_needs_the_weights_in_memory() -> None:
+    raw = json.loads(describe(make(zero_optimization={"stage": 3, "offload_param": {"device": "nvme"}})))
+    resolve(parse_run(raw), 2)
+    raw["giantdet"]["ema"] = {"enabled": True}
+    with pytest.raises(ConfigError, match="ema needs the weights in memory"):
+        resolve(parse_run(raw), 2)
+
+
 def test_clip_window() -> None:
     warmup = {"type": "WarmupPolyLR", "params": {"warmup_num_steps": 150}}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import launch_ok, tiny_run
 from worker_optim import DECAY
 
@@ -190,6 +191,7 @@ def test_ranks_and_accumulation_train_the_same(tmp_path: Path, demo_data: Path) 
         "giantdet__norm": {"type": "frozen"},
         "giantdet__lr_scaling": {"reference_batch": 16, "rule": "linear"},
         "giantdet__train__steps": 10,
+        "giantdet__ema": {"enabled": True, "decay": 0.0},
         "giantdet__data__val": None,
     }
     losses = {}
@@ -199,6 +201,11 @@ def test_ranks_and_accumulation_train_the_same(tmp_path: Path, demo_data: Path) 
         (tmp_path / "run.json").write_text(json.dumps(raw))
         launch_ok(TRAIN, world, tmp_path / "run.json")
         losses[world] = [line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line]
+        # An average that forgets at once is that of the last step, whatever the number of micro-steps.
+        exported = load_file(output / "export/model.safetensors")
+        file = output / "checkpoints/step_10/mp_rank_00_model_states.pt"
+        trained = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        assert [name for name, weight in exported.items() if not torch.equal(weight, trained[name])] == []
     assert len(losses[1]) == 10 and losses[1][-1] < losses[1][0]
     assert losses[4] == pytest.approx(losses[1], rel=1e-5)
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
