@@ -37,7 +37,7 @@ class BackboneConfig(Section):
     pretrained: bool = False
     """Load timm's weights by their tag (needs network or a warm cache); see also `init_weights`."""
     init_weights: str | None = None
-    """Local .safetensors or .pth file with ImageNet weights of this backbone."""
+    """Local .safetensors or .pth file with ImageNet weights of this backbone, or a folder of shards."""
     stride_in_1x1: bool = False
     """ResNet bottlenecks put their stride into the first 1x1 convolution (MSRA and Caffe weights)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0

@@ -21,9 +21,9 @@ from giantdet.engine import zero
 from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
 from giantdet.engine.metrics import Metrics
 from giantdet.engine.plots import plot_run
-from giantdet.export import export_config, export_model, load_weights
+from giantdet.export import export_config, export_model
 from giantdet.losses import detector_losses, sample_counts
-from giantdet.models.detector import Detector, build_detector
+from giantdet.models.detector import Detector
 from giantdet.models.norm import norm_summary
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
@@ -52,11 +52,9 @@ def train(run: RunConfig) -> dict[str, Any]:
     comm.barrier()
 
     set_determinism(config.train.deterministic)
-    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
     accumulation = run.deepspeed["gradient_accumulation_steps"]
-    model = build_detector(config.model, settings.size, config.norm, micro_batch)
-    load_weights(model, config.model)
+    model = zero.build(run, micro_batch)
     announce(run, model, device)
     engine = zero.initialize(model, run)
     folder = output / "checkpoints"

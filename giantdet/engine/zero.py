@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,9 +14,14 @@ from torch import nn
 from giantdet.config.load import RunConfig
 from giantdet.config.plugins import TIMM_OPTIMIZERS
 from giantdet.distributed import comm
+from giantdet.export import load_weights
+from giantdet.models.deferred import deferred_init, is_deferred, real_parameters
+from giantdet.models.detector import Detector, build_detector
 from giantdet.optim.optimizers import optimizer_factory
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
+
+log = logging.getLogger("giantdet")
 
 
 def initialize(model: nn.Module, run: RunConfig) -> Any:
@@ -26,6 +33,8 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    if any(is_deferred(parameter) for parameter in model.parameters()):
+        partition(model, run)
     for parameter in model.parameters():
         # DeepSpeed broadcasts weights as bytes, which a channels-last weight cannot be viewed as. A clone:
         # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
@@ -41,6 +50,46 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
         dist_init_required=False,
     )
     return engine
+
+
+def build(run: RunConfig, micro_batch: int) -> Detector:
+    """The run's detector with its initial weights; at ZeRO-3 the large ones come with `initialize`."""
+    config = run.giantdet
+    in_parts = run.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
+    try:
+        torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+        with deferred_init(config.train.seed) if in_parts else nullcontext():
+            model = build_detector(config.model, config.data.size, config.norm, micro_batch)
+    except NotImplementedError as error:
+        if comm.is_main():
+            name = config.model.backbone.name
+            log.warning("backbone %s cannot be built in parts (%s): each rank builds it whole", name, error)
+        torch.manual_seed(config.train.seed)
+        model = build_detector(config.model, config.data.size, config.norm, micro_batch)
+    load_weights(model, config.model)
+    return model
+
+
+def partition(model: nn.Module, run: RunConfig) -> None:
+    """Hand a deferred model to ZeRO-3 weight by weight: no rank ever holds more of it than its share and one.
+
+    `zero.Init` asks the module it is given for its parameters, and partitions each before it takes the next.
+    """
+    import deepspeed
+
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = [kind for name, kind in kinds.items() if run.deepspeed.get(name, {}).get("enabled")]
+    stream = real_parameters(model, dtypes[0] if dtypes else torch.float32)
+
+    class Stream(nn.Module):
+        def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+            return stream
+
+    deepspeed.zero.Init(module=Stream(), config_dict_or_path=deepspeed_config(run))
+    device = deepspeed.accelerator.get_accelerator().current_device_name()
+    for module in model.modules():  # DeepSpeed leaves those of a partitioned model where they are
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def deepspeed_config(run: RunConfig) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Pretrained weights into a backbone, strictly: each key finds its place, or the error lists all that do not.
 
-Loading happens on a plain model, before DeepSpeed partitions it (`load_state_dict` inside `zero.Init`
-fails). Tensors are cast to the parameters' type.
+Loading happens before DeepSpeed partitions the model (`load_state_dict` inside `zero.Init` fails). Tensors
+are cast to the parameters' type. Files are mapped, not read: of a deferred parameter's tensor (`deferred.py`)
+no byte comes into memory before its turn.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from giantdet.config.types import BackboneConfig
 from giantdet.models.body import Backbone, checkpoint_filter
+from giantdet.models.deferred import fill, is_deferred
 
 _log = logging.getLogger(__name__)
 _HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
@@ -56,16 +60,37 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors, .pth or .pt file, taken out of a `state_dict` or `model` nest.
 
-    Files are read without running code from them. Raises ValueError naming the file.
+    A folder, or an index file in one (`*.safetensors.index.json`), stands for all of its shards. Files are
+    read without running code from them, and are mapped: a tensor comes into memory when it is used. Raises
+    ValueError naming the file.
     """
     file = Path(path)
+    if file.is_dir():
+        indices = sorted(file.glob("*.safetensors.index.json"))
+        files = indices or sorted(file.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ValueError(f"{file} holds {len(files)} safetensors files and no index; name one of them")
+        file = files[0]
+    if not file.is_file():
+        raise ValueError(f"weights file {file} does not exist")
+    if file.name.endswith(".index.json"):
+        try:
+            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no index of safetensors: {_first_line(error)}") from error
+        return {key: tensor for name in shards for key, tensor in _read_file(file.parent / name).items()}
+    return _read_file(file)
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
     try:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(file)  # older files of torch cannot be
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"weights file {file} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever else a damaged pickle raises
@@ -91,8 +116,12 @@ def load_strictly(
     ignored = report_mismatch(module.state_dict(), state, what, ignore)
     if ignored:
         _log.info("%s: left out %s", what, ", ".join(ignored))
+    deferred = {name: p for name, p in module.named_parameters() if is_deferred(p)}
+    for name, parameter in deferred.items():
+        fill(parameter, state[name])
     # `num_batches_tracked`, the one key that may be missing, is what strict=False is for.
-    module.load_state_dict({k: v for k, v in state.items() if k not in set(ignored)}, strict=False)
+    kept = {k: v for k, v in state.items() if k not in deferred and k not in set(ignored)}
+    module.load_state_dict(kept, strict=False)
 
 
 def report_mismatch(

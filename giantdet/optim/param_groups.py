@@ -40,7 +40,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decayed = parameter.ndim > 1 and name not in exempt
+        # At ZeRO-3 a partitioned parameter is empty, and knows its shape as ds_shape.
+        decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and name not in exempt
         module = module_of(name, modules)
         known.add(module)
         layer = f"/layer_{height[name][0]:02}" if name in height else ""

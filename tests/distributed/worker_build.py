@@ -1,0 +1,93 @@
+"""One rank of test_build.py: the memory of a process while a model is handed to ZeRO-3.
+
+worker_build.py JSON WEIGHTS OUT: builds and partitions the run's detector; rank 0 writes OUT with the bytes
+of the whole model and of the largest weight, and the most memory that any rank had at a time beyond what it
+had before. Where WEIGHTS is not "-" it also says which weights are not those of this file.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+from pathlib import Path
+
+import deepspeed
+import torch
+from safetensors import safe_open
+
+from giantdet.config.load import RunConfig, load_run
+from giantdet.config.resolve import resolve
+from giantdet.distributed import comm
+from giantdet.engine import zero
+from giantdet.models.deferred import is_deferred
+from giantdet.models.detector import Detector
+
+WARM_UP = ["model.backbone.name=test_vit", "model.backbone.init_weights=null"]
+
+
+def memory() -> int:
+    """Bytes of this process that are no mapped file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+class Peak(threading.Thread):
+    """Looks at the memory every millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.done = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.001):
+            self.most = max(self.most, memory())
+
+
+def build(run: RunConfig) -> tuple[Detector, int]:
+    """The model, partitioned where it can be, and how many of its weights were made one by one."""
+    model = zero.build(run, 1)
+    deferred = sum(is_deferred(p) for p in model.parameters())
+    if deferred or run.deepspeed["zero_optimization"]["stage"] == 3:
+        zero.partition(model, run)
+    return model, deferred
+
+
+def main() -> None:
+    path, weights, out = sys.argv[1:]
+    comm.start()
+    torch.set_num_threads(1)
+    run = resolve(load_run(path), comm.world_size(), 100, 4, has_gpu=False)
+    # Once in small: what is imported and cached is nothing of the model's.
+    build(resolve(load_run(path, WARM_UP), comm.world_size(), 100, 4, has_gpu=False))
+    gc.collect()
+    before, peak = memory(), Peak()
+    peak.start()
+    model, deferred = build(run)
+    gc.collect()
+    after = memory()
+    peak.done.set()
+    peak.join()
+
+    parameters = dict(model.named_parameters())
+    sizes = [4 * getattr(p, "ds_numel", p.numel()) for p in parameters.values()]
+    wrong = []
+    if weights != "-":
+        with safe_open(weights, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                p = parameters[f"backbone.body.{name}"]
+                with deepspeed.zero.GatheredParameters([p]):
+                    if not torch.equal(p.detach(), file.get_tensor(name)):
+                        wrong.append(name)
+    found = comm.gather_objects((peak.most - before, after - before))
+    if comm.is_main():
+        result = {"whole": sum(sizes), "largest": max(sizes), "deferred": deferred, "wrong": wrong}
+        result |= {"peak": max(p for p, _ in found), "after": max(a for _, a in found)}
+        Path(out).write_text(json.dumps(result))
+    comm.barrier()
+    comm.stop()
+
+
+if __name__ == "__main__":
+    main()
