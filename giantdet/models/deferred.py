@@ -138,7 +138,7 @@ def materialise(parameter: nn.Parameter, name: str) -> nn.Parameter:
     _, calls, seed = parameter._deferred  # type: ignore[attr-defined]
     real = torch.empty(parameter.shape, dtype=parameter.dtype)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed << 32) + zlib.crc32(name.encode()))
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed torch's generator takes 32 bits
         for call in calls:
             call.function(real.as_strided(call.size, call.stride, call.offset), *call.args, **call.kwargs)
     return nn.Parameter(real, requires_grad=parameter.requires_grad)
