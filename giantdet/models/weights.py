@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from giantdet.config.types import BackboneConfig
@@ -40,19 +40,18 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
     if config.init_weights and config.pretrained:
         raise ValueError("give either backbone.pretrained or backbone.init_weights, not both")
     if config.init_weights:
-        state = read_state_dict(config.init_weights)
-        translate = checkpoint_filter(config.name, backbone.body)
-        if translate is not None:
-            try:
-                state = translate(state, backbone.body)
-            except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, AssertionError) as error:
-                message = f"{config.init_weights} does not look like weights of '{config.name}': {error}"
-                raise ValueError(message) from error
-        what = f"{config.init_weights} as backbone '{config.name}'"
+        state, what = read_state_dict(config.init_weights), str(config.init_weights)
     elif config.pretrained:
-        state, what = _timm_state_dict(backbone, config), f"timm's weights of '{config.name}'"
+        state, what = _tagged_state_dict(backbone.body.pretrained_cfg, config.name), "timm's file"
     else:
         return
+    translate = checkpoint_filter(config.name, backbone.body)
+    if translate is not None:
+        try:
+            state = translate(state, backbone.body)
+        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"{what} does not look like weights of '{config.name}': {error}") from error
+    what = f"{what} as backbone '{config.name}'"
     ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
     load_strictly(backbone.body, state, what, ignore)
 
@@ -154,15 +153,29 @@ def report_mismatch(
     return ignored
 
 
-def _timm_state_dict(backbone: Backbone, config: BackboneConfig) -> dict[str, Tensor]:
+def _tagged_state_dict(source: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """What timm's configuration of a tag points to: a file, a file of the hub, or an address.
+
+    The file alone and not timm's model with it, which would be a whole copy on every rank.
+    """
     try:
-        source = timm.create_model(config.name, pretrained=True, **backbone.timm_args)
-    except Exception as error:  # no such weights, no network, no disk: many libraries' own types
+        if source.get("file"):
+            return read_state_dict(source["file"])
+        if source.get("hf_hub_id"):
+            chosen = source.get("hf_hub_filename")
+            state = load_state_dict_from_hf(source["hf_hub_id"], **({"filename": chosen} if chosen else {}))
+        elif source.get("url"):
+            state = torch.hub.load_state_dict_from_url(source["url"], map_location="cpu", weights_only=True)
+        else:
+            raise ValueError("timm knows no weights of this name")
+    except Exception as error:  # no network, no disk, no such file: many libraries' own types
         raise ValueError(
-            f"cannot get timm's weights of '{config.name}' ({_first_line(error)}); download them "
-            "elsewhere and name the file in backbone.init_weights"
+            f"cannot get timm's weights of '{name}' ({_first_line(error)}); download them elsewhere and "
+            "name the file in backbone.init_weights"
         ) from error
-    return source.state_dict()
+    for nest in _NESTS:
+        state = state.get(nest, state)
+    return dict(state)
 
 
 def _shape(tensor: Tensor) -> str:

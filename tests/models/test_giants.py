@@ -1,6 +1,6 @@
 """The giants, built without a byte of their large weights: parameters, FLOPs, strides and channels.
 
-FLOPs are PyTorch's counter's on the meta device, 2 a multiply-add, forward, one image of 1024 x 1024. Expected
+FLOPs are PyTorch's counter's on the meta device, 2 a multiply-add, forward, an image of 1024 x 1024. Expected
 numbers were counted with timm's own models, patch 16, window 16 and 4 global blocks for plain ViTs.
 """
 

@@ -73,8 +73,8 @@ def test_pretrained_comes_through_timm(tmp_path: Path, monkeypatch: pytest.Monke
         return original(name, **kwargs, pretrained_cfg_overlay=dict(file=str(tmp_path / "w.pth")))
 
     config = BackboneConfig(name="resnet18", pretrained=True)
-    backbone = build_backbone(config, SIZE)
     monkeypatch.setattr(timm, "create_model", offline)
+    backbone = build_backbone(config, SIZE)
     load_backbone_weights(backbone, config)
     for key, value in backbone.body.state_dict().items():
         assert torch.equal(value, state[key]), key
