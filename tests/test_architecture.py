@@ -26,7 +26,7 @@ ORDER = [
     "engine",
     "cli",
 ]
-SAME = {"convert": "export", "checkpoint": "export", "__main__": "cli"}
+SAME = {"convert": "export", "checkpoint": "export", "commands": "cli", "__main__": "cli"}
 MAX_LINES, MAX_CORE_LINES = 360, 6000  # of the core, lines of code: explaining it shall cost nothing
 # Lists of the names that DeepSpeed, torch and timm know: data, which grow with those.
 TABLES = {"config/deepspeed_keys.py", "config/plugins.py"}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny import REPO, Ended, environment, free_port, launch, logs, set_path, tiny_run
 
-from giantdet import cli
+from giantdet import cli, commands
 from giantdet.config.load import load_run, parse_run
 
 COMMANDS = ("train", "eval", "predict", "export", "validate-data", "configs", "make-demo-data")
@@ -106,7 +106,7 @@ def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         int("not a number")
         raise AssertionError
 
-    monkeypatch.setattr(cli, "run_configs", broken)
+    monkeypatch.setattr(commands, "run_configs", broken)
     # The innermost frame is this test's, not giantdet's.
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["configs"])
