@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from giantdet import commands
+
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 COCO_IMAGES = 117_266
