@@ -134,6 +134,24 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--images", type=_at_least(1), default=COCO_IMAGES, help=coco)
     plot.set_defaults(command=commands.run_plot)
 
+    plan = subparsers.add_parser(
+        "plan",
+        help="memory, communication and time of a run on a cluster",
+        description="Memory of a rank, communication and time of a step, by ZeRO stage and checkpointing.",
+    )
+    plan.add_argument("config", type=Path, help="the run's JSON, see ds_configs/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the JSON")
+    plan.add_argument("--gpus", type=_at_least(1), required=True)
+    plan.add_argument("--gpu", default="h100", help="a100-40, a100, h100, h200, b200; default: h100")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU, for one that is not in the list")
+    plan.add_argument("--tflops", type=float, help="dense bf16 peak of a GPU, for one not in the list")
+    plan.add_argument(
+        "--bandwidth", type=float, default=50.0, metavar="GB/S", help="of each GPU to others; default: 50"
+    )
+    plan.add_argument("--efficiency", type=float, default=0.4, help="share of the peak; default: 0.4")
+    plan.add_argument("--images", type=_at_least(1), default=COCO_IMAGES, help=f"default: {COCO_IMAGES}")
+    plan.set_defaults(command=commands.run_plan)
+
     validate = subparsers.add_parser("validate-data", help="report every bad record of a COCO data set")
     validate.add_argument("annotations", help="COCO instances JSON")
     validate.add_argument("images", help="folder of its images")

@@ -159,6 +159,16 @@ def run_plot(options: argparse.Namespace) -> None:
         print(picture)
 
 
+def run_plan(options: argparse.Namespace) -> None:
+    from giantdet.config.load import load_run
+    from giantdet.engine.plan import machine_of, make_plan, report
+
+    machine = machine_of(options.gpu, options.memory, options.tflops)
+    run = load_run(options.config, ["model.backbone.pretrained=false", *options.overrides])
+    bandwidth = options.bandwidth * 1e9
+    print(report(make_plan(run, options.gpus, machine, bandwidth, options.efficiency, options.images)))
+
+
 def run_validate(options: argparse.Namespace) -> int:
     from giantdet.data.validate import format_report, validate
 

@@ -1,0 +1,108 @@
+"""One rank of test_plan.py: the bytes that DeepSpeed really keeps, and that a step really takes.
+
+worker_plan.py OUT JSON ...: rank 0 writes {JSON's name: {weights, master, moments}} into OUT, bytes of a
+rank; for a JSON named peak... the most memory of a step beyond what stays.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from worker_build import Peak, memory
+
+from giantdet.config.load import load_run
+from giantdet.config.resolve import resolve
+from giantdet.distributed import comm
+from giantdet.engine import count, zero
+from giantdet.losses import detector_losses
+from giantdet.structures import Batch
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def kept(engine: Any) -> dict[str, int]:
+    parameters = list(engine.module.parameters())
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        weights, master = [p.ds_tensor for p in parameters], optimizer.fp32_partitioned_groups_flat
+    else:
+        weights = parameters
+        master = getattr(optimizer, "single_partition_of_fp32_groups", [])
+        if hasattr(optimizer, "fp32_groups"):
+            master = [p for group in optimizer.fp32_groups for p in group]
+    values = [v for state in engine.basic_optimizer.state.values() for v in state.values()]
+    moments = [v for v in values if isinstance(v, torch.Tensor) and v.ndim > 0]
+    return {"weights": nbytes(weights), "master": nbytes(master), "moments": nbytes(moments)}
+
+
+def real_batch(run: Any, images: int) -> Batch:
+    """Noise without a single object: shapes do not depend on them."""
+    batch = count.fake_batch(run, images)
+    noise = torch.randint(0, 255, batch.images_B3HW.shape, dtype=torch.uint8)
+    height, width = run.giantdet.data.size
+    targets = batch.targets._replace(
+        boxes_BM4=torch.zeros_like(batch.targets.boxes_BM4),
+        frames_BM4=torch.zeros_like(batch.targets.frames_BM4),
+        labels_BM=torch.zeros_like(batch.targets.labels_BM),
+        valid_BM=torch.zeros_like(batch.targets.valid_BM),
+        masks_BMSS=torch.zeros_like(batch.targets.masks_BMSS),
+    )
+    sizes = torch.tensor([[float(height), float(width)]]).repeat(images, 1)
+    seeds = torch.arange(images)
+    return batch._replace(images_B3HW=noise, sizes_B2=sizes, seeds_B=seeds, targets=targets)
+
+
+def peak_of_a_step(run: Any, images: int) -> int:
+    """Bytes beyond weights and gradients, of a plain model: each gradient is dropped as it comes."""
+    model = zero.build(run, images).train()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch = real_batch(run, images)
+
+    def step() -> None:
+        losses = detector_losses(model(batch), run.giantdet.model.conventions)
+        torch.stack(list(losses.values())).sum().backward()
+
+    step()
+    gc.collect()
+    before, peak = memory(), Peak()
+    peak.start()
+    step()
+    peak.done.set()
+    peak.join()
+    return peak.most - before
+
+
+def main() -> None:
+    out, *paths = map(Path, sys.argv[1:])
+    comm.start()
+    torch.set_num_threads(1)
+    found = {}
+    for path in paths:
+        run = resolve(load_run(path), comm.world_size(), 100, 4, has_gpu=False)
+        images = run.deepspeed["train_micro_batch_size_per_gpu"]
+        if path.stem.startswith("peak"):
+            found[path.stem] = {"peak": peak_of_a_step(run, images)}
+            continue
+        engine = zero.initialize(zero.build(run, images), run)
+        engine.train()
+        losses = detector_losses(engine(real_batch(run, images)), run.giantdet.model.conventions)
+        engine.backward(torch.stack(list(losses.values())).sum())
+        engine.step()
+        found[path.stem] = kept(engine)
+        engine.destroy()
+    if comm.is_main():
+        out.write_text(json.dumps(found))
+    comm.barrier()
+    comm.stop()
+
+
+if __name__ == "__main__":
+    main()
