@@ -32,7 +32,7 @@ def measure(
     raw = tiny_run(tmp_path, tmp_path, giantdet__model={**MODEL, "backbone": backbone}, **changes)
     path, out = tmp_path / "run.json", tmp_path / "found.json"
     path.write_text(json.dumps(raw))
-    launch_ok(BUILD, 4, path, weights, out)
+    launch_ok(BUILD, 2, path, weights, out)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -42,8 +42,8 @@ def test_no_rank_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     found = measure(tmp_path, zero_optimization__stage=3)
     assert found["deferred"] > 40 and found["whole"] > 80 * MEBI
-    assert found["after"] < found["whole"] / 4 + 16 * MEBI
-    assert found["peak"] < found["whole"] / 4 + 3 * found["largest"] + 16 * MEBI
+    assert found["after"] < found["whole"] / 2 + 16 * MEBI
+    assert found["peak"] < found["whole"] / 2 + 3 * found["largest"] + 16 * MEBI
     # The measurement sees a whole model where there is one.
     whole = measure(tmp_path, zero_optimization__stage=2)
     assert whole["deferred"] == 0 and whole["peak"] > whole["whole"] - 4 * MEBI

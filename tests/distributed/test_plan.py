@@ -33,10 +33,11 @@ def write(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_states_are_deepspeeds(tmp_path: Path, world: int) -> None:
     model = {**MODEL, "backbone": BACKBONE, "num_classes": 4}
+    # All of it on two ranks; on one and four what depends on their number.
     paths, optimizers = {}, ["AdamW", "SGD"] if world == 2 else ["AdamW"]
     for stage in range(4):
         for name in optimizers:
-            for bf16 in (False, True):
+            for bf16 in (False, True) if world == 2 else (True,):
                 paths[f"{name}{stage}{bf16}"] = write(
                     tmp_path / f"{name}{stage}{bf16}.json",
                     zero_optimization__stage=stage,
