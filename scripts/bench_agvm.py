@@ -96,6 +96,8 @@ def main(args: argparse.Namespace) -> None:
         )
         print("|---|---|---|---|---|---|")
     for name, (optimizer, settings) in FORMS.items():
+        if args.only not in name:
+            continue
         engine = start(args, optimizer)
         parameters = sum(
             p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()
