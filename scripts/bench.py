@@ -289,7 +289,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet50", help="timm's name; other than resnet50: ours only")
     parser.add_argument("--agvm", action="store_true", help="instead: what AGVM adds, see bench_agvm.py")
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage of --agvm")
-    parser.add_argument("--only", default="", help="of --agvm: the estimators whose names hold this")
+    parser.add_argument("--estimator", default="", help="of --agvm: the estimators whose names hold this")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=["giantdet", "torchvision"], default=None)
     args = parser.parse_args()

@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
         )
         print("|---|---|---|---|---|---|")
     for name, (optimizer, settings) in FORMS.items():
-        if args.only not in name:
+        if args.estimator not in name:
             continue
         engine = start(args, optimizer)
         parameters = sum(
