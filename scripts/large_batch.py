@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3840, help="that a run sees, repetitions included")
     parser.add_argument("--parallel", type=int, default=2, help="runs side by side, one core each")
     parser.add_argument("--tune", action="store_true", help="try learning rates at the reference batch")
+    parser.add_argument("--read", action="store_true", help="tables of the runs that there are; no training")
     parser.add_argument("--plot", type=Path, help="draw the figure here")
     options = parser.parse_args()
     if options.tune:
@@ -89,8 +90,9 @@ def main() -> None:
         for arm in options.arms
         if (arm, batch) != ("linear", REFERENCE)  # every rule gives the same there
     ]
-    with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(lambda job: train_arm(options, *job), jobs))
+    if not options.read:
+        with ThreadPoolExecutor(options.parallel) as pool:
+            list(pool.map(lambda job: train_arm(options, *job), jobs))
     results = {
         (arm, batch): [run for seed in options.seeds if (run := read(folder_of(options, arm, batch, seed)))]
         for arm in options.arms
@@ -167,8 +169,8 @@ def train(
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """AP, and AGVM's values by images seen; None for a run whose loss became NaN."""
-    if (folder / "diverged").exists():
+    """AP, and AGVM's values by images seen; None for a run that diverged or is not there."""
+    if not (folder / "scores.json").exists():
         return None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
@@ -191,8 +193,10 @@ def table(results: dict[tuple[str, int], list[dict[str, Any]]], options: argpars
             scores = [run["AP"] for run in runs]
             mean = f"{statistics.fmean(scores):.3f}" if scores else ""
             spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-            lost = len(options.seeds) - len(scores)
-            cells.append(" ".join(filter(None, [mean + spread, f"{lost} x NaN" if lost else ""])))
+            folders = [folder_of(options, arm, batch, seed) for seed in options.seeds]
+            lost = sum((folder / "diverged").exists() for folder in folders)
+            fewer = f"({len(scores)} seeds)" if len(scores) + lost < len(options.seeds) else ""
+            cells.append(" ".join(filter(None, [mean + spread, f"{lost} x NaN" if lost else "", fewer])))
         lines.append(f"| {ARMS[arm][0]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
