@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from giantdet.config.load import RunConfig
+from giantdet.engine.zero import weight_dtype
 from giantdet.losses import detector_losses
 from giantdet.models.deferred import deferred_init
 from giantdet.models.detector import Detector, build_detector
@@ -91,14 +92,6 @@ def fake_batch(run: RunConfig, images: int) -> Batch:
         image_ids_B=empty(dtype=torch.int64),
         original_sizes_B2=empty(2, dtype=torch.int64),
     )
-
-
-def weight_dtype(run: RunConfig) -> torch.dtype:
-    """The type that the run's weights and activations have."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if run.deepspeed.get(name, {}).get("enabled"):
-            return dtype
-    return torch.float32
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

@@ -16,7 +16,8 @@ from giantdet.config.checks import ConfigError
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import resolve
 from giantdet.distributed.cgbn import CrossGpuBatchNorm
-from giantdet.engine.count import Count, count, meta_detector, weight_dtype
+from giantdet.engine.count import Count, count, meta_detector
+from giantdet.engine.zero import weight_dtype
 from giantdet.models.detector import Detector
 
 GIB = 2**30

@@ -77,9 +77,7 @@ def partition(model: nn.Module, run: RunConfig) -> None:
     """
     import deepspeed
 
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtypes = [kind for name, kind in kinds.items() if run.deepspeed.get(name, {}).get("enabled")]
-    stream = real_parameters(model, dtypes[0] if dtypes else torch.float32)
+    stream = real_parameters(model, weight_dtype(run))
 
     class Stream(nn.Module):
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -90,6 +88,14 @@ def partition(model: nn.Module, run: RunConfig) -> None:
     for module in model.modules():  # DeepSpeed leaves those of a partitioned model where they are
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def weight_dtype(run: RunConfig) -> torch.dtype:
+    """The type that the run's weights and activations have."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if run.deepspeed.get(name, {}).get("enabled"):
+            return dtype
+    return torch.float32
 
 
 def deepspeed_config(run: RunConfig) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from tiny import MODEL, launch_ok, tiny_run
 from giantdet.config.checks import ConfigError
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
-from giantdet.engine.count import count, meta_detector, weight_dtype
+from giantdet.engine.count import count, meta_detector
 from giantdet.engine.plan import MACHINES, MOMENTS, Machine, Plan, machine_of, make_plan, report, states
+from giantdet.engine.zero import weight_dtype
 
 WORKER = Path(__file__).with_name("worker_plan.py")
 REPO = Path(__file__).resolve().parents[2]

@@ -7,7 +7,6 @@ By hand means: every shard's gradient on its own, as one vector a module, and th
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from worker_zero import run_cases
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
@@ -221,18 +221,10 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([t.detach().double().flatten().clone() for t in tensors])
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    comm.start()
-    torch.set_num_threads(1)
-    agvm_module.BUCKET = 100  # several buckets even here
-    for name, case in cases.items():
-        found = {"deepspeed": under_deepspeed(case), "hand": by_hand(case)}
-        if comm.is_main():
-            torch.save(found, folder / f"{name}.pt")
-        comm.barrier()
-    comm.stop()
+def result_of(case: dict[str, Any], _: Path) -> dict[str, Any]:
+    return {"deepspeed": under_deepspeed(case), "hand": by_hand(case)}
 
 
 if __name__ == "__main__":
-    main()
+    agvm_module.BUCKET = 100  # several buckets even here
+    run_cases(result_of)

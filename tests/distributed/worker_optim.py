@@ -5,15 +5,13 @@ worker_optim.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with LRs by step, weigh
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import timm.optim
 import torch
-from worker_zero import build, make_batch, mean_loss, run_of, total_loss
+from worker_zero import build, make_batch, mean_loss, run_cases, run_of, total_loss
 
 from giantdet.config.load import RunConfig
 from giantdet.distributed import comm
@@ -83,19 +81,11 @@ def by_hand(run: RunConfig, steps: int) -> dict[str, Any]:
     return {"parameters": weights(model), "averages": averages}
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    comm.start()
-    torch.set_num_threads(1)
-    for name, case in cases.items():
-        by_itself, steps = case.pop("by_hand", False), case.pop("steps", STEPS)
-        run = run_of(case, folder)
-        found = by_hand(run, steps) if by_itself else with_zero(run, folder / name, steps)
-        if comm.is_main():
-            torch.save(found, folder / f"{name}.pt")
-        comm.barrier()
-    comm.stop()
+def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    by_itself, steps = case.pop("by_hand", False), case.pop("steps", STEPS)
+    run = run_of(case, folder.parent)
+    return by_hand(run, steps) if by_itself else with_zero(run, folder, steps)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(result_of)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +146,27 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "parameters": parameters, "moved": statistics(model)}
 
 
-def main() -> None:
+def run_cases(result_of: Callable[[dict[str, Any], Path], object]) -> None:
+    """What a rank's script does with `FOLDER CASES_JSON`: rank 0 writes FOLDER/CASE.pt of each case's result.
+
+    `result_of` takes a case and FOLDER/CASE, a folder that the case may make.
+    """
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     comm.start()
     torch.set_num_threads(1)
     for name, case in cases.items():
-        by_itself = case.pop("by_hand", False)
-        run = run_of(case, folder)
-        found = by_hand(run) if by_itself else with_zero(run)
+        found = result_of(case, folder / name)
         if comm.is_main():
             torch.save(found, folder / f"{name}.pt")
         comm.barrier()
     comm.stop()
 
 
+def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    by_itself = case.pop("by_hand", False)
+    run = run_of(case, folder.parent)
+    return by_hand(run) if by_itself else with_zero(run)
+
+
 if __name__ == "__main__":
-    main()
+    run_cases(result_of)
