@@ -7,7 +7,7 @@ pixels of the padded image that the network sees.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,8 +44,13 @@ class BackboneConfig(Section):
     """Number of first stages without gradients; 1 is the stem. detectron2's FREEZE_AT."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth."""
-    checkpoint_blocks: bool = False
-    """Recompute each block's activations in the backward pass (less memory, about a third more time)."""
+    checkpoint_blocks: bool | PositiveInt = False
+    """Recompute activations in the backward pass (less memory, up to a third more time): true in each block,
+    2 in every second, 3 in every third."""
+    compile_blocks: bool = False
+    """torch.compile each block: the same results to rounding, faster on GPUs after minutes of compiling."""
+    timm_args: dict[str, Any] = {}
+    """More arguments of timm's model, for example {"embed_dim": 64, "num_heads": 4} for a small ViT."""
     window: Annotated[int, Field(ge=0)] = 16
     """Plain ViTs: side of the attention windows in patches; 0 makes all blocks global."""
     global_blocks: PositiveInt = 4

@@ -17,7 +17,7 @@ from giantdet.config.load import RunConfig
 from giantdet.config.resolve import resolve
 from giantdet.distributed.cgbn import CrossGpuBatchNorm
 from giantdet.engine.count import Count, count, meta_detector
-from giantdet.engine.zero import weight_dtype
+from giantdet.engine.zero import stage_of, weight_dtype
 from giantdet.models.detector import Detector
 
 GIB = 2**30
@@ -166,7 +166,7 @@ class Plan:
         self.own = next(
             choice
             for choice in self.choices
-            if choice.stage == run.deepspeed.get("zero_optimization", {}).get("stage", 0)
+            if choice.stage == stage_of(run)
             and choice.checkpointing == run.giantdet.model.backbone.checkpoint_blocks
         )
 

@@ -199,7 +199,7 @@ def announce(run: RunConfig, model: Detector, device: torch.device) -> None:
     deepspeed, config = run.deepspeed, run.giantdet
     micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
     accumulation = deepspeed["gradient_accumulation_steps"]
-    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    stage = zero.stage_of(run)
     print(
         f"giantdet: {config.model.backbone.name}, {model.num_classes} classes, canvas {config.data.size}, "
         f"ZeRO-{stage}, {comm.world_size()} ranks on {device.type}, {config.train.steps} steps\n"

@@ -15,6 +15,7 @@ from giantdet.config.load import RunConfig
 from giantdet.config.plugins import TIMM_OPTIMIZERS
 from giantdet.distributed import comm
 from giantdet.export import load_weights
+from giantdet.models.blocks import blocks_of
 from giantdet.models.deferred import deferred_init, is_deferred, real_parameters
 from giantdet.models.detector import Detector, build_detector
 from giantdet.optim.optimizers import optimizer_factory
@@ -24,7 +25,7 @@ from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 log = logging.getLogger("giantdet")
 
 
-def initialize(model: nn.Module, run: RunConfig) -> Any:
+def initialize(model: Detector, run: RunConfig) -> Any:
     """`deepspeed.initialize` with the run's JSON and giantdet's named parameter groups.
 
     The engine's optimizer, scheduler, precision and ZeRO stage are what the JSON's DeepSpeed keys say.
@@ -35,6 +36,10 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
     logger.setLevel(logging.WARNING)
     if any(is_deferred(parameter) for parameter in model.parameters()):
         partition(model, run)
+    if stage_of(run) == 3 and run.giantdet.model.backbone.compile_blocks:
+        # The weights of a compiled block are gathered together before it: no hook stands inside the code.
+        for block in blocks_of(run.giantdet.model.backbone, model.backbone.body):
+            deepspeed.utils.set_z3_leaf_module(block, True)
     for parameter in model.parameters():
         # DeepSpeed broadcasts weights as bytes, which a channels-last weight cannot be viewed as. A clone:
         # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
@@ -55,7 +60,7 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
 def build(run: RunConfig, micro_batch: int) -> Detector:
     """The run's detector with its initial weights; at ZeRO-3 the large ones come with `initialize`."""
     config = run.giantdet
-    in_parts = run.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
+    in_parts = stage_of(run) == 3
     try:
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         with deferred_init(config.train.seed) if in_parts else nullcontext():
@@ -88,6 +93,11 @@ def partition(model: nn.Module, run: RunConfig) -> None:
     for module in model.modules():  # DeepSpeed leaves those of a partitioned model where they are
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def stage_of(run: RunConfig) -> int:
+    """The run's ZeRO stage."""
+    return int(run.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
 def weight_dtype(run: RunConfig) -> torch.dtype:

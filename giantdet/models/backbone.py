@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import LayerNorm2d, set_fused_attn, set_reentrant_ckpt
+from timm.layers import LayerNorm2d, set_fused_attn
 from timm.models import is_model_in_modules
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from giantdet.config.types import BackboneConfig
+from giantdet.models.blocks import wrap_blocks
 from giantdet.models.body import Backbone, create_body, freeze, image_statistics, require_multiple
 from giantdet.models.plain_vit import PlainViT
 from giantdet.models.swin import pad_before_shift
@@ -42,7 +43,9 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
     plain = is_model_in_modules(name, _PLAIN)
     if config.stride_in_1x1 and plain:
         raise ValueError(_no_bottleneck(config))
-    return PlainViT(config, image_size) if plain else Pyramid(config, image_size)
+    backbone = PlainViT(config, image_size) if plain else Pyramid(config, image_size)
+    wrap_blocks(config, backbone.body)
+    return backbone
 
 
 class Pyramid(Backbone):
@@ -52,7 +55,7 @@ class Pyramid(Backbone):
         super().__init__()
         require_multiple(config, image_size, _STRIDES[-1])
         swin = is_model_in_modules(config.name.partition(".")[0], _SWIN)
-        self.timm_args = _timm_args(config, image_size, swin)
+        self.timm_args = config.timm_args | _timm_args(config, image_size, swin)
         body = create_body(config, self.timm_args)
         _require_native_size(config, body, self.timm_args, image_size)
         keys = set(body.state_dict())
@@ -74,8 +77,6 @@ class Pyramid(Backbone):
         if config.frozen_stages:
             frozen = _first_stages(config, body, modules)
             freeze(body, lambda name: name in frozen)
-        if config.checkpoint_blocks:
-            _checkpoint_blocks(config, body)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         maps = self.body.forward_intermediates(images_B3HW, indices=self.indices, intermediates_only=True)
@@ -155,13 +156,3 @@ def _move_strides(config: BackboneConfig, body: nn.Module) -> None:
 
 def _no_bottleneck(config: BackboneConfig) -> str:
     return f"stride_in_1x1 is for ResNets with bottlenecks and strided 3x3s, not for '{config.name}'"
-
-
-def _checkpoint_blocks(config: BackboneConfig, body: Any) -> None:
-    set_reentrant_ckpt(False)  # the reentrant kind drops gradients where the input needs none
-    try:
-        body.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"backbone '{config.name}' has no checkpoint_blocks in timm: set it false"
-        ) from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from giantdet.config.types import BackboneConfig
 from giantdet.distributed.cgbn import replace_batchnorm
+from giantdet.models.blocks import set_stochastic_depth
 from giantdet.models.norm import FrozenBatchNorm2d
 
 
@@ -58,10 +59,7 @@ def create_body(config: BackboneConfig, timm_args: dict[str, Any]) -> Any:
         body = timm.create_model(config.name, **timm_args)
     except TypeError as error:
         raise ValueError(f"backbone '{config.name}' cannot be built with {timm_args}: {error}") from error
-    if config.drop_path_rate == 0:  # some families, Swin among them, have 0.1 by default
-        for module in body.modules():
-            if isinstance(module, timm.layers.DropPath):
-                module.drop_prob = 0.0
+    set_stochastic_depth(body, config.drop_path_rate > 0)
     return body
 
 

@@ -13,15 +13,16 @@ B images · H, W the map of patches · w side of a window · N tokens of a windo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from giantdet.config.types import BackboneConfig
 from giantdet.distributed.cgbn import Float32Buffers
+from giantdet.models.blocks import StochasticDepth
 from giantdet.models.body import (
     Backbone,
     cast_to_float32,
@@ -47,9 +48,8 @@ class PlainViT(Float32Buffers, Backbone):
     def __init__(self, config: BackboneConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
         require_multiple(config, image_size, config.patch_size)
-        self.timm_args = dict(
-            num_classes=0, img_size=image_size, patch_size=config.patch_size, dynamic_img_size=True
-        )
+        own = dict(num_classes=0, img_size=image_size, patch_size=config.patch_size, dynamic_img_size=True)
+        self.timm_args = config.timm_args | own
         body = create_body(config, self.timm_args)
         keys = set(body.state_dict())
         depth = len(body.blocks)
@@ -58,7 +58,6 @@ class PlainViT(Float32Buffers, Backbone):
         self.mean, self.std = image_statistics(body)
         self.channels, self.strides, self.is_plain = (body.embed_dim,), (config.patch_size,), True
         self.window = config.window
-        self.checkpoint_blocks = config.checkpoint_blocks
         self.global_blocks = global_block_indices(depth, config.global_blocks if config.window else depth)
         height, width = (side // config.patch_size for side in image_size)
         self.grid = (height, width)
@@ -68,6 +67,7 @@ class PlainViT(Float32Buffers, Backbone):
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         self._store_rope()
         self.register_buffer("key_mask", self._key_mask(), persistent=False)
+        self._tell_windows()
         if config.frozen_stages:
             # Stages of a plain ViT: the embedding, then quarters of the blocks.
             frozen_blocks = {f"blocks.{i}" for i in range((config.frozen_stages - 1) * depth // 4)}
@@ -82,6 +82,13 @@ class PlainViT(Float32Buffers, Backbone):
                 if hasattr(module, "num_prefix_tokens"):
                     module.num_prefix_tokens = 0  # RoPE turns all tokens but these
         # The body's own count stays: timm's checkpoint filter needs it to read position embeddings.
+
+    def _tell_windows(self) -> None:
+        """Stochastic depth leaves out images, as in ViTDet, and not windows."""
+        for index, block in enumerate(self.body.blocks):
+            for module in block.modules():
+                if isinstance(module, StochasticDepth) and index not in self.global_blocks:
+                    module.windows = math.prod(-(-side // self.window) for side in self.grid)
 
     def _store_rope(self) -> None:
         """Rotary tables of the fixed grids, made once; learnt frequencies (`rope_mixed`) stay in the body."""
@@ -123,10 +130,7 @@ class PlainViT(Float32Buffers, Backbone):
                 extra["rope"] = rope[index] if self.learnt_rope else rope
             if windowed and mask is not None:
                 extra["attn_mask"] = mask
-            if self.checkpoint_blocks and self.training:
-                x = checkpoint(block, x, use_reentrant=False, **extra)
-            else:
-                x = block(x, **extra)
+            x = block(x, **extra)
         x = body.norm(x)
         if not self.window:
             x = x[:, self.num_prefix_tokens :]

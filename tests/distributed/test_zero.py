@@ -16,6 +16,8 @@ from tiny import MODEL, launch_ok
 
 WORKER = Path(__file__).with_name("worker_zero.py")
 BLOCKS = "giantdet__model__backbone__checkpoint_blocks"
+# The graphs that a compiler gets, run as they are: inductor's code is for tests/models/test_blocks.py.
+COMPILE = {"giantdet__model__backbone__compile_blocks": True, "backend": "aot_eager"}
 ACCUMULATE, CLIP = {"gradient_accumulation_steps": 2}, {"gradient_clipping": 0.5}
 
 
@@ -38,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"zero{s}_accumulate_clip": _stage(s, **ACCUMULATE, **CLIP) for s in range(4)},
     "zero0_blocks": _stage(0, **{BLOCKS: True}),
     "zero3_blocks": _stage(3, **{BLOCKS: True}),
+    **{f"zero{s}_compiled": _stage(s, **COMPILE) for s in (2, 3)},
+    "zero3_blocks_compiled": _stage(3, **{BLOCKS: 2}, **COMPILE),
     **{f"zero{s}_bf16": _stage(s, bf16__enabled=True) for s in range(1, 4)},
     "hand_cgbn": {"by_hand": True, **CGBN, **ACCUMULATE},
     **{f"zero{s}_cgbn": _stage(s, **CGBN, **ACCUMULATE) for s in range(4)},
@@ -87,6 +91,12 @@ def test_accumulation_and_clipping_equal_plain_pytorch(found: dict[str, dict[str
 @pytest.mark.parametrize("stage", [0, 3])
 def test_checkpointed_blocks_change_nothing(found: dict[str, dict[str, Any]], stage: int) -> None:
     _assert_same(found[f"zero{stage}_blocks"], found[f"zero{stage}"])
+
+
+@pytest.mark.parametrize("case", ["zero2_compiled", "zero3_compiled", "zero3_blocks_compiled"])
+def test_compiled_blocks_change_nothing(found: dict[str, dict[str, Any]], case: str) -> None:
+    assert found[case]["graphs"] >= 4 and found[case]["breaks"] == {}
+    _assert_same(found[case], found[case[:5]])
 
 
 @pytest.mark.parametrize("case", ["zero0", "zero1", "zero2", "zero3", "zero0_blocks", "zero3_blocks"])

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tiny import tiny_run
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from giantdet.config.load import RunConfig, parse_run
@@ -163,9 +166,15 @@ def run_cases(result_of: Callable[[dict[str, Any], Path], object]) -> None:
 
 
 def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    by_itself = case.pop("by_hand", False)
+    by_itself, backend = case.pop("by_hand", False), case.pop("backend", None)
     run = run_of(case, folder.parent)
-    return by_hand(run) if by_itself else with_zero(run)
+    if by_itself:
+        return by_hand(run)
+    torch._dynamo.reset()
+    counters.clear()
+    with patch("torch.compile", partial(torch.compile, backend=backend or "inductor")):
+        result = with_zero(run)
+    return {**result, "graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
 
 
 if __name__ == "__main__":
