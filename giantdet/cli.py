@@ -150,6 +150,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--efficiency", type=float, default=0.4, help="share of the peak; default: 0.4")
     plan.add_argument("--images", type=_at_least(1), default=COCO_IMAGES, help=f"default: {COCO_IMAGES}")
+    plan.add_argument(
+        "--measure",
+        action="store_true",
+        help="then find the largest micro-batch by trying, on this machine's GPUs; --memory bounds a try",
+    )
     plan.set_defaults(command=commands.run_plan)
 
     validate = subparsers.add_parser("validate-data", help="report every bad record of a COCO data set")
@@ -190,6 +195,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="key=value",
         help="dotted overrides: train.steps=100 zero_optimization.stage=3",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="record a few steps: a trace and the ten most expensive operators, in OUTPUT/profile/",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved JSON and stop")
     # Launchers pass the local rank in either spelling; the environment says it too.

@@ -23,7 +23,7 @@ def run_train(options: argparse.Namespace) -> None:
 
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    train(run)
+    train(run, options.profile)
 
 
 def print_config(run: Any) -> None:
@@ -161,12 +161,28 @@ def run_plot(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     from giantdet.config.load import load_run
-    from giantdet.engine.plan import machine_of, make_plan, report
+    from giantdet.engine.costs import machine_of
+    from giantdet.engine.plan import make_plan, report
 
     machine = machine_of(options.gpu, options.memory, options.tflops)
     run = load_run(options.config, ["model.backbone.pretrained=false", *options.overrides])
     bandwidth = options.bandwidth * 1e9
     print(report(make_plan(run, options.gpus, machine, bandwidth, options.efficiency, options.images)))
+    if options.measure:
+        measure_micro_batch(options)
+
+
+def measure_micro_batch(options: argparse.Namespace) -> None:
+    import torch
+
+    from giantdet.engine.measure import measure
+
+    ranks = max(1, torch.cuda.device_count())
+    limit = "" if options.memory is None else f", at most {options.memory:g} GB each"
+    print(f"\nOn this machine, {ranks} {'GPU' if torch.cuda.is_available() else 'CPU process'}(s){limit}:")
+    memory = options.memory * 1e9 if options.memory else None
+    found = measure(options.config, options.overrides, ranks, memory, lambda text: print(text, flush=True))
+    print(f"The largest micro-batch is {found}." if found else "Not even one image fits.")
 
 
 def run_validate(options: argparse.Namespace) -> int:

@@ -33,8 +33,11 @@ MAX_LINES, MAX_CORE_LINES = 360, 6000  # of the core, lines of code: explaining 
 TABLES = {"config/deepspeed_keys.py", "config/plugins.py"}
 TOOLS = {
     "engine/plan.py",
+    "engine/costs.py",
     "engine/count.py",
+    "engine/measure.py",
     "engine/plots.py",
+    "engine/profile.py",
     "engine/precise_bn.py",
     "data/validate.py",
     "data/demo.py",

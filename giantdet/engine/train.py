@@ -21,6 +21,7 @@ from giantdet.engine import zero
 from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
 from giantdet.engine.metrics import Metrics
 from giantdet.engine.plots import plot_run
+from giantdet.engine.profile import Profile
 from giantdet.export import export_config, export_model
 from giantdet.losses import detector_losses, sample_counts
 from giantdet.models.detector import Detector
@@ -32,11 +33,12 @@ from giantdet.optim.param_groups import group_table
 logger = logging.getLogger("giantdet")
 
 
-def train(run: RunConfig) -> dict[str, Any]:
+def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     """Train as the run's JSON says; returns the scores of the last evaluation ({} without one).
 
-    Writes into `train.output`: config.json (resolved), checkpoints/, metrics.jsonl, losses.png,
-    results.json and scores.json of the evaluation, export/ (safetensors).
+    `profiled` records some steps (`profile.py`) into profile/ of it. Writes into `train.output`: config.json
+    (resolved), checkpoints/, metrics.jsonl, losses.png, results.json and scores.json of the evaluation,
+    export/ (safetensors).
     """
     device = comm.start()
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
@@ -78,6 +80,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     if first_step and comm.is_main():
         print(f"going on after step {first_step} from {folder}", flush=True)
     metrics = Metrics(output / "metrics.jsonl", total_steps, first_step, engine.monitor)
+    profile = Profile(output / "profile") if profiled and comm.is_main() else None
     scores: dict[str, Any] = {}
 
     engine.train()
@@ -101,6 +104,8 @@ def train(run: RunConfig) -> dict[str, Any]:
             metrics.add({"loss": loss, **losses, **sample_counts(predictions)}, micro_batch, data_seconds)
         if ema is not None:
             ema.update()
+        if profile is not None:
+            profile.step()
         metrics.step()
         if is_due(step, config.train.log_every, total_steps):
             modulation = agvm.scalars() if agvm is not None else {}
@@ -117,6 +122,8 @@ def train(run: RunConfig) -> dict[str, Any]:
                 metrics.write({"step": step, "scores": scores})
         if checkpoint_due:
             checkpoint.save(engine, folder, step, config.train.keep, agvm, ema)
+    if profile is not None:
+        profile.close()
     metrics.close()
     batches.close()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
 from torch import Tensor
 
 from giantdet.config.types import BackboneConfig
@@ -67,6 +68,7 @@ class PlainViT(Float32Buffers, Backbone):
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         self._store_rope()
         self.register_buffer("key_mask", self._key_mask(), persistent=False)
+        self._made_mask: Tensor | None = None
         self._tell_windows()
         if config.frozen_stages:
             # Stages of a plain ViT: the embedding, then quarters of the blocks.
@@ -91,13 +93,17 @@ class PlainViT(Float32Buffers, Backbone):
                     module.windows = math.prod(-(-side // self.window) for side in self.grid)
 
     def _store_rope(self) -> None:
-        """Rotary tables of the fixed grids, made once; learnt frequencies (`rope_mixed`) stay in the body."""
+        """What rotary embeddings take from the grid alone, made once: whole tables, or the positions that
+        learnt frequencies (`rope_mixed`), which stay in the body, are multiplied with."""
         rope = getattr(self.body, "rope", None)
         self.learnt_rope = rope is not None and getattr(self.body, "rope_mixed", False)
+        window = (self.window, self.window) if self.window else self.grid
         tables: list[Tensor | None] = [None, None]
-        if rope is not None and not self.learnt_rope:
+        if rope is not None and self.learnt_rope:
+            grids = (get_mixed_grid(shape, grid_indexing=rope.grid_indexing) for shape in (self.grid, window))
+            tables = [torch.stack(positions).float() for positions in grids]
+        elif rope is not None:
             rope.eval()  # DINOv3's augments its coordinates in training mode
-            window = (self.window, self.window) if self.window else self.grid
             tables = [cast_to_float32(rope.get_embed(shape=shape)) for shape in (self.grid, window)]
             self.body.rope = None
         self.register_buffer("rope_global", tables[0], persistent=False)
@@ -115,7 +121,7 @@ class PlainViT(Float32Buffers, Backbone):
         x = body.patch_embed(images_B3HW)  # [B, H, W, C]
         batch, height, width, channels = x.shape
         x = body.norm_pre(self._add_positions(x))
-        rope_global, rope_window, mask = self._rotations_and_mask(batch)
+        (rope_global, rope_window), mask = self._rotations(), self._attention_mask(x)
         windowed = False
         for index, block in enumerate(body.blocks):
             is_global = index in self.global_blocks
@@ -148,14 +154,24 @@ class PlainViT(Float32Buffers, Backbone):
             tokens = tokens + body.pos_embed[:, first:]
         return body.pos_drop(tokens)
 
-    def _rotations_and_mask(self, batch: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rope_global, rope_window = self.rope_global, self.rope_window
-        if self.learnt_rope:
-            rope_global = self.body.rope.get_embed(shape=self.grid)
-            if self.window:
-                rope_window = self.body.rope.get_embed(shape=(self.window, self.window))
-        mask = self.key_mask.repeat(batch, 1, 1, 1) if self.key_mask is not None else None
-        return rope_global, rope_window, mask
+    def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of global and of windowed blocks: [N, D], or [depth, heads, N, D] where they are learnt."""
+        if not self.learnt_rope:
+            return self.rope_global, self.rope_window
+        assert self.rope_global is not None and self.rope_window is not None
+        learnt = self.body.rope.freqs
+        return get_mixed_freqs(learnt, *self.rope_global), get_mixed_freqs(learnt, *self.rope_window)
+
+    def _attention_mask(self, x: Tensor) -> Tensor | None:
+        """0 and -inf [B * windows, 1, 1, N] for a batch like `x`, kept from step to step."""
+        if self.key_mask is None:
+            return None
+        made = self._made_mask
+        shape = (len(x) * len(self.key_mask), *self.key_mask.shape[1:])
+        if made is None or made.shape != shape or made.dtype != x.dtype or made.device != x.device:
+            made = torch.zeros_like(self.key_mask, dtype=x.dtype).masked_fill(~self.key_mask, float("-inf"))
+            made = self._made_mask = made.repeat(len(x), 1, 1, 1)
+        return made
 
 
 def global_block_indices(depth: int, count: int) -> frozenset[int]:

@@ -12,8 +12,10 @@ from tiny import MODEL, launch_ok, tiny_run
 from giantdet.config.checks import ConfigError
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
+from giantdet.engine.costs import MACHINES, MOMENTS, Machine, machine_of, states
 from giantdet.engine.count import count, meta_detector
-from giantdet.engine.plan import MACHINES, MOMENTS, Machine, Plan, machine_of, make_plan, report, states
+from giantdet.engine.measure import largest, start
+from giantdet.engine.plan import Plan, make_plan, report
 from giantdet.engine.zero import weight_dtype
 
 WORKER = Path(__file__).with_name("worker_plan.py")
@@ -46,10 +48,26 @@ def test_states_are_deepspeeds(tmp_path: Path, world: int) -> None:
                     bf16={"enabled": bf16},
                     giantdet__model=model,
                 )
+    for stage in (2, 3) if world == 2 else ():
+        offload = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        paths[f"offload{stage}"] = write(
+            tmp_path / f"offload{stage}.json",
+            zero_optimization=offload,
+            bf16={"enabled": True},
+            giantdet__model=model,
+        )
     launch_ok(WORKER, world, tmp_path / "found.json", *paths.values())
     found = json.loads((tmp_path / "found.json").read_text())
     for name, path in paths.items():
         run = resolve(load_run(path), world, 100)
+        host = found[name].pop("host_gradients")
+        if name.startswith("offload"):
+            assert host == pytest.approx(found[name]["master"], rel=0.02)
+            plan = Plan(run, world, MACHINES["h200"], 50e9, 0.4)
+            assert plan.own.offload
+            assert plan.own.host == pytest.approx(
+                host + found[name]["master"] + found[name]["moments"], rel=0.02
+            )
         parameters = list(meta_detector(run).parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         every, each = sum(p.numel() for p in parameters), weight_dtype(run).itemsize
@@ -107,14 +125,14 @@ def test_report_of_a_giant() -> None:
     assert trainable == plan.parameters == 1_047_937_616
     stage_2 = states(trainable, trainable, 2, 2, 2, 480)
     assert stage_2 == (2 * trainable, 2 * trainable * share, 4 * trainable * share, 8 * trainable * share)
-    one, two = plan.counts[False]
+    one, two = plan.counts[0]
     assert one.forward == pytest.approx(9.924e12, rel=1e-3) and two.forward == 2 * one.forward
     assert one.backward == pytest.approx(2 * one.forward, rel=0.05)
-    again = plan.counts[True][0]
+    again = plan.counts[1][0]
     blocks = 40 * 12 * 1408 * 1408 * 4096 * 2  # their matrix products, without attention
     assert again.backward - one.backward > 0.8 * blocks
     assert again.memory < 0.7 * one.memory
-    own = next(c for c in plan.choices if c.stage == 3 and c.checkpointing)
+    own = next(c for c in plan.choices if c.stage == 3 and c.every == 1)
     assert own is plan.own and own.fits(plan.machine)
     # Weights are gathered three times, gradients scattered once; AGVM's two float32 rows every 10 steps.
     sent = 479 / 480 * trainable * (2 * 4 + 2 * 8 / 10)
@@ -122,12 +140,7 @@ def test_report_of_a_giant() -> None:
     text = report(plan)
     assert "all            1,047,937,616   1,047,937,616" in text and "<- the recipe" in text
     best = plan.best()
-    assert (
-        best is not None
-        and best.stage == 2
-        and not best.checkpointing
-        and "Take ZeRO-2 with blocks kept" in text
-    )
+    assert best is not None and best.stage == 2 and best.every == 0 and "Take ZeRO-2 with blocks kept" in text
     assert plan.run.giantdet.train.steps == 1344 and "1,344 steps:" in text
 
 
@@ -149,3 +162,46 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="unknown GPU 'x1'; known are a100-40, a100"):
         machine_of("x1", None, None)
     assert machine_of("x1", 24.0, 100.0) == Machine("x1", 24e9, 100e12)
+
+
+def test_offload_where_nothing_fits() -> None:
+    run = load_run(
+        REPO / "ds_configs/mask_rcnn_vitdet_giant_32_agvm_adamw.json", ["zero_optimization.stage=2"]
+    )
+    plan = make_plan(run, 2, Machine("small", 24e9, 300e12), 50e9, 0.4, 117_266)
+    assert plan.best() is None
+    found = plan.with_offload()
+    assert found is not None and found.offload and found.fits(plan.machine)
+    assert found.host == pytest.approx(16 * plan.parameters / 2)  # float32 weights, two moments, gradients
+    assert "with offload_optimizer" in report(plan).replace("With", "with")
+
+
+def test_every_nth_block_lies_between() -> None:
+    change = ["model.backbone.checkpoint_blocks=3", "model.backbone.pretrained=false"]
+    run = load_run(REPO / "ds_configs/mask_rcnn_vitdet_base_64_adamw.json", change)
+    plan = make_plan(run, 64, MACHINES["h100"], 50e9, 0.4, 117_266)
+    memory = [plan.activations(every, 1) for every in (0, 3, 1)]
+    assert list(plan.counts) == [0, 3, 1] and memory == sorted(memory, reverse=True)
+    assert "1 in 3 rec." in report(plan) and plan.own.every == 3
+
+
+@pytest.mark.parametrize("largest_possible", [0, 1, 2, 3, 7, 8, 100])
+def test_search_for_the_largest(largest_possible: int) -> None:
+    tried: list[int] = []
+
+    def fits(images: int) -> bool:
+        tried.append(images)
+        return images <= largest_possible
+
+    assert largest(fits) == largest_possible
+    assert len(tried) == len(set(tried)) <= 2 + 2 * largest_possible.bit_length()
+
+
+def test_tries_on_this_machine(tmp_path: Path) -> None:
+    """Real steps in processes of their own, one of which may not take what it needs."""
+    path = write(tmp_path / "run.json", giantdet__data__size=[128, 128])
+    tried = start(path, ["agvm.enabled=true"], 1, None, 2)
+    assert tried.fits and 2**28 < tried.memory < 2**33
+    assert not start(path, [], 1, 1e8, 64).fits
+    with pytest.raises(RuntimeError, match=r"micro-batch of 1 could not be tried(.|\n)*no_such_backbone"):
+        start(path, ["model.backbone.name=no_such_backbone"], 1, None, 1)

@@ -18,9 +18,9 @@ from worker_build import Peak, memory
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
-from giantdet.engine import count, zero
+from giantdet.engine import zero
+from giantdet.engine.measure import blank_batch
 from giantdet.losses import detector_losses
-from giantdet.structures import Batch
 
 
 def nbytes(tensors: Any) -> int:
@@ -42,21 +42,15 @@ def kept(engine: Any) -> dict[str, int]:
     return {"weights": nbytes(weights), "master": nbytes(master), "moments": nbytes(moments)}
 
 
-def real_batch(run: Any, images: int) -> Batch:
-    """Noise without a single object: shapes do not depend on them."""
-    batch = count.fake_batch(run, images)
-    noise = torch.randint(0, 255, batch.images_B3HW.shape, dtype=torch.uint8)
-    height, width = run.giantdet.data.size
-    targets = batch.targets._replace(
-        boxes_BM4=torch.zeros_like(batch.targets.boxes_BM4),
-        frames_BM4=torch.zeros_like(batch.targets.frames_BM4),
-        labels_BM=torch.zeros_like(batch.targets.labels_BM),
-        valid_BM=torch.zeros_like(batch.targets.valid_BM),
-        masks_BMSS=torch.zeros_like(batch.targets.masks_BMSS),
+def host_gradients(engine: Any) -> int:
+    """What offload holds of gradients beside the float32 weights, for its optimizer on the CPU."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if not getattr(optimizer, "cpu_offload", False) and not getattr(optimizer, "offload_optimizer", False):
+        return 0
+    master = (
+        optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
     )
-    sizes = torch.tensor([[float(height), float(width)]]).repeat(images, 1)
-    seeds = torch.arange(images)
-    return batch._replace(images_B3HW=noise, sizes_B2=sizes, seeds_B=seeds, targets=targets)
+    return nbytes(p.grad for p in master if p.grad is not None)
 
 
 def peak_of_a_step(run: Any, images: int) -> int:
@@ -64,7 +58,7 @@ def peak_of_a_step(run: Any, images: int) -> int:
     model = zero.build(run, images).train()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    batch = real_batch(run, images)
+    batch = blank_batch(run, images)
 
     def step() -> None:
         losses = detector_losses(model(batch), run.giantdet.model.conventions)
@@ -93,10 +87,10 @@ def main() -> None:
             continue
         engine = zero.initialize(zero.build(run, images), run)
         engine.train()
-        losses = detector_losses(engine(real_batch(run, images)), run.giantdet.model.conventions)
+        losses = detector_losses(engine(blank_batch(run, images)), run.giantdet.model.conventions)
         engine.backward(torch.stack(list(losses.values())).sum())
         engine.step()
-        found[path.stem] = kept(engine)
+        found[path.stem] = {"host_gradients": host_gradients(engine), **kept(engine)}
         engine.destroy()
     if comm.is_main():
         out.write_text(json.dumps(found))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import timm
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from giantdet.config.types import BackboneConfig
 from giantdet.models.backbone import build_backbone
@@ -172,3 +175,50 @@ def test_rope_tables_stay_float32_in_bfloat16_models() -> None:
 def test_canvas_must_fit_the_patches() -> None:
     with pytest.raises(ValueError, match="multiples of 16, not 64x72"):
         build_backbone(BackboneConfig(name="vit_tiny_patch16_224"), (64, 72))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_small_patch16_dinov3",
+        "vit_small_patch16_rope_mixed_224",
+    ],
+)
+def test_no_table_or_mask_is_made_in_a_step(name: str) -> None:
+    """On a canvas with padded windows. Learnt frequencies have two sines and cosines to take, and no more."""
+    backbone = build(name, (96, 64), window=4).train()
+    images = torch.randn(2, 3, 96, 64)
+    backbone(images)
+    with Operators() as operators:
+        backbone(images)
+    counts = operators.counts
+    made = (
+        "arange",
+        "linspace",
+        "meshgrid",
+        "zeros",
+        "ones",
+        "full",
+        "scalar_tensor",
+        "where",
+        "masked_fill",
+    )
+    assert {op: counts[op] for op in (*made, "repeat", "_to_copy", "upsample_bicubic2d") if counts[op]} == {}
+    learnt = 2 if "mixed" in name else 0
+    assert (counts["sin"], counts["cos"]) == (learnt, learnt)
+    attention = sum(n for op, n in counts.items() if op.startswith("_scaled_dot_product"))
+    assert attention == 12 and counts["_softmax"] == 0

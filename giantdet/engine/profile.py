@@ -1,0 +1,71 @@
+"""Where a step's time goes: `giantdet train --profile`, with PyTorch's profiler.
+
+After a few steps that warm up, some are recorded on the main rank: `profile/trace.json.gz` (for
+https://ui.perfetto.dev) and `profile/operators.txt`, the ten most expensive operators.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+SKIPPED, WARMUP, RECORDED = 3, 1, 3
+TOP = 10
+
+
+class Profile:
+    """Records the steps after the first few; files appear when the last of them is done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.is_done = False
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self.profiler = profile(
+            activities=activities,
+            schedule=schedule(skip_first=SKIPPED, wait=0, warmup=WARMUP, active=RECORDED, repeat=1),
+            on_trace_ready=self._write,
+            record_shapes=True,
+        )
+        self.profiler.start()
+
+    def step(self) -> None:
+        """At the end of an optimizer step."""
+        if not self.is_done:
+            self.profiler.step()
+
+    def close(self) -> None:
+        """Write what there is of a run that was shorter."""
+        if not self.is_done:
+            self.profiler.stop()
+
+    def _write(self, profiler: profile) -> None:
+        self.is_done = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        table = operator_table(profiler)
+        (self.folder / "operators.txt").write_text(table + "\n")
+        print(f"\n{table}\nprofile: {self.folder / 'trace.json.gz'}", flush=True)
+
+
+def operator_table(profiler: profile) -> str:
+    """The most expensive operators by their own time, on the GPU where there is one."""
+    on_gpu = torch.cuda.is_available()
+    events = [event for event in profiler.key_averages() if not event.key.startswith("ProfilerStep")]
+
+    def own(event: object) -> float:  # microseconds
+        return float(getattr(event, "self_device_time_total" if on_gpu else "self_cpu_time_total"))
+
+    total = sum(own(event) for event in events) or 1.0
+    lines = [f"{'operator':<56}{'own time':>12}{'share':>8}{'calls':>9}"]
+    for event in sorted(events, key=own, reverse=True)[:TOP]:
+        name = event.key if len(event.key) < 55 else event.key[:52] + "..."
+        lines.append(
+            f"{name:<56}{own(event) / 1e3 / RECORDED:>9.2f} ms{100 * own(event) / total:>7.1f}%"
+            f"{event.count / RECORDED:>9.1f}"
+        )
+    where = "GPU" if on_gpu else "CPU"
+    return "\n".join([*lines, f"{where} time of a step, mean of {RECORDED}: {total / 1e3 / RECORDED:.1f} ms"])
