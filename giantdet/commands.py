@@ -103,7 +103,8 @@ def run_export(options: argparse.Namespace) -> None:
     folder = options.run / "checkpoints"
     checkpoint = folder / options.checkpoint if options.checkpoint else newest(folder)
     output = options.output or options.run / "export"
-    export_checkpoint(checkpoint, output, export_config(run, dataset.category_ids, dataset.class_names))
+    exported = export_config(run, dataset.category_ids, dataset.class_names)
+    export_checkpoint(checkpoint, output, exported, run.giantdet.train.export_shard)
     print(output)
 
 

@@ -32,7 +32,7 @@ from giantdet.optim.ema import SavedEma
 logger = logging.getLogger("giantdet")
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-SHARD_BYTES = 2 * 2**30
+GIB = 2**30
 # Layers whose shape is the number of classes: a detector of other classes starts them afresh.
 CLASS_LAYERS = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
 
@@ -64,12 +64,15 @@ def export_config(run: RunConfig, category_ids: list[int], class_names: list[str
     )
 
 
-def export_model(model: nn.Module, folder: Path, config: ExportConfig) -> None:
-    """Write a model, plain or that of a DeepSpeed engine at any ZeRO stage. All ranks call it, one writes."""
+def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: float = 2.0) -> None:
+    """Write a model, plain or that of a DeepSpeed engine at any ZeRO stage. All ranks call it, one writes.
+
+    A file takes at most `shard` GiB, or one tensor.
+    """
     tensors = dict(model.named_parameters()) | _persistent_buffers(model)
     sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
-    for names in shard_plan(sizes, SHARD_BYTES):
+    for names in shard_plan(sizes, int(shard * GIB)):
         partitioned = [tensors[name] for name in names if hasattr(tensors[name], "ds_id")]
         with _gathered(partitioned):
             if writer is not None:
@@ -79,7 +82,7 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig) -> None:
     comm.barrier()
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig) -> None:
+def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig, shard: float = 2.0) -> None:
     """Write the model of a saved checkpoint, in one process and without an engine.
 
     With the averages of the weights, where the checkpoint has them: they are what a run exports.
@@ -102,7 +105,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig) -> N
     averaged = averages.names()
     sizes = {name: tensor.shape.numel() * tensor.dtype.itemsize for name, tensor in state.items()}
     writer = _ShardWriter(folder)
-    for names in shard_plan(sizes, SHARD_BYTES):
+    for names in shard_plan(sizes, int(shard * GIB)):
         tensors = {name: state[name].contiguous() for name in names}
         for name in averaged.intersection(names):
             tensors[name] = averages.read(name).view_as(tensors[name]).to(tensors[name].dtype)

@@ -280,6 +280,8 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0: at the end only."""
     keep: PositiveInt = 2
     """Checkpoints that stay."""
+    export_shard: PositiveFloat = 2.0
+    """GiB of an export's file; a larger model is written in several, with an index."""
     deterministic: bool = False
     """Deterministic kernels and one thread's order of sums; slower on GPUs."""
 

@@ -129,7 +129,7 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
 
     exported = export_config(run, dataset.category_ids, dataset.class_names)
     with averaged(ema):
-        export_model(engine.module, output / "export", exported)
+        export_model(engine.module, output / "export", exported, config.train.export_shard)
     if comm.is_main():
         plot_run(output / "metrics.jsonl", output)
     comm.barrier()

@@ -33,9 +33,7 @@ def main() -> None:
             torch.save({k: v.clone() for k, v in model.state_dict().items()}, folder / "state.pt")
         engine = zero.initialize(model, run)
         export.export_model(engine.module, folder / "whole", config)
-        export.SHARD_BYTES = 200_000
-        export.export_model(engine.module, folder / "sharded", config)
-        export.SHARD_BYTES = 2 * 2**30
+        export.export_model(engine.module, folder / "sharded", config, shard=200_000 / 2**30)
         engine.destroy()
     comm.stop()
 
