@@ -3,10 +3,10 @@
     python scripts/giant.py ds_configs/mask_rcnn_vitdet_dinov2g_64_adamw.json \\
         --annotations instances_train.json --images train/ --output runs/giant [key=value ...]
 
-Every command is the one that users give. Starts from random weights (no downloads) with a short warmup, one
-image a rank, and ends with report.json: losses, images a second, FLOPs a second as a share of what matrix
-products of the same precision reach here, peak memory. FLOPs are those of forward and backward without
-recomputation. On a CPU cut the width: model.backbone.timm_args='{"embed_dim": 64, "num_heads": 4}'.
+Every command is the one that users give. Starts from random weights (no downloads) with a short warmup, and
+ends with report.json: losses, images a second, FLOPs a second as a share of what matrix products of the same
+precision reach here, peak memory. FLOPs are those of forward and backward without recomputation. On a CPU cut
+the width: model.backbone.timm_args='{"embed_dim": 64, "num_heads": 4}'.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     output: Path = options.output
     settings = [
         "train_batch_size=auto",
-        "train_micro_batch_size_per_gpu=1",
+        f"train_micro_batch_size_per_gpu={options.micro_batch}",
         "gradient_accumulation_steps=1",
         "lr_scaling.rule=none",
         f"optimizer.params.lr={options.lr}",
@@ -105,6 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, help="folder of its images")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--micro-batch", type=int, default=1, help="images a rank")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--ranks", type=int, help="default: all GPUs, or one CPU process")
     parser.add_argument("--port", type=int, default=29_700, help="of the launcher")
