@@ -19,6 +19,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from giantdet.data.coco import CocoDataset
+from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
@@ -26,6 +28,15 @@ from giantdet.structures import Batch, Detections
 IouType = Literal["bbox", "segm"]
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KIND = {"bbox": "box", "segm": "mask"}
+
+
+def check_categories(dataset: CocoDataset, known: list[int], whose: str | Path) -> None:
+    """Raise ValueError where the data set has categories that are not among those of a model's classes."""
+    if unknown := set(dataset.category_ids) - set(known):
+        raise ValueError(
+            f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "
+            f"was trained on, {known}"
+        )
 
 
 @torch.no_grad()
@@ -101,13 +112,12 @@ def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
-def coco_scores(annotations: str | Path, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
+def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
     """The 12 COCO numbers and `per_class` AP by category name; AP is NaN for a class without objects.
 
-    pycocotools' COCOeval with its defaults (100 detections an image), ground truth with its crowds.
+    pycocotools' COCOeval with its defaults (100 detections an image); `truth` of `data/truth.py`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
         # Without its box, a result's area is its mask's: the size ranges of mask AP are about masks.
         kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
         found = truth.loadRes(kept) if kept else _no_results(truth)
@@ -143,7 +153,8 @@ def evaluate_results(
 ) -> dict[str, dict[str, Any]]:
     """`{"box": scores, "mask": scores}` of COCO results; without `masks` the box scores alone."""
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
-    return {KIND[kind]: coco_scores(annotations, results, kind) for kind in kinds}
+    truth = ground_truth(annotations)
+    return {KIND[kind]: coco_scores(truth, results, kind) for kind in kinds}
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:

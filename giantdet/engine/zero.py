@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,22 +34,37 @@ def initialize(model: nn.Module, run: RunConfig) -> Any:
 
     logger.setLevel(logging.WARNING)
     if any(is_deferred(parameter) for parameter in model.parameters()):
-        partition(model, run)
+        with _refusal_in_one_line():
+            partition(model, run)
     for parameter in model.parameters():
         # DeepSpeed broadcasts weights as bytes, which a channels-last weight cannot be viewed as. A clone:
         # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
         if parameter.ndim > 1:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     optimizer, scheduler = run.deepspeed["optimizer"], run.deepspeed.get("scheduler")
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups_of(model, run),
-        optimizer=optimizer_factory(optimizer["type"], optimizer["params"]),
-        lr_scheduler=None if scheduler is None else partial(_schedule, scheduler, optimizer["params"]["lr"]),
-        config=deepspeed_config(run),
-        dist_init_required=False,
-    )
+    groups = groups_of(model, run)
+    with _refusal_in_one_line():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=groups,
+            optimizer=optimizer_factory(optimizer["type"], optimizer["params"]),
+            lr_scheduler=None
+            if scheduler is None
+            else partial(_schedule, scheduler, optimizer["params"]["lr"]),
+            config=deepspeed_config(run),
+            dist_init_required=False,
+        )
     return engine
+
+
+@contextmanager
+def _refusal_in_one_line() -> Iterator[None]:
+    """DeepSpeed's and its optimizers' own checks of the JSON, which raise what they like, as a ValueError."""
+    try:
+        yield
+    except (AssertionError, ImportError, ValueError) as error:
+        text = " ".join(str(error).split()) or "an assertion failed"
+        raise ValueError(f"DeepSpeed refuses the run's JSON: {text}") from error
 
 
 def build(run: RunConfig, micro_batch: int) -> Detector:

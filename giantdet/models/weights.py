@@ -26,6 +26,8 @@ from giantdet.models.deferred import fill, is_deferred
 
 _log = logging.getLogger(__name__)
 _HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
+# What timm's filters raise when they meet the tensors of something else.
+_FOREIGN = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError)
 _NESTS = ("state_dict", "model")
 
 
@@ -49,7 +51,7 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
     if translate is not None:
         try:
             state = translate(state, backbone.body)
-        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, AssertionError) as error:
+        except _FOREIGN as error:
             raise ValueError(f"{what} does not look like weights of '{config.name}': {error}") from error
     what = f"{what} as backbone '{config.name}'"
     ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
@@ -67,17 +69,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if file.is_dir():
         indices = sorted(file.glob("*.safetensors.index.json"))
         files = indices or sorted(file.glob("*.safetensors"))
-        if len(files) != 1:
+        if not files:
+            raise ValueError(f"{file}: no weights here (looked for *.safetensors)")
+        if len(files) > 1:
             raise ValueError(f"{file} holds {len(files)} safetensors files and no index; name one of them")
         file = files[0]
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
     if file.name.endswith(".index.json"):
         try:
-            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            shards = [file.parent / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is no index of safetensors: {_first_line(error)}") from error
-        return {key: tensor for name in shards for key, tensor in _read_file(file.parent / name).items()}
+        if missing := [shard for shard in shards if not shard.is_file()]:
+            raise ValueError(f"{file.parent}: {missing[0].name} is missing, which {file.name} names")
+        return {key: tensor for shard in shards for key, tensor in _read_file(shard).items()}
     return _read_file(file)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pycocotools import mask as mask_util
 
+from giantdet.data.truth import ground_truth
 from giantdet.engine.evaluate import COCO_NUMBERS, coco_scores, evaluate_results, score_table, to_coco
 from giantdet.engine.predict import no_targets
 from giantdet.structures import Batch, Detections
@@ -29,7 +30,7 @@ def official(shared: Path) -> Path:
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_official_numbers(official: Path, kind: Any) -> None:
     results = json.loads((official / f"instances_val2014_fake{kind}100_results.json").read_text())
-    scores = coco_scores(official / "instances_val2014_100.json", results, kind)
+    scores = coco_scores(ground_truth(official / "instances_val2014_100.json"), results, kind)
     expected = json.loads((official / "expected_pycocotools.json").read_text())[kind]
     values = list(expected.values()) if isinstance(expected, dict) else expected
     assert [scores[name] for name in COCO_NUMBERS] == pytest.approx(values[:12], abs=2e-6)
