@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,9 +43,9 @@ class ExportConfig(Section):
     version: str = __version__
     model: ModelConfig
     norm: NormConfig = NormConfig()
-    size: tuple[int, int]
+    size: tuple[PositiveInt, PositiveInt]
     """Canvas (height, width)."""
-    short_side: int
+    short_side: PositiveInt
     categories: tuple[tuple[int, str], ...]
     """(id of the data set, name) by class index."""
 
@@ -183,8 +183,8 @@ def read_export_config(folder: Path) -> ExportConfig:
         return ExportConfig.model_validate_json(file.read_text())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file}: not of an export of giantdet ({where}: {first['msg']})") from None
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise ValueError(f"{file}: not of an export of giantdet ({what})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: cannot be read ({error})") from None
 
@@ -212,7 +212,10 @@ def load_weights(detector: Detector, config: ModelConfig) -> None:
     path = Path(config.init_weights)
     state = read_state_dict(path)
     if is_torchvision(state):
-        state = from_torchvision(state)
+        try:
+            state = from_torchvision(state)
+        except LookupError as error:
+            raise ValueError(f"{path} is no whole file of torchvision's detectors: {error}") from error
     expected = detector.state_dict()
     fresh = [
         key

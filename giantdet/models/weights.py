@@ -100,11 +100,15 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"weights file {file} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever else a damaged pickle raises
-        raise ValueError(f"weights file {file} is no plain file of tensors: {_first_line(error)}") from error
+        raise ValueError(
+            f"weights file {file} is no plain file of tensors; other Python objects, which could run code, "
+            "are not loaded: save a state_dict"
+        ) from error
     for nest in _NESTS:
         if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
             state = state[nest]
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
+    pairs = state.items() if isinstance(state, Mapping) else ()
+    tensors = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise ValueError(f"weights file {file} holds no tensors at its top, in 'state_dict' or in 'model'")
     if all(key.startswith("module.") for key in tensors):  # saved from DistributedDataParallel
