@@ -154,13 +154,11 @@ def report_mismatch(
         for k in found
         if k in expected and found[k].shape != expected[k].shape
     ]
-    parts = [
-        f"  {len(keys)} {title}:\n" + "\n".join(f"    {key}" for key in keys)
-        for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    if parts:
-        raise ValueError(f"cannot load {what}:\n" + "\n".join(parts))
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    counts = {f"{len(keys)} {title}": keys for title, keys in kinds.items() if keys}
+    if counts:
+        parts = [f"  {title}:\n" + "\n".join(f"    {key}" for key in keys) for title, keys in counts.items()]
+        raise ValueError(f"cannot load {what}: {', '.join(counts)}\n" + "\n".join(parts))
     return ignored
 
 
