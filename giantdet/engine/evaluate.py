@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from giantdet.structures import Batch, Detections
 IouType = Literal["bbox", "segm"]
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KIND = {"bbox": "box", "segm": "mask"}
+_BITMAP_BYTES = 2**28  # at a time; 100 masks of an image of 13,000 x 13,000 pixels are 17 GB
 
 
 def check_categories(dataset: CocoDataset, known: list[int], whose: str | Path) -> None:
@@ -69,21 +70,32 @@ def to_coco(
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # a slot that only fills up the batch
-        boxes_D4, masks_DHW = to_original(detections, batch, b, conventions)
-        chosen = detections.valid_BD[b]
-        scores, labels = detections.scores_BD[b][chosen].tolist(), detections.labels_BD[b][chosen].tolist()
-        for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
-            x0, y0, x1, y1 = box
-            result = {
-                "image_id": image_id,
-                "category_id": category_ids[label],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": score,
-            }
-            if masks_DHW is not None:
-                result["segmentation"] = encode_mask(masks_DHW[d])
-            results.append(result)
+        for part in _in_parts(detections, int(batch.original_sizes_B2[b].prod())):
+            boxes_D4, masks_DHW = to_original(part, batch, b, conventions)
+            chosen = part.valid_BD[b]
+            scores, labels = part.scores_BD[b][chosen].tolist(), part.labels_BD[b][chosen].tolist()
+            for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
+                x0, y0, x1, y1 = box
+                result = {
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "score": score,
+                }
+                if masks_DHW is not None:
+                    result["segmentation"] = encode_mask(masks_DHW[d])
+                results.append(result)
     return results
+
+
+def _in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
+    """The detections a few at a time, if their bitmaps of so many pixels would be too much at once."""
+    slots = detections.valid_BD.shape[1]
+    few = max(1, _BITMAP_BYTES // max(pixels, 1))
+    slot_D = torch.arange(slots, device=detections.valid_BD.device)
+    for first in range(0, slots, few):
+        wanted_D = (slot_D >= first) & (slot_D < first + few)
+        yield detections._replace(valid_BD=detections.valid_BD & wanted_D)
 
 
 def to_original(
