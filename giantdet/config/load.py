@@ -130,6 +130,10 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             value = _parse_json(text)
         except json.JSONDecodeError:
             value = text
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"override {override[:60]!r}: {error}") from None
+        if isinstance(value, str) and not _is_text(value):
+            raise ConfigError(f"override {override!r}: its value holds characters that are no text")
         node = raw
         for depth, part in enumerate(parts[:-1], start=1):
             node[part] = {} if node.get(part) is None else node[part]

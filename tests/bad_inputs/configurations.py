@@ -189,6 +189,14 @@ CONFIGURATIONS = [
         Error("giantdet.train.steps is given twice"),
     ),
     Case(
+        "an override of 5,000 digits", ["train.steps=" + "1" * 5000], Error("override ... Exceeds the limit")
+    ),
+    Case(
+        "an override that is not UTF-8",
+        ["train.output=\udcff"],
+        Error("override 'train.output=\\udcff': its value holds characters that are no text"),
+    ),
+    Case(
         "no such annotations",
         {"giantdet.data.train.annotations": "no.json"},
         Error("data.train.annotations: no file no.json"),
