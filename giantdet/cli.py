@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -20,6 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Bad input: one line on stderr and 2; a loss of NaN: 3."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     logging.basicConfig(level=logging.WARNING, format="giantdet: %(message)s")
     try:
         return int(options.command(options) or 0)

@@ -49,18 +49,14 @@ def run_eval(options: argparse.Namespace) -> None:
     from giantdet.data.coco import CocoDataset
     from giantdet.data.loader import eval_loader
     from giantdet.distributed import comm
-    from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
+    from giantdet.engine.evaluate import check_categories, detect_all, evaluate_results, score_table
     from giantdet.export import load_detector
 
     device = comm.start()
     detector, config = load_detector(options.export, device)
     dataset = CocoDataset(options.annotations, options.images)
     category_ids = [number for number, _ in config.categories]
-    if unknown := set(dataset.category_ids) - set(category_ids):
-        raise ValueError(
-            f"{options.annotations}: categories {sorted(unknown)} are not among those that {options.export} "
-            f"was trained on, {category_ids}"
-        )
+    check_categories(dataset, category_ids, options.export)
     data = DataConfig(size=config.size, short_side=config.short_side, workers=options.workers)
     batches = eval_loader(dataset, data, options.batch_size, comm.rank(), comm.world_size())
     results = detect_all(detector, batches, device, category_ids, config.model.conventions)
@@ -74,20 +70,30 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def run_predict(options: argparse.Namespace) -> None:
+    """All readable images are predicted; where some are not, the command ends with an error all the same."""
+    from giantdet.data.records import logger
     from giantdet.engine.predict import draw, image_files, load_image, load_predictor, picture_names
 
     predictor = load_predictor(options.export)
     options.output.mkdir(parents=True, exist_ok=True)
-    results = []
+    results: list[dict[str, Any]] = []
+    left_out: list[str] = []
     files = image_files(options.images)
     for number, (path, picture) in enumerate(zip(files, picture_names(files, options.output), strict=True)):
-        image = load_image(path)
+        try:
+            image = load_image(path)
+        except ValueError as error:
+            logger.warning("image left out: %s", error)
+            left_out.append(str(error))
+            continue
         found = predictor(image, options.threshold)
         draw(image, found).save(picture)
         results += [{"file_name": str(path), **result} for result in found.to_coco(number)]
         print(f"{path}: {len(found.names)} objects, {picture}")
     (options.output / "results.json").write_text(json.dumps(results))
     print(f"results: {options.output / 'results.json'}")
+    if left_out:
+        raise ValueError(f"{len(left_out)} of {len(files)} images are left out, the first: {left_out[0]}")
 
 
 def run_export(options: argparse.Namespace) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from pydantic import PositiveInt, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from giantdet import __version__
@@ -40,13 +39,13 @@ CLASS_LAYERS = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
 class ExportConfig(Section):
     """config.json of an export: all that is needed to build the model and to read its answers."""
 
-    format: str = "giantdet"
+    format: Literal["giantdet"] = "giantdet"
     version: str = __version__
     model: ModelConfig
     norm: NormConfig = NormConfig()
-    size: tuple[int, int]
+    size: tuple[PositiveInt, PositiveInt]
     """Canvas (height, width)."""
-    short_side: int
+    short_side: PositiveInt
     categories: tuple[tuple[int, str], ...]
     """(id of the data set, name) by class index."""
 
@@ -187,7 +186,10 @@ def read_export_config(folder: Path) -> ExportConfig:
         return ExportConfig.model_validate_json(file.read_text())
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise ValueError(f"{file}: not of an export of giantdet ({what})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
 
 
 def load_detector(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, ExportConfig]:
@@ -195,19 +197,8 @@ def load_detector(folder: str | Path, device: torch.device | str = "cpu") -> tup
     folder = Path(folder)
     config = read_export_config(folder)
     detector = build_detector(config.model, config.size, config.norm)
-    load_strictly(detector, dict(_tensors(folder)), str(folder))
+    load_strictly(detector, read_state_dict(folder), str(folder))
     return detector.float().to(device).eval(), config
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    index = folder / INDEX
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
-    )
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: {name} is missing")
-        yield from load_file(folder / name).items()
 
 
 def load_weights(detector: Detector, config: ModelConfig) -> None:
@@ -222,9 +213,12 @@ def load_weights(detector: Detector, config: ModelConfig) -> None:
         load_backbone_weights(detector.backbone, config.backbone)
         return
     path = Path(config.init_weights)
-    state = dict(_tensors(path)) if path.is_dir() else read_state_dict(path)
+    state = read_state_dict(path)
     if is_torchvision(state):
-        state = from_torchvision(state)
+        try:
+            state = from_torchvision(state)
+        except LookupError as error:
+            raise ValueError(f"{path} is no whole file of torchvision's detectors: {error}") from error
     expected = detector.state_dict()
     fresh = [
         key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -120,12 +121,31 @@ def _check_plugin(
         if key not in known[canonical]:
             raise ConfigError(f"unknown key {path} of {canonical}{nearest(key, known[canonical])}")
         _check_value(path, value, known[canonical][key], key in auto)
+    _check_ranges(block, params)
     if canonical == "WarmupMultiStepLR":
         _check_milestones(params)
     required = ("lr",) if block == "optimizer" else plugins.SCHEDULER_REQUIRED.get(canonical, ())
     for key in required:
         if key not in params:
             raise ConfigError(f"{block}.params.{key} is missing; {canonical} needs it")
+
+
+def _check_ranges(block: str, params: dict[str, Any]) -> None:
+    """What the optimizers and schedules themselves refuse, late and in words of their own."""
+    for key in ("lr", "eps", "weight_decay", "momentum", *plugins.SCHEDULER_LRS):
+        value = params.get(key)
+        if value not in (None, "auto") and value < 0:
+            raise ConfigError(f"{block}.params.{key} must not be negative, got {show(value)}")
+    for key in plugins.SCHEDULER_PERIODS:
+        if params.get(key) == 0:
+            raise ConfigError(f"{block}.params.{key} must be at least 1 step, got 0")
+    betas = params.get("betas", [0.9, 0.99])
+    if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+        raise ConfigError(
+            f"{block}.params.betas must be two numbers of at least 0 and less than 1, got {show(betas)}"
+        )
+    if params.get("nesterov") and (params.get("momentum", 0.9) == 0 or params.get("dampening", 0) != 0):
+        raise ConfigError(f"{block}.params.nesterov needs a momentum, and no dampening")
 
 
 def _check_milestones(params: dict[str, Any]) -> None:
@@ -171,7 +191,10 @@ def _check_value(path: str, value: Any, spec: Any, auto: bool) -> None:
             hint = nearest(value, map(str, spec)) if isinstance(value, str) else ""
             raise ConfigError(f"{path} must be one of {names}, got {show(value)}{hint}")
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Neither 1e999, which Python reads as infinity, nor a whole number that no float holds.
+    number = (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
     fits = {
         bool: isinstance(value, bool),
         int: number and float(value).is_integer(),

@@ -6,14 +6,16 @@ import math
 import re
 
 LENGTH_WORDS = 'a number of steps, or a text like "2 epochs" or "90000 images"'
-LENGTH_PATTERN = r"^(\d+(?:\.\d+)?)\s*(step|epoch|image)s?$"
+LENGTH_PATTERN = r"^(\d{1,15}(?:\.\d{1,15})?)\s*(step|epoch|image)s?$"
 
 
 def is_length(value: object) -> bool:
     """An integer (steps, 0 or more), or `"500 steps"`, `"1.5 epochs"`, `"90000 images"`."""
     if isinstance(value, str):
         return re.match(LENGTH_PATTERN, value) is not None
-    return isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 10**15 and float(value).is_integer()
 
 
 def to_steps(value: int | float | str, batch: int, images: int | None) -> int | str:

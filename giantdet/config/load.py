@@ -71,7 +71,7 @@ def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark of Windows' editors
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{nearest(path.name, siblings)}") from None
@@ -81,7 +81,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raw = _parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except ConfigError as error:
+    except (ValueError, RecursionError) as error:  # ours; numbers of 5,000 digits; lists in lists in lists
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a JSON object, got {show(raw)}")
@@ -94,6 +94,8 @@ def _parse_json(text: str) -> Any:
         for key, value in pairs:
             if key in result:
                 raise ConfigError(f"key {key} is given twice in the same object")
+            if not key.isprintable() or (isinstance(value, str) and not _is_text(value)):
+                raise ConfigError(f"key {show(key)} or its value holds characters that are no text")
             result[key] = value
         return result
 
@@ -101,6 +103,11 @@ def _parse_json(text: str) -> Any:
         raise ConfigError(f"{name} is not a JSON number")
 
     return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+
+
+def _is_text(text: str) -> bool:
+    """Neither NUL, which no path can hold, nor half of a surrogate pair, which UTF-8 cannot."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -123,6 +130,10 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             value = _parse_json(text)
         except json.JSONDecodeError:
             value = text
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"override {override[:60]!r}: {error}") from None
+        if isinstance(value, str) and not _is_text(value):
+            raise ConfigError(f"override {override!r}: its value holds characters that are no text")
         node = raw
         for depth, part in enumerate(parts[:-1], start=1):
             node[part] = {} if node.get(part) is None else node[part]

@@ -131,6 +131,13 @@ SCHEDULERS: dict[str, dict[str, Spec]] = {
 SCHEDULER_REQUIRED = {"OneCycle": ("cycle_min_lr", "cycle_max_lr"), "WarmupMultiStepLR": ("milestones",)}
 # LRs in there: those of the optimizer's LR, scaled with it.
 SCHEDULER_LRS = ("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr")
+# Lengths in there that are divided by.
+SCHEDULER_PERIODS = (
+    "total_num_steps",
+    "cycle_first_step_size",
+    "cycle_second_step_size",
+    "lr_range_test_step_size",
+)
 # What config/resolve.py computes.
 AUTO_SCHEDULER = (
     "total_num_steps",

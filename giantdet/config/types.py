@@ -25,7 +25,11 @@ class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are errors, defaults are checked too."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -268,7 +272,7 @@ class TrainConfig(Section):
     clip_window: tuple[Length, Length] | Auto | None = None
     """First and last step (from 0) that `gradient_clipping` acts in; None: all. auto: 100 steps before to 100
     after the warmup's end, as AGVM's authors."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     output: str = "runs/run"
     """Folder of the run: checkpoints, metrics.jsonl, config.json, results."""
     resume: bool = True

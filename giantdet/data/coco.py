@@ -25,12 +25,13 @@ from giantdet.data.records import (
     DataError,
     Fault,
     category_fault,
+    category_name,
     image_fault,
+    is_id,
     logger,
     object_fault,
-    polygon_fault,
     read_instances,
-    rle_fault,
+    segment,
 )
 
 _BOX_ONLY, _POLYGONS, _RLE = 0, 1, 2
@@ -114,7 +115,7 @@ class CocoDataset:
             if fault := category_fault(record, names):
                 self._skip(fault, "category", record)
             else:
-                names[record["id"]] = str(record.get("name", record["id"]))
+                names[record["id"]] = category_name(record)
         self.category_ids = sorted(names)
         self.class_names = [names[i] for i in self.category_ids]
         self.num_classes = len(names)
@@ -170,7 +171,7 @@ class CocoDataset:
             boxes.extend((max(x, 0), max(y, 0), min(x + w, size[1]), min(y + h, size[0])))
             images.append(index[record["image_id"]])
             labels.append(label[record["category_id"]])
-            ids.append(record["id"] if type(record.get("id")) is int else -1)
+            ids.append(record["id"] if is_id(record.get("id")) else -1)
             kinds.append(kind)
         self.boxes_K4 = np.array(boxes, np.float32).reshape(-1, 4)
         self.labels_K, self.ids_K = np.array(labels, np.int64), np.array(ids, np.int64)
@@ -186,24 +187,17 @@ class CocoDataset:
 
     def _segment(self, record: Any, size: tuple[int, int]) -> tuple[int | None, Any]:
         """Kind and packed form of a segmentation; kind None if the object must be skipped."""
-        segmentation = record.get("segmentation")
-        if segmentation is None or segmentation == []:
-            return _BOX_ONLY, []
-        if isinstance(segmentation, dict):
-            if fault := rle_fault(segmentation, size):
-                self._skip(fault, "annotation", record)
-                return None, None
-            counts = segmentation["counts"]
+        usable, faults = segment(record.get("segmentation"), size)
+        for fault in faults:
+            self._skip(fault, "annotation", record)
+        if usable is None:
+            return None, None
+        if isinstance(usable, dict):
+            counts = usable["counts"]
             if isinstance(counts, list):
-                return _RLE, mask_util.frPyObjects(segmentation, *size)["counts"]
+                return _RLE, mask_util.frPyObjects(usable, *size)["counts"]
             return _RLE, counts.encode()
-        parts = []
-        for part in segmentation if isinstance(segmentation, list) else [segmentation]:
-            if fault := polygon_fault(part):
-                self._skip(fault, "annotation", record)
-            else:
-                parts.append(part)
-        return (_POLYGONS, parts) if parts else (None, None)
+        return (_POLYGONS if usable else _BOX_ONLY), usable
 
     def __len__(self) -> int:
         """Number of images, with or without objects."""

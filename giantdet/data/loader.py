@@ -112,7 +112,9 @@ class TrainStream(_Stream):
                 bad.append(str(error) if path in str(error) else f"{path}: {error}")
                 continue
             return sample._replace(counts=sample.counts | {"replaced_images": len(bad)}, bad=tuple(bad))
-        raise DataError(f"{MAX_BAD_IN_A_ROW} images in a row cannot be used, the last: {bad[-1]}")
+        # One of them that does not depend on the rank, if all of the data set are bad: ranks say it once.
+        annotations = self.dataset.annotations
+        raise DataError(f"{annotations}: {MAX_BAD_IN_A_ROW} images in a row cannot be used, e.g. {min(bad)}")
 
 
 class EvalStream(_Stream):

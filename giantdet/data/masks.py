@@ -120,6 +120,11 @@ def rle_counts(string: bytes) -> NDArray[np.int64]:
     return numbers
 
 
+def adds_up(runs: NDArray[np.int64], size_hw: tuple[int, int]) -> bool:
+    """Are these run lengths those of an image of this size?"""
+    return len(runs) > 0 and int(runs.min()) >= 0 and int(runs.sum()) == size_hw[0] * size_hw[1]
+
+
 def decode_window(
     string: bytes, size_hw: tuple[int, int], window_yxyx: tuple[int, int, int, int], name: int = 0
 ) -> NDArray[np.uint8]:
@@ -132,7 +137,7 @@ def decode_window(
     height, width = size_hw
     y0, x0, y1, x1 = window_yxyx
     counts = rle_counts(string)
-    if len(counts) == 0 or counts.min() < 0 or counts.sum() != height * width:
+    if not adds_up(counts, size_hw):
         raise DataError(f"annotation {name}: its RLE does not add up to {height} x {width} pixels")
     ends = np.clip(np.cumsum(counts), x0 * height, x1 * height)
     runs = np.diff(ends, prepend=x0 * height)

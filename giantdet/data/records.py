@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ logger = logging.getLogger("giantdet")
 Fault = tuple[str, str]
 Size = tuple[int, int]  # height, width
 _KEYS = ("images", "annotations", "categories")
+_MAX_NAME = 4096  # Linux's PATH_MAX; file names lie in one array, in which each takes the room of the longest
+# Corners of a polygon may lie outside the image, but pycocotools walks along its sides pixel by pixel: a
+# coordinate of 1e8 makes it end the process.
+_MAX_COORDINATE = 100_000
+# Of COCO's strings: digits "0" to "o", of which those from "P" on are followed by another. pycocotools reads
+# and writes past its memory for any other.
+_RLE_STRING = re.compile("[0-o]*[0-O]")
 
 
 class DataError(ValueError):
@@ -31,7 +39,7 @@ def read_instances(path: str | Path) -> dict[str, list[dict[str, Any]]]:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"cannot read the annotations {path}: {error.strerror}") from error
-    except ValueError as error:  # also a wrong encoding
+    except (ValueError, RecursionError) as error:  # also a wrong encoding; lists in lists in lists
         raise DataError(f"annotations {path} are not valid JSON: {error}") from error
     for key in _KEYS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -51,8 +59,17 @@ def is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def is_number(value: Any) -> bool:
+    """A number of at least 0 that a float holds; a bool is one, as in pycocotools."""
+    return isinstance(value, int | float) and 0 <= value < 2**53
+
+
 def escapes(file_name: str) -> bool:
-    """True if the name leads out of the image folder."""
+    """True if the name leads out of the image folder.
+
+    By the name alone: a symbolic link, of the folder or of a file in it, is followed wherever it leads.
+    Links are made by the owner of the disk, and data sets often consist of them; a name comes with a JSON.
+    """
     return os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == os.pardir
 
 
@@ -64,6 +81,11 @@ def category_fault(record: Any, seen: Container[int]) -> Fault | None:
     return None
 
 
+def category_name(record: Mapping[str, Any]) -> str:
+    """A category's name, or its id where it has none."""
+    return str(record["id"] if record.get("name") is None else record["name"])
+
+
 def image_fault(record: Any, seen: Container[int]) -> Fault | None:
     if not isinstance(record, dict) or not is_id(record.get("id")):
         return "bad image id", f"{str(record)[:80]} has no id that is an integer of at least 0"
@@ -72,9 +94,11 @@ def image_fault(record: Any, seen: Container[int]) -> Fault | None:
     height, width = record.get("height"), record.get("width")
     if type(height) is not int or type(width) is not int or height < 1 or width < 1:
         return "bad image size", f"height {height!r} and width {width!r} must be positive integers"
+    if height * width >= 2**32:  # pycocotools counts pixels in 32 bits
+        return "bad image size", f"an image of {str(width)[:20]} x {str(height)[:20]} pixels is too large"
     name = record.get("file_name")
-    if not isinstance(name, str) or not name or "\0" in name:
-        return "bad file name", f"file_name is {name!r}"
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or "\0" in name:
+        return "bad file name", f"file_name is {str(name)[:80]!r}"
     if escapes(name):
         return "path outside", f"file_name {name!r} leads out of the image folder"
     return None
@@ -105,14 +129,32 @@ def object_fault(record: Any, sizes: Mapping[int, Size], categories: Container[i
     return None
 
 
+def segment(segmentation: Any, size: Size) -> tuple[Any, list[Fault]]:
+    """The usable part of an annotation's `segmentation`, and the faults of the rest.
+
+    An RLE as it is, a list of polygons, or the empty list where there is none; None if nothing is usable.
+    """
+    if segmentation is None or segmentation == []:
+        return [], []
+    if isinstance(segmentation, dict):
+        fault = rle_fault(segmentation, size)
+        return (None, [fault]) if fault else (segmentation, [])
+    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    found = [(part, polygon_fault(part)) for part in parts]
+    faults = [fault for _, fault in found if fault]
+    return [part for part, fault in found if not fault] or None, faults
+
+
 def polygon_fault(part: Any) -> Fault | None:
-    """Faults of one polygon of a `segmentation` list: fewer than 3 points, odd length, not numbers."""
+    """Faults of one polygon of a `segmentation` list: no numbers, far away, odd length, under 3 points."""
     try:
         finite = math.isfinite(sum(part))
     except (TypeError, OverflowError):
         return "bad polygon", "a polygon is not a list of numbers"
     if not finite:
         return "bad polygon", "a polygon has a coordinate that is not finite"
+    if part and max(max(part), -min(part)) > _MAX_COORDINATE:
+        return "bad polygon", f"a polygon has a coordinate beyond {_MAX_COORDINATE} pixels"
     if len(part) < 6 or len(part) % 2:
         return "bad polygon", f"a polygon has {len(part)} coordinates; 3 points are the least"
     return None
@@ -126,6 +168,6 @@ def rle_fault(segmentation: Mapping[str, Any], size: Size) -> Fault | None:
     if isinstance(counts, list):
         if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != size[0] * size[1]:
             return "bad RLE", f"RLE counts do not add up to {size[0]} x {size[1]} pixels"
-    elif not isinstance(counts, str) or not counts or not counts.isascii():
-        return "bad RLE", "RLE counts are neither a list nor a COCO string"
+    elif not isinstance(counts, str) or not _RLE_STRING.fullmatch(counts):
+        return "bad RLE", "RLE counts are neither a list nor a whole COCO string"
     return None

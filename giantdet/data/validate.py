@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +16,18 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from giantdet.data.coco import orient, to_rgb
-from giantdet.data.masks import rle_counts
+from giantdet.data.masks import adds_up, rle_counts
 from giantdet.data.records import (
     DataError,
     Fault,
     Size,
     category_fault,
+    category_name,
     image_fault,
+    is_number,
     object_fault,
-    polygon_fault,
     read_instances,
-    rle_fault,
+    segment,
 )
 
 _OVERHANG = 1.0  # pixels a box may stick out without a word; rounding does that
@@ -55,11 +55,16 @@ def validate(annotations: str | Path, images: str | Path, read_files: bool = Tru
     content = read_instances(annotations)
     problems: list[Problem] = []
     categories: set[int] = set()
+    names: set[str] = set()
     for record in content["categories"]:
         if fault := category_fault(record, categories):
             problems.append(_problem(fault, "category", record))
         else:
             categories.add(record["id"])
+            if (name := category_name(record)) in names:
+                fault = ("duplicate category name", f"an earlier category is called {name!r}, too")
+                problems.append(_problem(fault, "category", record, "warning"))
+            names.add(name)
     sizes: dict[int, Size] = {}
     for record in content["images"]:
         if fault := image_fault(record, sizes):
@@ -148,7 +153,7 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
     else:
         seen.add(name)
     for key in ("area", "iscrowd"):
-        if not isinstance(record.get(key), int | float) or not math.isfinite(record[key]):
+        if not is_number(record.get(key)):
             yield found(
                 f"no {key}", f"{key} is {record.get(key)!r}; pycocotools needs it to evaluate", "warning"
             )
@@ -162,29 +167,21 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
     segmentation = record.get("segmentation")
     if record.get("iscrowd") and not isinstance(segmentation, dict):
         yield found("crowd without RLE", "a crowd region's segmentation should be RLE", "warning")
-    if segmentation is None or segmentation == []:
+    usable, faults = segment(segmentation, size)
+    for fault in faults:
+        yield found(*fault)
+    if not usable:
         return
-    if isinstance(segmentation, dict):
-        if fault := rle_fault(segmentation, size):
-            yield found(*fault)
-            return
-        rle = segmentation
+    if isinstance(usable, dict):
+        rle = usable
         if isinstance(rle["counts"], list):
             rle = mask_util.frPyObjects(rle, *size)
         else:
-            runs = rle_counts(rle["counts"].encode())
-            if len(runs) == 0 or runs.min() < 0 or runs.sum() != size[0] * size[1]:
+            if not adds_up(rle_counts(rle["counts"].encode()), size):
                 yield found("bad RLE", f"RLE counts do not add up to {size[0]} x {size[1]} pixels")
                 return
     else:
-        parts = []
-        for part in segmentation if isinstance(segmentation, list) else [segmentation]:
-            if fault := polygon_fault(part):
-                yield found(*fault)
-            else:
-                parts.append(np.asarray(part, np.float64))
-        if not parts:
-            return
+        parts = [np.asarray(part, np.float64) for part in usable]
         rle = mask_util.merge(mask_util.frPyObjects(parts, *size))
     if mask_util.area(rle) == 0:
         yield found("empty mask", "its mask has no pixel in the image", "warning")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from giantdet.data.coco import CocoDataset
+from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
@@ -26,6 +28,16 @@ from giantdet.structures import Batch, Detections
 IouType = Literal["bbox", "segm"]
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KIND = {"bbox": "box", "segm": "mask"}
+_BITMAP_BYTES = 2**28  # at a time; 100 masks of an image of 13,000 x 13,000 pixels are 17 GB
+
+
+def check_categories(dataset: CocoDataset, known: list[int], whose: str | Path) -> None:
+    """Raise ValueError where the data set has categories that are not among those of a model's classes."""
+    if unknown := set(dataset.category_ids) - set(known):
+        raise ValueError(
+            f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "
+            f"was trained on, {known}"
+        )
 
 
 @torch.no_grad()
@@ -58,21 +70,32 @@ def to_coco(
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # a slot that only fills up the batch
-        boxes_D4, masks_DHW = to_original(detections, batch, b, conventions)
-        chosen = detections.valid_BD[b]
-        scores, labels = detections.scores_BD[b][chosen].tolist(), detections.labels_BD[b][chosen].tolist()
-        for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
-            x0, y0, x1, y1 = box
-            result = {
-                "image_id": image_id,
-                "category_id": category_ids[label],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": score,
-            }
-            if masks_DHW is not None:
-                result["segmentation"] = encode_mask(masks_DHW[d])
-            results.append(result)
+        for part in _in_parts(detections, int(batch.original_sizes_B2[b].prod())):
+            boxes_D4, masks_DHW = to_original(part, batch, b, conventions)
+            chosen = part.valid_BD[b]
+            scores, labels = part.scores_BD[b][chosen].tolist(), part.labels_BD[b][chosen].tolist()
+            for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
+                x0, y0, x1, y1 = box
+                result = {
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "score": score,
+                }
+                if masks_DHW is not None:
+                    result["segmentation"] = encode_mask(masks_DHW[d])
+                results.append(result)
     return results
+
+
+def _in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
+    """The detections a few at a time, if their bitmaps of so many pixels would be too much at once."""
+    slots = detections.valid_BD.shape[1]
+    few = max(1, _BITMAP_BYTES // max(pixels, 1))
+    slot_D = torch.arange(slots, device=detections.valid_BD.device)
+    for first in range(0, slots, few):
+        wanted_D = (slot_D >= first) & (slot_D < first + few)
+        yield detections._replace(valid_BD=detections.valid_BD & wanted_D)
 
 
 def to_original(
@@ -101,13 +124,12 @@ def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
-def coco_scores(annotations: str | Path, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
+def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
     """The 12 COCO numbers and `per_class` AP by category name; AP is NaN for a class without objects.
 
-    pycocotools' COCOeval with its defaults (100 detections an image), ground truth with its crowds.
+    pycocotools' COCOeval with its defaults (100 detections an image); `truth` of `data/truth.py`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
         # Without its box, a result's area is its mask's: the size ranges of mask AP are about masks.
         kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
         found = truth.loadRes(kept) if kept else _no_results(truth)
@@ -143,7 +165,8 @@ def evaluate_results(
 ) -> dict[str, dict[str, Any]]:
     """`{"box": scores, "mask": scores}` of COCO results; without `masks` the box scores alone."""
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
-    return {KIND[kind]: coco_scores(annotations, results, kind) for kind in kinds}
+    truth = ground_truth(annotations)
+    return {KIND[kind]: coco_scores(truth, results, kind) for kind in kinds}
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:

@@ -122,5 +122,6 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a metrics.jsonl, without the half of one that a killed run leaves behind."""
+    lines = path.read_text(errors="replace").splitlines()
+    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]

@@ -7,6 +7,7 @@ found = predictor("image.jpg")
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +139,8 @@ def picture_names(files: list[Path], folder: Path) -> list[Path]:
         while picture in pictures:
             picture, number = folder / f"{path.stem}_{number}.png", number + 1
         pictures.append(picture)
-    if replaced := {p.resolve() for p in pictures} & {p.resolve() for p in files}:
+    # os.path.realpath, as Path.resolve raises at a link to itself.
+    if replaced := set(map(os.path.realpath, pictures)) & set(map(os.path.realpath, files)):
         raise ValueError(f"{min(replaced)}: its overlay would replace it; choose another --output")
     return pictures
 

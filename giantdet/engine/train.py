@@ -18,7 +18,7 @@ from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import eval_loader, train_loader
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.engine.evaluate import detect_all, evaluate_results, score_table
+from giantdet.engine.evaluate import check_categories, detect_all, evaluate_results, score_table
 from giantdet.engine.metrics import Metrics
 from giantdet.engine.plots import plot_run
 from giantdet.engine.profile import Profile
@@ -45,6 +45,10 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     settings = run.giantdet.data
     assert settings.train is not None
     dataset = CocoDataset(settings.train.annotations, settings.train.images)
+    # Read now: what is wrong with it would end the run at its first evaluation.
+    validation = None if settings.val is None else CocoDataset(settings.val.annotations, settings.val.images)
+    if validation is not None:
+        check_categories(validation, dataset.category_ids, settings.train.annotations)
     train_images = len(dataset.training_indices(settings.filter_empty))
     run = resolve(run, comm.world_size(), train_images, dataset.num_classes, device.type == "cuda")
     config, output = run.giantdet, Path(run.giantdet.train.output)
@@ -110,13 +114,13 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
         if is_due(step, config.train.log_every, total_steps):
             modulation = agvm.scalars() if agvm is not None else {}
             metrics.log(step, **progress(engine, device, batches.counters), **modulation)
-        evaluation_due = settings.val is not None and is_due(step, config.train.eval_every, total_steps)
+        evaluation_due = is_due(step, config.train.eval_every, total_steps)
         checkpoint_due = is_due(step, config.train.save_every, total_steps)
-        if evaluation_due or checkpoint_due:
+        if (validation is not None and evaluation_due) or checkpoint_due:
             zero.average_statistics(engine)
-        if evaluation_due:
+        if validation is not None and evaluation_due:
             with averaged(ema):
-                scores = evaluate(engine, run, dataset.category_ids, device)
+                scores = evaluate(engine, run, validation, dataset.category_ids, device)
             engine.train()
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
@@ -136,21 +140,21 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     return scores
 
 
-def evaluate(engine: Any, run: RunConfig, category_ids: list[int], device: torch.device) -> dict[str, Any]:
+def evaluate(
+    engine: Any, run: RunConfig, dataset: CocoDataset, category_ids: list[int], device: torch.device
+) -> dict[str, Any]:
     """COCO scores of the validation set, the same dict on all ranks; the main rank writes and prints them.
 
     `category_ids` are the training set's, by class index: the model answers in its classes.
     """
     settings, output = run.giantdet.data, Path(run.giantdet.train.output)
-    assert settings.val is not None
-    dataset = CocoDataset(settings.val.annotations, settings.val.images)
     batches = eval_loader(dataset, settings, run.giantdet.eval.batch_size, comm.rank(), comm.world_size())
     engine.eval()
     results = detect_all(engine, batches, device, category_ids, run.giantdet.model.conventions)
     scores: dict[str, Any] = {}
     if comm.is_main():
         with_masks = run.giantdet.model.mask_head.enabled and dataset.has_masks
-        scores = evaluate_results(settings.val.annotations, results, with_masks)
+        scores = evaluate_results(dataset.annotations, results, with_masks)
         (output / "results.json").write_text(json.dumps(results))
         (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
         print("\n" + score_table(scores), flush=True)
@@ -175,7 +179,7 @@ def clipping_at(step: int, run: RunConfig) -> float:
 
 def seed_step(seed: int, micro_step: int) -> None:
     """Dropout and stochastic depth as a function of (seed, micro-step, rank): no RNG state to save."""
-    torch.manual_seed((seed * 1_000_003 + micro_step) * 65_536 + comm.rank())
+    torch.manual_seed(((seed * 1_000_003 + micro_step) * 65_536 + comm.rank()) % 2**63)
 
 
 def set_determinism(wanted: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,8 @@ def initialize(model: Detector, run: RunConfig) -> Any:
 
     logger.setLevel(logging.WARNING)
     if any(is_deferred(parameter) for parameter in model.parameters()):
-        partition(model, run)
+        with _refusal_in_one_line():
+            partition(model, run)
     if stage_of(run) == 3 and run.giantdet.model.backbone.compile_blocks:
         # The weights of a compiled block are gathered together before it: no hook stands inside the code.
         for block in blocks_of(run.giantdet.model.backbone, model.backbone.body):
@@ -46,15 +47,29 @@ def initialize(model: Detector, run: RunConfig) -> Any:
         if parameter.ndim > 1:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     optimizer, scheduler = run.deepspeed["optimizer"], run.deepspeed.get("scheduler")
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups_of(model, run),
-        optimizer=optimizer_factory(optimizer["type"], optimizer["params"]),
-        lr_scheduler=None if scheduler is None else partial(_schedule, scheduler, optimizer["params"]["lr"]),
-        config=deepspeed_config(run),
-        dist_init_required=False,
-    )
+    groups = groups_of(model, run)
+    with _refusal_in_one_line():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=groups,
+            optimizer=optimizer_factory(optimizer["type"], optimizer["params"]),
+            lr_scheduler=None
+            if scheduler is None
+            else partial(_schedule, scheduler, optimizer["params"]["lr"]),
+            config=deepspeed_config(run),
+            dist_init_required=False,
+        )
     return engine
+
+
+@contextmanager
+def _refusal_in_one_line() -> Iterator[None]:
+    """DeepSpeed's and its optimizers' own checks of the JSON, which raise what they like, as a ValueError."""
+    try:
+        yield
+    except (AssertionError, ImportError, ValueError) as error:
+        text = " ".join(str(error).split()) or "an assertion failed"
+        raise ValueError(f"DeepSpeed refuses the run's JSON: {text}") from error
 
 
 def build(run: RunConfig, micro_batch: int) -> Detector:

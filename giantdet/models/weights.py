@@ -26,6 +26,8 @@ from giantdet.models.deferred import fill, is_deferred
 
 _log = logging.getLogger(__name__)
 _HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
+# What timm's filters raise when they meet the tensors of something else.
+_FOREIGN = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError)
 _NESTS = ("state_dict", "model")
 
 
@@ -49,7 +51,7 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
     if translate is not None:
         try:
             state = translate(state, backbone.body)
-        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, AssertionError) as error:
+        except _FOREIGN as error:
             raise ValueError(f"{what} does not look like weights of '{config.name}': {error}") from error
     what = f"{what} as backbone '{config.name}'"
     ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
@@ -67,17 +69,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if file.is_dir():
         indices = sorted(file.glob("*.safetensors.index.json"))
         files = indices or sorted(file.glob("*.safetensors"))
-        if len(files) != 1:
+        if not files:
+            raise ValueError(f"{file}: no weights here (looked for *.safetensors)")
+        if len(files) > 1:
             raise ValueError(f"{file} holds {len(files)} safetensors files and no index; name one of them")
         file = files[0]
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
     if file.name.endswith(".index.json"):
         try:
-            shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            shards = [file.parent / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is no index of safetensors: {_first_line(error)}") from error
-        return {key: tensor for name in shards for key, tensor in _read_file(file.parent / name).items()}
+        if missing := [shard for shard in shards if not shard.is_file()]:
+            raise ValueError(f"{file.parent}: {missing[0].name} is missing, which {file.name} names")
+        return {key: tensor for shard in shards for key, tensor in _read_file(shard).items()}
     return _read_file(file)
 
 
@@ -93,11 +100,15 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"weights file {file} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever else a damaged pickle raises
-        raise ValueError(f"weights file {file} is no plain file of tensors: {_first_line(error)}") from error
+        raise ValueError(
+            f"weights file {file} is no plain file of tensors; other Python objects, which could run code, "
+            "are not loaded: save a state_dict"
+        ) from error
     for nest in _NESTS:
         if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
             state = state[nest]
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
+    pairs = state.items() if isinstance(state, Mapping) else ()
+    tensors = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise ValueError(f"weights file {file} holds no tensors at its top, in 'state_dict' or in 'model'")
     if all(key.startswith("module.") for key in tensors):  # saved from DistributedDataParallel
@@ -143,13 +154,11 @@ def report_mismatch(
         for k in found
         if k in expected and found[k].shape != expected[k].shape
     ]
-    parts = [
-        f"  {len(keys)} {title}:\n" + "\n".join(f"    {key}" for key in keys)
-        for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    if parts:
-        raise ValueError(f"cannot load {what}:\n" + "\n".join(parts))
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    counts = {f"{len(keys)} {title}": keys for title, keys in kinds.items() if keys}
+    if counts:
+        parts = [f"  {title}:\n" + "\n".join(f"    {key}" for key in keys) for title, keys in counts.items()]
+        raise ValueError(f"cannot load {what}: {', '.join(counts)}\n" + "\n".join(parts))
     return ignored
 
 

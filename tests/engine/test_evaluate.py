@@ -13,6 +13,8 @@ import pytest
 import torch
 from pycocotools import mask as mask_util
 
+from giantdet.data.truth import ground_truth
+from giantdet.engine import evaluate
 from giantdet.engine.evaluate import COCO_NUMBERS, coco_scores, evaluate_results, score_table, to_coco
 from giantdet.engine.predict import no_targets
 from giantdet.structures import Batch, Detections
@@ -29,7 +31,7 @@ def official(shared: Path) -> Path:
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_official_numbers(official: Path, kind: Any) -> None:
     results = json.loads((official / f"instances_val2014_fake{kind}100_results.json").read_text())
-    scores = coco_scores(official / "instances_val2014_100.json", results, kind)
+    scores = coco_scores(ground_truth(official / "instances_val2014_100.json"), results, kind)
     expected = json.loads((official / "expected_pycocotools.json").read_text())[kind]
     values = list(expected.values()) if isinstance(expected, dict) else expected
     assert [scores[name] for name in COCO_NUMBERS] == pytest.approx(values[:12], abs=2e-6)
@@ -95,7 +97,7 @@ def _batch() -> Batch:
     )
 
 
-def test_to_coco_scales_back_and_leaves_out_what_fills_up() -> None:
+def test_to_coco_scales_back_and_leaves_out_what_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
     detections = Detections(
         boxes_BD4=torch.tensor([[5.0, 5.0, 15.0, 15.0], [90.0, 40.0, 110.0, 60.0], [0, 0, 9, 9]]).repeat(
             2, 1, 1
@@ -115,6 +117,8 @@ def test_to_coco_scales_back_and_leaves_out_what_fills_up() -> None:
     expected[10:30, 10:30] = 1
     assert np.array_equal(mask, expected)
     json.dumps(results)
+    monkeypatch.setattr(evaluate, "_BITMAP_BYTES", 1)
+    assert to_coco(detections, _batch(), [3, 5, 9]) == results, "one mask at a time, as for huge images"
     without = to_coco(detections._replace(masks_BDSS=None), _batch(), [3, 5, 9])
     assert [set(r) for r in without] == [{"image_id", "category_id", "bbox", "score"}] * 2
 

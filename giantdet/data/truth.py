@@ -1,0 +1,94 @@
+"""The ground truth of an evaluation: the records of a COCO instances JSON that pycocotools can judge by.
+
+pycocotools takes a file as it is: a record without an id, area or box ends the process after hours of
+training, an RLE that does not add up keeps it busy for ever. So what `CocoDataset` skips is left out here,
+too, and what is missing is filled in. A file without faults gives the numbers that pycocotools gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+
+from giantdet.data.masks import adds_up, rle_counts
+from giantdet.data.records import (
+    Fault,
+    Size,
+    category_fault,
+    category_name,
+    image_fault,
+    is_number,
+    logger,
+    object_fault,
+    read_instances,
+    segment,
+)
+
+
+def ground_truth(annotations: str | Path) -> COCO:
+    """The usable images, categories and annotations of a file, crowd regions among them.
+
+    Annotations are numbered anew from 1, as pycocotools drops all but the last of an id and takes 0 for
+    none; a missing `area` is that of the mask or box, a missing segmentation the box. Categories of one name
+    are told apart by their ids. What is left out is counted in a warning. Raises `DataError`.
+    """
+    content = read_instances(annotations)
+    categories: dict[int, str] = {}
+    for record in content["categories"]:
+        if not category_fault(record, categories):
+            name = category_name(record)
+            categories[record["id"]] = f"{name} ({record['id']})" if name in categories.values() else name
+    images: dict[int, dict[str, Any]] = {}
+    sizes: dict[int, Size] = {}
+    for record in content["images"]:
+        if not image_fault(record, images):
+            images[record["id"]] = record
+            sizes[record["id"]] = record["height"], record["width"]
+    usable: list[dict[str, Any]] = []
+    left_out: Counter[str] = Counter()
+    for record in content["annotations"]:
+        fault = object_fault(record, sizes, categories)
+        if fault is None:
+            record, fault = _complete(record, sizes[record["image_id"]], len(usable) + 1)
+        if fault:
+            left_out[fault[0]] += 1
+        else:
+            usable.append(record)
+    if left_out:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in left_out.items())
+        logger.warning("%s: evaluated without %d annotations (%s)", annotations, left_out.total(), kinds)
+    truth = COCO()
+    truth.dataset = {
+        "images": list(images.values()),
+        "annotations": usable,
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def _complete(record: dict[str, Any], size: Size, number: int) -> tuple[dict[str, Any], Fault | None]:
+    """The annotation with all that pycocotools asks for, as number `number`; or why it cannot be used."""
+    mask, faults = segment(record.get("segmentation"), size)
+    if mask is None:
+        return record, faults[0]
+    x, y, w, h = record["bbox"]
+    if isinstance(mask, dict):
+        if not isinstance(mask["counts"], str):
+            mask = mask_util.frPyObjects(mask, *size)
+        elif not adds_up(rle_counts(mask["counts"].encode()), size):
+            return record, ("bad RLE", f"RLE counts do not add up to {size[0]} x {size[1]} pixels")
+    area = record.get("area")
+    if not is_number(area):
+        rle = mask_util.merge(mask_util.frPyObjects(mask, *size)) if isinstance(mask, list) and mask else mask
+        area = float(mask_util.area(rle)) if rle else w * h
+    filled_in = {"id": number, "area": area, "iscrowd": int(bool(record.get("iscrowd")))}
+    box = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return record | filled_in | {"segmentation": mask or box}, None

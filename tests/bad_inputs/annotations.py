@@ -1,0 +1,186 @@
+"""Annotations: the bytes of the JSON, or what is done to a good one with three images of an object each."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+from bad_inputs.cases import Case, Error, Replaced, Skipped, Works
+from bad_inputs.images import SIZE
+
+POLYGON = [5, 5, 15, 5, 15, 13, 5, 13]
+
+
+def good_content() -> dict[str, Any]:
+    """Three images a.png, b.png and c.png with an object each, and two categories."""
+    width, height = SIZE
+    images = [
+        {"id": n, "file_name": f"{c}.png", "width": width, "height": height}
+        for n, c in ((1, "a"), (2, "b"), (3, "c"))
+    ]
+    objects = [
+        {
+            "id": n,
+            "image_id": n,
+            "category_id": 1,
+            "bbox": [5, 5, 10, 8],
+            "area": 80,
+            "iscrowd": 0,
+            "segmentation": [POLYGON],
+        }
+        for n in (1, 2, 3)
+    ]
+    categories = [{"id": 1, "name": "cell"}, {"id": 2, "name": "dust"}]
+    return {"images": images, "annotations": objects, "categories": categories}
+
+
+def more(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    """One more object in image 1, with these fields; None takes a field away."""
+
+    def change(content: dict[str, Any]) -> None:
+        record = content["annotations"][0] | {"id": 17} | fields
+        content["annotations"].append({key: value for key, value in record.items() if value is not None})
+
+    return change
+
+
+def image(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    """One more image, with these fields."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["images"].append(
+            {"id": 9, "file_name": "a.png", "width": SIZE[0], "height": SIZE[1]} | fields
+        )
+
+    return change
+
+
+def added(key: str, *records: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content[key].extend(records)
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.pop(key)
+
+
+def emptied(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content[key].clear()
+
+
+def objects_10000(content: dict[str, Any]) -> None:
+    rng = random.Random(0)
+    for n in range(9_999):
+        x, y = rng.randrange(30), rng.randrange(10)
+        box = {"bbox": [x, y, 4, 4], "area": 16, "segmentation": [[x, y, x + 4, y, x + 4, y + 4, x, y + 4]]}
+        content["annotations"].append(content["annotations"][0] | {"id": 100 + n} | box)
+
+
+_TEXT = json.dumps(good_content())
+_RLE = {"size": [SIZE[1], SIZE[0]], "counts": [100, 50, 650]}
+ANNOTATIONS = [
+    Case(
+        "0 bytes", b"", Error("annotations ... are not valid JSON: Expecting value: line 1 column 1 (char 0)")
+    ),
+    Case("cut off", _TEXT[:300].encode(), Error("annotations ... are not valid JSON: ...")),
+    Case(
+        "Latin-1",
+        _TEXT.replace("cell", "\xe9").encode("latin-1"),
+        Error("annotations ... are not valid JSON: 'utf-8' codec"),
+    ),
+    Case(
+        "100,000 lists in one another",
+        b"[" * 100_000,
+        Error("annotations ... are not valid JSON: maximum recursion"),
+    ),
+    Case(
+        "a list at the top",
+        b"[]",
+        Error('annotations ... have no list "images"; a COCO instances file has ...'),
+    ),
+    Case(
+        "no list of annotations",
+        without("annotations"),
+        Error('annotations ... have no list "annotations"; ...'),
+    ),
+    Case("no images", emptied("images"), Error("annotations ... name no images")),
+    Case("no categories", emptied("categories"), Error("annotations ... name no categories")),
+    Case(
+        "no objects",
+        emptied("annotations"),
+        Error("no image of ... has an object; there is nothing to train on"),
+    ),
+    Case(
+        "UTF-8 with a byte order mark",
+        b"\xef\xbb\xbf" + _TEXT.encode(),
+        Works("read as if the mark were not there"),
+    ),
+    Case("null for an image", added("images", None), Skipped("bad image id")),
+    Case("an image's id as text", image(id="9"), Skipped("bad image id")),
+    Case("true for an image's id", image(id=True), Skipped("bad image id")),
+    Case("an image's id beyond 64 bits", image(id=2**70), Skipped("bad image id")),
+    Case("two images of one id", image(id=1), Skipped("duplicate image id")),
+    Case("an image of negative width", image(width=-40), Skipped("bad image size")),
+    Case("an image's width as text", image(width="40"), Skipped("bad image size")),
+    Case("an image of 10**30 pixels", image(width=10**30), Skipped("bad image size")),
+    Case("an image without a file name", image(file_name=None), Skipped("bad file name")),
+    Case("a file name with NUL in it", image(file_name="a\0.png"), Skipped("bad file name")),
+    Case("a file name of 100,000 letters", image(file_name="a" * 100_000), Skipped("bad file name")),
+    Case("a path outside by ..", image(file_name="x/../../a.png"), Skipped("path outside")),
+    Case("a path outside from the root", image(file_name="/etc/hostname"), Skipped("path outside")),
+    Case(
+        "two categories of one id",
+        added("categories", {"id": 1, "name": "x"}),
+        Skipped("duplicate category id"),
+    ),
+    Case(
+        "a category's id as text", added("categories", {"id": "3", "name": "x"}), Skipped("bad category id")
+    ),
+    Case(
+        "two categories of one name",
+        added("categories", {"id": 3, "name": "cell"}),
+        Works("scores name both, one with its id"),
+    ),
+    Case("a category without a name", added("categories", {"id": 3}), Works("called by its id")),
+    Case("null for an annotation", added("annotations", None), Skipped("bad annotation")),
+    Case("an unknown image", more(image_id=99), Skipped("unknown image")),
+    Case("an unknown category", more(category_id=7), Skipped("unknown category")),
+    Case("no box", more(bbox=None), Skipped("bad box")),
+    Case("a box of three numbers", more(bbox=[1, 2, 3]), Skipped("bad box")),
+    Case("a box with NaN", more(bbox=[1, 2, float("nan"), 4]), Skipped("bad box")),
+    Case("a box with text", more(bbox=[1, 2, "3", 4]), Skipped("bad box")),
+    Case("a box of negative height", more(bbox=[1, 2, 3, -4]), Skipped("empty box")),
+    Case("a box outside the image", more(bbox=[41, 5, 10, 8]), Skipped("box outside")),
+    Case("a box that overhangs", more(bbox=[35, 5, 30, 8]), Works("clipped for training")),
+    Case("a polygon of 2 points", more(segmentation=[[1, 2, 3, 4]]), Skipped("bad polygon")),
+    Case("a polygon of 7 numbers", more(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), Skipped("bad polygon")),
+    Case("a polygon with NaN", more(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), Skipped("bad polygon")),
+    Case("a polygon with a corner at 1e9", more(segmentation=[[1, 2, 1e9, 4, 5, 6]]), Skipped("bad polygon")),
+    Case("a polygon not in a list", more(segmentation=POLYGON[:6]), Skipped("bad polygon", 6)),
+    Case("one good polygon, one bad", more(segmentation=[POLYGON, [1, 2]]), Skipped("bad polygon")),
+    Case("RLE of another size", more(segmentation=_RLE | {"size": list(SIZE)}), Skipped("RLE of wrong size")),
+    Case("RLE of too few pixels", more(segmentation=_RLE | {"counts": [700]}), Skipped("bad RLE")),
+    Case("an RLE string cut in a number", more(segmentation=_RLE | {"counts": "T3o"}), Skipped("bad RLE")),
+    Case("an RLE string of other letters", more(segmentation=_RLE | {"counts": "T\0 z"}), Skipped("bad RLE")),
+    Case(
+        "an RLE string of too few pixels",
+        more(segmentation=_RLE | {"counts": "44"}),
+        Replaced("annotation 17: its RLE does not add up"),
+    ),
+    Case("no id", more(id=None), Works("numbered")),
+    Case("two annotations of one id", more(id=1), Works("both are used")),
+    Case("an annotation's id beyond 64 bits", more(id=10**30), Works("numbered anew")),
+    Case("no area", more(area=None), Works("that of the mask")),
+    Case("no iscrowd", more(iscrowd=None), Works("not a crowd")),
+    Case(
+        "a crowd without a mask",
+        more(iscrowd=1, segmentation=None),
+        Works("its box is ignored by the evaluation"),
+    ),
+    Case(
+        "10,000 objects in an image",
+        objects_10000,
+        Works("the largest `max_objects` are kept, the rest is counted as dropped_objects"),
+    ),
+]

@@ -1,0 +1,224 @@
+"""The JSON of a run: its bytes, what is changed in a good one by dotted path, or overrides."""
+
+from __future__ import annotations
+
+from bad_inputs.cases import Case, Error, Works
+
+_WHOLE = (
+    '{"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, '
+    '"giantdet": {"train": {"steps": 1}}}'
+)
+CONFIGURATIONS = [
+    Case("0 bytes", b"", Error("run.json: line 1, column 1: Expecting value")),
+    Case(
+        "a comma is missing in line 2",
+        b'{"bf16": {}\n "fp16": {}}',
+        Error("run.json: line 2, column 2: Expecting ','"),
+    ),
+    Case("cut off", _WHOLE[:60].encode(), Error("run.json: line 1, column ...")),
+    Case("a list", b"[1]", Error("run.json: must be a JSON object, got [1]")),
+    Case("UTF-16", _WHOLE.encode("utf-16"), Error("run.json: cannot be read ('utf-8' codec")),
+    Case(
+        "UTF-8 with a byte order mark",
+        b"\xef\xbb\xbf" + _WHOLE.encode(),
+        Works("read as if the mark were not there"),
+    ),
+    Case("100,000 lists in one another", b"[" * 100_000, Error("run.json: maximum recursion depth exceeded")),
+    Case(
+        "a number of 5,000 digits",
+        b'{"steps_per_print": %s}' % (b"1" * 5000),
+        Error("run.json: Exceeds the limit"),
+    ),
+    Case("NaN", b'{"gradient_clipping": NaN}', Error("run.json: NaN is not a JSON number")),
+    Case(
+        "a number beyond float64",
+        _WHOLE.replace("0.1", "1e999").encode(),
+        Error("lr must be a number, got Infinity"),
+    ),
+    Case(
+        "a whole number beyond float64",
+        {"train_batch_size": 10**400},
+        Error("train_batch_size must be an integer"),
+    ),
+    Case("the same key twice", b'{"bf16": {}, "bf16": {}}', Error("run.json: key bf16 is given twice")),
+    Case(
+        "a key with a line break",
+        {"bf\n16": {}},
+        Error('key "bf\\n16" or its value holds characters that are no text'),
+    ),
+    Case(
+        "half of a surrogate pair",
+        {"giantdet.train.output": "\ud800"},
+        Error('key "output" or its value holds'),
+    ),
+    Case(
+        "a path with NUL in it", {"giantdet.train.output": "a\0b"}, Error('key "output" or its value holds')
+    ),
+    Case(
+        "an unknown key",
+        {"train_batchsize": 8},
+        Error("unknown key train_batchsize; did you mean train_batch_size?"),
+    ),
+    Case(
+        "an unknown key inside",
+        {"giantdet.train.stpes": 8},
+        Error("unknown key giantdet.train.stpes; did you mean steps?"),
+    ),
+    Case(
+        "a key that DeepSpeed dropped",
+        {"elasticity": {}},
+        Error("elasticity was removed from DeepSpeed; ..."),
+    ),
+    Case("no giantdet block", b'{"train_batch_size": 2}', Error('the "giantdet" block is missing: ...')),
+    Case(
+        "a text for a number",
+        {"giantdet.train.steps": "ten"},
+        Error('train.steps must be an integer, got "ten"'),
+    ),
+    Case(
+        "true for a number",
+        {"zero_optimization.stage": True},
+        Error("stage must be one of 0, 1, 2, 3, got true"),
+    ),
+    Case(
+        "a list for a block", {"zero_optimization": []}, Error("zero_optimization must be an object, got []")
+    ),
+    Case(
+        "no batch size at all",
+        {"train_micro_batch_size_per_gpu": "auto"},
+        Error("give train_batch_size or ..."),
+    ),
+    Case(
+        "an impossible batch triple",
+        {"train_batch_size": 3},
+        Error("train_batch_size 3 is not ...; nearest possible ..."),
+    ),
+    Case(
+        "an unknown optimizer",
+        {"optimizer.type": "AdamX"},
+        Error('optimizer.type: "AdamX" is not supported; did you mean ...'),
+    ),
+    Case(
+        "an unknown schedule",
+        {"scheduler": {"type": "Cosine"}},
+        Error('scheduler.type: "Cosine" is not supported...'),
+    ),
+    Case(
+        "a negative learning rate",
+        {"optimizer.params.lr": -1},
+        Error("optimizer.params.lr must not be negative, got -1"),
+    ),
+    Case(
+        "one beta",
+        {"optimizer.params.betas": [0.9]},
+        Error("optimizer.params.betas must be two numbers ..., got [0.9]"),
+    ),
+    Case(
+        "a beta of 2",
+        {"optimizer.params.betas": [2, 0.9]},
+        Error("optimizer.params.betas must be two numbers ..."),
+    ),
+    Case(
+        "Nesterov's momentum without one",
+        {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0, "nesterov": True}}},
+        Error("optimizer.params.nesterov needs a momentum, and no dampening"),
+    ),
+    Case(
+        "a schedule of 0 steps",
+        {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 0}}},
+        Error("scheduler.params.total_num_steps must be at least 1 step, got 0"),
+    ),
+    Case(
+        "milestones that fall",
+        {"scheduler": {"type": "WarmupMultiStepLR", "params": {"milestones": [9, 5]}}},
+        Error("scheduler.params.milestones must rise, got [9, 5] ([9, 5] steps)"),
+    ),
+    Case(
+        "a length of 2 epoks",
+        {"giantdet.train.clip_window": ["2 epoks", 5]},
+        Error("clip_window must be ..."),
+    ),
+    Case(
+        "bf16 and fp16",
+        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        Error("... exclude each other; switch one off"),
+    ),
+    Case(
+        "a canvas of 64 x 72",
+        {"giantdet.data.size": [64, 72]},
+        Error("data.size must be multiples of 32, got [64, 72]; ..."),
+    ),
+    Case(
+        "steps and epochs",
+        {"giantdet.train.epochs": 2},
+        Error("give either giantdet.train.epochs or ..., not both"),
+    ),
+    Case(
+        "two ways to scale images",
+        {"giantdet.data.augment": {"jitter": [0.5, 2], "short_sides": [64]}},
+        Error("jitter and giantdet.data.augment.short_sides exclude each other; drop one"),
+    ),
+    Case(
+        "a seed beyond 64 bits",
+        {"giantdet.train.seed": 10**30},
+        Error("giantdet.train.seed must be less than 9223372036854775808"),
+    ),
+    Case(
+        "an unknown backbone",
+        {"giantdet.model.backbone.name": "resnet51"},
+        Error("unknown backbone 'resnet51'; nearest: ..."),
+    ),
+    Case(
+        "fewer classes than categories",
+        {"giantdet.model.num_classes": 1},
+        Error("num_classes is 1, but ... 2 categories..."),
+    ),
+    Case(
+        "an override without a value",
+        ["train.steps"],
+        Error("override 'train.steps' is not of the form key=value, ..."),
+    ),
+    Case(
+        "an override of an unknown key",
+        ["tarin.steps=3"],
+        Error("unknown key tarin.steps; did you mean giantdet.train.steps?"),
+    ),
+    Case(
+        "an override given twice",
+        ["train.steps=3", "giantdet.train.steps=4"],
+        Error("giantdet.train.steps is given twice"),
+    ),
+    Case(
+        "an override of 5,000 digits", ["train.steps=" + "1" * 5000], Error("override ... Exceeds the limit")
+    ),
+    Case(
+        "an override that is not UTF-8",
+        ["train.output=\udcff"],
+        Error("override 'train.output=\\udcff': its value holds characters that are no text"),
+    ),
+    Case(
+        "no such annotations",
+        {"giantdet.data.train.annotations": "no.json"},
+        Error("data.train.annotations: no file no.json"),
+    ),
+    Case(
+        "no such image folder",
+        {"giantdet.data.val.images": "nowhere"},
+        Error("giantdet.data.val.images: no folder nowhere"),
+    ),
+    Case(
+        "a validation set that is no JSON",
+        {"giantdet.data.val.annotations": __file__},
+        Error("annotations ... are not valid JSON"),
+    ),
+    Case(
+        "an output folder below a file",
+        {"giantdet.train.output": "/dev/null/run"},
+        Error("/dev/null...: Not a directory"),
+    ),
+    Case(
+        "a value that DeepSpeed refuses",
+        {"zero_optimization.reduce_bucket_size": 0},
+        Error("DeepSpeed refuses the run's JSON: ..."),
+    ),
+]

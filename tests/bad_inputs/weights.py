@@ -1,0 +1,174 @@
+"""Weights and exports: a folder to write into and an export are given, a path comes back."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bad_inputs.cases import Case, Error
+
+
+def state(export: Path, **changes: Any) -> dict[str, Any]:
+    """The export's tensors, one replaced or (None) taken away."""
+    tensors = load_file(export / "model.safetensors") | changes
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def cut(at: int) -> Callable[[Path, Path], Path]:
+    return lambda folder, export: _written(
+        folder / "w.safetensors", (export / "model.safetensors").read_bytes()[:at]
+    )
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def export_with(name: str, content: bytes) -> Callable[[Path, Path], Path]:
+    """A copy of the export in which one file holds something else."""
+
+    def make(folder: Path, export: Path) -> Path:
+        for source in export.iterdir():
+            (folder / source.name).write_bytes(source.read_bytes())
+        (folder / name).write_bytes(content)
+        return folder
+
+    return make
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def saved(
+    change: Callable[[Path, Path], Any], name: str = "w.pth", **options: Any
+) -> Callable[[Path, Path], Path]:
+    """A file of torch.save with what `change` makes of folder and export."""
+
+    def make(folder: Path, export: Path) -> Path:
+        torch.save(change(folder, export), folder / name, **options)
+        return folder / name
+
+    return make
+
+
+def tensors(**changes: Any) -> Callable[[Path, Path], Path]:
+    """A safetensors file with tensors changed; `__` in a name is a dot."""
+
+    def make(folder: Path, export: Path) -> Path:
+        renamed = {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        save_file(state(export, **renamed), folder / "w.safetensors")
+        return folder / "w.safetensors"
+
+    return make
+
+
+_PLAIN = "weights file ... is no plain file of tensors; other Python objects, which could run code, ..."
+WEIGHTS = [
+    Case("no file", lambda folder, export: folder / "no.pth", Error("weights file ...no.pth does not exist")),
+    Case("0 bytes", cut(0), Error("weights file ... cannot be read: ...header too small")),
+    Case(
+        "a text called .safetensors",
+        lambda f, e: _written(f / "w.safetensors", b"hello" * 9),
+        Error("weights file ... cannot be read: ..."),
+    ),
+    Case("safetensors cut in the header", cut(1000), Error("weights file ... cannot be read: ...")),
+    Case(
+        "safetensors cut in the last tensor",
+        cut(-1),
+        Error("weights file ... cannot be read: ...not fully covered"),
+    ),
+    Case(
+        "a .pth cut off",
+        lambda f, e: _written(f / "w.pth", saved(lambda f, e: state(e))(f, e).read_bytes()[:5000]),
+        Error("weights file ... cannot be read: ..."),
+    ),
+    Case("a pickle with code in it", saved(lambda f, e: {"w": Evil(f / "evil")}), Error(_PLAIN)),
+    Case(
+        "an old pickle with code in it",
+        saved(lambda f, e: {"w": Evil(f / "evil")}, _use_new_zipfile_serialization=False),
+        Error(_PLAIN),
+    ),
+    Case(
+        "a bare pickle with code in it",
+        lambda f, e: _written(f / "w.pkl", pickle.dumps(Evil(f / "evil"))),
+        Error(_PLAIN),
+    ),
+    Case(
+        "a list, or other things",
+        saved(lambda f, e: [1, 2]),
+        Error("weights file ... holds no tensors at its top, ..."),
+    ),
+    Case(
+        "a wrong shape",
+        tensors(fpn__outputs__0__0__weight=torch.ones(3)),
+        Error("cannot load ...w.safetensors: 1 of another shape"),
+    ),
+    Case(
+        "a missing tensor",
+        tensors(fpn__outputs__0__0__weight=None),
+        Error("cannot load ...w.safetensors: 1 missing"),
+    ),
+    Case(
+        "a tensor too many", tensors(other=torch.ones(3)), Error("cannot load ...w.safetensors: 1 unexpected")
+    ),
+    Case(
+        "a folder without weights",
+        lambda folder, export: folder,
+        Error("...: no weights here (looked for *.safetensors)"),
+    ),
+    Case(
+        "an index that is no JSON",
+        export_with("model.safetensors.index.json", b"{"),
+        Error("... is no index of safetensors: ..."),
+    ),
+    Case(
+        "an index of a missing shard",
+        export_with("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
+        Error("b.safetensors is missing, which model.safetensors.index.json names"),
+    ),
+]
+EXPORTS = [
+    Case(
+        "no config.json",
+        lambda folder, export: folder,
+        Error("...: not an export of giantdet (no config.json)"),
+    ),
+    Case(
+        "a config.json of 0 bytes",
+        export_with("config.json", b""),
+        Error("config.json: not of an export of giantdet (Invalid JSON: ..."),
+    ),
+    Case(
+        "a config.json of Hugging Face",
+        export_with("config.json", b'{"model_type": "vit"}'),
+        Error("config.json: not of an export of giantdet (model: Field required)"),
+    ),
+    Case(
+        "a config.json in UTF-16",
+        export_with("config.json", "{}".encode("utf-16")),
+        Error("config.json: cannot be read ..."),
+    ),
+    Case(
+        "a model.safetensors cut off",
+        export_with("model.safetensors", b"\x10\0\0\0\0\0\0\0{"),
+        Error("weights file ...model.safetensors cannot be read: ..."),
+    ),
+    Case(
+        "a missing shard",
+        export_with("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
+        Error("b.safetensors is missing, which model.safetensors.index.json names"),
+    ),
+]
