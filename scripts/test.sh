@@ -12,4 +12,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 echo "ruff check" && python -m ruff check .
 echo "ruff format" && python -m ruff format --check .
 echo "mypy" && python -m mypy
-echo "pytest" && python -m pytest "$@"
+# Two files at a time: most tests are one process. Those of one file share what they made.
+echo "pytest" && python -m pytest -n 2 --dist loadfile "$@"

@@ -4,12 +4,12 @@ blocks, rotary embeddings; from real images to a sharded export, by the script t
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from safetensors import safe_open
+from tiny import free_port
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = REPO / "ds_configs/mask_rcnn_vitdet_dinov3_7b_64_adamw.json"
@@ -35,16 +35,24 @@ CUT = [
 
 def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Path) -> None:
     data = shared / "data/fruits_nuts"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         *(sys.executable, REPO / "scripts/giant.py", RECIPE),
         *("--annotations", data / "annotations/instances_train.json", "--images", data / "images"),
-        *("--output", tmp_path / "run", "--ranks", "2", "--port", port, "--lr", "5e-3", "--micro-batch", "2"),
+        *(
+            "--output",
+            tmp_path / "run",
+            "--ranks",
+            "2",
+            "--port",
+            free_port(),
+            "--lr",
+            "5e-3",
+            "--micro-batch",
+            "2",
+        ),
         *CUT,
     ]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, check=False)
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())
     config = json.loads((tmp_path / "run/config.json").read_text())

@@ -97,7 +97,7 @@ class Ended(NamedTuple):
     err: str
 
 
-def launch(script: Path, world: int, *arguments: object, timeout: float = 240.0) -> list[Ended]:
+def launch(script: Path, world: int, *arguments: object, timeout: float = 400.0) -> list[Ended]:
     """Run `script` as `world` ranks, and what each left behind.
 
     A rank that fails ends the others after a moment, as a launcher does. AssertionError on a time-out.
@@ -149,7 +149,7 @@ def logs(results: list[Ended]) -> str:
     )
 
 
-def launch_ok(script: Path, world: int, *arguments: object, timeout: float = 240.0) -> list[Ended]:
+def launch_ok(script: Path, world: int, *arguments: object, timeout: float = 400.0) -> list[Ended]:
     """`launch`, and every rank must end with exit code 0."""
     results = launch(script, world, *arguments, timeout=timeout)
     assert all(end.code == 0 for end in results), logs(results)

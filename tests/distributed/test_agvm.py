@@ -46,7 +46,7 @@ for form, (optimizer, estimator, more) in FORMS.items():
 
 
 def run(folder: Path, world: int, cases: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    launch_ok(WORKER, world, folder, json.dumps(cases), timeout=300)
+    launch_ok(WORKER, world, folder, json.dumps(cases))
     return {name: torch.load(folder / f"{name}.pt") for name in cases}
 
 

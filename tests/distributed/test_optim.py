@@ -79,7 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("optim")
-    launch_ok(WORKER, 2, folder, json.dumps(CASES), timeout=300)
+    launch_ok(WORKER, 2, folder, json.dumps(CASES))
     return folder
 
 

@@ -69,10 +69,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
             first.append(_write(folder / f"{name}{stage}.json", raw))
         raw = tiny_run(demo_data, folder / f"stopped{stage}", giantdet__train__steps=STEPS, **settings)
         second.append(_write(folder / f"resumed{stage}.json", raw))
-    launch_ok(WORKER, 2, *first, timeout=200)
+    launch_ok(WORKER, 2, *first)
     for stage in STAGES:
         assert [p.name for p in checkpoints(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
-    launch_ok(WORKER, 2, *second, timeout=200)
+    launch_ok(WORKER, 2, *second)
     return folder
 
 

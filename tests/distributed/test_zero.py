@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("zero")
-    launch_ok(WORKER, 2, folder, json.dumps(CASES), timeout=200)
+    launch_ok(WORKER, 2, folder, json.dumps(CASES))
     return {name: torch.load(folder / f"{name}.pt") for name in CASES}
 
 
@@ -143,7 +143,7 @@ def test_groups_keep_names_and_weight_decay(found: dict[str, dict[str, Any]], st
 
 def test_four_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
     cases = {"hand": {"by_hand": True}, "zero2": _stage(2), "zero3": _stage(3)}
-    launch_ok(WORKER, 4, tmp_path, json.dumps(cases), timeout=150)
+    launch_ok(WORKER, 4, tmp_path, json.dumps(cases))
     reference = torch.load(tmp_path / "hand.pt")
     for name in ("zero2", "zero3"):
         _assert_same(torch.load(tmp_path / f"{name}.pt"), reference)
