@@ -1,0 +1,145 @@
+"""What may come to a run: signals that ask it to stop, a launcher that dies, numbers that are not finite.
+
+All ranks must decide alike, or one waits in a collective for ever. A signal may reach one rank alone, and is
+shared at the end of a step. A loss that is not finite on one rank makes that rank's gradients NaN; DeepSpeed
+sees it in the norm over all ranks, and leaves the step out on all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from giantdet.distributed import comm
+from giantdet.engine import zero
+
+logger = logging.getLogger("giantdet")
+
+_PR_SET_PDEATHSIG = 1
+_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed", "slurmstepd")
+_SHOWN = 16  # image ids in a message
+_asked: list[str] = []
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to stop and has saved a checkpoint."""
+
+
+class DivergedError(RuntimeError):
+    """Losses or gradients are no longer finite numbers."""
+
+
+def listen() -> None:
+    """From here on SIGTERM and SIGUSR1 ask for a stop at the end of the step. For the process of a run.
+
+    The launcher's death counts as SIGTERM: without it nobody would ever end this process.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: _asked.append(signal.Signals(number).name))
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+        if any(name in parent for name in _LAUNCHERS):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (OSError, AttributeError):
+        logger.debug("not on Linux: the launcher's death goes unnoticed")
+
+
+def stop_asked() -> bool:
+    """Was any rank asked to stop? All ranks call it."""
+    return comm.any_rank(bool(_asked))
+
+
+def stop_reason() -> str:
+    """What this or another rank was asked by."""
+    return _asked[0] if _asked else "a signal to another rank"
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss itself; where it is not finite, its gradient is NaN everywhere, whatever its terms' are."""
+    return loss * (loss.detach() - loss.detach() + 1.0)
+
+
+class StepGuard:
+    """Optimizer steps whose gradients are not finite are left out, on all ranks together.
+
+    DeepSpeed 0.19 does that at ZeRO-1 to 3 and in 16 bits; at stage 0 in float32 it is done here. What the
+    forward pass has spoilt already, the running statistics of batch norms, is put back.
+
+    Args:
+        limit: so many steps in a row end the run.
+    """
+
+    def __init__(self, engine: Any, limit: int) -> None:
+        self.engine, self.limit = engine, limit
+        self.skipped = self.in_a_row = 0
+        norms = [m for m in engine.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [b for m in norms for b in m.buffers(recurse=False)]
+        self.kept = [b.clone() for b in self.statistics]
+        self.is_plain = not hasattr(engine.optimizer, "_global_grad_norm")
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(self, loss: Tensor, image_ids_B: Tensor) -> None:
+        """Remember a micro-step's loss and images; before its backward."""
+        self.seen.append((loss.detach(), image_ids_B))
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """`engine.step()` of the last micro-step; False if the step was left out.
+
+        Raises DivergedError after too many in a row. All ranks call it.
+        """
+        spoilt = self.is_plain and not self._is_finite()
+        if spoilt:
+            for p in self.engine.module.parameters():
+                p.grad = None
+        self.engine.step()
+        if spoilt:
+            self._count_as_skipped()
+        applied = bool(self.engine.was_step_applied())
+        if applied:
+            self.in_a_row = 0
+            if self.statistics:
+                torch._foreach_copy_(self.kept, self.statistics)
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            if self.statistics:
+                torch._foreach_copy_(self.statistics, self.kept)
+            self._tell()
+        self.seen.clear()
+        return applied
+
+    def _is_finite(self) -> bool:
+        """Of the gradient of stage 0, which is whole and the same on all ranks."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+    def _count_as_skipped(self) -> None:
+        """What DeepSpeed notes of a step that it leaves out itself: the schedule waits too."""
+        engine = self.engine
+        engine.skipped_steps += 1
+        engine._step_applied = False
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.go_to(engine.global_steps - engine.skipped_steps)
+
+    def _tell(self) -> None:
+        mine = [(float(loss), ids.tolist()) for loss, ids in self.seen]
+        found = [entry for rank in comm.gather_objects(mine) for entry in rank]
+        bad = [(loss, ids) for loss, ids in found if not torch.isfinite(torch.tensor(loss))]
+        what = f"the loss is {bad[0][0]}" if bad else "a gradient is not finite"
+        images = sorted({i for _, ids in bad or found for i in ids})
+        shown = ", ".join(map(str, images[:_SHOWN])) + (", ..." if len(images) > _SHOWN else "")
+        text = comm.broadcast_object(f"step {self.engine.global_steps} is left out: {what} (images {shown})")
+        if comm.is_main():
+            logger.warning("%s; %d in a row, %d in all", text, self.in_a_row, self.skipped)
+        if self.in_a_row >= self.limit:
+            raise DivergedError(
+                f"{self.in_a_row} steps in a row were left out, the last: {text}: lower the learning rate, warm "
+                "up longer, or look at these images; checkpoints hold the weights of before"
+            )
