@@ -14,11 +14,15 @@ from giantdet import commands
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+EXIT_STOPPED = 5
 COCO_IMAGES = 117_266
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. Bad input: one line on stderr and 2; a loss of NaN: 3."""
+    """Run one command; returns its exit code. Bad input: one line on stderr and 2.
+
+    A run whose losses are no numbers: 3; one that was asked to stop, and has saved: 5.
+    """
     parser = build_parser()
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -41,10 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"giantdet: error: {error.filename}: {error.strerror}")
         return EXIT_BAD_INPUT
     except RuntimeError as error:
-        if type(error).__name__ != "DivergedError":
+        codes = {"DivergedError": EXIT_DIVERGED, "StoppedError": EXIT_STOPPED}
+        if type(error).__name__ not in codes:
             raise
         _say(f"giantdet: stopped: {error}")
-        return EXIT_DIVERGED
+        return codes[type(error).__name__]
     finally:
         if "giantdet.distributed.comm" in sys.modules:
             sys.modules["giantdet.distributed.comm"].stop()

@@ -19,8 +19,10 @@ def run_train(options: argparse.Namespace) -> None:
     if options.print_config:
         print_config(run)
         return
+    from giantdet.engine.faults import listen
     from giantdet.engine.train import train
 
+    listen()
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     train(run, options.profile)

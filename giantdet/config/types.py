@@ -286,6 +286,8 @@ class TrainConfig(Section):
     """Checkpoints that stay."""
     export_shard: PositiveFloat = 2.0
     """GiB of an export's file; a larger model is written in several, with an index."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps whose gradient is not finite are left out; so many in a row end the run (exit code 3)."""
     deterministic: bool = False
     """Deterministic kernels and one thread's order of sums; slower on GPUs."""
 

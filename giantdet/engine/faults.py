@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.distributed import comm
-from giantdet.engine import zero
 
 logger = logging.getLogger("giantdet")
 
@@ -91,10 +90,13 @@ class StepGuard:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """`engine.step()` of the last micro-step; False if the step was left out.
+        """`engine.step()`; False where it was to move the weights and did not.
 
         Raises DivergedError after too many in a row. All ranks call it.
         """
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return True
         spoilt = self.is_plain and not self._is_finite()
         if spoilt:
             for p in self.engine.module.parameters():
@@ -140,6 +142,6 @@ class StepGuard:
             logger.warning("%s; %d in a row, %d in all", text, self.in_a_row, self.skipped)
         if self.in_a_row >= self.limit:
             raise DivergedError(
-                f"{self.in_a_row} steps in a row were left out, the last: {text}: lower the learning rate, warm "
-                "up longer, or look at these images; checkpoints hold the weights of before"
+                f"{self.in_a_row} steps in a row were left out, the last: {text}: lower the learning rate, "
+                "warm up longer, or look at these images; checkpoints hold the weights of before"
             )

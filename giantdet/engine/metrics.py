@@ -18,10 +18,6 @@ from tqdm import tqdm
 from giantdet.distributed import comm
 
 
-class DivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
-
-
 class Metrics:
     """Collects scalars of each step, writes their means every `log_every` steps.
 
@@ -34,6 +30,7 @@ class Metrics:
     def __init__(self, path: Path, total_steps: int, first_step: int, monitor: Any = None) -> None:
         self.path, self.monitor = path, monitor
         self.sums: dict[str, Tensor] = {}
+        self.pending: list[dict[str, Tensor]] = []
         self.count = 0
         self.images = 0
         self.data_seconds = 0.0
@@ -47,24 +44,25 @@ class Metrics:
 
     def add(self, scalars: dict[str, Tensor], images: int, data_seconds: float) -> None:
         """Note one micro-step of this rank; nothing is read back from the device."""
-        for name, value in scalars.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+        self.pending.append({name: value.detach().float() for name, value in scalars.items()})
         self.images += images
         self.data_seconds += data_seconds
 
-    def step(self) -> None:
+    def step(self, applied: bool = True) -> None:
+        """At the end of an optimizer step. One that was left out has no part in the means."""
+        for scalars in self.pending if applied else ():
+            for name, value in scalars.items():
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.count += 1
+        self.pending.clear()
         if self.bar is not None:
             self.bar.update()
 
     def log(self, step: int, **more: Any) -> dict[str, Any]:
-        """Write the means since the last line. All ranks call it.
-
-        Raises DivergedError where the mean loss over the ranks is not finite.
-        """
+        """Write the means since the last line. All ranks call it."""
         names = list(self.sums)
-        values = torch.stack([self.sums[name] for name in names]).tolist()  # the host synchronisation
+        # The host synchronisation. No loss at all: every step since the last line was left out.
+        values = torch.stack([self.sums[name] for name in names]).tolist() if names else []
         seconds = time.perf_counter() - self.since
         means = comm.mean_over_ranks([*values, float(self.images), self.data_seconds, seconds])
         *sums, images, data_seconds, seconds = means
@@ -75,10 +73,6 @@ class Metrics:
         line |= more
         if comm.is_main():
             self._write(line)
-        if not math.isfinite(line.get("loss", 0.0)):
-            raise DivergedError(
-                f"the loss is {line['loss']} at step {step}: lower the learning rate or warm up longer"
-            )
         self.sums, self.count, self.images, self.data_seconds = {}, 0, 0, 0.0
         self.since = time.perf_counter()
         return line

@@ -19,6 +19,7 @@ from giantdet.data.loader import eval_loader, train_loader
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.engine.evaluate import check_categories, detect_all, evaluate_results, score_table
+from giantdet.engine.faults import StepGuard, StoppedError, poisoned, stop_asked, stop_reason
 from giantdet.engine.metrics import Metrics
 from giantdet.engine.plots import plot_run
 from giantdet.engine.profile import Profile
@@ -83,6 +84,7 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     )
     if first_step and comm.is_main():
         print(f"going on after step {first_step} from {folder}", flush=True)
+    guard = StepGuard(engine, config.train.max_skipped_steps)
     metrics = Metrics(output / "metrics.jsonl", total_steps, first_step, engine.monitor)
     profile = Profile(output / "profile") if profiled and comm.is_main() else None
     scores: dict[str, Any] = {}
@@ -99,23 +101,26 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
             predictions = engine(batch)
             losses = detector_losses(predictions, config.model.conventions)
             loss = torch.stack(list(losses.values())).sum()
-            engine.backward(loss)
+            guard.watch(loss, batch.image_ids_B)
+            engine.backward(poisoned(loss))
             if agvm is not None:
                 agvm.observe()
                 agvm.scale()
-            engine.step()  # DeepSpeed steps the optimizer and the schedule at the last micro-step
+            applied = guard.step()  # DeepSpeed steps optimizer and schedule at the last micro-step
 
             metrics.add({"loss": loss, **losses, **sample_counts(predictions)}, micro_batch, data_seconds)
-        if ema is not None:
+        if ema is not None and applied:
             ema.update()
         if profile is not None:
             profile.step()
-        metrics.step()
+        metrics.step(applied)
+        stopping = stop_asked()
         if is_due(step, config.train.log_every, total_steps):
             modulation = agvm.scalars() if agvm is not None else {}
-            metrics.log(step, **progress(engine, device, batches.counters), **modulation)
+            metrics.log(step, **progress(engine, device, batches.counters, guard.skipped), **modulation)
         evaluation_due = is_due(step, config.train.eval_every, total_steps)
-        checkpoint_due = is_due(step, config.train.save_every, total_steps)
+        evaluation_due = evaluation_due and not stopping
+        checkpoint_due = stopping or is_due(step, config.train.save_every, total_steps)
         if (validation is not None and evaluation_due) or checkpoint_due:
             zero.average_statistics(engine)
         if validation is not None and evaluation_due:
@@ -126,6 +131,8 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
                 metrics.write({"step": step, "scores": scores})
         if checkpoint_due:
             checkpoint.save(engine, folder, step, config.train.keep, agvm, ema)
+        if stopping:
+            raise StoppedError(f"{stop_reason()} after step {step}; the same command goes on from {folder}")
     if profile is not None:
         profile.close()
     metrics.close()
@@ -190,13 +197,15 @@ def set_determinism(wanted: bool) -> None:
         torch.backends.cudnn.benchmark = True  # one shape for the whole run: the search pays off
 
 
-def progress(engine: Any, device: torch.device, counters: dict[str, int]) -> dict[str, Any]:
+def progress(engine: Any, device: torch.device, counters: dict[str, int], skipped: int) -> dict[str, Any]:
     """What a log line says beside the losses."""
     rates = zero.learning_rates(engine)
     norm = zero.gradient_norm(engine)
     line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(device)}
     if norm is not None:
         line["grad_norm"] = norm
+    if skipped:
+        line["skipped_steps"] = skipped
     # What the loaders of all ranks had to leave out: nothing is lost in silence.
     names = sorted(counters)
     totals = comm.mean_over_ranks([float(counters[name] * comm.world_size()) for name in names])

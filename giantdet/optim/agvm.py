@@ -344,6 +344,8 @@ class Agvm:
         return min(1.0, clip / (float(norm) + 1e-6)) if clip and norm is not None else 1.0
 
     def _take(self, variances: dict[str, float]) -> None:
+        if any(map(math.isnan, variances.values())):
+            return  # of a step that is left out, on all ranks
         self.variances = variances
         keep = self.config.momentum
         for name, factor in aligning_factors(variances, self.config.anchor, self.config.clamp).items():

@@ -115,7 +115,7 @@ def check_error(call: Any, fragments: list[str]) -> None:
 
 
 # dotted path, value (DELETE to remove it), fragments of the message
-DELETE = object()
+DELETE = "(removed)"
 BAD: list[tuple[str, Any, list[str]]] = [
     ("train_batch_sise", 8, ["unknown key train_batch_sise", "did you mean train_batch_size?"]),
     ("zero_optimisation", {}, ["unknown key zero_optimisation", "did you mean zero_optimization?"]),

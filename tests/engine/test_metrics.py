@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from giantdet.engine.metrics import DivergedError, Metrics, read_metrics
+from giantdet.engine.metrics import Metrics, read_metrics
 from giantdet.engine.plots import plot_losses
 
 
@@ -48,13 +48,16 @@ def test_run_from_the_start_drops_an_older_run(tmp_path: Path) -> None:
     assert read_metrics(path) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_diverged_loss_is_written_and_raised(tmp_path: Path, value: float) -> None:
+def test_a_step_that_was_left_out_has_no_part_in_the_means(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "m.jsonl", total_steps=4, first_step=0)
-    metrics.add({"loss": torch.tensor(value)}, 1, 0.0)
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step 3: lower the learning rate"):
-        metrics.log(3)
-    assert read_metrics(tmp_path / "m.jsonl")[0]["step"] == 3
+    for value, applied in ((1.0, True), (float("nan"), False), (3.0, True)):
+        metrics.add({"loss": torch.tensor(value)}, 1, 0.0)
+        metrics.step(applied)
+    assert metrics.log(3)["loss"] == 2.0
+    metrics.add({"loss": torch.tensor(float("inf"))}, 1, 0.0)
+    metrics.step(False)
+    line = metrics.log(4, skipped_steps=2)
+    assert "loss" not in line and line["skipped_steps"] == 2 and line["images_per_second"] > 0
     metrics.close()
 
 
@@ -69,6 +72,7 @@ def test_monitors_get_the_numbers(tmp_path: Path) -> None:
     monitor = Monitor()
     metrics = Metrics(tmp_path / "m.jsonl", 4, 0, monitor)
     metrics.add({"loss": torch.tensor(2.0)}, 1, 0.0)
+    metrics.step()
     metrics.log(1, lr=0.5)
     metrics.close()
     assert ("giantdet/loss", 2.0, 1) in monitor.events
