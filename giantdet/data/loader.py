@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import functools
 import signal
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -32,12 +33,14 @@ from giantdet.data.transforms import draw_geometry
 from giantdet.structures import Batch
 
 MAX_BAD_IN_A_ROW = 50
+MAX_RESTARTS = 3
 _AUGMENT = 1  # second word of the augmentation's seeds; the permutations have 0
 _EXPLAIN = {
     "dropped_objects": "objects beyond max_objects, the smallest of their images, are left out",
     "tiny_objects": "objects that are narrower than a pixel after scaling are left out",
     "replaced_images": "images that cannot be used were replaced by the next of the stream",
     "unreadable_images": "images that cannot be used are evaluated as if nothing had been found",
+    "worker_restarts": "workers that died were started anew",
 }
 
 
@@ -194,16 +197,25 @@ class Loader:
     def __init__(self, stream: _Stream, sampler: RankSampler, pin_memory: bool) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(_EXPLAIN, 0))
         self.steps = None if sampler.stop is None else sampler.stop - sampler.start
-        self._stream = stream
+        self._stream, self._sampler, self._pin_memory = stream, sampler, pin_memory
         self._named: set[str] = set()
+        self._delivered = self._restarts = 0
+        self._start()
+
+    def _start(self) -> None:
+        """Make torch's iterator, from the first batch that was not handed over yet."""
+        sampler = self._sampler
+        sampler = RankSampler(
+            sampler.batch, sampler.rank, sampler.world, sampler.start + self._delivered, sampler.stop
+        )
         self._deliveries: Iterator[Delivery] = iter(
             DataLoader(
-                stream,
+                self._stream,
                 batch_sampler=sampler,
-                num_workers=stream.config.workers,
+                num_workers=self._stream.config.workers,
                 collate_fn=_as_is,
                 worker_init_fn=_init_worker,
-                pin_memory=pin_memory,
+                pin_memory=self._pin_memory,
                 # torch draws a base seed for its workers: from a generator of its own, so that the
                 # global random state does not depend on whether and when loaders are made
                 generator=torch.Generator().manual_seed(0),
@@ -211,16 +223,15 @@ class Loader:
         )
         _iterators.add(self._deliveries)
         weakref.finalize(self, _end, self._deliveries)
+        if threading.current_thread() is threading.main_thread():
+            # torch would raise a worker's death wherever the main thread happens to be, in a backward say.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        try:
-            delivery = next(self._deliveries)
-        except (ConnectionError, EOFError) as error:
-            # What a worker's death looks like while one of its batches is on its way; torch words the rest.
-            raise RuntimeError("a data loader worker died; was it killed for want of memory?") from error
+        delivery = self._next_delivery()
         for text in delivery.bad:
             if text not in self._named:
                 self._named.add(text)
@@ -233,6 +244,31 @@ class Loader:
                 logger.warning("%s: %s (counted as %s from here on)", name, _EXPLAIN[kind], kind)
             self.counters[kind] += count
         return delivery.batch
+
+    def _next_delivery(self) -> Delivery:
+        """The next of the workers'. Where one has died, all are started anew: nothing of the stream is lost.
+
+        RuntimeError after MAX_RESTARTS times.
+        """
+        while True:
+            try:
+                delivery = next(self._deliveries)
+                self._delivered += 1
+                return delivery
+            except (ConnectionError, EOFError, RuntimeError) as error:
+                # The former is what a death looks like while a batch is on its way; torch words the rest.
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                    raise
+                if self._restarts == MAX_RESTARTS:
+                    raise RuntimeError(
+                        f"data loader workers died {MAX_RESTARTS + 1} times; were they killed for want of "
+                        "memory? Fewer data.workers take less"
+                    ) from error
+                self._restarts += 1
+                self.counters["worker_restarts"] += 1
+                logger.warning("a data loader worker died (%s): started anew", str(error).split("\n")[0])
+                _end(self._deliveries)
+                self._start()
 
     def close(self) -> None:
         """End the workers. Leaving the last reference does the same."""

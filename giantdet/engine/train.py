@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -202,7 +203,7 @@ def progress(engine: Any, device: torch.device, counters: dict[str, int], skippe
     rates = zero.learning_rates(engine)
     norm = zero.gradient_norm(engine)
     line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(device)}
-    if norm is not None:
+    if norm is not None and math.isfinite(norm):  # DeepSpeed says inf of a step that it left out
         line["grad_norm"] = norm
     if skipped:
         line["skipped_steps"] = skipped

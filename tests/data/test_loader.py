@@ -288,3 +288,20 @@ def test_workers_ignore_stop_signals_and_their_death_is_an_error(folder: Path) -
     assert [int(next(loader).image_ids_B[0]) for _ in range(1)] == [int(dataset.image_ids[0])]
     with pytest.raises(RuntimeError, match="worker"):
         list(loader)
+
+
+def test_killed_workers_are_started_anew(dataset: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
+    """Whenever they die, the stream is what it would have been."""
+    expected = take(train_loader(dataset, CONFIG, 2, seed=5), 9)
+    loader = train_loader(dataset, CONFIG.model_copy(update={"workers": 2}), 2, seed=5)
+    found = [next(loader), next(loader)]
+    for _ in range(3):
+        for worker in loader._deliveries._workers:  # type: ignore[attr-defined]
+            os.kill(worker.pid, signal.SIGKILL)
+        found += [next(loader), next(loader)]
+    found.append(next(loader))
+    assert loader.counters["worker_restarts"] == 3 and "started anew" in caplog.text
+    loader.close()
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.images_B3HW, other.images_B3HW)
+        assert torch.equal(one.seeds_B, other.seeds_B)

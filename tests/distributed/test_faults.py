@@ -1,0 +1,283 @@
+"""What comes to real runs of two ranks: stop signals, killed processes, numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import Ended, environment, free_port, launch, logs, tiny_run
+
+from giantdet.checkpoint import checkpoints
+from giantdet.config.types import DataConfig
+from giantdet.data.coco import CocoDataset
+from giantdet.data.loader import train_loader
+from giantdet.engine.metrics import read_metrics
+from giantdet.export import export_checkpoint, read_export_config
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = REPO / "scripts/train.py"
+WORKER = Path(__file__).with_name("worker_faults.py")
+STEPS = 24
+
+
+def write(folder: Path, name: str, data: Path, **changes: Any) -> Path:
+    raw = tiny_run(data, folder / name, **changes)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+# Numbers that are not finite
+
+SPOILT = 3  # the step
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"), [(0, "nan"), (1, "inf"), (2, "gradient"), (3, "nan"), (0, "gradient")]
+)
+def test_a_spoilt_step_is_left_out_on_all_ranks(
+    demo_data: Path, tmp_path: Path, stage: int, kind: str
+) -> None:
+    """On all ranks: weights and statistics stay what they were, bit for bit; then training goes on."""
+    path = write(
+        tmp_path,
+        "run",
+        demo_data,
+        zero_optimization__stage=stage,
+        giantdet__train__steps=5,
+        giantdet__train__save_every=1,
+        giantdet__train__keep=5,
+        giantdet__norm={"type": "cgbn" if stage == 2 else "local"},
+        giantdet__ema={"enabled": True, "decay": 0.5},
+        giantdet__agvm={"enabled": True, "interval": 1, "start_step": 1, "momentum": 0.5},
+    )
+    ends = launch(WORKER, 2, path, kind, SPOILT, SPOILT)
+    assert [end.code for end in ends] == [0, 0], logs(ends)
+    run = tmp_path / "run"
+    config = read_export_config(run / "export")
+    weights = {}
+    for checkpoint in checkpoints(run / "checkpoints"):
+        export_checkpoint(checkpoint, tmp_path / checkpoint.name, config)
+        weights[int(checkpoint.name[5:])] = load_file(tmp_path / checkpoint.name / "model.safetensors")
+    assert all(torch.isfinite(t).all() for state in weights.values() for t in state.values())
+
+    def same(one: int, other: int) -> bool:
+        return all(torch.equal(t, weights[other][name]) for name, t in weights[one].items())
+
+    assert same(SPOILT - 1, SPOILT) and not same(1, 2) and not same(SPOILT, 4) and not same(4, 5)
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "step" in line and "scores" not in line]
+    assert ["loss" in line for line in lines] == [step != SPOILT for step in range(1, 6)]
+    assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 1, 1, 1]
+    assert all(
+        torch.isfinite(torch.tensor(v)) for line in lines for v in line.values() if isinstance(v, float)
+    )
+    said = [line for line in ends[0].err.splitlines() if "is left out" in line]
+    assert len(said) == 1 and f"step {SPOILT} is left out" in said[0]
+    ids = {1: images_of(path, demo_data, 1, SPOILT), 0: images_of(path, demo_data, 0, SPOILT)}
+    expected = sorted(ids[0] + ids[1]) if kind == "gradient" else sorted(ids[1])
+    assert f"(images {', '.join(map(str, expected))})" in said[0]
+    assert ("a gradient is not finite" if kind == "gradient" else f"the loss is {kind}") in said[0]
+
+
+def images_of(path: Path, data: Path, rank: int, step: int) -> list[int]:
+    """Of one rank's micro-batch, by the loader itself."""
+    raw = json.loads(path.read_text())
+    config = DataConfig.model_validate({**raw["giantdet"]["data"], "workers": 0})
+    dataset = CocoDataset(data / "train.json", data / "train")
+    micro_batch = raw["train_micro_batch_size_per_gpu"]
+    loader = train_loader(dataset, config, micro_batch, rank, 2, start_micro_step=step - 1)
+    return [int(i) for i in next(loader).image_ids_B]
+
+
+def test_too_many_in_a_row_end_the_run(demo_data: Path, tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "run",
+        demo_data,
+        giantdet__train__steps=9,
+        giantdet__train__max_skipped_steps=3,
+        giantdet__train__save_every=2,
+    )
+    ends = launch(WORKER, 2, path, "nan", 3, 99)
+    assert [end.code for end in ends] == [3, 3], logs(ends)
+    said = [line for end in ends for line in end.err.splitlines() if "giantdet: stopped" in line]
+    assert len(said) == 1 and "3 steps in a row were left out, the last: step 5 " in said[0]
+    assert "Traceback" not in ends[0].err + ends[1].err
+    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
+    assert newest.name == "step_4"
+
+
+# Signals and killed processes, under the deepspeed launcher
+
+
+class Job:
+    """A run under the deepspeed launcher, in a session of its own."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.output = Path(json.loads(path.read_text())["giantdet"]["train"]["output"])
+        self.path = path
+        self.log = folder / f"{path.stem}.log"
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+        command += [f"--master_port={free_port()}", str(SCRIPT), "--deepspeed_config", str(path)]
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                cwd=REPO,
+                start_new_session=True,
+            )
+
+    def reach(self, step: int) -> None:
+        """Wait until that many steps are done."""
+        self.until(lambda: self.steps() >= step, f"step {step}")
+
+    def steps(self) -> int:
+        metrics = self.output / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"no {what} in {seconds:.0f} s\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+    def processes(self, word: str) -> list[int]:
+        """Of this job, those whose command line has the word; parents first."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                line = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
+            except (OSError, ProcessLookupError):
+                continue
+            if str(self.path) in line and word in line:
+                found.append(int(entry.name))
+        return sorted(found)
+
+    def ranks(self) -> list[int]:
+        """Without their data workers, which have the same command line."""
+        every = self.processes("--local_rank")
+        return [pid for pid in every if parent(pid) not in every and parent(pid) in self.processes("launch")]
+
+    def wait(self) -> Ended:
+        self.until(lambda: self.process.poll() is not None, "end")
+        return Ended(self.process.returncode, self.log.read_text(), "")
+
+    def close(self) -> None:
+        for pid in self.processes(""):
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.fixture(scope="module")
+def jobs(
+    tmp_path_factory: pytest.TempPathFactory, demo_data: Path
+) -> Iterator[Callable[[str], tuple[Path, Job]]]:
+    folder = tmp_path_factory.mktemp("faults")
+    started: list[Job] = []
+
+    def start(name: str) -> tuple[Path, Job]:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            write(
+                folder,
+                name,
+                demo_data,
+                zero_optimization__stage=2,
+                giantdet__train__steps=STEPS,
+                giantdet__train__save_every=5,
+                giantdet__data__workers=1,
+                giantdet__norm={"type": "local"},
+            )
+        started.append(Job(path, folder))
+        return folder / name, started[-1]
+
+    yield start
+    for job in started:
+        job.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs: Callable[[str], tuple[Path, Job]]) -> dict[str, torch.Tensor]:
+    output, job = jobs("undisturbed")
+    ended = job.wait()
+    assert ended.code == 0, ended.out
+    return load_file(output / "export/model.safetensors")
+
+
+def finish(jobs: Any, name: str, expected: dict[str, torch.Tensor], resumes: bool = True) -> None:
+    """Start the same command again; the weights must be those of the run that nothing came to."""
+    output, job = jobs(name)
+    ended = job.wait()
+    assert ended.code == 0, ended.out
+    assert ("going on after step" in ended.out) == resumes
+    found = load_file(output / "export/model.safetensors")
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_saves_a_checkpoint(jobs: Any, undisturbed: Any, number: signal.Signals) -> None:
+    """SIGTERM to the launcher, as by a scheduler; SIGUSR1 to one rank, as Slurm sends it before the end."""
+    name = f"stopped_{number.name}"
+    output, job = jobs(name)
+    job.reach(7)
+    receiver = job.processes("deepspeed.launcher.launch")[0] if number == signal.SIGTERM else job.ranks()[1]
+    os.kill(receiver, number)
+    ended = job.wait()
+    assert ended.code != 0
+    stopped = [line for line in ended.out.splitlines() if "giantdet: stopped:" in line]
+    assert len(stopped) == 1 and "the same command goes on from" in stopped[0], ended.out
+    step = int(stopped[0].split("after step ")[1].split(";")[0])
+    assert checkpoints(output / "checkpoints")[-1].name == f"step_{step}" and 7 <= step < STEPS
+    assert job.processes("train.py") == []
+    finish(jobs, name, undisturbed)
+
+
+def test_the_launcher_is_killed(jobs: Any, undisturbed: Any) -> None:
+    """Its ranks would train on without anybody who could stop them: they save and end."""
+    output, job = jobs("orphaned")
+    job.reach(7)
+    os.kill(job.processes("deepspeed.launcher.launch")[0], signal.SIGKILL)
+    job.until(lambda: job.processes("train.py") == [], "end of the ranks")
+    assert "giantdet: stopped: SIGTERM after step" in job.log.read_text()
+    assert int(checkpoints(output / "checkpoints")[-1].name[5:]) >= 7
+    job.close()
+    finish(jobs, "orphaned", undisturbed)
+
+
+def test_a_rank_is_killed(jobs: Any, undisturbed: Any) -> None:
+    _, job = jobs("rank_killed")
+    job.reach(7)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.wait().code != 0
+    assert job.processes("train.py") == []
+    finish(jobs, "rank_killed", undisturbed)
+
+
+def test_a_data_worker_is_killed(jobs: Any, undisturbed: Any) -> None:
+    """The run goes on, and says so."""
+    output, job = jobs("worker_killed")
+    job.reach(3)
+    ranks = job.ranks()
+    worker = next(pid for pid in job.processes("train.py") if parent(pid) == ranks[0])
+    os.kill(worker, signal.SIGKILL)
+    ended = job.wait()
+    assert ended.code == 0 and "a data loader worker died" in ended.out, ended.out
+    found = load_file(output / "export/model.safetensors")
+    assert [key for key in undisturbed if not torch.equal(found[key], undisturbed[key])] == []
+    assert read_metrics(output / "metrics.jsonl")[-1]["worker_restarts"] == 1

@@ -1,0 +1,42 @@
+"""One rank of test_faults.py: runs of the command line in which rank 1 meets numbers that are not finite.
+
+worker_faults.py JSON KIND FIRST LAST ...: in the micro-steps FIRST to LAST, counted from 1, rank 1's loss is
+`nan` or `inf`, or only a `gradient` is not finite.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from giantdet import cli
+from giantdet.distributed import comm
+from giantdet.engine import train
+
+
+def spoil(kind: str, first: int, last: int) -> None:
+    """Let the loop's losses come out so."""
+    losses_of, calls = train.detector_losses, 0
+
+    def spoilt(predictions: Any, conventions: Any) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        losses = losses_of(predictions, conventions)
+        if comm.rank() == 1 and first <= calls <= last:
+            if kind == "gradient":  # the derivative of a root at 0 is infinite, and times 0 no number
+                losses["loss_cls"] = losses["loss_cls"] + (losses["loss_cls"] * 0.0).sqrt()
+            else:
+                losses["loss_cls"] = losses["loss_cls"] * 0.0 + float(kind)
+        return losses
+
+    train.detector_losses = spoilt
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    path, kind, first, last = sys.argv[1:]
+    spoil(kind, int(first), int(last))
+    sys.exit(cli.main(["train", "--config", path]))
