@@ -56,8 +56,9 @@ def stop_asked() -> bool:
 
 
 def stop_reason() -> str:
-    """What this or another rank was asked by."""
-    return _asked[0] if _asked else "a signal to another rank"
+    """Which signal it was, the same text on all ranks, which all call it."""
+    heard = [name for names in comm.gather_objects(list(_asked)) for name in names]
+    return str(comm.broadcast_object(heard[0] if heard else ""))
 
 
 def poisoned(loss: Tensor) -> Tensor:
