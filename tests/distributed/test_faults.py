@@ -280,4 +280,4 @@ def test_a_data_worker_is_killed(jobs: Any, undisturbed: Any) -> None:
     assert ended.code == 0 and "a data loader worker died" in ended.out, ended.out
     found = load_file(output / "export/model.safetensors")
     assert [key for key in undisturbed if not torch.equal(found[key], undisturbed[key])] == []
-    assert read_metrics(output / "metrics.jsonl")[-1]["worker_restarts"] == 1
+    assert [line for line in read_metrics(output / "metrics.jsonl") if line.get("worker_restarts") == 1]
