@@ -53,7 +53,9 @@ class ExportConfig(Section):
 def export_config(run: RunConfig, category_ids: list[int], class_names: list[str]) -> ExportConfig:
     """What an export of this run says of itself; paths of the weights it started from are dropped."""
     model = run.giantdet.model
-    backbone = model.backbone.model_copy(update={"init_weights": None, "pretrained": False})
+    backbone = model.backbone.model_copy(
+        update={"init_weights": None, "pretrained": False, "compile_blocks": False}
+    )
     return ExportConfig(
         model=model.model_copy(update={"backbone": backbone, "init_weights": None}),
         norm=run.giantdet.norm,

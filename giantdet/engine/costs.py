@@ -48,9 +48,8 @@ class States(NamedTuple):
 def states(parameters: int, trainable: int, bytes_each: int, moments: int, stage: int, ranks: int) -> States:
     """DeepSpeed 0.19's states of one rank, in bytes (Rajbhandari et al. 2020, with its float32 copies)."""
     share = 1.0 / ranks
-    copies = (
-        stage > 0 or bytes_each < 4
-    )  # in float32 at stage 0 the optimizer works on the weights themselves
+    # In float32 at stage 0 the optimizer works on the weights themselves.
+    copies = stage > 0 or bytes_each < 4
     return States(
         weights=bytes_each * parameters * (share if stage == 3 else 1.0),
         gradients=bytes_each * trainable * (share if stage >= 2 else 1.0),
