@@ -274,7 +274,11 @@ class TrainConfig(Section):
     save_every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints; 0: at the end only."""
     keep: PositiveInt = 2
-    """Checkpoints that stay."""
+    """Checkpoints that stay, the newest."""
+    keep_best: bool = True
+    """Save and keep the best evaluation's, too, by mask AP (box AP without masks)."""
+    async_save: bool = False
+    """Write checkpoints while training goes on; needs the CPU's memory for a copy of what a rank saves."""
     deterministic: bool = False
     """Deterministic kernels and one thread's order of sums; slower on GPUs."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from giantdet import checkpoint
+from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.data.coco import CocoDataset
@@ -60,7 +60,8 @@ def train(run: RunConfig) -> dict[str, Any]:
     folder = output / "checkpoints"
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
     ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
-    first_step = checkpoint.resume(engine, folder, agvm, ema) if config.train.resume else 0
+    checkpoints = Checkpoints(engine, folder, config.train, agvm, ema)
+    first_step = checkpoints.resume() if config.train.resume else 0
 
     total_steps = config.train.steps
     assert total_steps is not None
@@ -104,7 +105,9 @@ def train(run: RunConfig) -> dict[str, Any]:
         metrics.step()
         if is_due(step, config.train.log_every, total_steps):
             modulation = agvm.scalars() if agvm is not None else {}
-            metrics.log(step, **progress(engine, device, batches.counters), **modulation)
+            checkpoints.finish(wait=False)
+            counters = progress(engine, device, batches.counters) | checkpoints.counters()
+            metrics.log(step, **counters, **modulation)
         evaluation_due = settings.val is not None and is_due(step, config.train.eval_every, total_steps)
         checkpoint_due = is_due(step, config.train.save_every, total_steps)
         if evaluation_due or checkpoint_due:
@@ -115,8 +118,8 @@ def train(run: RunConfig) -> dict[str, Any]:
             engine.train()
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
-        if checkpoint_due:
-            checkpoint.save(engine, folder, step, config.train.keep, agvm, ema)
+        if checkpoint_due or (evaluation_due and checkpoints.is_best(scores)):
+            checkpoints.save(step, scores if evaluation_due else None)
     metrics.close()
     batches.close()
 
@@ -125,6 +128,7 @@ def train(run: RunConfig) -> dict[str, Any]:
         export_model(engine.module, output / "export", exported)
     if comm.is_main():
         plot_run(output / "metrics.jsonl", output)
+    checkpoints.close()
     comm.barrier()
     return scores
 

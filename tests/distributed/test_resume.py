@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from safetensors.torch import load_file
 from tiny import launch_ok, tiny_run
 
-from giantdet.checkpoint import checkpoints
+from giantdet.checkpoint.files import SavedTensors, scan
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import eval_loader
@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
         second.append(_write(folder / f"resumed{stage}.json", raw))
     launch_ok(WORKER, 2, *first, timeout=200)
     for stage in STAGES:
-        assert [p.name for p in checkpoints(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
+        assert [p.name for p, _ in scan(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
     launch_ok(WORKER, 2, *second, timeout=200)
     return folder
 
@@ -101,8 +101,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> Non
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoint_keeps_groups(runs: Path, stage: int) -> None:
     """Their names, by which a resume finds out that the model's groups are others."""
-    file = next((runs / f"stopped{stage}/checkpoints/step_{STEPS}").glob("*model_states.pt"))
-    saved = torch.load(file, map_location="cpu", weights_only=False)["groups"]
+    saved = SavedTensors(runs / f"stopped{stage}/checkpoints/step_{STEPS}").state["groups"]
     assert len(saved) == 10 and all(saved.count(name) == 1 for name in saved)
 
 
