@@ -1,12 +1,14 @@
 """Runs of `engine.train.train` on two ranks: stopped and taken up again, and evaluated, at every ZeRO stage.
 
 One launch trains 6 steps without a stop and, into other folders, 3 steps; a second launch takes the
-latter up to 6. On CPUs in float32 both must be equal bit for bit: weights, losses, LRs.
+latter up to 6, one of them from the checkpoint before its newest, which is torn. On CPUs in float32 both must
+be equal bit for bit: weights, losses, LRs.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from safetensors.torch import load_file
-from tiny import launch_ok, tiny_run
+from tiny import REPO, launch, launch_ok, logs, mounted, tiny_run
 
-from giantdet.checkpoint.files import SavedTensors, scan
+from giantdet.checkpoint.files import SavedTensors, damage, scan
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import eval_loader
@@ -72,7 +74,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
     launch_ok(WORKER, 2, *first, timeout=200)
     for stage in STAGES:
         assert [p.name for p, _ in scan(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
-    launch_ok(WORKER, 2, *second, timeout=200)
+    # The third run has to go on from step_2, and to do away with what a killed one has left.
+    torn = folder / "stopped2/checkpoints/step_3/rank_00001.safetensors"
+    content = bytearray(torn.read_bytes())
+    content[len(content) // 2] ^= 1
+    torn.write_bytes(content)
+    shutil.copytree(torn.parent, folder / "stopped2/checkpoints/step_4.partial")
+    ended = launch_ok(WORKER, 2, *second, timeout=200)
+    (folder / "resumed.err").write_text(ended[0].err)
     return folder
 
 
@@ -96,6 +105,40 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> Non
     one, other = _weights(straight), _weights(stopped)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_torn_checkpoint_is_named_and_left_out(runs: Path) -> None:
+    """And the run that went on from the one before is the straight one, see above."""
+    said = (runs / "resumed.err").read_text()
+    problem = "step_3 is left out: rank_00001.safetensors has changed since it was written (checksum)"
+    assert said.count("is left out") == said.count(problem) == 1
+    for stage in STAGES:
+        assert sorted(p.name for p in (runs / f"stopped{stage}/checkpoints").iterdir()) == [
+            "step_5",
+            "step_6",
+        ]
+    assert sorted(p.name for p in (runs / "stopped2/again").iterdir()) == ["step_2"]
+    assert sorted(p.name for p in (runs / "stopped1/again").iterdir()) == ["step_3"]
+
+
+def test_a_full_disk_stops_the_run_at_its_end_only(runs: Path, demo_data: Path, tmp_path: Path) -> None:
+    """There is room for one checkpoint: that one stays whole, the run is trained and exported to its end."""
+    output = tmp_path / "run"
+    settings = {"zero_optimization__stage": 1, "giantdet__data__val": None, "giantdet__train__save_every": 1}
+    raw = tiny_run(demo_data, output, **settings, giantdet__train__steps=3)
+    one = sum(file.stat().st_size for file in (runs / "straight1/checkpoints/step_6").iterdir())
+    with mounted(output / "checkpoints", f"size={one * 3 // 2}"):
+        command = ["--deepspeed_config", _write(tmp_path / "run.json", raw)]
+        ended = launch(REPO / "scripts/train.py", 2, *command)
+        assert [end.code for end in ended] == [2, 2], logs(ended)
+        said = ended[0].err
+        assert said.count("this checkpoint is not saved, the run goes on") == 2
+        assert said.count("giantdet: error") == 1 and "Traceback" not in said + ended[1].err
+        assert "step_3.partial/rank_0000" in said and "No space left on device" in said
+        assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_1"]
+        assert damage(output / "checkpoints/step_1") == []
+    assert [line.get("failed_saves") for line in _lines(output)] == [None, None, 1]
+    assert len(_weights(output)) > 50
 
 
 @pytest.mark.parametrize("stage", STAGES)
