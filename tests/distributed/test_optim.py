@@ -48,6 +48,20 @@ def _optimizer(name: str) -> dict[str, Any]:
     return {"optimizer": {"type": name, "params": OPTIMIZERS[name]}}
 
 
+# Other places in which DeepSpeed keeps weights and states.
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "round_robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "aligned": {"zero_optimization": {"stage": 2, "parameter_alignment": True}},
+    "sub_groups": {"zero_optimization": {"stage": 3, "sub_group_size": 3000}},
+    "offload2": {"zero_optimization": {"stage": 2, **OFFLOAD}},
+    "offload3": {"zero_optimization": {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}}},
+}
+IN_BF16: dict[str, dict[str, Any]] = {
+    **{f"Adam{stage}_bf16": {"zero_optimization__stage": stage} for stage in (0, 2, 3)},
+    "Adam1_float32_sums": {"zero_optimization__stage": 1, "data_types": {"grad_accum_dtype": "fp32"}},
+}
+
 CASES: dict[str, dict[str, Any]] = {
     **{f"hand_{name}": {"by_hand": True, **_optimizer(name)} for name in OPTIMIZERS},
     **{
@@ -69,6 +83,8 @@ CASES: dict[str, dict[str, Any]] = {
     "hand_window": {"by_hand": True, **WINDOW},
     **{f"window{stage}": {"zero_optimization__stage": stage, **WINDOW} for stage in range(4)},
     "window_bf16": {"zero_optimization__stage": 1, "bf16__enabled": True, **WINDOW},
+    **{name: {**layout, **_optimizer("SGD")} for name, layout in LAYOUTS.items()},
+    **{name: {**case, "bf16__enabled": True} for name, case in IN_BF16.items()},
     "hand_unclipped": {"by_hand": True},
     "hand_start": {"by_hand": True, "steps": 0},
 }
@@ -163,20 +179,24 @@ def test_average_in_bf16(folder: Path) -> None:
     assert not torch.equal(finer, finer.bfloat16().float()), "the average itself is float32"
 
 
-@pytest.mark.parametrize("case", [f"{name}{stage}" for name in OPTIMIZERS for stage in STAGES[name]])
+BY_STAGE = [f"{name}{stage}" for name, stages in STAGES.items() for stage in stages]
+
+
+@pytest.mark.parametrize("case", [*BY_STAGE, *LAYOUTS, *IN_BF16, "Lamb_bf16", "Muon_bf16"])
 def test_checkpoint_holds_every_optimizers_state(folder: Path, case: str) -> None:
     """An engine that went a step too far and back is bit for bit what it was; one process reads the file."""
-    found = _found(folder, case)
+    found, saved = _found(folder, case), SavedTensors(folder / case / "step_3")
     resumed = found["resumed"]
     states = {"SGD": {"momentum_buffer"}, "Lars": {"momentum_buffer"}, "Lion": {"exp_avg"}}
-    states |= {"Lamb": {"exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer", "exp_avg", "exp_avg_sq"}}
-    assert resumed["kinds"] - {"step", "use_muon"} == {"weight", "ema", "buffer"} | states[case[:-1]]
+    states |= {name: {"exp_avg", "exp_avg_sq"} for name in ("Adam", "AdamW", "Lamb")}
+    states["Muon"] = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+    expected = {"weight", "ema", "buffer"} | states[saved.state["optimizer"]]
+    assert resumed["kinds"] - {"step", "use_muon"} == expected
     assert resumed["different"] == [] and resumed["moved"] == resumed["kinds"] - {"use_muon"}
     # keep 1, and the best
     assert [path.name for path, _ in scan(folder / case)] == ["step_2", "step_3"]
-    saved = SavedTensors(folder / case / "step_3")
-    for name, average in found["averages"].items():
-        assert torch.equal(saved.read("ema", name, 0, average.numel()).view_as(average), average), name
-        assert torch.equal(
-            saved.read("weight", name, 0, average.numel()).view_as(average), found["parameters"][name]
-        )
+    for name, weight in found["parameters"].items():
+        dtype = getattr(torch, saved.state["parameters"][name]["dtype"])
+        master, average = (saved.read(kind, name, 0, weight.numel()) for kind in ("weight", "ema"))
+        assert torch.equal(master.view_as(weight).to(dtype).float(), weight), name
+        assert torch.equal(average.view_as(weight).to(dtype).float(), found["averages"][name]), name
