@@ -51,6 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
                 "params": {"total_num_steps": STEPS, "warmup_num_steps": 2, "warmup_type": "linear"},
             },
             "giantdet__train__save_every": 1,
+            "giantdet__train__async_save": stage in (1, 3),
             "giantdet__data__augment": {"short_sides": [48, 56, 64]},
             "giantdet__model__backbone__drop_path_rate": 0.3,
             "giantdet__norm": {"type": "cgbn" if stage > 1 else "local"},

@@ -31,9 +31,11 @@ LAUNCHES: list[tuple[int, dict[str, tuple[int, int]]]] = [
         | {"straight_cgbn": (2, 4), "cgbn": (1, 2)},
     ),
     (4, {"a": (3, 3), "b": (1, 2), "d": (2, 4), "bf16": (3, 3), "cgbn": (3, 4), "sgd4": (1, 10)}),
-    (1, {"a": (1, 4), "c": (0, 4), "other_batch": (2, 7)}),
+    (1, {"a": (1, 4), "c": (0, 4), "other_batch": (2, 7), "float32": (1, 3)}),
     (2, {"b": (3, 4)}),
 ]
+# Runs that begin with the second step of another one.
+COPIES = {"other_batch": "d", "float32": "bf16"}
 
 
 def settings_of(run: str) -> dict[str, Any]:
@@ -76,8 +78,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path, tiny_export:
     for number, (ranks, hops) in enumerate(LAUNCHES):
         files = []
         for run, (stage, steps) in hops.items():
-            if run == "other_batch":
-                shutil.copytree(folder / "d/checkpoints/step_2", folder / run / "checkpoints/step_2")
+            if run in COPIES:
+                shutil.copytree(
+                    folder / COPIES[run] / "checkpoints/step_2", folder / run / "checkpoints/step_2"
+                )
             raw = tiny_run(demo_data, folder / run, **settings_of(run), zero_optimization__stage=stage)
             set_path(raw, "giantdet.model.init_weights", str(tiny_export))  # at ZeRO-3, too
             set_path(raw, "giantdet.train.steps", steps)
@@ -164,6 +168,16 @@ def test_a_run_on_changing_ranks_is_the_straight_run(runs: Path, run: str) -> No
     distances = torch.cat([(mine[name] - theirs[name]).abs().flatten() for name in names])
     assert distances.max() < 1e-4 and distances.gt(2e-6).float().mean() < 0.01
     assert torch.cat([theirs[name].flatten() for name in names]).abs().max() > 0.1
+
+
+def test_float32_takes_up_bf16(runs: Path) -> None:
+    before, after = (_contents(runs / name / "step_2") for name in ("bf16/checkpoints", "float32/again"))
+    assert before.keys() == after.keys()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    types = {
+        p["dtype"] for p in SavedTensors(runs / "float32/checkpoints/step_3").state["parameters"].values()
+    }
+    assert types == {"float32"} and len(_losses(runs / "float32")) == 1
 
 
 def test_another_batch_goes_on_at_the_images_seen(runs: Path) -> None:
