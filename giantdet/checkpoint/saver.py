@@ -205,7 +205,8 @@ class Checkpoints:
         load_tensors(self.engine, saved, self.ema)
         if self.agvm is not None and saved.state["agvm"] is not None:
             self.agvm.load_state_dict(saved.state["agvm"])
-        scores = [about["score"] for _, about in scan(self.folder) if about and about["score"] is not None]
+        before = [m for _, m in scan(self.folder) if m and m["images"] <= saved.state["images"]]
+        scores = [manifest["score"] for manifest in before if manifest["score"] is not None]
         self.best = comm.broadcast_object(max(scores, default=None))
         return load_counters(self.engine, saved)
 

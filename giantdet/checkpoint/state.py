@@ -101,10 +101,12 @@ def describe_state(engine: Any, step: int, agvm: Agvm | None, ema: WeightEma | N
 
 def check_fit(engine: Any, saved: SavedTensors) -> None:
     """Raise ValueError unless the checkpoint is of this model, in these parameter groups."""
-    groups = [group["name"] for group in engine.basic_optimizer.param_groups]
-    if set(groups) != set(saved.state["groups"]):
+    groups = {group["name"] for group in engine.basic_optimizer.param_groups}
+    if different := sorted(groups ^ set(saved.state["groups"])):
+        where = "the run" if different[0] in groups else "the checkpoint"
         raise ValueError(
-            f"{saved.folder}: saved with the parameter groups {saved.state['groups']}, the run has {groups}"
+            f"{saved.folder}: saved with other parameter groups: {different[0]} is in {where} alone; "
+            f"{len(different)} groups differ"
         )
     here = {name: list(_shape(p)) for name, p in engine.module.named_parameters()}
     there = {name: about["shape"] for name, about in saved.state["parameters"].items()}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from safetensors.torch import load_file
-from tiny import REPO, launch, launch_ok, logs, mounted, tiny_run
+from tiny import REPO, launch, logs, mounted, set_path, tiny_run
 
 from giantdet.checkpoint.files import SavedTensors, damage, scan
 from giantdet.config.types import DataConfig
@@ -26,8 +26,8 @@ from giantdet.engine.evaluate import detect_all
 from giantdet.engine.metrics import read_metrics
 from giantdet.export import ExportConfig, export_checkpoint, load_detector, read_export_config
 
-WORKER = Path(__file__).with_name("worker_train.py")
 STAGES = [0, 1, 2, 3]
+FIRST_LAUNCH, SECOND_LAUNCH = 1, 4  # of those in conftest.py
 STEPS, STOP = 6, 3
 # Measured, or counted since the process started: they differ from run to run.
 CLOCKS = ("images_per_second", "data_share", "memory_gib", "dropped_objects", "tiny_objects")
@@ -38,52 +38,63 @@ def _write(path: Path, raw: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    first, second = [], []
+def settings_of(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization__stage": stage,
+        "gradient_accumulation_steps": 2 if stage in (1, 3) else 1,
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": STEPS, "warmup_num_steps": 2, "warmup_type": "linear"},
+        },
+        "giantdet__train__save_every": 1,
+        "giantdet__train__async_save": stage in (1, 3),
+        "giantdet__data__augment": {"short_sides": [48, 56, 64]},
+        "giantdet__model__backbone__drop_path_rate": 0.3,
+        "giantdet__norm": {"type": "cgbn" if stage > 1 else "local"},
+        "gradient_clipping": 0.1,
+        "giantdet__train__clip_window": [1, 4],
+        "giantdet__ema": {"enabled": stage != 1, "decay": 0.5},
+        "giantdet__agvm": {
+            "enabled": True,
+            "estimator": "all_splits" if stage > 1 else "half_split",
+            "preconditioned": stage < 3,
+            "interval": 2,
+            "start_step": 1,
+            "momentum": 0.5,
+        },
+    }
+
+
+def write_runs(folder: Path, data: Path, steps: dict[str, int]) -> list[Path]:
+    """The JSONs of runs of so many steps, by name, at every stage."""
+    files = []
     for stage in STAGES:
-        settings: dict[str, Any] = {
-            "zero_optimization__stage": stage,
-            "gradient_accumulation_steps": 2 if stage in (1, 3) else 1,
-            "scheduler": {
-                "type": "WarmupCosineLR",
-                "params": {"total_num_steps": STEPS, "warmup_num_steps": 2, "warmup_type": "linear"},
-            },
-            "giantdet__train__save_every": 1,
-            "giantdet__train__async_save": stage in (1, 3),
-            "giantdet__data__augment": {"short_sides": [48, 56, 64]},
-            "giantdet__model__backbone__drop_path_rate": 0.3,
-            "giantdet__norm": {"type": "cgbn" if stage > 1 else "local"},
-            "gradient_clipping": 0.1,
-            "giantdet__train__clip_window": [1, 4],
-            "giantdet__ema": {"enabled": stage != 1, "decay": 0.5},
-            "giantdet__agvm": {
-                "enabled": True,
-                "estimator": "all_splits" if stage > 1 else "half_split",
-                "preconditioned": stage < 3,
-                "interval": 2,
-                "start_step": 1,
-                "momentum": 0.5,
-            },
-        }
-        for name, steps in (("straight", STEPS), ("stopped", STOP)):
-            raw = tiny_run(demo_data, folder / f"{name}{stage}", giantdet__train__steps=steps, **settings)
-            first.append(_write(folder / f"{name}{stage}.json", raw))
-        raw = tiny_run(demo_data, folder / f"stopped{stage}", giantdet__train__steps=STEPS, **settings)
-        second.append(_write(folder / f"resumed{stage}.json", raw))
-    launch_ok(WORKER, 2, *first, timeout=200)
+        for name, count in steps.items():
+            raw = tiny_run(data, folder / f"{name}{stage}", **settings_of(stage))
+            set_path(raw, "giantdet.train.steps", count)
+            files.append(_write(folder / f"{name}{stage}_{count}.json", raw))
+    return files
+
+
+def write_first(folder: Path, data: Path) -> list[Path]:
+    return write_runs(folder, data, {"straight": STEPS, "stopped": STOP})
+
+
+def write_second(folder: Path, data: Path) -> list[Path]:
+    """Before it the third run loses a byte: it must go on from step_2, and clear up after a killed one."""
     for stage in STAGES:
         assert [p.name for p, _ in scan(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
-    # The third run has to go on from step_2, and to do away with what a killed one has left.
     torn = folder / "stopped2/checkpoints/step_3/rank_00001.safetensors"
     content = bytearray(torn.read_bytes())
     content[len(content) // 2] ^= 1
     torn.write_bytes(content)
     shutil.copytree(torn.parent, folder / "stopped2/checkpoints/step_4.partial")
-    ended = launch_ok(WORKER, 2, *second, timeout=200)
-    (folder / "resumed.err").write_text(ended[0].err)
-    return folder
+    return write_runs(folder, data, {"stopped": STEPS})
+
+
+@pytest.fixture(scope="module")
+def runs(trained: Path) -> Path:
+    return trained / "resume"
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
@@ -110,7 +121,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> Non
 
 def test_torn_checkpoint_is_named_and_left_out(runs: Path) -> None:
     """And the run that went on from the one before is the straight one, see above."""
-    said = (runs / "resumed.err").read_text()
+    said = (runs.parent / f"{SECOND_LAUNCH}.err").read_text()
     problem = "step_3 is left out: rank_00001.safetensors has changed since it was written (checksum)"
     assert said.count("is left out") == said.count(problem) == 1
     for stage in STAGES:
