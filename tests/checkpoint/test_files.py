@@ -66,6 +66,8 @@ def test_a_whole_checkpoint_has_no_damage(folder: Path) -> None:
     assert newest(folder).name == "step_11"
     (folder / "step_12.partial").mkdir()
     assert newest(folder).name == "step_11", "what was never finished does not count"
+    (folder / "step_11").rename(folder / "step_11.replaced")
+    assert newest(folder).name == "step_11.replaced", "killed where another step_11 was to take its place"
 
 
 @pytest.mark.parametrize("name", FILES)

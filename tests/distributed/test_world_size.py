@@ -48,6 +48,7 @@ def settings_of(run: str) -> dict[str, Any]:
         "giantdet__ema": {"enabled": True, "decay": 0.5},
         "giantdet__train__save_every": 1,
         "giantdet__train__keep": 10,
+        "giantdet__model__backbone__frozen_stages": 1,
         "giantdet__data__val": None,
     }
     if run.startswith("sgd"):
@@ -80,7 +81,8 @@ def write_runs(
         if run in COPIES:
             shutil.copytree(folder / COPIES[run] / "checkpoints/step_2", folder / run / "checkpoints/step_2")
         raw = tiny_run(data, folder / run, **settings_of(run), zero_optimization__stage=stage)
-        set_path(raw, "giantdet.model.init_weights", str(weights))
+        if not (folder / run).exists():  # what goes on must have all from the checkpoint, the frozen too
+            set_path(raw, "giantdet.model.init_weights", str(weights))
         set_path(raw, "giantdet.train.steps", steps)
         files.append(folder / f"{run}_{number}.json")
         files[-1].write_text(json.dumps(raw))
@@ -155,6 +157,8 @@ def test_what_is_loaded_is_what_was_saved(runs: Path, run: str) -> None:
         assert {key: one[key] for key in same} == {key: other[key] for key in same}
         if run not in ("bf16", "cgbn"):
             assert len(set(one["agvm"]["factors"].values())) > 2
+        frozen = [n for n in one["parameters"] if f"weight/{n}" in before and f"ema/{n}" not in before]
+        assert len(frozen) == 3
 
 
 @pytest.mark.parametrize("run", ["a", "b", "c", "d", "cgbn"])
