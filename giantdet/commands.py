@@ -99,7 +99,7 @@ def run_predict(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    from giantdet.checkpoint import newest
+    from giantdet.checkpoint.files import newest
     from giantdet.config.load import load_run
     from giantdet.data.coco import CocoDataset
     from giantdet.export import export_checkpoint, export_config

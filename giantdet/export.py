@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from giantdet import __version__
+from giantdet.checkpoint.files import SavedTensors, damage
 from giantdet.config.load import RunConfig
 from giantdet.config.types import ModelConfig, NormConfig, Section
 from giantdet.convert import from_torchvision, is_torchvision
 from giantdet.distributed import comm
 from giantdet.models.detector import Detector, build_detector
 from giantdet.models.weights import load_backbone_weights, load_strictly, read_state_dict
-from giantdet.optim.ema import SavedEma
 
 logger = logging.getLogger("giantdet")
 
@@ -70,7 +71,7 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
 
     A file takes at most `shard` GiB, or one tensor.
     """
-    tensors = dict(model.named_parameters()) | _persistent_buffers(model)
+    tensors = dict(model.named_parameters()) | persistent_buffers(model)
     sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
     for names in shard_plan(sizes, int(shard * GIB)):
@@ -86,32 +87,33 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
 def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig, shard: float = 2.0) -> None:
     """Write the model of a saved checkpoint, in one process and without an engine.
 
-    With the averages of the weights, where the checkpoint has them: they are what a run exports.
-    Up to ZeRO-2 the checkpoint holds the whole model in the precision it was trained in; of ZeRO-3
-    the float32 master weights are read lazily from the ranks' files.
+    With the averages of the weights, where the checkpoint has them: they are what a run exports. Both are
+    float32 there, and exported in the type that the model was trained in. ValueError for a damaged one.
     """
-    if list(checkpoint.glob("zero_pp_rank_*_mp_rank_00_model_states.pt")):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    if found := damage(checkpoint):
+        raise ValueError(f"{checkpoint}: {'; '.join(found)}")
+    saved = SavedTensors(checkpoint)
+    parameters = saved.state["parameters"]
+    sizes = {name: math.prod(p["shape"]) * _dtype(p).itemsize for name, p in parameters.items()}
+    buffers = {name: saved.buffer(name) for name in saved.kinds if saved.has("buffer", name)}
+    sizes |= {name: buffer.nbytes for name, buffer in buffers.items()}
 
-        state = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), checkpoint.name, lazy_mode=True
-        )
-    else:
-        # A checkpoint of one's own: besides tensors it holds settings that only pickle can carry.
-        file = checkpoint / "mp_rank_00_model_states.pt"
-        if not file.is_file():
-            raise ValueError(f"{checkpoint}: no model states here; name the folder of one checkpoint")
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    averages = SavedEma(checkpoint)
-    averaged = averages.names()
-    sizes = {name: tensor.shape.numel() * tensor.dtype.itemsize for name, tensor in state.items()}
+    def tensor(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
+        kind, shape = "ema" if saved.has("ema", name) else "weight", parameters[name]["shape"]
+        return saved.read(kind, name, 0, math.prod(shape)).view(shape).to(_dtype(parameters[name]))
+
     writer = _ShardWriter(folder)
     for names in shard_plan(sizes, int(shard * GIB)):
-        tensors = {name: state[name].contiguous() for name in names}
-        for name in averaged.intersection(names):
-            tensors[name] = averages.read(name).view_as(tensors[name]).to(tensors[name].dtype)
-        writer.write(tensors)
+        writer.write({name: tensor(name) for name in names})
     writer.finish(config)
+
+
+def _dtype(parameter: dict[str, Any]) -> torch.dtype:
+    dtype = getattr(torch, parameter["dtype"])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def shard_plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -162,7 +164,8 @@ class _ShardWriter:
         return self.folder / f"shard-{i}.safetensors.part"
 
 
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that belong to the state dict: running statistics."""
     saved = set(module.state_dict())
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}
 

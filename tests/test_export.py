@@ -175,7 +175,7 @@ def test_not_an_export_and_not_a_checkpoint(tmp_path: Path, tiny_export: Path) -
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json"):
         load_detector(tmp_path)
-    with pytest.raises(ValueError, match="no model states here"):
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         export_checkpoint(tmp_path, tmp_path / "out", read_export_config(tiny_export))
 
 

@@ -65,6 +65,12 @@ def resolve(
         _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
     giantdet = _resolve_clip_window(giantdet, deepspeed, train_images)
     giantdet = _resolve_agvm(giantdet, deepspeed)
+    moved = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    if moved.get("device") == "nvme" or moved.get("ratio", 1.0) < 1.0:
+        raise ConfigError(
+            "zero_optimization.offload_optimizer: checkpoints need the optimizer's state in one memory; "
+            'set device "cpu", and no ratio'
+        )
     offload = deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device")
     if giantdet.ema.enabled and offload == "nvme":
         raise ConfigError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.distributed import comm
+from giantdet.losses import DivergedError
 
 logger = logging.getLogger("giantdet")
 
@@ -29,10 +30,6 @@ _asked: list[str] = []
 
 class StoppedError(RuntimeError):
     """The run was asked to stop and has saved a checkpoint."""
-
-
-class DivergedError(RuntimeError):
-    """Losses or gradients are no longer finite numbers."""
 
 
 def listen() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from giantdet import checkpoint
+from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.data.coco import CocoDataset
@@ -68,7 +68,8 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     folder = output / "checkpoints"
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
     ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
-    first_step = checkpoint.resume(engine, folder, agvm, ema) if config.train.resume else 0
+    checkpoints = Checkpoints(engine, folder, config.train, agvm, ema)
+    first_step = checkpoints.resume() if config.train.resume else 0
 
     total_steps = config.train.steps
     assert total_steps is not None
@@ -118,32 +119,36 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
         stopping = stop_asked()
         if is_due(step, config.train.log_every, total_steps):
             modulation = agvm.scalars() if agvm is not None else {}
-            metrics.log(step, **progress(engine, device, batches.counters, guard.skipped), **modulation)
-        evaluation_due = is_due(step, config.train.eval_every, total_steps)
-        evaluation_due = evaluation_due and not stopping
-        checkpoint_due = stopping or is_due(step, config.train.save_every, total_steps)
-        if (validation is not None and evaluation_due) or checkpoint_due:
-            zero.average_statistics(engine)
+            checkpoints.finish(wait=False)
+            line = progress(engine, device, batches.counters, guard.skipped) | checkpoints.counters()
+            metrics.log(step, **line, **modulation)
+        evaluation_due = is_due(step, config.train.eval_every, total_steps) and not stopping
+        checkpoint_due = is_due(step, config.train.save_every, total_steps) or stopping
         if validation is not None and evaluation_due:
+            zero.average_statistics(engine)
             with averaged(ema):
                 scores = evaluate(engine, run, validation, dataset.category_ids, device)
             engine.train()
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
-        if checkpoint_due:
-            checkpoint.save(engine, folder, step, config.train.keep, agvm, ema)
+        evaluated = validation is not None and evaluation_due
+        if checkpoint_due or (evaluated and checkpoints.is_best(scores)):
+            checkpoints.save(step, scores if evaluated else None)
         if stopping:
+            checkpoints.close()
             raise StoppedError(f"{stop_reason()} after step {step}; the same command goes on from {folder}")
     if profile is not None:
         profile.close()
     metrics.close()
     batches.close()
 
+    zero.average_statistics(engine)
     exported = export_config(run, dataset.category_ids, dataset.class_names)
     with averaged(ema):
         export_model(engine.module, output / "export", exported, config.train.export_shard)
     if comm.is_main():
         plot_run(output / "metrics.jsonl", output)
+    checkpoints.close()
     comm.barrier()
     return scores
 

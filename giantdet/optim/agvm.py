@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
 from giantdet.distributed.cgbn import CrossGpuBatchNorm
-from giantdet.optim.moments import Fragment, even_share, second_moments
+from giantdet.optim.fragments import Fragment, even_share, shares
 from giantdet.optim.param_groups import module_of, module_of_group
 from giantdet.optim.variance import (
     aligning_factors,
@@ -242,19 +242,19 @@ class Agvm:
 
     def _measure_elementwise(self) -> dict[str, float]:
         """Reduce both rows over the ranks, in buckets; each rank takes the products of its fragments."""
-        fragments = second_moments(self.engine) if self.preconditioned else None
+        fragments = shares(self.engine) if self.preconditioned else None
         sums = self._zeros(len(self.names), 3)
         for bucket in self._buckets():
             rows = torch.stack([torch.cat([self._row(half, p) for p in bucket]) for half in (0, 1)])
             comm.sum_over_ranks_(rows)
             sizes = [_numel(p) for p in bucket]
             for p, part in zip(bucket, rows.split(sizes, 1), strict=True):
-                fragment = (
-                    Fragment(*even_share(_numel(p)), {}, None) if fragments is None else fragments.get(p)
-                )
-                if fragment is not None:
-                    both = part[:, fragment.first : fragment.last] / self._loss_scale()
-                    sums[self.index[self.module[p]]] += self._products(both, fragment)
+                fragment = None if fragments is None else fragments.get(p)
+                if fragment is None and fragments is not None:
+                    continue  # other ranks have all of it
+                first, last = even_share(_numel(p)) if fragment is None else fragment[:2]
+                both = part[:, first:last] / self._loss_scale()
+                sums[self.index[self.module[p]]] += self._products(both, fragment)
         comm.sum_over_ranks_(sums)
         values = sums.tolist()
         found = {}
@@ -284,7 +284,7 @@ class Agvm:
         """fp16 multiplies the loss; bf16 and float32 do not."""
         return float(getattr(self.engine.optimizer, "loss_scale", 1.0) or 1.0)
 
-    def _products(self, rows: Tensor, fragment: Fragment) -> Tensor:
+    def _products(self, rows: Tensor, fragment: Fragment | None) -> Tensor:
         """`[3]`: of half_split dot product and squares, of all_splits squares of shards and of the mean."""
         # DeepSpeed divides the loss by the number of micro-batches.
         if self.config.estimator == "half_split":
@@ -296,16 +296,17 @@ class Agvm:
         shards = (squares * scale.square()).sum()
         return torch.stack([shards, (mean * scale).square().sum(), torch.zeros_like(shards)]).double()
 
-    def _precondition(self, value: Tensor, gradient: Tensor, fragment: Fragment) -> Tensor:
+    def _precondition(self, value: Tensor, gradient: Tensor, fragment: Fragment | None) -> Tensor:
         """value / (sqrt(b2 v + (1 - b2) gradient^2) + eps): what Adam would divide by after this gradient."""
-        if not self.preconditioned:
+        if fragment is None:
             return value
         beta2, eps = fragment.group["betas"][1], fragment.group["eps"]
         if self.config.look_ahead == "released":  # which had divided the gradient by the number of ranks
             gradient = gradient / comm.world_size()
         moment = (1.0 - beta2) * gradient.square()
-        if fragment.moment is not None:
-            moment = moment + beta2 * fragment.moment.to(gradient.device, torch.float32)
+        saved = fragment.state(self.engine.basic_optimizer)[0].get("exp_avg_sq")  # None before the first step
+        if saved is not None:
+            moment = moment + beta2 * saved.to(gradient.device, torch.float32)
         return value / (moment.sqrt() + eps)
 
     # The norms' estimator: complete after the optimizer step

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import Ended, environment, free_port, launch, logs, tiny_run
 
-from giantdet.checkpoint import checkpoints
+from giantdet.checkpoint.files import scan
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import train_loader
@@ -35,6 +35,11 @@ def write(folder: Path, name: str, data: Path, **changes: Any) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(raw))
     return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Of a run, oldest first."""
+    return [path for path, _ in scan(run / "checkpoints")]
 
 
 # Numbers that are not finite
@@ -66,7 +71,7 @@ def test_a_spoilt_step_is_left_out_on_all_ranks(
     run = tmp_path / "run"
     config = read_export_config(run / "export")
     weights = {}
-    for checkpoint in checkpoints(run / "checkpoints"):
+    for checkpoint in checkpoints(run):
         export_checkpoint(checkpoint, tmp_path / checkpoint.name, config)
         weights[int(checkpoint.name[5:])] = load_file(tmp_path / checkpoint.name / "model.safetensors")
     assert all(torch.isfinite(t).all() for state in weights.values() for t in state.values())
@@ -113,7 +118,7 @@ def test_too_many_in_a_row_end_the_run(demo_data: Path, tmp_path: Path) -> None:
     said = [line for end in ends for line in end.err.splitlines() if "giantdet: stopped" in line]
     assert len(said) == 1 and "3 steps in a row were left out, the last: step 5 " in said[0]
     assert "Traceback" not in ends[0].err + ends[1].err
-    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
+    newest = checkpoints(tmp_path / "run")[-1]
     assert newest.name == "step_4"
 
 
@@ -243,7 +248,7 @@ def test_a_stop_signal_saves_a_checkpoint(jobs: Any, undisturbed: Any, number: s
     stopped = [line for line in ended.out.splitlines() if "giantdet: stopped:" in line]
     assert len(stopped) == 1 and "the same command goes on from" in stopped[0], ended.out
     step = int(stopped[0].split("after step ")[1].split(";")[0])
-    assert checkpoints(output / "checkpoints")[-1].name == f"step_{step}" and 7 <= step < STEPS
+    assert checkpoints(output)[-1].name == f"step_{step}" and 7 <= step < STEPS
     assert job.processes("train.py") == []
     finish(jobs, name, undisturbed)
 
@@ -255,7 +260,7 @@ def test_the_launcher_is_killed(jobs: Any, undisturbed: Any) -> None:
     os.kill(job.processes("deepspeed.launcher.launch")[0], signal.SIGKILL)
     job.until(lambda: job.processes("train.py") == [], "end of the ranks")
     assert "giantdet: stopped: SIGTERM after step" in job.log.read_text()
-    assert int(checkpoints(output / "checkpoints")[-1].name[5:]) >= 7
+    assert int(checkpoints(output)[-1].name[5:]) >= 7
     job.close()
     finish(jobs, "orphaned", undisturbed)
 

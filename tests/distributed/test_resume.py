@@ -1,12 +1,14 @@
 """Runs of `engine.train.train` on two ranks: stopped and taken up again, and evaluated, at every ZeRO stage.
 
 One launch trains 6 steps without a stop and, into other folders, 3 steps; a second launch takes the
-latter up to 6. On CPUs in float32 both must be equal bit for bit: weights, losses, LRs.
+latter up to 6, one of them from the checkpoint before its newest, which is torn. On CPUs in float32 both must
+be equal bit for bit: weights, losses, LRs.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from safetensors.torch import load_file
-from tiny import launch_ok, tiny_run
+from tiny import REPO, launch, logs, mounted, set_path, tiny_run
 
-from giantdet.checkpoint import checkpoints
+from giantdet.checkpoint.files import SavedTensors, damage, scan
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import eval_loader
@@ -24,8 +26,8 @@ from giantdet.engine.evaluate import detect_all
 from giantdet.engine.metrics import read_metrics
 from giantdet.export import ExportConfig, export_checkpoint, load_detector, read_export_config
 
-WORKER = Path(__file__).with_name("worker_train.py")
 STAGES = [0, 1, 2, 3]
+FIRST_LAUNCH, SECOND_LAUNCH = 1, 4  # of those in conftest.py
 STEPS, STOP = 6, 3
 # Measured, or counted since the process started: they differ from run to run.
 CLOCKS = ("images_per_second", "data_share", "memory_gib", "dropped_objects", "tiny_objects")
@@ -36,44 +38,63 @@ def _write(path: Path, raw: dict[str, Any]) -> Path:
     return path
 
 
+def settings_of(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization__stage": stage,
+        "gradient_accumulation_steps": 2 if stage in (1, 3) else 1,
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": STEPS, "warmup_num_steps": 2, "warmup_type": "linear"},
+        },
+        "giantdet__train__save_every": 1,
+        "giantdet__train__async_save": stage in (1, 3),
+        "giantdet__data__augment": {"short_sides": [48, 56, 64]},
+        "giantdet__model__backbone__drop_path_rate": 0.3,
+        "giantdet__norm": {"type": "cgbn" if stage > 1 else "local"},
+        "gradient_clipping": 0.1,
+        "giantdet__train__clip_window": [1, 4],
+        "giantdet__ema": {"enabled": stage != 1, "decay": 0.5},
+        "giantdet__agvm": {
+            "enabled": True,
+            "estimator": "all_splits" if stage > 1 else "half_split",
+            "preconditioned": stage < 3,
+            "interval": 2,
+            "start_step": 1,
+            "momentum": 0.5,
+        },
+    }
+
+
+def write_runs(folder: Path, data: Path, steps: dict[str, int]) -> list[Path]:
+    """The JSONs of runs of so many steps, by name, at every stage."""
+    files = []
+    for stage in STAGES:
+        for name, count in steps.items():
+            raw = tiny_run(data, folder / f"{name}{stage}", **settings_of(stage))
+            set_path(raw, "giantdet.train.steps", count)
+            files.append(_write(folder / f"{name}{stage}_{count}.json", raw))
+    return files
+
+
+def write_first(folder: Path, data: Path) -> list[Path]:
+    return write_runs(folder, data, {"straight": STEPS, "stopped": STOP})
+
+
+def write_second(folder: Path, data: Path) -> list[Path]:
+    """Before it the third run loses a byte: it must go on from step_2, and clear up after a killed one."""
+    for stage in STAGES:
+        assert [p.name for p, _ in scan(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
+    torn = folder / "stopped2/checkpoints/step_3/rank_00001.safetensors"
+    content = bytearray(torn.read_bytes())
+    content[len(content) // 2] ^= 1
+    torn.write_bytes(content)
+    shutil.copytree(torn.parent, folder / "stopped2/checkpoints/step_4.partial")
+    return write_runs(folder, data, {"stopped": STEPS})
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    first, second = [], []
-    for stage in STAGES:
-        settings: dict[str, Any] = {
-            "zero_optimization__stage": stage,
-            "gradient_accumulation_steps": 2 if stage in (1, 3) else 1,
-            "scheduler": {
-                "type": "WarmupCosineLR",
-                "params": {"total_num_steps": STEPS, "warmup_num_steps": 2, "warmup_type": "linear"},
-            },
-            "giantdet__train__save_every": 1,
-            "giantdet__data__augment": {"short_sides": [48, 56, 64]},
-            "giantdet__model__backbone__drop_path_rate": 0.3,
-            "giantdet__norm": {"type": "cgbn" if stage > 1 else "local"},
-            "gradient_clipping": 0.1,
-            "giantdet__train__clip_window": [1, 4],
-            "giantdet__ema": {"enabled": stage != 1, "decay": 0.5},
-            "giantdet__agvm": {
-                "enabled": True,
-                "estimator": "all_splits" if stage > 1 else "half_split",
-                "preconditioned": stage < 3,
-                "interval": 2,
-                "start_step": 1,
-                "momentum": 0.5,
-            },
-        }
-        for name, steps in (("straight", STEPS), ("stopped", STOP)):
-            raw = tiny_run(demo_data, folder / f"{name}{stage}", giantdet__train__steps=steps, **settings)
-            first.append(_write(folder / f"{name}{stage}.json", raw))
-        raw = tiny_run(demo_data, folder / f"stopped{stage}", giantdet__train__steps=STEPS, **settings)
-        second.append(_write(folder / f"resumed{stage}.json", raw))
-    launch_ok(WORKER, 2, *first)
-    for stage in STAGES:
-        assert [p.name for p in checkpoints(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
-    launch_ok(WORKER, 2, *second)
-    return folder
+def runs(trained: Path) -> Path:
+    return trained / "resume"
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
@@ -98,11 +119,44 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> Non
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def test_torn_checkpoint_is_named_and_left_out(runs: Path) -> None:
+    """And the run that went on from the one before is the straight one, see above."""
+    said = (runs.parent / f"{SECOND_LAUNCH}.err").read_text()
+    problem = "step_3 is left out: rank_00001.safetensors has changed since it was written (checksum)"
+    assert said.count("is left out") == said.count(problem) == 1
+    for stage in STAGES:
+        assert sorted(p.name for p in (runs / f"stopped{stage}/checkpoints").iterdir()) == [
+            "step_5",
+            "step_6",
+        ]
+    assert sorted(p.name for p in (runs / "stopped2/again").iterdir()) == ["step_2"]
+    assert sorted(p.name for p in (runs / "stopped1/again").iterdir()) == ["step_3"]
+
+
+def test_a_full_disk_stops_the_run_at_its_end_only(runs: Path, demo_data: Path, tmp_path: Path) -> None:
+    """There is room for one checkpoint: that one stays whole, the run is trained and exported to its end."""
+    output = tmp_path / "run"
+    settings = {"zero_optimization__stage": 1, "giantdet__data__val": None, "giantdet__train__save_every": 1}
+    raw = tiny_run(demo_data, output, **settings, giantdet__train__steps=3)
+    one = sum(file.stat().st_size for file in (runs / "straight1/checkpoints/step_6").iterdir())
+    with mounted(output / "checkpoints", f"size={one * 3 // 2}"):
+        command = ["--deepspeed_config", _write(tmp_path / "run.json", raw)]
+        ended = launch(REPO / "scripts/train.py", 2, *command)
+        assert [end.code for end in ended] == [2, 2], logs(ended)
+        said = ended[0].err
+        assert said.count("this checkpoint is not saved, the run goes on") == 2
+        assert said.count("giantdet: error") == 1 and "Traceback" not in said + ended[1].err
+        assert "step_3.partial/rank_0000" in said and "No space left on device" in said
+        assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_1"]
+        assert damage(output / "checkpoints/step_1") == []
+    assert [line.get("failed_saves") for line in _lines(output)] == [None, None, 1]
+    assert len(_weights(output)) > 50
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoint_keeps_groups(runs: Path, stage: int) -> None:
     """Their names, by which a resume finds out that the model's groups are others."""
-    file = next((runs / f"stopped{stage}/checkpoints/step_{STEPS}").glob("*model_states.pt"))
-    saved = torch.load(file, map_location="cpu", weights_only=False)["groups"]
+    saved = SavedTensors(runs / f"stopped{stage}/checkpoints/step_{STEPS}").state["groups"]
     assert len(saved) == 10 and all(saved.count(name) == 1 for name in saved)
 
 

@@ -1,6 +1,7 @@
 """One rank of test_optim.py: a few steps under ZeRO, and on rank 0 in plain PyTorch.
 
-worker_optim.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with LRs by step, weights and their averages.
+worker_optim.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with LRs by step, weights and their averages, and
+FOLDER/CASE with checkpoints.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import timm.optim
 import torch
 from worker_zero import build, make_batch, mean_loss, run_cases, run_of, total_loss
 
+from giantdet.checkpoint.saver import Checkpoints
+from giantdet.checkpoint.state import local_tensors
 from giantdet.config.load import RunConfig
+from giantdet.config.types import TrainConfig
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.engine.train import clipping_at
 from giantdet.optim.ema import WeightEma
 
 STEPS = 3
+AP = [0.1, 0.3, 0.2]  # as if it had been evaluated after each step
 DECAY = 0.3  # below (1 + n) / (10 + n) from the third step on: both regimes are seen
 
 
@@ -35,6 +40,8 @@ def with_zero(run: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
     engine = zero.initialize(build(run), run)
     engine.train()
     ema = WeightEma(engine.module, DECAY)
+    saves = run.deepspeed["optimizer"]["type"] != "AdamW" or "bf16" in run.deepspeed
+    checkpoints = Checkpoints(engine, folder, TrainConfig(keep=1, async_save=True), ema=ema)
     lrs, betas = [], []
     for step in range(steps):
         zero.set_gradient_clipping(engine, clipping_at(step, run))
@@ -43,16 +50,39 @@ def with_zero(run: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
         engine.backward(total_loss(engine(make_batch(step, 0, comm.rank()))))
         engine.step()
         ema.update()
+        if saves:
+            checkpoints.save(step + 1, {"box": {"AP": AP[step]}})
+    checkpoints.close()
+    before = local_tensors(engine, ema, copy=True)[0]
     found = {"lrs": lrs, "betas": betas, "parameters": weights(engine.module)}
     found["shapes"] = sorted(tuple(p.shape) for g in engine.basic_optimizer.param_groups for p in g["params"])
     with ema.applied():
         found["averages"] = weights(engine.module)
         engine(make_batch(9, 0, comm.rank()))  # the model works with them, at ZeRO-3 too
     found["restored"] = weights(engine.module)
-    folder.mkdir(exist_ok=True)
-    ema.save(folder)
+    if saves:
+        found["resumed"] = go_back(engine, checkpoints, ema, before)
     engine.destroy()
     return found
+
+
+def go_back(
+    engine: Any, checkpoints: Checkpoints, ema: WeightEma, before: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Take a step and then the last checkpoint: is all as it was?"""
+    counted = engine.global_steps, engine.global_samples, ema.steps, zero.learning_rates(engine)
+    engine.backward(total_loss(engine(make_batch(9, 0, comm.rank()))))
+    engine.step()
+    ema.update()
+    moved = local_tensors(engine, ema, copy=True)[0]
+    assert checkpoints.resume() == engine.global_steps
+    after = local_tensors(engine, ema)[0]
+    assert counted == (engine.global_steps, engine.global_samples, ema.steps, zero.learning_rates(engine))
+    return {
+        "kinds": {name.split("/")[0] for name in before},
+        "different": [name for name in before if not torch.equal(before[name], after[name])],
+        "moved": {name.split("/")[0] for name in before if not torch.equal(before[name], moved[name])},
+    }
 
 
 def plain_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

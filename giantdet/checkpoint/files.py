@@ -1,0 +1,211 @@
+"""What a checkpoint is on disk: its files, its manifest, how damage is found, how tensors are read again.
+
+    step_N/
+      rank_00000.safetensors ...  what a rank alone holds: fragments [first, last) of flattened tensors, as
+                                  KIND/PARAMETER (weight, exp_avg, ..., ema, buffer), `first` in the metadata
+      state.json                  counters, parameter groups, AGVM, shapes: small, and the same for all ranks
+      manifest.json               size and CRC-32 of each file, and of itself; written last
+
+A folder gets its name when all of it is on disk (`saver.py`), before it ends in `.partial`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from giantdet import __version__
+
+FORMAT = 1
+MANIFEST, STATE, PARTIAL = "manifest.json", "state.json", ".partial"
+_NAME = re.compile(r"step_\d+(\.replaced)?")
+_CHUNK = 2**24  # bytes
+
+
+# Writing. All of it raises OSError with the file's name.
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], firsts: dict[str, int]) -> None:
+    try:
+        save_file(tensors, path, metadata={key: str(first) for key, first in firsts.items()})
+    except SafetensorError as error:  # knows the system's number in its text only
+        number = re.search(r"os error (\d+)", str(error))
+        reason = str(error) if number is None else os.strerror(int(number[1]))
+        raise OSError(int(number[1]) if number else 0, reason, str(path)) from error
+    sync(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and checksum: the manifest's entry of a file."""
+    size = checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            checksum = zlib.crc32(chunk, checksum)
+    return {"bytes": size, "crc32": f"{checksum:08x}"}
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """The manifest's file: `content`, and the checksum of that."""
+    inner = {key: value for key, value in content.items() if key != "crc32"}
+    checksum = zlib.crc32(json.dumps(inner).encode())
+    return json.dumps(inner | {"crc32": f"{checksum:08x}"}, indent=1) + "\n"
+
+
+# Reading
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where it is missing or not as it was written."""
+    try:
+        text = (folder / MANIFEST).read_bytes().decode()
+        content: dict[str, Any] = json.loads(text)
+        if manifest_text(content) == text:
+            return content
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{MANIFEST} is damaged")
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, by its manifest; [] if nothing is.
+
+    Of `parts` callers each checks its share of the files. Raises ValueError for a checkpoint of before.
+    """
+    if list(folder.glob("*_model_states.pt")) and not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"{folder}: saved by an earlier giantdet in DeepSpeed's own files, which giantdet {__version__} "
+            "does not read; name another train.output, or start afresh with train.resume=false"
+        )
+    try:
+        files = read_manifest(folder)["files"]
+    except ValueError as error:
+        return [str(error)] if part == 0 else []
+    found = []
+    for name in sorted(files)[part::parts]:
+        try:
+            now = describe_file(folder / name)
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+        else:
+            if now["bytes"] != files[name]["bytes"]:
+                found.append(f"{name} has {now['bytes']} bytes of {files[name]['bytes']}")
+            elif now != files[name]:
+                found.append(f"{name} has changed since it was written (checksum)")
+    return found
+
+
+def scan(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """The checkpoints in `folder` with their manifests, oldest first by the images they have seen.
+
+    Those whose manifest cannot be read come last, with None.
+    """
+    found: list[tuple[Path, dict[str, Any] | None]] = []
+    for path in folder.glob("step_*"):
+        if _NAME.fullmatch(path.name):
+            try:
+                found.append((path, read_manifest(path)))
+            except ValueError:
+                found.append((path, None))
+    return sorted(
+        found, key=lambda pair: (pair[1] is None, pair[1]["images"] if pair[1] else 0, pair[0].name)
+    )
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint without damage. Raises ValueError where there is none."""
+    problems = []
+    for path, _ in reversed(scan(folder)):
+        if not (found := damage(path)):
+            return path
+        problems.append(f"{path.name}: {', '.join(found)}")
+    raise ValueError(f"{folder}: no whole checkpoint here; {'; '.join(problems) or 'none at all'}")
+
+
+class SavedTensors:
+    """A checkpoint's tensors, read slice by slice from the files of all ranks that wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
+        if self.state["format"] != FORMAT:
+            raise ValueError(
+                f"{folder}: of format {self.state['format']}, giantdet {__version__} reads {FORMAT} alone"
+            )
+        self._pieces: dict[str, list[tuple[int, Any]]] = {}
+        for name in sorted(read_manifest(folder)["files"]):
+            if name != STATE:
+                file: Any = safe_open(folder / name, "pt")
+                firsts = file.metadata() or {}
+                for key in file.keys():  # noqa: SIM118 (safetensors' files are no dicts)
+                    self._pieces.setdefault(key, []).append((int(firsts.get(key, 0)), file))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+        self.kinds: dict[str, set[str]] = {}
+        for key in self._pieces:
+            kind, name = key.split("/", 1)
+            self.kinds.setdefault(name, set()).add(kind)
+
+    def has(self, kind: str, name: str) -> bool:
+        return kind in self.kinds.get(name, ())
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """A tensor that one rank has written as it is: a single value."""
+        tensor: Tensor = self._pieces[f"{kind}/{name}"][0][1].get_tensor(f"{kind}/{name}")
+        return tensor
+
+    def buffer(self, name: str, rank: int | None = None) -> Tensor:
+        """A buffer as a rank has written it; of no rank in particular, the mean over all."""
+        every = [file.get_tensor(f"buffer/{name}") for _, file in self._pieces[f"buffer/{name}"]]
+        if rank is not None or not every[0].is_floating_point():
+            return every[rank or 0]
+        return (torch.stack(every).double().sum(0) / len(every)).to(every[0].dtype)
+
+    def read(self, kind: str, name: str, first: int, last: int) -> Tensor:
+        """Elements [first, last) of a flattened tensor. ValueError where some are missing."""
+        key = f"{kind}/{name}"
+        pieces = self._pieces.get(key, [])
+        parts, position = [], first
+        for begin, file in pieces[max(0, bisect_right(pieces, first, key=lambda piece: piece[0]) - 1) :]:
+            if position >= last or begin > position:
+                break
+            part = file.get_slice(key)[position - begin : last - begin]
+            parts.append(part)
+            position += len(part)
+        if position != last:
+            raise ValueError(
+                f"{self.folder}: elements {position} to {last} of the {kind} of {name} are missing"
+            )
+        return torch.cat(parts) if parts else torch.empty(0)

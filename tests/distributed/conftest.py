@@ -1,0 +1,31 @@
+"""Training runs that two files of tests look at: starting processes takes longer than training in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import launch_ok
+
+WORKER = Path(__file__).with_name("worker_train.py")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, demo_data: Path, tiny_export: Path) -> Path:
+    """Folders `resume` and `world` with the runs of test_resume.py and test_world_size.py."""
+    import test_resume
+    import test_world_size
+
+    folder = tmp_path_factory.mktemp("trained")
+    resume, world = folder / "resume", folder / "world"
+    resume.mkdir()
+    world.mkdir()
+    for number, (ranks, hops) in enumerate(test_world_size.LAUNCHES):
+        files = test_world_size.write_runs(world, number, hops, demo_data, tiny_export)
+        if number == test_resume.FIRST_LAUNCH:
+            files += test_resume.write_first(resume, demo_data)
+        if number == test_resume.SECOND_LAUNCH:
+            files += test_resume.write_second(resume, demo_data)
+        ended = launch_ok(WORKER, ranks, *files, timeout=300)
+        (folder / f"{number}.err").write_text(ended[0].err)
+    return folder
