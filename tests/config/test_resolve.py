@@ -301,6 +301,13 @@ def test_average_needs_the_weights_in_memory() -> None:
         resolve(parse_run(raw), 2)
 
 
+@pytest.mark.parametrize("offload", [{"device": "nvme"}, {"device": "cpu", "ratio": 0.5}])
+def test_checkpoints_need_the_optimizer_in_one_memory(offload: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="offload_optimizer: checkpoints need the optimizer's state in one"):
+        resolve(make(zero_optimization={"stage": 3, "offload_optimizer": offload}), 2)
+    resolve(make(zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}), 2)
+
+
 def test_clip_window() -> None:
     warmup = {"type": "WarmupPolyLR", "params": {"warmup_num_steps": 150}}
 
