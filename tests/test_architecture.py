@@ -27,11 +27,12 @@ ORDER = [
     "cli",
 ]
 SAME = {"convert": "export", "checkpoint": "export", "commands": "cli", "__main__": "cli"}
-MAX_LINES, MAX_CORE_LINES = 360, 6000  # of the core, lines of code: explaining it shall cost nothing
+MAX_LINES, MAX_CORE_LINES = 360, 6500  # of the core, lines of code: explaining it shall cost nothing
 # Not of the core: lists of the names that DeepSpeed, torch and timm know, which grow with those, and the
 # commands beside the main job, which no training, evaluation or prediction goes through.
 TABLES = {"config/deepspeed_keys.py", "config/plugins.py"}
 TOOLS = {
+    "engine/doctor.py",
     "engine/plan.py",
     "engine/costs.py",
     "engine/count.py",
