@@ -125,8 +125,7 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
         evaluation_due = is_due(step, config.train.eval_every, total_steps) and not stopping
         checkpoint_due = is_due(step, config.train.save_every, total_steps) or stopping
         if validation is not None and evaluation_due:
-            zero.average_statistics(engine)
-            with averaged(ema):
+            with averaged(ema), zero.averaged_statistics(engine):
                 scores = evaluate(engine, run, validation, dataset.category_ids, device)
             engine.train()
             if comm.is_main():
@@ -142,9 +141,8 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     metrics.close()
     batches.close()
 
-    zero.average_statistics(engine)
     exported = export_config(run, dataset.category_ids, dataset.class_names)
-    with averaged(ema):
+    with averaged(ema), zero.averaged_statistics(engine):
         export_model(engine.module, output / "export", exported, config.train.export_shard)
     if comm.is_main():
         plot_run(output / "metrics.jsonl", output)

@@ -171,16 +171,22 @@ def gradient_norm(engine: Any) -> float | None:
     return None if norm is None else float(norm)
 
 
-@torch.no_grad()
-def average_statistics(engine: Any) -> None:
-    """Give all ranks the mean of their batch norms' running statistics. All ranks call it.
+@contextmanager
+def averaged_statistics(engine: Any) -> Iterator[None]:
+    """The mean over the ranks of their batch norms' running statistics in their place, to evaluate or export.
 
-    Each rank's are of its own images. Without this, ranks would evaluate different models, and the one
-    that is saved and exported would know the main rank's images alone.
+    Each rank's are of its own images. Without this, ranks would evaluate different models, and the one that
+    is exported would know the main rank's images alone. All ranks enter and leave it together; afterwards
+    the statistics are what they were, so that an evaluation changes nothing for the steps to come.
     """
     norms = [m for m in engine.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
-    comm.average_(statistics)
+    with torch.no_grad():
+        kept = [t.clone() for t in statistics]
+        comm.average_(statistics)
+        yield
+        for tensor, own in zip(statistics, kept, strict=True):
+            tensor.copy_(own)
 
 
 def peak_memory(device: torch.device) -> float:

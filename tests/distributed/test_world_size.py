@@ -103,22 +103,29 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def _contents(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All its tensors put together by hand; each element must be in one file alone."""
+    """All its tensors put together by hand; each element must be in one file alone.
+
+    But for running statistics, of which each rank has its own: their mean.
+    """
     shapes = {name: p["shape"] for name, p in SavedTensors(checkpoint).state["parameters"].items()}
     found: dict[str, torch.Tensor] = {}
     written: dict[str, torch.Tensor] = {}
+    buffers: dict[str, list[torch.Tensor]] = {}
     for path in sorted(checkpoint.glob("rank_*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118
+                if key.startswith("buffer/"):
+                    buffers.setdefault(key, []).append(file.get_tensor(key))
+                    continue
                 part, first, name = file.get_tensor(key), int(file.metadata()[key]), key.split("/", 1)[1]
-                single = part.dim() == 0 or key.startswith("buffer/")
-                size = part.numel() if single else torch.Size(shapes[name]).numel()
+                size = 1 if part.dim() == 0 else torch.Size(shapes[name]).numel()
                 whole = found.setdefault(key, torch.zeros(size, dtype=part.dtype))
                 whole[first : first + part.numel()] = part.flatten()
                 count = written.setdefault(key, torch.zeros(size, dtype=torch.int32))
                 count[first : first + part.numel()] += 1
     assert [key for key, count in written.items() if not count.eq(1).all()] == []
-    return found
+    means = {key: torch.stack(every).double().mean(0).to(every[0].dtype) for key, every in buffers.items()}
+    return found | means
 
 
 def test_ranks_and_accumulation_train_the_same(runs: Path) -> None:

@@ -113,10 +113,11 @@ def with_zero(run: RunConfig) -> dict[str, Any]:
             parameters[name] = parameter.detach().float().clone()
     groups = {g["name"]: g["weight_decay"] for g in engine.basic_optimizer.param_groups}
     moved = statistics(engine.module)
-    zero.average_statistics(engine)
-    for name, buffer in statistics(engine.module).items():
-        if run.giantdet.norm.type == "cgbn":
-            assert torch.equal(buffer, moved[name]), f"{name} differs over the group"
+    with zero.averaged_statistics(engine):
+        for name, buffer in statistics(engine.module).items():
+            if run.giantdet.norm.type == "cgbn":
+                assert torch.equal(buffer, moved[name]), f"{name} differs over the group"
+    assert all(torch.equal(buffer, moved[name]) for name, buffer in statistics(engine.module).items())
     engine.destroy()
     return {"losses": losses, "norms": norms, "parameters": parameters, "groups": groups, "moved": moved}
 
