@@ -8,6 +8,7 @@ never started, every function answers at once.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from datetime import timedelta
@@ -30,6 +31,11 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"local rank {local_rank}, but the process sees {gpus} GPUs: start one process a GPU, and "
+                "let each see all GPUs of its machine (srun: --gpus-per-node and no --gpus-per-task)"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         import deepspeed  # late: its import takes seconds and reads DS_ACCELERATOR
@@ -44,12 +50,22 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
 
 
 def _fill_environment() -> None:
-    """Give srun's and a plain python's process the variables that torchrun sets."""
+    """Give a process of srun, or a plain python's, the variables that deepspeed and torchrun set.
+
+    Raises ValueError where the ranks could not find one another.
+    """
     environment = os.environ
-    if "RANK" not in environment and "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    if "RANK" not in environment and _is_srun():
+        environment.update(
+            RANK=environment["SLURM_PROCID"],
+            WORLD_SIZE=environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
+            LOCAL_RANK=environment["SLURM_LOCALID"],
+        )
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+        if "SLURM_JOB_ID" in environment:  # a port that all ranks of the job agree on
+            port = 20_000 + int(environment["SLURM_JOB_ID"]) % 10_000
+            environment.setdefault("MASTER_PORT", str(port))
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -58,7 +74,24 @@ def _fill_environment() -> None:
     }.items():
         environment.setdefault(name, value)
     if "MASTER_PORT" not in environment:
+        if environment["WORLD_SIZE"] != "1":
+            raise ValueError("MASTER_PORT is not set: export one that is free on rank 0's host, as 29500")
         environment["MASTER_PORT"] = str(_free_port())
+
+
+def _is_srun() -> bool:
+    """Is this one of srun's processes? A batch script has SLURM_PROCID as well, but is alone."""
+    return "SLURM_PROCID" in os.environ and bool({"SLURM_STEP_NUM_TASKS", "MASTER_ADDR"} & os.environ.keys())
+
+
+def _first_host(nodes: str) -> str:
+    """The first of a list of hosts as Slurm writes it: node[003-010,12]-ib,login is node003-ib."""
+    host = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes).split(",")[0]
+    if not host:
+        raise ValueError(
+            "neither MASTER_ADDR nor SLURM_STEP_NODELIST is set: export rank 0's host as MASTER_ADDR"
+        )
+    return host
 
 
 def _free_port() -> int:
