@@ -13,11 +13,15 @@ from giantdet import commands
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+EXIT_LOST_CONTACT = 4
 COCO_IMAGES = 117_266
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. Bad input: one line on stderr and 2; a loss of NaN: 3."""
+    """Run one command; returns its exit code.
+
+    Each with one line on stderr: bad input 2, a loss of NaN 3, another rank gone or late 4.
+    """
     parser = build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="giantdet: %(message)s")
@@ -37,6 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"giantdet: error: {error.filename}: {error.strerror}")
         return EXIT_BAD_INPUT
     except RuntimeError as error:
+        comm = sys.modules.get("giantdet.distributed.comm")
+        if comm is not None and comm.is_lost_contact(error):
+            # Each rank says it, as each may know another part of it; after the progress bar, on its own line.
+            print(f"\ngiantdet: stopped: {comm.describe_lost_contact(error)}", file=sys.stderr, flush=True)
+            return EXIT_LOST_CONTACT
         if type(error).__name__ != "DivergedError":
             raise
         _say(f"giantdet: stopped: {error}")

@@ -275,6 +275,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0: at the end only."""
     keep: PositiveInt = 2
     """Checkpoints that stay."""
+    timeout_minutes: PositiveFloat = 30.0
+    """How long a rank waits for another before the run ends: longer than a checkpoint, or what the main rank
+    does alone in an evaluation."""
     deterministic: bool = False
     """Deterministic kernels and one thread's order of sums; slower on GPUs."""
 

@@ -18,12 +18,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "remote process exited or there was a network error",  # ncclRemoteError
+    "Watchdog caught collective operation timeout",
+)
+
 
 def start(timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group that the launcher describes (deepspeed, torchrun, srun or none at all).
 
-    Returns the device of this rank. NCCL on GPUs, gloo on CPUs.
+    Returns the device of this rank. NCCL on GPUs, gloo on CPUs. A rank waits at most `timeout_minutes` for
+    the others, here and in every collective of every group, DeepSpeed's too (`is_lost_contact`).
     """
+    timeout = timedelta(minutes=timeout_minutes)
+    # Groups that are made later, ours and DeepSpeed's, take these and not that of the first group.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     has_gpu = torch.cuda.is_available()
     # DeepSpeed picks its accelerator at import; without a GPU it must not look for one.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
@@ -40,13 +56,45 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     if not dist.is_initialized():
         import deepspeed  # late: its import takes seconds and reads DS_ACCELERATOR
 
-        deepspeed.init_distributed(
-            dist_backend="nccl" if has_gpu else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if has_gpu else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timeout,
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ["MASTER_PORT"]
+            raise ValueError(
+                f"port {port} of this host is in use: give the launcher another --master_port"
+            ) from None
     return device
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Does an error of a collective or of the start say that another rank is gone, or late?
+
+    gloo and NCCL raise plain RuntimeErrors: by their words. Where NCCL's watchdog finds the time-out first,
+    it ends the process by itself (SIGABRT), with its own message.
+    """
+    text = str(error)
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _LOST)
+    )
+
+
+def describe_lost_contact(error: BaseException) -> str:
+    """One line about an error that `is_lost_contact`: who says it, why, and what to do."""
+    source, advice = r"^\[.*?\] ", r"\.?( This is typically.*)?(\n.*)?$"
+    detail = re.sub(f"{source}|{advice}", "", str(error), flags=re.DOTALL)
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return (
+        f"rank {rank} of {world} on {socket.gethostname()} lost contact to another rank ({detail}): its "
+        "process, its host or the network between is gone, or it is later than train.timeout_minutes; see "
+        "what it last said. Started again, the run goes on from its newest checkpoint"
+    )
 
 
 def _fill_environment() -> None:
