@@ -44,7 +44,7 @@ install() {
         return 1
     fi
     _say "installing openssh-server, pdsh and iproute2"
-    apt-get update -qq || true
+    apt-get update -qq || true # old lists may do
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
         openssh-client openssh-server pdsh iproute2 util-linux >/dev/null
 }
@@ -111,6 +111,10 @@ EOF
 on() {
     local dir="$1" name="$2"
     shift 2
+    if [ ! -f "$dir/$name.pid" ]; then
+        _say "error: no $name is up in $dir"
+        return 1
+    fi
     exec nsenter --target "$(cat "$dir/$name.pid")" --net --pid --mount --uts --wd="$PWD" -- "$@"
 }
 

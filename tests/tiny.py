@@ -60,8 +60,8 @@ def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
-def demo_run(data: Path, output: Path) -> list[str]:
-    """Arguments of scripts/train.py: two steps of the demo, smaller, on the demo set in `data`."""
+def demo_run(data: Path, output: Path, steps: int = 2) -> list[str]:
+    """Arguments of scripts/train.py: a few steps of the demo, smaller, on the demo set in `data`."""
     return [
         "--deepspeed_config",
         str(REPO / "ds_configs/demo.json"),
@@ -72,7 +72,7 @@ def demo_run(data: Path, output: Path) -> list[str]:
         f"data.train.images={data / 'train'}",
         f"data.val.annotations={data / 'val.json'}",
         f"data.val.images={data / 'val'}",
-        "train.steps=2",
+        f"train.steps={steps}",
         "train.log_every=1",
         f"train.output={output}",
     ]

@@ -14,7 +14,7 @@ def _meet(options: argparse.Namespace) -> None:
     comm.start(timeout_minutes=0.05)
     comm.barrier()
     if comm.rank() == 1:
-        time.sleep(8)
+        time.sleep(6)
     else:
         comm.mean_over_ranks([1.0])
 
