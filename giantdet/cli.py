@@ -161,6 +161,22 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--images", type=_at_least(1), default=COCO_IMAGES, help=f"default: {COCO_IMAGES}")
     plan.set_defaults(command=commands.run_plan)
 
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="check versions, accelerators, network between ranks, file system and limits",
+        description="Check this machine, or with scripts/doctor.py under a launcher all hosts and what is "
+        "between them. Exit code 1 if something is bad.",
+    )
+    doctor.add_argument(
+        "--output", type=Path, default=Path("runs"), help="where runs will write; default: runs"
+    )
+    doctor.add_argument("--mebibytes", type=_at_least(1), default=64, help="of the all-reduce; default: 64")
+    doctor.add_argument(
+        "--timeout-minutes", type=float, default=2.0, help="to wait for other ranks; default: 2"
+    )
+    doctor.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    doctor.set_defaults(command=commands.run_doctor)
+
     validate = subparsers.add_parser("validate-data", help="report every bad record of a COCO data set")
     validate.add_argument("annotations", help="COCO instances JSON")
     validate.add_argument("images", help="folder of its images")

@@ -169,6 +169,12 @@ def run_plan(options: argparse.Namespace) -> None:
     print(report(make_plan(run, options.gpus, machine, bandwidth, options.efficiency, options.images)))
 
 
+def run_doctor(options: argparse.Namespace) -> int:
+    from giantdet.engine.doctor import doctor
+
+    return doctor(options.output, options.mebibytes, options.timeout_minutes)
+
+
 def run_validate(options: argparse.Namespace) -> int:
     from giantdet.data.validate import format_report, validate
 

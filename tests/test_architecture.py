@@ -34,6 +34,7 @@ TABLES = {"config/deepspeed_keys.py", "config/plugins.py"}
 TOOLS = {
     "engine/plan.py",
     "engine/count.py",
+    "engine/doctor.py",
     "engine/plots.py",
     "engine/precise_bn.py",
     "data/validate.py",

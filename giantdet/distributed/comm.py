@@ -85,15 +85,19 @@ def is_lost_contact(error: BaseException) -> bool:
     )
 
 
+def reason(error: BaseException) -> str:
+    """The words of a collective's error without its source line and stack."""
+    source, advice = r"^\[.*?\] ", r"\.?( This is typically.*)?(\n.*)?$"
+    return re.sub(f"{source}|{advice}", "", str(error), flags=re.DOTALL)
+
+
 def describe_lost_contact(error: BaseException) -> str:
     """One line about an error that `is_lost_contact`: who says it, why, and what to do."""
-    source, advice = r"^\[.*?\] ", r"\.?( This is typically.*)?(\n.*)?$"
-    detail = re.sub(f"{source}|{advice}", "", str(error), flags=re.DOTALL)
-    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}"
     return (
-        f"rank {rank} of {world} on {socket.gethostname()} lost contact to another rank ({detail}): its "
-        "process, its host or the network between is gone, or it is later than train.timeout_minutes; see "
-        "what it last said. Started again, the run goes on from its newest checkpoint"
+        f"{who} lost contact to another rank ({reason(error)}): its process, its host or the network between "
+        "is gone, or it is later than train.timeout_minutes; see what it last said. Started again, the run "
+        "goes on from its newest checkpoint"
     )
 
 
@@ -241,6 +245,13 @@ def sum_over_ranks_(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, in place of `tensor`; all ranks must call it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_on_cpus_(tensor: torch.Tensor) -> torch.Tensor:
+    """As `sum_over_ranks_`, of a CPU tensor over gloo, whatever the backend of the GPUs."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, group=_cpu_group())
     return tensor
 
 
