@@ -5,8 +5,8 @@ python scripts/supervise.py --hostfile hosts --min_nodes 2 \\
 
 Options of the launcher come before the script, after `--`. Runs go on from their newest checkpoint by
 themselves. A run that is done, was given bad input (exit code 2) or diverged (3) is not started again. The
-supervisor runs on a host that reaches the others by ssh; hosts that are back by the next fault are taken in
-again.
+supervisor runs on a host that reaches the others by ssh; to end the run, end the supervisor. Hosts that are
+back by the next fault are taken in again.
 """
 
 from __future__ import annotations
