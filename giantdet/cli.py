@@ -14,14 +14,16 @@ from giantdet import commands
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+EXIT_LOST_CONTACT = 4
 EXIT_STOPPED = 5
 COCO_IMAGES = 117_266
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. Bad input: one line on stderr and 2.
+    """Run one command; returns its exit code.
 
-    A run whose losses are no numbers: 3; one that was asked to stop, and has saved: 5.
+    Each with one line on stderr: bad input 2, losses that are no numbers 3, another rank gone or late 4,
+    stopped on request, after a save 5.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -45,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"giantdet: error: {error.filename}: {error.strerror}")
         return EXIT_BAD_INPUT
     except RuntimeError as error:
+        comm = sys.modules.get("giantdet.distributed.comm")
+        if comm is not None and comm.is_lost_contact(error):
+            # Each rank says it, as each may know another part of it; after the progress bar, on its own line.
+            print(f"\ngiantdet: stopped: {comm.describe_lost_contact(error)}", file=sys.stderr, flush=True)
+            return EXIT_LOST_CONTACT
         codes = {"DivergedError": EXIT_DIVERGED, "StoppedError": EXIT_STOPPED}
         if type(error).__name__ not in codes:
             raise
@@ -165,6 +172,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="then find the largest micro-batch by trying, on this machine's GPUs; --memory bounds a try",
     )
     plan.set_defaults(command=commands.run_plan)
+
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="check versions, accelerators, network between ranks, file system and limits",
+        description="Check this machine, or with scripts/doctor.py under a launcher all hosts and what is "
+        "between them. Exit code 1 if something is bad.",
+    )
+    doctor.add_argument(
+        "--output", type=Path, default=Path("runs"), help="where runs will write; default: runs"
+    )
+    doctor.add_argument("--mebibytes", type=_at_least(1), default=64, help="of the all-reduce; default: 64")
+    doctor.add_argument(
+        "--timeout-minutes", type=float, default=2.0, help="to wait for other ranks; default: 2"
+    )
+    doctor.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    doctor.set_defaults(command=commands.run_doctor)
 
     validate = subparsers.add_parser("validate-data", help="report every bad record of a COCO data set")
     validate.add_argument("annotations", help="COCO instances JSON")

@@ -194,6 +194,12 @@ def measure_micro_batch(options: argparse.Namespace) -> None:
     print(f"The largest micro-batch is {found}." if found else "Not even one image fits.")
 
 
+def run_doctor(options: argparse.Namespace) -> int:
+    from giantdet.engine.doctor import doctor
+
+    return doctor(options.output, options.mebibytes, options.timeout_minutes)
+
+
 def run_validate(options: argparse.Namespace) -> int:
     from giantdet.data.validate import format_report, validate
 

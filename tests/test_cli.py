@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,43 @@ def test_script_in_one_process(demo_data: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert (tmp_path / "out/export/model.safetensors").is_file()
     assert (tmp_path / "out/losses.png").is_file()
+
+
+def test_rank_that_never_comes_is_one_line(
+    demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """Rank 0 of two, alone, waits as long as the JSON says: 1.2 seconds."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out", giantdet__train__timeout_minutes=0.02))
+    assert cli.main(["train", "--config", str(run)]) == cli.EXIT_LOST_CONTACT == 4
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "giantdet: stopped: rank 0 of 2 on " in err and "1/2 clients joined" in err
+
+
+def test_port_in_use_is_one_line(demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+            monkeypatch.setenv(name, {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}.get(name, "0"))
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        code = cli.main(["train", "--config", str(run)])
+    _one_line(code, capsys.readouterr().err, "is in use", "--master_port")
+
+
+def test_late_rank_is_one_line() -> None:
+    """Rank 1 is alive and silent: the others end within the time-out, of a group made later as well."""
+    late = launch(REPO / "tests/distributed/worker_late.py", 2)
+    assert [end.code for end in late] == [4, 0], logs(late)
+    said = [line for line in late[0].err.splitlines() if "giantdet: stopped" in line]
+    assert len(said) == 1 and "Traceback" not in late[0].err
+    assert "rank 0 of 2 on " in said[0] and "Timed out waiting 3000ms" in said[0]
 
 
 def test_deepspeed_launcher_says_it_once(demo_data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,24 @@ def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
+def demo_run(data: Path, output: Path, steps: int = 2) -> list[str]:
+    """Arguments of scripts/train.py: a few steps of the demo, smaller, on the demo set in `data`."""
+    return [
+        "--deepspeed_config",
+        str(REPO / "ds_configs/demo.json"),
+        "model.backbone.name=test_resnet",
+        "data.size=[64,64]",
+        "data.short_side=64",
+        f"data.train.annotations={data / 'train.json'}",
+        f"data.train.images={data / 'train'}",
+        f"data.val.annotations={data / 'val.json'}",
+        f"data.val.images={data / 'val'}",
+        f"train.steps={steps}",
+        "train.log_every=1",
+        f"train.output={output}",
+    ]
+
+
 def set_path(raw: dict[str, Any], path: str, value: Any) -> None:
     """Set a dotted path without touching the dicts that other runs share."""
     *parents, last = path.split(".")
@@ -92,6 +110,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def same_run(one: Path, other: Path) -> None:
+    """Assert that two runs had the same losses and exported the same weights, to the last bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    from giantdet.engine.metrics import read_metrics
+
+    losses = [
+        [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+        for run in (one, other)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) > 1
+    mine, theirs = (load_file(run / "export/model.safetensors") for run in (one, other))
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
 class Ended(NamedTuple):
     """What a process left behind."""
 
@@ -107,25 +142,36 @@ def launch(script: Path, world: int, *arguments: object, timeout: float = 400.0)
     """
     group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(script), *map(str, arguments)]
+    ranks = [environment(RANK=str(r), LOCAL_RANK=str(r), **group) for r in range(world)]
+    return run_together([(command, rank) for rank in ranks], timeout)
+
+
+def run_together(
+    commands: Sequence[tuple[Sequence[str], dict[str, str]]], timeout: float = 240.0
+) -> list[Ended]:
+    """Run commands in their environments at the same time, and what each left behind.
+
+    One that fails ends the others after a moment. AssertionError on a time-out.
+    """
     with ExitStack() as stack:
-        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in "oe"] for _ in range(world)]
-        ranks = [
+        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in "oe"] for _ in commands]
+        processes = [
             subprocess.Popen(
                 command,
-                env=environment(RANK=str(r), LOCAL_RANK=str(r), **group),
+                env=variables,
                 cwd=REPO,
-                stdout=files[r][0],
-                stderr=files[r][1],
-                start_new_session=True,  # so that what a rank starts, a compiler say, ends with it
+                stdout=out,
+                stderr=err,
+                start_new_session=True,  # so that what a process starts, a compiler say, ends with it
             )
-            for r in range(world)
+            for (command, variables), (out, err) in zip(commands, files, strict=True)
         ]
-        in_time = _wait(ranks, timeout)
+        in_time = _wait(processes, timeout)
         for file in (file for pair in files for file in pair):
             file.seek(0)
         texts = [[file.read() for file in pair] for pair in files]
-    results = [Ended(p.returncode, *text) for p, text in zip(ranks, texts, strict=True)]
-    assert in_time, f"{script.name} hung for {timeout:.0f} s\n{logs(results)}"
+    results = [Ended(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+    assert in_time, f"{Path(commands[0][0][1]).name} hung for {timeout:.0f} s\n{logs(results)}"
     return results
 
 

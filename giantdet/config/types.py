@@ -292,6 +292,9 @@ class TrainConfig(Section):
     """GiB of an export's file; a larger model is written in several, with an index."""
     max_skipped_steps: PositiveInt = 10
     """Steps whose gradient is not finite are left out; so many in a row end the run (exit code 3)."""
+    timeout_minutes: PositiveFloat = 30.0
+    """How long a rank waits for another before the run ends: longer than a checkpoint, or what the main rank
+    does alone in an evaluation."""
     deterministic: bool = False
     """Deterministic kernels and one thread's order of sums; slower on GPUs."""
 

@@ -8,6 +8,7 @@ never started, every function answers at once.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from datetime import timedelta
@@ -17,12 +18,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "remote process exited or there was a network error",  # ncclRemoteError
+    "Watchdog caught collective operation timeout",
+)
+
 
 def start(timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group that the launcher describes (deepspeed, torchrun, srun or none at all).
 
-    Returns the device of this rank. NCCL on GPUs, gloo on CPUs.
+    Returns the device of this rank. NCCL on GPUs, gloo on CPUs. A rank waits at most `timeout_minutes` for
+    the others, here and in every collective of every group, DeepSpeed's too (`is_lost_contact`).
     """
+    timeout = timedelta(minutes=timeout_minutes)
+    # Groups that are made later, ours and DeepSpeed's, take these and not that of the first group.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     has_gpu = torch.cuda.is_available()
     # DeepSpeed picks its accelerator at import; without a GPU it must not look for one.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
@@ -30,26 +47,77 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"local rank {local_rank}, but the process sees {gpus} GPUs: start one process a GPU, and "
+                "let each see all GPUs of its machine (srun: --gpus-per-node and no --gpus-per-task)"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         import deepspeed  # late: its import takes seconds and reads DS_ACCELERATOR
 
-        deepspeed.init_distributed(
-            dist_backend="nccl" if has_gpu else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if has_gpu else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timeout,
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ["MASTER_PORT"]
+            raise ValueError(
+                f"port {port} of this host is in use: give the launcher another --master_port"
+            ) from None
     return device
 
 
+def is_lost_contact(error: BaseException) -> bool:
+    """Does an error of a collective or of the start say that another rank is gone, or late?
+
+    gloo and NCCL raise plain RuntimeErrors: by their words. Where NCCL's watchdog finds the time-out first,
+    it ends the process by itself (SIGABRT), with its own message.
+    """
+    text = str(error)
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _LOST)
+    )
+
+
+def reason(error: BaseException) -> str:
+    """The words of a collective's error without its source line and stack."""
+    source, advice = r"^\[.*?\] ", r"\.?( This is typically.*)?(\n.*)?$"
+    return re.sub(f"{source}|{advice}", "", str(error), flags=re.DOTALL)
+
+
+def describe_lost_contact(error: BaseException) -> str:
+    """One line about an error that `is_lost_contact`: who says it, why, and what to do."""
+    who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}"
+    return (
+        f"{who} lost contact to another rank ({reason(error)}): its process, its host or the network between "
+        "is gone, or it is later than train.timeout_minutes; see what it last said. Started again, the run "
+        "goes on from its newest checkpoint"
+    )
+
+
 def _fill_environment() -> None:
-    """Give srun's and a plain python's process the variables that torchrun sets."""
+    """Give a process of srun, or a plain python's, the variables that deepspeed and torchrun set.
+
+    Raises ValueError where the ranks could not find one another.
+    """
     environment = os.environ
-    if "RANK" not in environment and "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    if "RANK" not in environment and _is_srun():
+        environment.update(
+            RANK=environment["SLURM_PROCID"],
+            WORLD_SIZE=environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
+            LOCAL_RANK=environment["SLURM_LOCALID"],
+        )
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+        if "SLURM_JOB_ID" in environment:  # a port that all ranks of the job agree on
+            port = 20_000 + int(environment["SLURM_JOB_ID"]) % 10_000
+            environment.setdefault("MASTER_PORT", str(port))
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -58,7 +126,24 @@ def _fill_environment() -> None:
     }.items():
         environment.setdefault(name, value)
     if "MASTER_PORT" not in environment:
+        if environment["WORLD_SIZE"] != "1":
+            raise ValueError("MASTER_PORT is not set: export one that is free on rank 0's host, as 29500")
         environment["MASTER_PORT"] = str(_free_port())
+
+
+def _is_srun() -> bool:
+    """Is this one of srun's processes? A batch script has SLURM_PROCID as well, but is alone."""
+    return "SLURM_PROCID" in os.environ and bool({"SLURM_STEP_NUM_TASKS", "MASTER_ADDR"} & os.environ.keys())
+
+
+def _first_host(nodes: str) -> str:
+    """The first of a list of hosts as Slurm writes it: node[003-010,12]-ib,login is node003-ib."""
+    host = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes).split(",")[0]
+    if not host:
+        raise ValueError(
+            "neither MASTER_ADDR nor SLURM_STEP_NODELIST is set: export rank 0's host as MASTER_ADDR"
+        )
+    return host
 
 
 def _free_port() -> int:
@@ -160,6 +245,13 @@ def sum_over_ranks_(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, in place of `tensor`; all ranks must call it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_on_cpus_(tensor: torch.Tensor) -> torch.Tensor:
+    """As `sum_over_ranks_`, of a CPU tensor over gloo, whatever the backend of the GPUs."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, group=_cpu_group())
     return tensor
 
 

@@ -42,7 +42,7 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     (resolved), checkpoints/, metrics.jsonl, losses.png, results.json and scores.json of the evaluation,
     export/ (safetensors).
     """
-    device = comm.start()
+    device = comm.start(run.giantdet.train.timeout_minutes)
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
     settings = run.giantdet.data
     assert settings.train is not None

@@ -1,11 +1,12 @@
-"""Training runs that two files of tests look at: starting processes takes longer than training in them."""
+"""Runs that several files of tests look at: starting processes takes longer than training in them."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
-from tiny import launch_ok
+from tiny import REPO, demo_run, environment, free_port, launch_ok, logs, run_together
 
 WORKER = Path(__file__).with_name("worker_train.py")
 
@@ -29,3 +30,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, demo_data: Path, tiny_expo
         ended = launch_ok(WORKER, ranks, *files, timeout=300)
         (folder / f"{number}.err").write_text(ended[0].err)
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_host(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks, started by the plain deepspeed launcher."""
+    output = tmp_path_factory.mktemp("one_host") / "run"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command = [*launcher, f"--master_port={free_port()}", str(REPO / "scripts/train.py")]
+    ended = run_together([([*command, *demo_run(demo_data, output)], environment())])
+    assert ended[0].code == 0, logs(ended)
+    return output

@@ -1,0 +1,13 @@
+"""`giantdet doctor` for every launcher: is all well with the hosts and between them?
+
+deepspeed --hostfile hosts scripts/doctor.py [--output FOLDER]
+torchrun --nproc_per_node 8 scripts/doctor.py
+srun python scripts/doctor.py
+"""
+
+import sys
+
+from giantdet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -1,0 +1,103 @@
+"""DeepSpeed's launcher on two hosts of their own addresses, by scripts/two_hosts.sh; also cut off mid-run.
+
+Skips with the script's reason where such hosts cannot be made.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import REPO, demo_run, environment, logs, run_together, same_run
+
+SCRIPT = str(REPO / "scripts/two_hosts.sh")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of two hosts that are up; they end with the tests, whichever way these end."""
+    check = subprocess.run(["bash", SCRIPT, "check"], capture_output=True, text=True, check=False)
+    if check.returncode != 0:
+        pytest.skip(check.stderr.strip())
+    folder = tmp_path_factory.mktemp("hosts")
+    up = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "TERM", "bash", SCRIPT, "up", str(folder)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert up.stdout is not None
+        assert "ready" in up.stdout.readline()
+        yield folder
+    finally:
+        up.terminate()
+        up.wait(timeout=30)
+
+
+def _on(hosts: Path, host: str, *command: str) -> list[str]:
+    return ["bash", SCRIPT, "on", str(hosts), host, *command]
+
+
+def test_two_hosts_give_the_run_of_one(hosts: Path, one_host: Path, demo_data: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts / "hostfile")]
+    launcher += ["--ssh_port=2222", "--master_addr=192.0.2.1", str(REPO / "scripts/train.py")]
+    command = _on(hosts, "host1", *launcher, *demo_run(demo_data, tmp_path / "run"))
+    ended = run_together([(command, environment(DS_ENV_FILE=str(hosts / "deepspeed_env")))])
+    assert ended[0].code == 0, logs(ended)
+    assert all(f"{host}: " in ended[0].out + ended[0].err for host in ("host1", "host2"))
+    same_run(tmp_path / "run", one_host)
+
+
+def test_network_cut_ends_both_sides_and_the_supervisor_goes_on(
+    hosts: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    """host1 takes the run over, with the same batch in twice the micro-steps."""
+    run, ranks = tmp_path / "run", tmp_path / "ranks"
+    command = [sys.executable, str(REPO / "scripts/supervise.py"), "--hostfile", str(hosts / "hostfile")]
+    command += ["--ssh_port=2222", "--answer_seconds=3", "--max_restarts=1", "--"]
+    command += ["--enable_each_rank_log", str(ranks), str(REPO / "scripts/train.py")]
+    command += [*demo_run(demo_data, run, steps=8), "train.timeout_minutes=0.15"]
+    variables = environment(
+        DS_ENV_FILE=str(hosts / "deepspeed_env"),
+        PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=2 -o ServerAliveCountMax=3",
+    )
+    with (tmp_path / "out").open("w+") as out:
+        supervisor = subprocess.Popen(
+            _on(hosts, "host1", *command),
+            env=variables,
+            cwd=REPO,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _wait_until_it_trains(run / "metrics.jsonl", supervisor)
+            subprocess.run(_on(hosts, "host2", "ip", "link", "set", "eth0", "down"), check=True)
+            code = supervisor.wait(timeout=200)
+        finally:
+            supervisor.kill()
+            subprocess.run(_on(hosts, "host2", "ip", "link", "set", "eth0", "up"), check=True)
+        out.seek(0)
+        said = out.read()
+    assert code == 0, said
+    assert "1 of 2 hosts answer, not host2; restart 1 of 1 on host1" in said
+    first = {path.name.split("_")[1]: path.read_text() for path in sorted(ranks.iterdir(), reverse=True)}
+    for rank in (0, 1):
+        assert (
+            f"giantdet: stopped: rank {rank} of 2 on host{rank + 1} lost contact" in first[f"rank{rank}.log"]
+        )
+    left = subprocess.run(_on(hosts, "host2", "pgrep", "-f", "train.py"), capture_output=True, check=False)
+    assert left.returncode == 1, "host2 ended by itself"
+    assert "batch 8 = 4 images x 2 accumulated x 1 ranks" in max(ranks.iterdir()).read_text()
+    assert (run / "export/model.safetensors").is_file()
+
+
+def _wait_until_it_trains(metrics: Path, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 1):
+        assert process.poll() is None and time.monotonic() < end, "no step was done"
+        time.sleep(0.05)
