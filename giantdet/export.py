@@ -27,7 +27,12 @@ from giantdet.config.types import ModelConfig, NormConfig, Section
 from giantdet.convert import from_torchvision, is_torchvision
 from giantdet.distributed import comm
 from giantdet.models.detector import Detector, build_detector
-from giantdet.models.weights import load_backbone_weights, load_strictly, read_state_dict
+from giantdet.models.weights import (
+    load_backbone_weights,
+    load_strictly,
+    persistent_buffers,
+    read_state_dict,
+)
 
 logger = logging.getLogger("giantdet")
 
@@ -162,12 +167,6 @@ class _ShardWriter:
 
     def _temporary(self, i: int) -> Path:
         return self.folder / f"shard-{i}.safetensors.part"
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Those that belong to the state dict: running statistics."""
-    saved = set(module.state_dict())
-    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
 
 
 def _full_numel(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from giantdet import __version__
 from giantdet.checkpoint.files import FORMAT, SavedTensors
 from giantdet.distributed import comm
-from giantdet.export import persistent_buffers
+from giantdet.models.weights import persistent_buffers
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 from giantdet.optim.fragments import create_states, fragments, local_share, publish, share_of, shares

@@ -193,3 +193,9 @@ def _shape(tensor: Tensor) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that belong to the state dict: running statistics."""
+    saved = set(module.state_dict())
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
