@@ -140,6 +140,8 @@ class ModelConfig(Section):
     rpn: RpnConfig = RpnConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+    checkpoint_heads: bool = False
+    """Recompute the activations of pyramid, box head and mask head in the backward pass, too."""
     init_weights: str | None = None
     """A giantdet export (folder or model.safetensors) to start the whole detector from."""
 

@@ -57,7 +57,12 @@ def wrap_blocks(config: BackboneConfig, body: nn.Module) -> None:
         if config.compile_blocks:
             block.forward = _compiled(block.forward)
         if every and index % every == 0:
-            block.forward = functools.partial(_recomputed, block, block.forward)
+            recompute(block)
+
+
+def recompute(module: nn.Module) -> None:
+    """Keep a module's inputs alone in training, and run its forward pass once more in the backward pass."""
+    module.forward = functools.partial(_recomputed, module, module.forward)  # type: ignore[method-assign]
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

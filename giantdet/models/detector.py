@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from giantdet.config.types import ModelConfig, NormConfig
 from giantdet.models.backbone import build_backbone
+from giantdet.models.blocks import recompute
 from giantdet.models.box_head import (
     BoxHead,
     SampledRois,
@@ -167,5 +168,9 @@ def build_detector(
     for head in (detector.rpn, detector.box_head, detector.mask_head):
         if head is not None:
             apply_norm(head, norm.of("heads"), images_per_rank)
+    if config.checkpoint_heads:
+        for part in (detector.fpn, detector.box_head, detector.mask_head):
+            if part is not None:
+                recompute(part)
     # Weights stay contiguous: DeepSpeed 0.19 broadcasts them as bytes, and raises for channels-last ones.
     return detector

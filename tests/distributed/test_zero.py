@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"zero{s}_cgbn": _stage(s, **CGBN, **ACCUMULATE) for s in range(4)},
     "zero0_cgbn_blocks": _stage(0, **CGBN, **ACCUMULATE, **{BLOCKS: True}),
     "zero3_cgbn_blocks": _stage(3, **CGBN, **ACCUMULATE, **{BLOCKS: True}),
+    "zero3_cgbn_heads": _stage(3, **CGBN, **ACCUMULATE, giantdet__model__checkpoint_heads=True),
     "zero3_cgbn_bf16": _stage(3, **CGBN, **ACCUMULATE, bf16__enabled=True),
 }
 
@@ -99,7 +100,9 @@ def test_compiled_blocks_change_nothing(found: dict[str, dict[str, Any]], case: 
     _assert_same(found[case], found[case[:5]])
 
 
-@pytest.mark.parametrize("case", ["zero0", "zero1", "zero2", "zero3", "zero0_blocks", "zero3_blocks"])
+@pytest.mark.parametrize(
+    "case", ["zero0", "zero1", "zero2", "zero3", "zero0_blocks", "zero3_blocks", "zero3_heads"]
+)
 def test_cgbn_equals_one_process_with_the_whole_batch(found: dict[str, dict[str, Any]], case: str) -> None:
     """Farther apart: batches of another size round differently in every convolution.
 

@@ -290,3 +290,26 @@ def test_compiles_to_one_graph(dataset: CocoDataset, conventions: str, backend: 
         assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+def test_recomputed_heads_save_memory_and_change_no_gradient(dataset: CocoDataset) -> None:
+    batch, kept, gradients = load(dataset), [], []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig.model_validate({**MODEL, "num_classes": 4, "checkpoint_heads": recomputed})
+        model = build_detector(config, CANVAS, NormConfig.model_validate({"type": "local"})).train()
+        held = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal held
+            held += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = torch.stack(list(detector_losses(model(batch)).values())).sum()
+        kept.append(held)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert kept[1] < 0.95 * kept[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
