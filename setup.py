@@ -26,6 +26,7 @@ setup(
         "pydantic>=2.9",
         "pillow>=10",
         "numpy>=1.26",
+        "packaging",
         "tqdm",
         "matplotlib",
     ],
