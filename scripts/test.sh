@@ -13,4 +13,4 @@ echo "ruff check" && python -m ruff check .
 echo "ruff format" && python -m ruff format --check .
 echo "mypy" && python -m mypy
 # Two files at a time: most tests are one process.
-echo "pytest" && python -m pytest -n 2 --dist loadgroup "$@"
+echo "pytest" && python -m pytest -n 2 --dist loadgroup --durations=25 "$@"

@@ -37,9 +37,9 @@ def write(path: Path, **changes: Any) -> Path:
 def test_states_are_deepspeeds(tmp_path: Path, world: int) -> None:
     model = {**MODEL, "backbone": BACKBONE, "num_classes": 4}
     # All of it on two ranks; on one and four what depends on their number.
-    paths, optimizers = {}, ["AdamW", "SGD"] if world == 2 else ["AdamW"]
+    paths = {}
     for stage in range(4):
-        for name in optimizers:
+        for name in ["AdamW", "SGD"] if world == 2 and stage in (0, 3) else ["AdamW"]:
             for bf16 in (False, True) if world == 2 and name == "AdamW" else (world != 2,):
                 paths[f"{name}{stage}{bf16}"] = write(
                     tmp_path / f"{name}{stage}{bf16}.json",
@@ -154,7 +154,6 @@ def test_what_does_not_fit() -> None:
     assert one.best() is None and "does not fit" in report(one)
     fewest = one.fewest_gpus()
     assert fewest is not None and fewest > 1 and f"from {fewest} on" in report(one)
-    assert plan(8, 4.9e9).best() is not None
     hopeless = plan(2, 4e9)
     assert hopeless.fewest_gpus() is None and "No number of GPUs" in report(hopeless)
     with pytest.raises(ConfigError, match=r"3 GPUs: train_batch_size 16.*nearest possible"):
@@ -203,5 +202,3 @@ def test_tries_on_this_machine(tmp_path: Path) -> None:
     tried = start(path, ["agvm.enabled=true"], 1, None, 2)
     assert tried.fits and 2**28 < tried.memory < 2**33
     assert not start(path, [], 1, 1e8, 64).fits
-    with pytest.raises(RuntimeError, match=r"micro-batch of 1 could not be tried(.|\n)*no_such_backbone"):
-        start(path, ["model.backbone.name=no_such_backbone"], 1, None, 1)

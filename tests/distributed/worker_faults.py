@@ -1,7 +1,8 @@
-"""One rank of test_faults.py: runs of the command line in which rank 1 meets numbers that are not finite.
+"""One rank of test_faults.py: runs in which rank 1 meets numbers that are not finite.
 
-worker_faults.py JSON KIND FIRST LAST ...: in the micro-steps FIRST to LAST, counted from 1, rank 1's loss is
-`nan` or `inf`, or only a `gradient` is not finite.
+worker_faults.py JSON:KIND:FIRST:LAST ...: in the micro-steps FIRST to LAST of that run, counted from 1, rank
+1's loss is `nan` or `inf`, or only a `gradient` is not finite. The exit code is the command line's of the
+last.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 
 from giantdet import cli
+from giantdet.config.load import load_run
 from giantdet.distributed import comm
 from giantdet.engine import train
+
+losses_of = train.detector_losses
 
 
 def spoil(kind: str, first: int, last: int) -> None:
     """Let the loop's losses come out so."""
-    losses_of, calls = train.detector_losses, 0
+    calls = 0
 
     def spoilt(predictions: Any, conventions: Any) -> dict[str, Tensor]:
         nonlocal calls
@@ -37,6 +41,10 @@ def spoil(kind: str, first: int, last: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    path, kind, first, last = sys.argv[1:]
+    *others, final = (argument.split(":") for argument in sys.argv[1:])
+    for path, kind, first, last in others:
+        spoil(kind, int(first), int(last))
+        train.train(load_run(path))
+    path, kind, first, last = final
     spoil(kind, int(first), int(last))
     sys.exit(cli.main(["train", "--config", path]))
