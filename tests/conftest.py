@@ -75,6 +75,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """To processes of pytest-xdist: whole files, and together those that look at the same runs."""
     runs: dict[Path, set[str]] = {}
