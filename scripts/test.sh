@@ -12,5 +12,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 echo "ruff check" && python -m ruff check .
 echo "ruff format" && python -m ruff format --check .
 echo "mypy" && python -m mypy
-# Two files at a time: most tests are one process.
-echo "pytest" && python -m pytest -n 2 --dist loadgroup --durations=25 "$@"
+# Two files at a time: most tests are one process. Those of one file share what they made.
+echo "pytest" && python -m pytest -n 2 --dist loadfile --durations=25 "$@"

@@ -73,15 +73,3 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
     return report
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """To processes of pytest-xdist: whole files, and together those that look at the same runs."""
-    runs: dict[Path, set[str]] = {}
-    for item in items:
-        looks_at = {"trained", "one_host"}.intersection(item.fixturenames)  # type: ignore[attr-defined]
-        runs.setdefault(item.path, set()).update(looks_at)
-    for item in items:
-        group = "-".join(sorted(runs[item.path])) or str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
