@@ -106,6 +106,12 @@ class Job:
         launchers = self.find("deepspeed.launcher.launch")
         return [pid for pid in self.find("--local_rank") if parent(pid) in launchers]
 
+    def step(self) -> int:
+        """The last one that was logged; 0 before."""
+        metrics = self.output / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("}") else 0
+
     def wait_for_the_end(self) -> int:
         code = self.process.wait()
         while self.find("scripts/train.py"):
@@ -184,10 +190,16 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
         job, starts = Job(folder / "killed", data, *settings), starts + 1
         while not job.ranks() and job.process.poll() is None:
             time.sleep(0.05)
-        moment = rng.uniform(0.0, 12.0)  # start-up, steps, saving
-        end = time.monotonic() + moment
-        while time.monotonic() < end and job.process.poll() is None:
+        steps_more, seconds = rng.randint(0, 12), rng.uniform(0.0, 1.0)
+        begun = first = None  # the step that this start goes on from is known with its first line
+        while steps_more and job.process.poll() is None:
+            now = job.step()
+            begun = now if begun is None else begun
+            first = now if first is None and now != begun else first
+            if first is not None and now >= first + steps_more - 1:
+                break
             time.sleep(0.01)
+        time.sleep(seconds)
         if job.process.poll() is not None:
             break  # it came to its end first
         victim = rng.choice(["rank 0", "rank 1", "everything"])
@@ -199,7 +211,7 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
             except ProcessLookupError:
                 continue
         job.wait_for_the_end()
-        done.append(f"{victim} after {moment:.1f} s")
+        done.append(f"{victim} after {steps_more} steps and {seconds:.1f} s")
     last = Job(folder / "killed", data, *settings)
     code = last.wait_for_the_end()
     one, other = (load_file(folder / name / "export/model.safetensors") for name in ("undisturbed", "killed"))

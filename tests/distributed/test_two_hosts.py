@@ -56,12 +56,12 @@ def test_two_hosts_give_the_run_of_one(hosts: Path, one_host: Path, demo_data: P
 def test_network_cut_ends_both_sides_and_the_supervisor_goes_on(
     hosts: Path, demo_data: Path, tmp_path: Path
 ) -> None:
-    """host1 takes the run over, with the same batch in twice the micro-steps."""
+    """host1 takes the run over from its checkpoint, with the same batch in twice the micro-steps."""
     run, ranks = tmp_path / "run", tmp_path / "ranks"
     command = [sys.executable, str(REPO / "scripts/supervise.py"), "--hostfile", str(hosts / "hostfile")]
     command += ["--ssh_port=2222", "--answer_seconds=3", "--max_restarts=1", "--"]
     command += ["--enable_each_rank_log", str(ranks), str(REPO / "scripts/train.py")]
-    command += [*demo_run(demo_data, run, steps=8), "train.timeout_minutes=0.15"]
+    command += [*demo_run(demo_data, run, steps=8), "train.timeout_minutes=0.15", "train.save_every=1"]
     variables = environment(
         DS_ENV_FILE=str(hosts / "deepspeed_env"),
         PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=2 -o ServerAliveCountMax=3",
@@ -92,7 +92,9 @@ def test_network_cut_ends_both_sides_and_the_supervisor_goes_on(
         )
     left = subprocess.run(_on(hosts, "host2", "pgrep", "-f", "train.py"), capture_output=True, check=False)
     assert left.returncode == 1, "host2 ended by itself"
-    assert "batch 8 = 4 images x 2 accumulated x 1 ranks" in max(ranks.iterdir()).read_text()
+    second = max(ranks.iterdir()).read_text()
+    assert "batch 8 = 4 images x 2 accumulated x 1 ranks" in second
+    assert "going on after step " in second, "from a checkpoint of two ranks"
     assert (run / "export/model.safetensors").is_file()
 
 
