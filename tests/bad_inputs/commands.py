@@ -46,12 +46,12 @@ COMMANDS = [
     Case(
         "export: a run without a checkpoint",
         ["export", "{data}/run"],
-        Error("...checkpoints: no checkpoint here ..."),
+        Error("...checkpoints: no whole checkpoint here; none at all"),
     ),
     Case(
         "export: a checkpoint that is none",
         ["export", "{data}/run", "--checkpoint", "step_7"],
-        Error("...step_7: no model states here; name the folder of one checkpoint"),
+        Error("...step_7: manifest.json is missing"),
     ),
     Case(
         "plot: a folder that is no run",
