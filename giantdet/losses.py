@@ -44,6 +44,11 @@ def detector_losses(predictions: Predictions, conventions: Conventions = "detect
     return losses
 
 
+def total_loss(losses: dict[str, Tensor]) -> Tensor:
+    """The sum that is differentiated, a scalar; each loss weighs 1."""
+    return torch.stack(list(losses.values())).sum()
+
+
 def rpn_losses(p: RpnPredictions, fine_print: LossFinePrint) -> dict[str, Tensor]:
     count = p.valid_BR.numel() if fine_print.rpn_over_all_slots else p.valid_BR.sum().clamp_min(1)
     entropy_BR = F.binary_cross_entropy_with_logits(p.objectness_BR, p.positive_BR.float(), reduction="none")

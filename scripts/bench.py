@@ -34,7 +34,7 @@ from giantdet.config.types import ModelConfig
 from giantdet.convert import from_torchvision
 from giantdet.data.masks import to_frame
 from giantdet.data.transforms import Geometry
-from giantdet.losses import detector_losses, sample_counts
+from giantdet.losses import detector_losses, sample_counts, total_loss
 from giantdet.models.detector import Detector, build_detector
 from giantdet.models.weights import load_strictly
 from giantdet.structures import Batch, Targets
@@ -197,7 +197,7 @@ def giantdet_side(scene: Scene, args: argparse.Namespace, state: dict[str, Tenso
         clock.lap("data")
         predictions = model(batch)
         losses = detector_losses(predictions, "torchvision")
-        loss = torch.stack(list(losses.values())).sum()
+        loss = total_loss(losses)
         clock.lap("forward")
         loss.backward()
         clock.lap("backward")

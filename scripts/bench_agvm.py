@@ -19,7 +19,7 @@ from bench import giantdet_batch, make_scene, model_config
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
-from giantdet.losses import detector_losses
+from giantdet.losses import detector_losses, total_loss
 from giantdet.models.detector import build_detector
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.param_groups import parameter_groups
@@ -56,7 +56,7 @@ def seconds(engine: Any, batch: Batch, agvm: Agvm | None) -> float:
     comm.barrier()
     started = _now(engine.device)
     losses = detector_losses(engine(batch))
-    engine.backward(torch.stack(list(losses.values())).sum())
+    engine.backward(total_loss(losses))
     if agvm is not None:
         agvm.observe()
         agvm.scale()

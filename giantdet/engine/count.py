@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from giantdet.config.load import RunConfig
 from giantdet.engine.zero import weight_dtype
-from giantdet.losses import detector_losses
+from giantdet.losses import detector_losses, total_loss
 from giantdet.models.deferred import deferred_init
 from giantdet.models.detector import Detector, build_detector
 from giantdet.structures import Batch, Targets
@@ -58,7 +58,7 @@ def count(run: RunConfig, micro_batch: int) -> Count:
 
 
 def _loss(run: RunConfig, model: Detector, batch: Batch) -> Tensor:
-    return torch.stack(list(detector_losses(model(batch), run.giantdet.model.conventions).values())).sum()
+    return total_loss(detector_losses(model(batch), run.giantdet.model.conventions))
 
 
 def meta_detector(run: RunConfig) -> Detector:
@@ -67,6 +67,11 @@ def meta_detector(run: RunConfig) -> Detector:
     with deferred_init():
         model = build_detector(config.model, config.data.size, config.norm)
     return model.to("meta").to(weight_dtype(run)).train()
+
+
+def assumed_classes(run: RunConfig) -> int | None:
+    """COCO's 80 where the run takes the number from annotations, which are not read here; None: its own."""
+    return 80 if run.giantdet.model.num_classes == "auto" else None
 
 
 def fake_batch(run: RunConfig, images: int) -> Batch:

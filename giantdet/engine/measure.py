@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +22,8 @@ from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.engine.costs import GIB
-from giantdet.engine.count import fake_batch
-from giantdet.losses import detector_losses
+from giantdet.engine.count import assumed_classes, fake_batch
+from giantdet.losses import detector_losses, total_loss
 from giantdet.optim.agvm import Agvm
 from giantdet.structures import Batch
 
@@ -93,20 +92,22 @@ def start(path: Path, overrides: list[str], ranks: int, memory: float | None, im
 
 
 def run_with(path: Path, overrides: list[str], images: int, world: int) -> RunConfig:
-    """The run with that micro-batch, without accumulation, data or weights to load."""
+    """The run with that micro-batch, without data or weights to load.
+
+    Two micro-steps are accumulated on a single process, where AGVM has no other shards, and one elsewhere.
+    """
+    micro_steps = 2 if world == 1 else 1
     fixed = [
         "train_batch_size=auto",
         f"train_micro_batch_size_per_gpu={images}",
-        "gradient_accumulation_steps=1",
+        f"gradient_accumulation_steps={micro_steps}",
         "model.backbone.pretrained=false",
         "agvm.start_step=0",
         "agvm.interval=1",
     ]
     run = load_run(path, [*overrides, *fixed])
-    if run.giantdet.model.num_classes == "auto":
-        model = run.giantdet.model.model_copy(update={"num_classes": 80})
-        run = replace(run, giantdet=run.giantdet.model_copy(update={"model": model}))
-    return resolve(run, world, train_images=100 * images * world, has_gpu=torch.cuda.is_available())
+    any_size = 100 * images * micro_steps * world
+    return resolve(run, world, any_size, assumed_classes(run), has_gpu=torch.cuda.is_available())
 
 
 def blank_batch(run: RunConfig, images: int) -> Batch:
@@ -129,9 +130,9 @@ def steps(run: RunConfig, device: torch.device) -> None:
     engine.train()
     agvm = Agvm(engine, run.giantdet.agvm) if run.giantdet.agvm.enabled else None
     batch = blank_batch(run, images).to(device)
-    for _ in range(STEPS):
+    for _ in range(STEPS * run.deepspeed["gradient_accumulation_steps"]):
         losses = detector_losses(engine(batch), run.giantdet.model.conventions)
-        engine.backward(torch.stack(list(losses.values())).sum())
+        engine.backward(total_loss(losses))
         if agvm is not None:
             agvm.observe()
             agvm.scale()

@@ -29,7 +29,7 @@ from giantdet.engine.costs import (
     states,
     traffic,
 )
-from giantdet.engine.count import Count, count, meta_detector
+from giantdet.engine.count import Count, assumed_classes, count, meta_detector
 from giantdet.engine.zero import stage_of, weight_dtype
 
 
@@ -196,11 +196,8 @@ def make_plan(
     run: RunConfig, gpus: int, machine: Machine, bandwidth: float, efficiency: float, images: int
 ) -> Plan:
     """Of an unresolved run; `images` is the training set's size. ConfigError for a batch that cannot be."""
-    model = run.giantdet.model.model_copy(update={"num_classes": 80})
-    if run.giantdet.model.num_classes == "auto":
-        run = replace(run, giantdet=run.giantdet.model_copy(update={"model": model}))
     try:
-        resolved = resolve(run, gpus, images)
+        resolved = resolve(run, gpus, images, assumed_classes(run))
     except ConfigError as error:
         raise ConfigError(f"{gpus} GPUs: {error}") from None
     return Plan(resolved, gpus, machine, bandwidth, efficiency)

@@ -25,7 +25,7 @@ from giantdet.engine.metrics import Metrics
 from giantdet.engine.plots import plot_run
 from giantdet.engine.profile import Profile
 from giantdet.export import export_config, export_model
-from giantdet.losses import detector_losses, sample_counts
+from giantdet.losses import detector_losses, sample_counts, total_loss
 from giantdet.models.detector import Detector
 from giantdet.models.norm import norm_summary
 from giantdet.optim.agvm import Agvm
@@ -102,7 +102,7 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
 
             predictions = engine(batch)
             losses = detector_losses(predictions, config.model.conventions)
-            loss = torch.stack(list(losses.values())).sum()
+            loss = total_loss(losses)
             guard.watch(loss, batch.image_ids_B)
             engine.backward(poisoned(loss))
             if agvm is not None:

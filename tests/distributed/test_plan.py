@@ -167,11 +167,11 @@ def test_offload_where_nothing_fits() -> None:
     run = load_run(
         REPO / "ds_configs/mask_rcnn_vitdet_giant_32_agvm_adamw.json", ["zero_optimization.stage=2"]
     )
-    plan = make_plan(run, 2, Machine("small", 24e9, 300e12), 50e9, 0.4, 117_266)
+    plan = make_plan(run, 2, Machine("small", 12e9, 300e12), 50e9, 0.4, 117_266)
     assert plan.best() is None
     found = plan.with_offload()
     assert found is not None and found.offload and found.fits(plan.machine)
-    assert found.host == pytest.approx(16 * plan.parameters / 2)  # float32 weights, two moments, gradients
+    assert found.host == pytest.approx(12 * plan.parameters / 2)  # float32 weights, two moments
     assert "with offload_optimizer" in report(plan).replace("With", "with")
 
 

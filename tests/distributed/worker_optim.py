@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import timm.optim
 import torch
-from worker_zero import build, make_batch, mean_loss, run_cases, run_of, total_loss
+from worker_zero import build, loss_of, make_batch, mean_loss, run_cases, run_of
 
 from giantdet.checkpoint.saver import Checkpoints
 from giantdet.checkpoint.state import local_tensors
@@ -47,7 +47,7 @@ def with_zero(run: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
         zero.set_gradient_clipping(engine, clipping_at(step, run))
         lrs.append(zero.learning_rates(engine))
         betas.append([group.get("betas") for group in engine.basic_optimizer.param_groups])
-        engine.backward(total_loss(engine(make_batch(step, 0, comm.rank()))))
+        engine.backward(loss_of(engine(make_batch(step, 0, comm.rank()))))
         engine.step()
         ema.update()
         if saves:
@@ -71,7 +71,7 @@ def go_back(
 ) -> dict[str, Any]:
     """Take a step and then the last checkpoint: is all as it was?"""
     counted = engine.global_steps, engine.global_samples, ema.steps, zero.learning_rates(engine)
-    engine.backward(total_loss(engine(make_batch(9, 0, comm.rank()))))
+    engine.backward(loss_of(engine(make_batch(9, 0, comm.rank()))))
     engine.step()
     ema.update()
     moved = local_tensors(engine, ema, copy=True)[0]

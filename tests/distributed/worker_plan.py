@@ -20,7 +20,7 @@ from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.engine.measure import blank_batch
-from giantdet.losses import detector_losses
+from giantdet.losses import detector_losses, total_loss
 
 
 def nbytes(tensors: Any) -> int:
@@ -62,7 +62,7 @@ def peak_of_a_step(run: Any, images: int) -> int:
 
     def step() -> None:
         losses = detector_losses(model(batch), run.giantdet.model.conventions)
-        torch.stack(list(losses.values())).sum().backward()
+        total_loss(losses).backward()
 
     step()
     gc.collect()
@@ -88,7 +88,7 @@ def main() -> None:
         engine = zero.initialize(zero.build(run, images), run)
         engine.train()
         losses = detector_losses(engine(blank_batch(run, images)), run.giantdet.model.conventions)
-        engine.backward(torch.stack(list(losses.values())).sum())
+        engine.backward(total_loss(losses))
         engine.step()
         found[path.stem] = {"host_gradients": host_gradients(engine), **kept(engine)}
         engine.destroy()

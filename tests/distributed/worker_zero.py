@@ -23,7 +23,7 @@ from giantdet.config.resolve import resolve
 from giantdet.config.types import NormConfig
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.losses import detector_losses
+from giantdet.losses import detector_losses, total_loss
 from giantdet.models.detector import Detector, build_detector
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.structures import Batch, Predictions, Targets
@@ -75,19 +75,19 @@ def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
     return resolve(parse_run(raw), comm.world_size(), train_images=100, num_classes=4, has_gpu=False)
 
 
-def total_loss(predictions: Predictions) -> torch.Tensor:
-    return torch.stack(list(detector_losses(predictions).values())).sum()
+def loss_of(predictions: Predictions) -> torch.Tensor:
+    return total_loss(detector_losses(predictions))
 
 
 def mean_loss(model: Detector, batches: list[Batch], together: bool) -> torch.Tensor:
     """Mean of the ranks' losses, each of its own batch; batch norms see all of them together or one only."""
     if not together:
-        return torch.stack([total_loss(model(batch)) for batch in batches]).mean()
+        return torch.stack([loss_of(model(batch)) for batch in batches]).mean()
     leaves, spec = zip(*(tree_flatten(batch) for batch in batches), strict=True)
     whole = model(tree_unflatten(list(map(torch.cat, zip(*leaves, strict=True))), spec[0]))
     each = len(batches[0].image_ids_B)
     parts = [tree_map(lambda t, r=r: t[each * r : each * (r + 1)], whole) for r in range(len(batches))]
-    return torch.stack([total_loss(part) for part in parts]).mean()
+    return torch.stack([loss_of(part) for part in parts]).mean()
 
 
 def statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def with_zero(run: RunConfig) -> dict[str, Any]:
     losses, norms = [], []
     for step in range(STEPS):
         for micro_step in range(engine.gradient_accumulation_steps()):
-            loss = total_loss(engine(make_batch(step, micro_step, comm.rank())))
+            loss = loss_of(engine(make_batch(step, micro_step, comm.rank())))
             engine.backward(loss)
             engine.step()
             losses.append(comm.mean_over_ranks([float(loss)])[0])

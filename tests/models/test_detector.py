@@ -16,7 +16,7 @@ from giantdet.config.types import DataConfig, ModelConfig, NormConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
 from giantdet.data.loader import train_loader
-from giantdet.losses import detector_losses, sample_counts
+from giantdet.losses import detector_losses, sample_counts, total_loss
 from giantdet.models.detector import Detector, build_detector
 from giantdet.structures import Batch, Detections, Predictions
 
@@ -306,7 +306,7 @@ def test_recomputed_heads_save_memory_and_change_no_gradient(dataset: CocoDatase
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = torch.stack(list(detector_losses(model(batch)).values())).sum()
+            loss = total_loss(detector_losses(model(batch)))
         kept.append(held)
         loss.backward()  # type: ignore[no-untyped-call]
         gradients.append({name: p.grad for name, p in model.named_parameters()})
