@@ -57,3 +57,4 @@ for step in range(41):
     engine.step()
     if step % 10 == 0 and engine.global_rank == 0:
         print(f"step {step} loss {float(loss):.3f}", {k: f"{v:.3f}" for k, v in agvm.scalars().items()})
+torch.distributed.destroy_process_group()

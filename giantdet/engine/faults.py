@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from giantdet.distributed import comm
 from giantdet.losses import DivergedError
+from giantdet.models.norm import moving_norms
 
 logger = logging.getLogger("giantdet")
 
@@ -76,8 +77,7 @@ class StepGuard:
     def __init__(self, engine: Any, limit: int) -> None:
         self.engine, self.limit = engine, limit
         self.skipped = self.in_a_row = 0
-        norms = [m for m in engine.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.statistics = [b for m in norms for b in m.buffers(recurse=False)]
+        self.statistics = [b for norm in moving_norms(engine.module) for b in norm.buffers(recurse=False)]
         self.kept = [b.clone() for b in self.statistics]
         self.is_plain = not hasattr(engine.optimizer, "_global_grad_norm")
         self.seen: list[tuple[Tensor, Tensor]] = []

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import ACCUMULATION, BATCH, MICRO, bn_ranks
 from giantdet.distributed import comm
 from giantdet.distributed.cgbn import local_statistics, merge_statistics
+from giantdet.models.norm import moving_norms
 from giantdet.structures import Batch
 
 
@@ -29,7 +29,7 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], number: int, device: 
     The ranks' batches are merged by count. All ranks call it. Leaves the model in training mode; returns
     the number of batch norms, 0 where all are frozen or have no running statistics.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = moving_norms(model)
     if not norms:
         return 0
     found: dict[nn.Module, tuple[Tensor, ...]] = {}

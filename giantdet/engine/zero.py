@@ -18,6 +18,7 @@ from giantdet.export import load_weights
 from giantdet.models.blocks import blocks_of
 from giantdet.models.deferred import deferred_init, is_deferred, real_parameters
 from giantdet.models.detector import Detector, build_detector
+from giantdet.models.norm import moving_norms
 from giantdet.optim.optimizers import optimizer_factory
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
@@ -179,8 +180,8 @@ def averaged_statistics(engine: Any) -> Iterator[None]:
     is exported would know the main rank's images alone. All ranks enter and leave it together; afterwards
     the statistics are what they were, so that an evaluation changes nothing for the steps to come.
     """
-    norms = [m for m in engine.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+    pairs = [(norm.running_mean, norm.running_var) for norm in moving_norms(engine.module)]
+    statistics = [tensor for pair in pairs for tensor in pair if tensor is not None]
     with torch.no_grad():
         kept = [t.clone() for t in statistics]
         comm.average_(statistics)

@@ -70,6 +70,11 @@ class FrozenBatchNorm2d(Float32Buffers):
         return f"{self.num_features}, eps={self.eps}"
 
 
+def moving_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms whose running statistics training moves."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
 def apply_norm(module: nn.Module, config: PartNormConfig, images_per_rank: int | None = None) -> nn.Module:
     """Convert every BatchNorm inside `module` to the kind that `config.type` names, in place.
 

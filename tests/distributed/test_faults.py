@@ -28,7 +28,7 @@ from giantdet.export import export_checkpoint, read_export_config
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "scripts/train.py"
 WORKER = Path(__file__).with_name("worker_faults.py")
-STEPS = 24
+STEPS = 40
 
 
 def write(folder: Path, name: str, data: Path, **changes: Any) -> Path:
@@ -199,18 +199,16 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.fixture(scope="module")
-def jobs(
-    tmp_path_factory: pytest.TempPathFactory, demo_data: Path
-) -> Iterator[Callable[[str], tuple[Path, Job]]]:
-    folder = tmp_path_factory.mktemp("faults")
+@pytest.fixture
+def start(tmp_path: Path, demo_data: Path) -> Iterator[Callable[[str], Job]]:
+    """Starts a run by its name, or goes on with it."""
     started: list[Job] = []
 
-    def start(name: str) -> tuple[Path, Job]:
-        path = folder / f"{name}.json"
+    def job(name: str) -> Job:
+        path = tmp_path / f"{name}.json"
         if not path.exists():
             write(
-                folder,
+                tmp_path,
                 name,
                 demo_data,
                 zero_optimization__stage=2,
@@ -219,80 +217,75 @@ def jobs(
                 giantdet__data__workers=1,
                 giantdet__norm={"type": "local"},
             )
-        started.append(Job(path, folder))
-        return folder / name, started[-1]
+        started.append(Job(path, tmp_path))
+        return started[-1]
 
-    yield start
-    for job in started:
-        job.close()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(jobs: Callable[[str], tuple[Path, Job]]) -> dict[str, torch.Tensor]:
-    output, job = jobs("undisturbed")
-    ended = job.wait()
-    assert ended.code == 0, ended.out
-    return load_file(output / "export/model.safetensors")
+    yield job
+    for one in started:
+        one.close()
 
 
-def finish(jobs: Any, name: str, expected: dict[str, torch.Tensor], resumes: bool = True) -> None:
-    """Start the same command again; the weights must be those of the run that nothing came to."""
-    output, job = jobs(name)
-    ended = job.wait()
-    assert ended.code == 0, ended.out
-    assert ("going on after step" in ended.out) == resumes
-    found = load_file(output / "export/model.safetensors")
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+def test_a_run_that_everything_comes_to(start: Callable[[str], Job]) -> None:
+    """One fault after the other, and the same command again: at the end the weights of a run without any."""
+    quiet = start("quiet").wait()
+    assert quiet.code == 0, quiet.out
+    step = 0
+    for fault in (a_signal_to_a_rank, a_signal_to_the_launcher, the_launcher_is_killed, a_rank_is_killed):
+        job = start("faults")
+        job.reach(step + 3)
+        fault(job)
+        assert job.processes("train.py") == [] and scan(job.output / "checkpoints")
+        assert ("going on after step" in job.log.read_text()) == (step > 0)
+        step = job.steps()
+    job = start("faults")
+    job.reach(step + 2)
+    a_data_worker_is_killed(job)
+    runs = [job.output.with_name(name) for name in ("quiet", "faults")]
+    one, other = (load_file(run / "export/model.safetensors") for run in runs)
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    lines = read_metrics(job.output / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stop_signal_saves_a_checkpoint(jobs: Any, undisturbed: Any, number: signal.Signals) -> None:
-    """SIGTERM to the launcher, as by a scheduler; SIGUSR1 to one rank, as Slurm sends it before the end."""
-    name = f"stopped_{number.name}"
-    output, job = jobs(name)
-    job.reach(7)
-    receiver = job.processes("deepspeed.launcher.launch")[0] if number == signal.SIGTERM else job.ranks()[1]
-    os.kill(receiver, number)
+def stops_with_a_checkpoint(job: Job) -> None:
     ended = job.wait()
     assert ended.code != 0
     stopped = [line for line in ended.out.splitlines() if "giantdet: stopped:" in line]
     assert len(stopped) == 1 and "the same command goes on from" in stopped[0], ended.out
     step = int(stopped[0].split("after step ")[1].split(";")[0])
-    assert checkpoints(output)[-1].name == f"step_{step}" and 7 <= step < STEPS
-    assert job.processes("train.py") == []
-    if number == signal.SIGTERM:  # what is saved is the same
-        finish(jobs, name, undisturbed)
+    assert checkpoints(job.output)[-1].name == f"step_{step}" and job.steps() == step < STEPS
 
 
-def test_the_launcher_is_killed(jobs: Any) -> None:
+def a_signal_to_a_rank(job: Job) -> None:
+    """SIGUSR1, as Slurm sends it before the end; all ranks stop after the same step."""
+    os.kill(job.ranks()[1], signal.SIGUSR1)
+    stops_with_a_checkpoint(job)
+
+
+def a_signal_to_the_launcher(job: Job) -> None:
+    """SIGTERM, as by a scheduler."""
+    os.kill(job.processes("deepspeed.launcher.launch")[0], signal.SIGTERM)
+    stops_with_a_checkpoint(job)
+
+
+def the_launcher_is_killed(job: Job) -> None:
     """Its ranks would train on without anybody who could stop them: they save and end."""
-    output, job = jobs("orphaned")
-    job.reach(7)
     os.kill(job.processes("deepspeed.launcher.launch")[0], signal.SIGKILL)
     job.until(lambda: job.processes("train.py") == [], "end of the ranks")
     assert "giantdet: stopped: SIGTERM after step" in job.log.read_text()
-    assert int(checkpoints(output)[-1].name[5:]) >= 7
-    job.close()
+    assert checkpoints(job.output)[-1].name == f"step_{job.steps()}"
 
 
-def test_a_rank_is_killed(jobs: Any, undisturbed: Any) -> None:
-    _, job = jobs("rank_killed")
-    job.reach(7)
+def a_rank_is_killed(job: Job) -> None:
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.wait().code != 0
-    assert job.processes("train.py") == []
-    finish(jobs, "rank_killed", undisturbed)
 
 
-def test_a_data_worker_is_killed(jobs: Any, undisturbed: Any) -> None:
+def a_data_worker_is_killed(job: Job) -> None:
     """The run goes on, and says so."""
-    output, job = jobs("worker_killed")
-    job.reach(3)
     ranks = job.ranks()
     worker = next(pid for pid in job.processes("train.py") if parent(pid) == ranks[0])
     os.kill(worker, signal.SIGKILL)
     ended = job.wait()
     assert ended.code == 0 and "a data loader worker died" in ended.out, ended.out
-    found = load_file(output / "export/model.safetensors")
-    assert [key for key in undisturbed if not torch.equal(found[key], undisturbed[key])] == []
-    assert [line for line in read_metrics(output / "metrics.jsonl") if line.get("worker_restarts") == 1]
+    assert [line for line in read_metrics(job.output / "metrics.jsonl") if line.get("worker_restarts") == 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 from tiny import MODEL, launch_ok, tiny_run
 
 from giantdet.config.checks import ConfigError
-from giantdet.config.load import load_run
+from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.engine.costs import MACHINES, MOMENTS, Machine, machine_of, states
-from giantdet.engine.count import count, meta_detector
+from giantdet.engine.count import Count, count, meta_detector
 from giantdet.engine.measure import largest, start
 from giantdet.engine.plan import Plan, make_plan, report
 from giantdet.engine.zero import weight_dtype
@@ -26,6 +27,22 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 # Large enough that DeepSpeed's padding of partitions is nothing beside it.
 BACKBONE = {"name": "resnet18", "frozen_stages": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once() -> Iterator[None]:
+    """Plans of one model for other machines need no second count."""
+    found: dict[Any, Count] = {}
+
+    def count_once(run: RunConfig, images: int) -> Count:
+        key = run.giantdet.model.model_dump_json(), run.giantdet.data.size, weight_dtype(run), images
+        if key not in found:
+            found[key] = count(run, images)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("giantdet.engine.plan.count", count_once)
+        yield
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -86,7 +103,6 @@ STEPS = [
     ("vit_tiny_patch16_224", False),
     ("vit_tiny_patch16_224", True),
     ("swin_tiny_patch4_window7_224", False),
-    ("convnext_atto", False),
 ]
 
 
@@ -165,7 +181,8 @@ def test_what_does_not_fit() -> None:
 
 def test_offload_where_nothing_fits() -> None:
     run = load_run(
-        REPO / "ds_configs/mask_rcnn_vitdet_giant_32_agvm_adamw.json", ["zero_optimization.stage=2"]
+        REPO / "ds_configs/mask_rcnn_vitdet_giant_32_agvm_adamw.json",
+        ["zero_optimization.stage=2", "model.backbone.pretrained=false"],
     )
     plan = make_plan(run, 2, Machine("small", 12e9, 300e12), 50e9, 0.4, 117_266)
     assert plan.best() is None
