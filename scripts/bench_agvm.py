@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import giantdet_batch, make_scene, model_config
+from bench_scene import giantdet_batch, make_scene, model_config
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm

@@ -65,6 +65,12 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_sessionfinish() -> None:
+    from tiny import free_shared_memory
+
+    free_shared_memory()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What a test printed, in characters that one process of the tests can send to another."""

@@ -132,6 +132,21 @@ def test_too_many_in_a_row_end_the_run(spoilt: Spoilt) -> None:
     assert checkpoints(spoilt.folder / "endless")[-1].name == "step_4"
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, demo_data: Path) -> None:
+    """Their loss and gradients were finite: it is the step that ruins them."""
+    path = write(
+        tmp_path,
+        "ruined",
+        demo_data,
+        optimizer={"type": "SGD", "params": {"lr": 100.0, "weight_decay": 1e38}},
+        giantdet__train__save_every=1,
+    )
+    (ended,) = launch(WORKER, 1, f"{path}:nan:9:9")
+    assert ended.code == 3, logs([ended])
+    assert "after step 1 the weight of " in ended.err and "is not finite: no checkpoint of it" in ended.err
+    assert checkpoints(tmp_path / "ruined") == []
+
+
 # Signals and killed processes, under the deepspeed launcher
 
 

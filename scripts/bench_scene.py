@@ -1,0 +1,106 @@
+"""What the benches train on: random images and objects, in both sides' form, and the model's settings."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from giantdet.config.types import ModelConfig
+from giantdet.data.masks import to_frame
+from giantdet.data.transforms import Geometry
+from giantdet.structures import Batch, Targets
+
+CLASSES = 90
+
+
+class Scene(NamedTuple):
+    """Random images and the objects on them, before either side's form."""
+
+    images_B3HW: Tensor  # uint8
+    boxes_BN4: Tensor
+    labels_BN: Tensor  # in [0, C)
+    bitmaps_BNHW: Tensor  # uint8 0/1
+
+
+def make_scene(size: int, batch: int, objects: int, seed: int = 0) -> Scene:
+    """Blurred noise with filled ellipses of a sixteenth to a half of the image's side."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    noise = rand(batch, 3, size // 16, size // 16)
+    images = nn.functional.interpolate(noise, size=(size, size), mode="bilinear") * 200
+    sides = size / 2 ** (1 + 3 * rand(batch, objects, 2))
+    corner = rand(batch, objects, 2) * (size - sides)
+    boxes = torch.cat([corner, corner + sides], -1).round()
+    pixel = torch.arange(size) + 0.5
+    center, radius = (boxes[..., 2:] + boxes[..., :2]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
+    x = ((pixel - center[..., :1]) / radius[..., :1]) ** 2
+    y = ((pixel - center[..., 1:]) / radius[..., 1:]) ** 2
+    bitmaps = (y[..., :, None] + x[..., None, :]) <= 1
+    for n in range(objects):
+        images += bitmaps[:, n, None] * 55 * rand(batch, 3, 1, 1)
+    labels = torch.randint(CLASSES, (batch, objects), generator=generator)
+    return Scene(images.clamp(0, 255).to(torch.uint8), boxes, labels, bitmaps.to(torch.uint8))
+
+
+def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
+    """The scene as our loader would give it: `slots` objects an image, masks in frames of `frame` cells."""
+    batch, objects = scene.labels_BN.shape
+    size = scene.images_B3HW.shape[-1]
+    geometry = Geometry((size, size), (size, size), (0, 0), (size, size), flip=False)
+    masks, frames = np.zeros((batch, slots, frame, frame), np.uint8), np.zeros((batch, slots, 4), np.float32)
+    for b in range(batch):
+        for n in range(objects):
+            masks[b, n], frames[b, n] = to_frame(
+                scene.bitmaps_BNHW[b, n].numpy(), geometry, scene.boxes_BN4[b, n].numpy(), frame
+            )
+
+    def pad(values: Tensor) -> Tensor:
+        padded = values.new_zeros(batch, slots, *values.shape[2:])
+        padded[:, :objects] = values
+        return padded
+
+    targets = Targets(
+        boxes_BM4=pad(scene.boxes_BN4),
+        labels_BM=pad(scene.labels_BN),
+        valid_BM=pad(torch.ones(batch, objects, dtype=torch.bool)),
+        masks_BMSS=torch.from_numpy(masks),
+        frames_BM4=torch.from_numpy(frames),
+    )
+    return Batch(
+        images_B3HW=scene.images_B3HW,
+        sizes_B2=torch.full((batch, 2), float(size)),
+        targets=targets,
+        seeds_B=torch.arange(batch),
+        image_ids_B=torch.arange(batch),
+        original_sizes_B2=torch.full((batch, 2), size),
+    )
+
+
+def torchvision_inputs(scene: Scene) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """The scene as torchvision's detectors take it: images in [0, 1], one dict an image, labels from 1."""
+    targets = [
+        {"boxes": boxes, "labels": labels + 1, "masks": masks}
+        for boxes, labels, masks in zip(scene.boxes_BN4, scene.labels_BN, scene.bitmaps_BNHW, strict=True)
+    ]
+    return list(scene.images_B3HW.float() / 255), targets
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    """torchvision's settings where there are two opinions, so that both do the same work."""
+    return ModelConfig.model_validate(
+        {
+            "num_classes": CLASSES,
+            "conventions": "torchvision",
+            "backbone": {"name": args.backbone},
+            "rpn": {"post_nms_train": 2000},
+            "box_head": {"batch_per_image": args.rois},
+            "mask_head": {"slots": args.mask_slots},
+        }
+    )
