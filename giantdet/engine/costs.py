@@ -116,9 +116,8 @@ def buffers(run: RunConfig, parameters: int, bytes_each: int, stage: int) -> flo
     bucket = min(parameters, zero.get("reduce_bucket_size", int(5e8)))
     total = bucket * bytes_each * (2 if zero.get("overlap_comm") else 1)
     if stage == 3:
-        live = zero.get("stage3_max_live_parameters", int(1e9)) + zero.get(
-            "stage3_prefetch_bucket_size", int(5e7)
-        )
+        live = zero.get("stage3_max_live_parameters", int(1e9))
+        live += zero.get("stage3_prefetch_bucket_size", int(5e7))
         return total + min(parameters, live) * bytes_each
     return total + min(parameters, zero.get("allgather_bucket_size", int(5e8))) * bytes_each
 

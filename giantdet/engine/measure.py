@@ -52,10 +52,8 @@ def measure(
 
     def fits(images: int) -> bool:
         tried = start(path, overrides, ranks, memory, images)
-        say(
-            f"  {images} image{'s' * (images > 1)} a rank: "
-            + (f"{tried.memory / GIB:.2f} GiB" if tried.fits else "out of memory")
-        )
+        found = f"{tried.memory / GIB:.2f} GiB" if tried.fits else "out of memory"
+        say(f"  {images} image{'s' * (images > 1)} a rank: {found}")
         return tried.fits
 
     return largest(fits)
@@ -106,8 +104,7 @@ def run_with(path: Path, overrides: list[str], images: int, world: int) -> RunCo
         "agvm.interval=1",
     ]
     run = load_run(path, [*overrides, *fixed])
-    any_size = 100 * images * micro_steps * world
-    return resolve(run, world, any_size, assumed_classes(run), has_gpu=torch.cuda.is_available())
+    return resolve(run, world, 10**6, assumed_classes(run), has_gpu=torch.cuda.is_available())
 
 
 def blank_batch(run: RunConfig, images: int) -> Batch:
