@@ -118,12 +118,8 @@ def _fill_environment() -> None:
         if "SLURM_JOB_ID" in environment:  # a port that all ranks of the job agree on
             port = 20_000 + int(environment["SLURM_JOB_ID"]) % 10_000
             environment.setdefault("MASTER_PORT", str(port))
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
         environment.setdefault(name, value)
     if "MASTER_PORT" not in environment:
         if environment["WORLD_SIZE"] != "1":
