@@ -6,10 +6,10 @@ deepspeed --num_accelerators 2 docs/agvm_example.py
 import deepspeed
 import timm
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from giantdet.config.types import AgvmConfig
+from giantdet.distributed import comm
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.param_groups import parameter_groups
 
@@ -29,7 +29,7 @@ class Segmenter(nn.Module):
         self.decoder = nn.Conv2d(sum(self.encoder.feature_info.channels()), 1, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        maps = [F.interpolate(m, images.shape[-2:]) for m in self.encoder(images)]
+        maps = [nn.functional.interpolate(m, images.shape[-2:]) for m in self.encoder(images)]
         return self.decoder(torch.cat(maps, 1))
 
 
@@ -43,18 +43,18 @@ def rectangles(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 torch.manual_seed(0)
-deepspeed.init_distributed()
+comm.start()  # deepspeed.init_distributed() would do as well
 model = Segmenter()
 groups = parameter_groups(model, weight_decay=0.05, lr=1e-3, modules=MODULES)
 engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=CONFIG)
 agvm = Agvm(engine, AgvmConfig(enabled=True, interval=5, start_step=10, modules=MODULES))
 for step in range(41):
     images, masks = (t.to(engine.device) for t in rectangles(step, engine.global_rank))
-    loss = F.binary_cross_entropy_with_logits(engine(images), masks)
+    loss = nn.functional.binary_cross_entropy_with_logits(engine(images), masks)
     engine.backward(loss)
     agvm.observe()
     agvm.scale()
     engine.step()
     if step % 10 == 0 and engine.global_rank == 0:
         print(f"step {step} loss {float(loss):.3f}", {k: f"{v:.3f}" for k, v in agvm.scalars().items()})
-torch.distributed.destroy_process_group()
+comm.stop()

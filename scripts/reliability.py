@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-PORT = 29_710  # one for all starts: DeepSpeed on CPUs leaves shared memory behind for each
+PORT = 29_710
 REPO = Path(__file__).resolve().parents[1]
 SMALL = [
     "model.backbone.name=test_resnet",

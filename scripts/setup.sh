@@ -63,13 +63,13 @@ _setup() {
         _say "using $_root/.venv"
     fi
 
-    # Where there is no GPU DeepSpeed says so only if told, and compiles one small op at its first start.
+    # Where there is no GPU DeepSpeed says so only if told.
     if [ -z "${DS_ACCELERATOR:-}" ] && [[ "$(nvidia-smi -L 2>/dev/null || true)" != *GPU* ]]; then
         export DS_ACCELERATOR=cpu
         _say "no NVIDIA GPU: running on the CPU"
     fi
     if ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null; then
-        _say "error: no C++ compiler (c++, g++ or \$CXX); DeepSpeed compiles an operator at its first start"
+        _say "error: no C++ compiler (c++, g++ or \$CXX); DeepSpeed compiles the Adam of GPUs and of offload"
         return 1
     fi
     # Not the shared default: a run that is killed while compiling leaves a lock on which others hang.

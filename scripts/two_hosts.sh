@@ -96,7 +96,7 @@ StrictModes no
 UsePAM no
 PidFile none
 EOF
-    # The launcher hands on little more than PYTHONPATH by itself. PATH: for the compiler of DeepSpeed's op.
+    # The launcher hands on little more than PYTHONPATH by itself. PATH: for the compiler of DeepSpeed's ops.
     cat >"$dir/deepspeed_env" <<EOF
 GLOO_SOCKET_IFNAME=eth0
 NCCL_SOCKET_IFNAME=eth0

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator
 from pathlib import Path
 
-# The op that DeepSpeed compiles at its first start must not meet the lock of a killed run.
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("GIANTDET_TEST_GPU") else "cuda")
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
+# What DeepSpeed compiles must not meet the lock of a killed run elsewhere.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions"))
 # Always this environment's ninja: another version hashes commands differently and compiles all anew.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -63,19 +62,3 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "config.json").write_text(config.model_dump_json())
     return folder
-
-
-def pytest_sessionfinish() -> None:
-    from tiny import free_shared_memory
-
-    free_shared_memory()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What a test printed, in characters that one process of the tests can send to another."""
-    report = yield
-    report.sections = [
-        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
-    ]
-    return report

@@ -104,21 +104,10 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-_ports: list[int] = []  # all that free_port has given
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        _ports.append(int(probe.getsockname()[1]))
-        return _ports[-1]
-
-
-def free_shared_memory() -> None:
-    """Of DeepSpeed on CPUs, which leaves 66 MiB behind for each rank and port."""
-    for port in _ports:
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            buffer.unlink(missing_ok=True)
+        return int(probe.getsockname()[1])
 
 
 def same_run(one: Path, other: Path) -> None:

@@ -56,6 +56,8 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     if not dist.is_initialized():
         import deepspeed  # late: its import takes seconds and reads DS_ACCELERATOR
 
+        # Made for inference: to compile it takes a minute, and each rank leaves 66 MiB of it in /dev/shm.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
             deepspeed.init_distributed(
                 dist_backend="nccl" if has_gpu else "gloo",

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from tiny import free_port
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
 RECIPE = REPO / "ds_configs/mask_rcnn_vitdet_dinov3_7b_64_adamw.json"
 # A 1024-pixel canvas with windows of 16 patches has as many windows as this one.
 CUT = [
@@ -50,7 +50,7 @@ def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Pat
             "--micro-batch",
             "2",
             "--steps",
-            "11",
+            "16",
         ),
         *CUT,
     ]
@@ -60,8 +60,8 @@ def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Pat
     config = json.loads((tmp_path / "run/config.json").read_text())
     backbone = config["giantdet"]["model"]["backbone"]
     assert backbone["checkpoint_blocks"] is True and backbone["global_blocks"] == 4
-    assert (report["zero_stage"], report["ranks"], len(report["losses"])) == (3, 2, 15)
-    assert report["loss_last_5"] < 0.92 * report["loss_first_5"]
+    assert (report["zero_stage"], report["ranks"], len(report["losses"])) == (3, 2, 20)
+    assert report["loss_last_5"] < 0.95 * report["loss_first_5"]
     assert report["predicted_images"] == 2
     index = json.loads((tmp_path / "run/export/model.safetensors.index.json").read_text())
     assert len(report["shards"]) > 1 and set(index["weight_map"].values()) == set(report["shards"])
