@@ -30,6 +30,8 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"dev": ["pytest", "pytest-timeout", "ruff", "mypy", "jsonschema", "ninja"]},
+    extras_require={
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "jsonschema", "ninja"]
+    },
     entry_points={"console_scripts": ["giantdet=giantdet.cli:main"]},
 )

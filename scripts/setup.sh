@@ -55,7 +55,8 @@ _setup() {
         . "$_root/.venv/bin/activate"
         if ! _complete "$_root/.venv/bin/python"; then
             _say "installing giantdet and what it needs into .venv (PyTorch is large: minutes)"
-            if ! (cd "$_root" && python -m pip install --disable-pip-version-check -q -e ".[dev]"); then
+            # Bytecode is made of what is imported, not of gigabytes that never are.
+            if ! (cd "$_root" && python -m pip install --disable-pip-version-check --no-compile -q -e ".[dev]"); then
                 _say "error: pip could not install giantdet; its message is above"
                 return 1
             fi

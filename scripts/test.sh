@@ -12,16 +12,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 echo "ruff check" && python -m ruff check .
 echo "ruff format" && python -m ruff format --check .
 echo "mypy" && python -m mypy
-if [ $# != 0 ]; then
-    echo "pytest $*" && exec python -m pytest "$@"
-fi
-# Beside one another, but no two launches of several ranks: those would wait for each other's share of the cores.
-echo "pytest, tests/distributed beside all others"
-log="$(mktemp)"
-trap 'rm -f "$log"' EXIT
-python -m pytest tests/distributed --durations=15 >"$log" 2>&1 &
-others=0 distributed=0
-python -m pytest --ignore=tests/distributed --durations=15 || others=$?
-wait $! || distributed=$?
-cat "$log"
-exit $((others || distributed))
+# Two files at a time, in their order: most tests are one process. Those of one file share what they made.
+echo "pytest" && python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from tiny import free_port
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "ds_configs/mask_rcnn_vitdet_dinov3_7b_64_adamw.json"
 # A 1024-pixel canvas with windows of 16 patches has as many windows as this one.
 CUT = [
