@@ -49,8 +49,6 @@ def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Pat
             "5e-3",
             "--micro-batch",
             "2",
-            "--steps",
-            "16",
         ),
         *CUT,
     ]
@@ -60,8 +58,8 @@ def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Pat
     config = json.loads((tmp_path / "run/config.json").read_text())
     backbone = config["giantdet"]["model"]["backbone"]
     assert backbone["checkpoint_blocks"] is True and backbone["global_blocks"] == 4
-    assert (report["zero_stage"], report["ranks"], len(report["losses"])) == (3, 2, 20)
-    assert report["loss_last_5"] < 0.95 * report["loss_first_5"]
+    assert (report["zero_stage"], report["ranks"], len(report["losses"])) == (3, 2, 24)
+    assert report["loss_last_5"] < 0.92 * report["loss_first_5"]
     assert report["predicted_images"] == 2
     index = json.loads((tmp_path / "run/export/model.safetensors.index.json").read_text())
     assert len(report["shards"]) > 1 and set(index["weight_map"].values()) == set(report["shards"])

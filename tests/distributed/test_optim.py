@@ -78,7 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
             "giantdet__param_groups": GROUPS,
         }
         for name, params in SCHEDULES.items()
-        for stage in (range(4) if name in ("WarmupDecayLR", "OneCycle") else (0,))
+        for stage in (range(4) if name in ("WarmupDecayLR", "OneCycle") else (3,))
     },
     "hand_window": {"by_hand": True, **WINDOW},
     **{f"window{stage}": {"zero_optimization__stage": stage, **WINDOW} for stage in range(4)},
@@ -130,7 +130,7 @@ def test_optimizers_of_whole_weights_work_in_bf16(folder: Path, name: str) -> No
 @pytest.mark.parametrize(("name", "stage"), [(n, s) for n in SCHEDULES for s in range(4)])
 def test_schedule_keeps_the_groups_ratios(folder: Path, name: str, stage: int) -> None:
     if f"{name}{stage}" not in CASES:
-        pytest.skip("two types are tried at all stages, the others at 0")
+        pytest.skip("two types are tried at all stages, the others at 3")
     lrs = _found(folder, f"{name}{stage}")["lrs"]
     function = lr_function(name, SCHEDULES[name], LR)
     layers = sorted({key.split("/")[1] for key in lrs[0] if key.startswith("backbone/layer")})

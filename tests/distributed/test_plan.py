@@ -103,6 +103,7 @@ def test_states_are_deepspeeds(tmp_path: Path, world: int) -> None:
 
 STEPS = [
     ("resnet18", False),
+    ("vit_tiny_patch16_224", False),
     ("vit_tiny_patch16_224", True),
     ("swin_tiny_patch4_window7_224", False),
     ("convnext_atto", False),
