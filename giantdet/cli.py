@@ -11,19 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from giantdet import commands
+from giantdet.errors import GiantdetError, InputError, LostContactError
 
-EXIT_BAD_INPUT = 2
-EXIT_DIVERGED = 3
-EXIT_LOST_CONTACT = 4
-EXIT_STOPPED = 5
 COCO_IMAGES = 117_266
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code.
+    """Run one command and return its exit code.
 
-    Each with one line on stderr: bad input 2, losses that are no numbers 3, another rank gone or late 4,
-    stopped on request, after a save 5.
+    An error of `errors.py` ends it with one line on stderr and that error's code; a bug shows its traceback.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -35,28 +31,21 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.command(options) or 0)
     except BrokenPipeError:
         return 0
-    except ValueError as error:
-        # ConfigError and DataError are ValueErrors that carry their one line.
-        if not _is_user_error(error):
-            raise
-        _say(f"giantdet: error: {error}")
-        return EXIT_BAD_INPUT
+    except GiantdetError as error:
+        _say(f"giantdet: {'error' if isinstance(error, InputError) else 'stopped'}: {error}")
+        return error.exit_code
     except OSError as error:
         if error.filename is None:
             raise
         _say(f"giantdet: error: {error.filename}: {error.strerror}")
-        return EXIT_BAD_INPUT
+        return InputError.exit_code
     except RuntimeError as error:
         comm = sys.modules.get("giantdet.distributed.comm")
-        if comm is not None and comm.is_lost_contact(error):
-            # Each rank says it, as each may know another part of it; after the progress bar, on its own line.
-            print(f"\ngiantdet: stopped: {comm.describe_lost_contact(error)}", file=sys.stderr, flush=True)
-            return EXIT_LOST_CONTACT
-        codes = {"DivergedError": EXIT_DIVERGED, "StoppedError": EXIT_STOPPED}
-        if type(error).__name__ not in codes:
+        if comm is None or not comm.is_lost_contact(error):
             raise
-        _say(f"giantdet: stopped: {error}")
-        return codes[type(error).__name__]
+        # Each rank says it, as each may know another part of it; after the progress bar, on its own line.
+        print(f"\ngiantdet: stopped: {comm.describe_lost_contact(error)}", file=sys.stderr, flush=True)
+        return LostContactError.exit_code
     finally:
         if "giantdet.distributed.comm" in sys.modules:
             sys.modules["giantdet.distributed.comm"].stop()
@@ -75,16 +64,6 @@ def _say(message: str) -> None:
             return
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
-
-
-def _is_user_error(error: ValueError) -> bool:
-    """Raised by giantdet itself: a ValueError from a library is a bug of ours and keeps its traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(
-        ("giantdet.", "__main__")
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from giantdet.errors import InputError
+
 
 def run_train(options: argparse.Namespace) -> None:
     from giantdet.config.load import load_run
@@ -51,7 +53,7 @@ def run_eval(options: argparse.Namespace) -> None:
     from giantdet.data.coco import CocoDataset
     from giantdet.data.loader import eval_loader
     from giantdet.distributed import comm
-    from giantdet.engine.evaluate import check_categories, detect_all, evaluate_results, score_table
+    from giantdet.evaluation.coco import check_categories, detect_all, evaluate_results, score_table
     from giantdet.export import load_detector
 
     device = comm.start()
@@ -95,7 +97,7 @@ def run_predict(options: argparse.Namespace) -> None:
     (options.output / "results.json").write_text(json.dumps(results))
     print(f"results: {options.output / 'results.json'}")
     if left_out:
-        raise ValueError(f"{len(left_out)} of {len(files)} images are left out, the first: {left_out[0]}")
+        raise InputError(f"{len(left_out)} of {len(files)} images are left out, the first: {left_out[0]}")
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -106,7 +108,7 @@ def run_export(options: argparse.Namespace) -> None:
 
     run = load_run(options.run / "config.json")
     if run.giantdet.data.train is None:
-        raise ValueError(f"{options.run / 'config.json'}: no data.train, which names the classes")
+        raise InputError(f"{options.run / 'config.json'}: no data.train, which names the classes")
     dataset = CocoDataset(run.giantdet.data.train.annotations, run.giantdet.data.train.images)
     folder = options.run / "checkpoints"
     checkpoint = folder / options.checkpoint if options.checkpoint else newest(folder)
@@ -122,8 +124,8 @@ def run_precise_bn(options: argparse.Namespace) -> None:
     from giantdet.data.coco import CocoDataset
     from giantdet.data.loader import train_loader
     from giantdet.distributed import comm
-    from giantdet.engine.precise_bn import bn_images, reestimate
     from giantdet.export import export_model, load_detector
+    from giantdet.tools.precise_bn import bn_images, reestimate
 
     run = load_run(options.run / "config.json")
     check_data(run, ["train"])
@@ -140,7 +142,7 @@ def run_precise_bn(options: argparse.Namespace) -> None:
     norms = reestimate(detector, batches, options.batches, device)
     batches.close()
     if norms == 0:
-        raise ValueError(f"{options.run}: its model has no batch norm with running statistics")
+        raise InputError(f"{options.run}: its model has no batch norm with running statistics")
     output = options.output or options.run / "export_precise_bn"
     export_model(detector, output, config)
     if comm.is_main():
@@ -149,7 +151,7 @@ def run_precise_bn(options: argparse.Namespace) -> None:
 
 
 def run_plot(options: argparse.Namespace) -> None:
-    from giantdet.engine.plots import plot_run, plot_schedule
+    from giantdet.tools.plots import plot_run, plot_schedule
 
     if options.schedule is not None:
         from giantdet.config.load import load_run
@@ -159,10 +161,10 @@ def run_plot(options: argparse.Namespace) -> None:
         print(plot_schedule(run, options.output or Path()))
         return
     if options.run is None:
-        raise ValueError("plot: name the folder of a run, or a JSON with --schedule")
+        raise InputError("plot: name the folder of a run, or a JSON with --schedule")
     metrics, output = options.run / "metrics.jsonl", options.output or options.run
     if not metrics.is_file():
-        raise ValueError(f"{options.run}: no metrics.jsonl here; name the folder of a run")
+        raise InputError(f"{options.run}: no metrics.jsonl here; name the folder of a run")
     output.mkdir(parents=True, exist_ok=True)
     for picture in plot_run(metrics, output):
         print(picture)
@@ -170,8 +172,8 @@ def run_plot(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     from giantdet.config.load import load_run
-    from giantdet.engine.costs import machine_of
-    from giantdet.engine.plan import make_plan, report
+    from giantdet.tools.costs import machine_of
+    from giantdet.tools.plan import make_plan, report
 
     machine = machine_of(options.gpu, options.memory, options.tflops)
     run = load_run(options.config, ["model.backbone.pretrained=false", *options.overrides])
@@ -184,7 +186,7 @@ def run_plan(options: argparse.Namespace) -> None:
 def measure_micro_batch(options: argparse.Namespace) -> None:
     import torch
 
-    from giantdet.engine.measure import measure
+    from giantdet.tools.measure import measure
 
     ranks = max(1, torch.cuda.device_count())
     limit = "" if options.memory is None else f", at most {options.memory:g} GB each"
@@ -195,7 +197,7 @@ def measure_micro_batch(options: argparse.Namespace) -> None:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    from giantdet.engine.doctor import doctor
+    from giantdet.tools.doctor import doctor
 
     return doctor(options.output, options.mebibytes, options.timeout_minutes)
 
@@ -210,7 +212,7 @@ def run_validate(options: argparse.Namespace) -> int:
 
 def run_configs(options: argparse.Namespace) -> None:
     if not options.folder.is_dir():
-        raise ValueError(f"{options.folder}: no such folder; name the one that holds the recipes")
+        raise InputError(f"{options.folder}: no such folder; name the one that holds the recipes")
     for path in sorted(options.folder.glob("*.json")):
         try:
             about = json.loads(path.read_text()).get("about", "")

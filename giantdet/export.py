@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from giantdet import __version__
+from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
 from giantdet.checkpoint.files import SavedTensors, damage
 from giantdet.config.load import RunConfig
 from giantdet.config.types import ModelConfig, NormConfig, Section
-from giantdet.convert import from_torchvision, is_torchvision
 from giantdet.distributed import comm
-from giantdet.models.detector import Detector, build_detector
-from giantdet.models.weights import (
+from giantdet.errors import InputError
+from giantdet.layers.weights import (
     load_backbone_weights,
     load_strictly,
     persistent_buffers,
@@ -96,7 +97,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig, shar
     float32 there, and exported in the type that the model was trained in. ValueError for a damaged one.
     """
     if found := damage(checkpoint):
-        raise ValueError(f"{checkpoint}: {'; '.join(found)}")
+        raise InputError(f"{checkpoint}: {'; '.join(found)}")
     saved = SavedTensors(checkpoint)
     parameters = saved.state["parameters"]
     sizes = {name: math.prod(p["shape"]) * _dtype(p).itemsize for name, p in parameters.items()}
@@ -185,15 +186,15 @@ def read_export_config(folder: Path) -> ExportConfig:
     """config.json of an export. Raises ValueError naming the file where it is missing or not ours."""
     file = folder / CONFIG
     if not file.is_file():
-        raise ValueError(f"{folder}: not an export of giantdet (no {CONFIG})")
+        raise InputError(f"{folder}: not an export of giantdet (no {CONFIG})")
     try:
         return ExportConfig.model_validate_json(file.read_text())
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-        raise ValueError(f"{file}: not of an export of giantdet ({what})") from None
+        raise InputError(f"{file}: not of an export of giantdet ({what})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
+        raise InputError(f"{file}: cannot be read ({error})") from None
 
 
 def load_detector(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, ExportConfig]:
@@ -222,7 +223,7 @@ def load_weights(detector: Detector, config: ModelConfig) -> None:
         try:
             state = from_torchvision(state)
         except LookupError as error:
-            raise ValueError(f"{path} is no whole file of torchvision's detectors: {error}") from error
+            raise InputError(f"{path} is no whole file of torchvision's detectors: {error}") from error
     expected = detector.state_dict()
     fresh = [
         key

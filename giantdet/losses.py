@@ -31,10 +31,6 @@ FINE_PRINT: dict[Conventions, LossFinePrint] = {
 }
 
 
-class DivergedError(RuntimeError):
-    """Losses, or what has followed from them, are no longer finite numbers."""
-
-
 def detector_losses(predictions: Predictions, conventions: Conventions = "detectron2") -> dict[str, Tensor]:
     """The five losses (four without a mask head), unweighted; their sum is what is minimised."""
     fine_print = FINE_PRINT[conventions]

@@ -44,10 +44,10 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
     from tiny import MODEL
 
+    from giantdet.architectures.mask_rcnn import build_detector
     from giantdet.config.types import ModelConfig, NormConfig
     from giantdet.data.demo import CATEGORIES
     from giantdet.export import ExportConfig
-    from giantdet.models.detector import build_detector
 
     folder = tmp_path_factory.mktemp("export")
     config = ExportConfig(

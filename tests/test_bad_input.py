@@ -32,9 +32,9 @@ from giantdet.data.demo import CATEGORIES, make_demo
 from giantdet.data.loader import TrainStream, eval_loader, sample_index, train_loader
 from giantdet.data.truth import ground_truth
 from giantdet.data.validate import validate
-from giantdet.engine.evaluate import evaluate_results
 from giantdet.engine.metrics import read_metrics
 from giantdet.engine.train import seed_step
+from giantdet.evaluation.coco import evaluate_results
 
 DOCUMENT = REPO / "docs/bad-input.md"
 DATA = DataConfig(size=(64, 64), short_side=64, max_objects=5, mask_frame=28, workers=0)

@@ -15,6 +15,7 @@ from tiny import REPO, Ended, environment, free_port, launch, logs, set_path, ti
 
 from giantdet import cli, commands
 from giantdet.config.load import load_run, parse_run
+from giantdet.errors import LostContactError
 
 COMMANDS = ("train", "eval", "predict", "export", "validate-data", "configs", "make-demo-data")
 SCRIPT = REPO / "scripts/train.py"
@@ -134,7 +135,7 @@ def test_rank_that_never_comes_is_one_line(
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out", giantdet__train__timeout_minutes=0.02))
-    assert cli.main(["train", "--config", str(run)]) == cli.EXIT_LOST_CONTACT == 4
+    assert cli.main(["train", "--config", str(run)]) == LostContactError.exit_code == 4
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert "giantdet: stopped: rank 0 of 2 on " in err and "1/2 clients joined" in err

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, REPO, environment, launch_ok, tiny_run
 
+from giantdet.architectures.mask_rcnn import Detector, build_detector
 from giantdet.config.types import ModelConfig, NormConfig
 from giantdet.engine.predict import draw, load_image, load_predictor
 from giantdet.export import export_checkpoint, load_detector, load_weights, read_export_config, shard_plan
-from giantdet.models.detector import Detector, build_detector
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from giantdet import __version__
+from giantdet.errors import InputError
 
 FORMAT = 1
 MANIFEST, STATE, PARTIAL = "manifest.json", "state.json", ".partial"
@@ -89,12 +90,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest_text(content) == text:
             return content
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
+        raise InputError(f"{MANIFEST} is missing") from None
     except OSError as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+        raise InputError(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, AttributeError):
         pass
-    raise ValueError(f"{MANIFEST} is damaged")
+    raise InputError(f"{MANIFEST} is damaged")
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
@@ -103,7 +104,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     Of `parts` callers each checks its share of the files. Raises ValueError for a checkpoint of before.
     """
     if list(folder.glob("*_model_states.pt")) and not (folder / MANIFEST).exists():
-        raise ValueError(
+        raise InputError(
             f"{folder}: saved by an earlier giantdet in DeepSpeed's own files, which giantdet {__version__} "
             "does not read; name another train.output, or start afresh with train.resume=false"
         )
@@ -151,7 +152,7 @@ def newest(folder: Path) -> Path:
         if not (found := damage(path)):
             return path
         problems.append(f"{path.name}: {', '.join(found)}")
-    raise ValueError(f"{folder}: no whole checkpoint here; {'; '.join(problems) or 'none at all'}")
+    raise InputError(f"{folder}: no whole checkpoint here; {'; '.join(problems) or 'none at all'}")
 
 
 class SavedTensors:
@@ -161,7 +162,7 @@ class SavedTensors:
         self.folder = folder
         self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
         if self.state["format"] != FORMAT:
-            raise ValueError(
+            raise InputError(
                 f"{folder}: of format {self.state['format']}, giantdet {__version__} reads {FORMAT} alone"
             )
         self._pieces: dict[str, list[tuple[int, Any]]] = {}
@@ -205,7 +206,7 @@ class SavedTensors:
             parts.append(part)
             position += len(part)
         if position != last:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder}: elements {position} to {last} of the {kind} of {name} are missing"
             )
         return torch.cat(parts) if parts else torch.empty(0)

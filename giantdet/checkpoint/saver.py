@@ -33,7 +33,7 @@ from giantdet.checkpoint.files import (
 from giantdet.checkpoint.state import check_fit, describe_state, load_counters, load_tensors, local_tensors
 from giantdet.config.types import TrainConfig
 from giantdet.distributed import comm
-from giantdet.losses import DivergedError
+from giantdet.errors import DivergedError, InputError
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 
@@ -233,7 +233,7 @@ class Checkpoints:
             if comm.is_main():
                 logger.warning("%s is left out: %s", path, "; ".join(problems))
         if found:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder}: none of its {len(found)} checkpoints is whole; bring one back, or start "
                 "afresh with train.resume=false"
             )

@@ -16,7 +16,8 @@ from torch import Tensor
 from giantdet import __version__
 from giantdet.checkpoint.files import FORMAT, SavedTensors
 from giantdet.distributed import comm
-from giantdet.models.weights import persistent_buffers
+from giantdet.errors import InputError
+from giantdet.layers.weights import persistent_buffers
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 from giantdet.optim.fragments import create_states, fragments, local_share, publish, share_of, shares
@@ -103,7 +104,7 @@ def check_fit(engine: Any, saved: SavedTensors) -> None:
     groups = {group["name"] for group in engine.basic_optimizer.param_groups}
     if different := sorted(groups ^ set(saved.state["groups"])):
         where = "the run" if different[0] in groups else "the checkpoint"
-        raise ValueError(
+        raise InputError(
             f"{saved.folder}: saved with other parameter groups: {different[0]} is in {where} alone; "
             f"{len(different)} groups differ"
         )
@@ -111,7 +112,7 @@ def check_fit(engine: Any, saved: SavedTensors) -> None:
     there = {name: about["shape"] for name, about in saved.state["parameters"].items()}
     if different := [name for name in here | there if here.get(name) != there.get(name)]:
         name = different[0]
-        raise ValueError(
+        raise InputError(
             f"{saved.folder}: saved from another model: {name} is {there.get(name, 'not there')}, in the run "
             f"{here.get(name, 'not there')}; {len(different)} parameters differ"
         )
@@ -135,7 +136,7 @@ def load_tensors(engine: Any, saved: SavedTensors, ema: WeightEma | None) -> Non
             elements, values = fragment.state(optimizer)
             there = saved.kinds[name] - {"weight", "ema"}
             if there and there != elements.keys() | values.keys():  # nothing there: never had a gradient
-                raise ValueError(
+                raise InputError(
                     f"{saved.folder}: saved by {saved.state['optimizer']} with {sorted(there)}, "
                     f"the run's {type(optimizer).__name__} has {sorted([*elements, *values])}"
                 )

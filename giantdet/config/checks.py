@@ -18,10 +18,7 @@ from giantdet.config import deepspeed_keys as ds
 from giantdet.config import plugins
 from giantdet.config.lengths import LENGTH_WORDS, is_length
 from giantdet.config.types import GiantdetConfig
-
-
-class ConfigError(ValueError):
-    """A mistake in a run's JSON or in an override; the message is one line that names the key."""
+from giantdet.errors import ConfigError
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

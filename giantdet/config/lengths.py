@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from giantdet.errors import InputError
+
 LENGTH_WORDS = 'a number of steps, or a text like "2 epochs" or "90000 images"'
 LENGTH_PATTERN = r"^(\d{1,15}(?:\.\d{1,15})?)\s*(step|epoch|image)s?$"
 
@@ -27,7 +29,7 @@ def to_steps(value: int | float | str, batch: int, images: int | None) -> int | 
         return int(value)
     match = re.match(LENGTH_PATTERN, value)
     if match is None:
-        raise ValueError(f"{value!r} is no length; give {LENGTH_WORDS}")
+        raise InputError(f"{value!r} is no length; give {LENGTH_WORDS}")
     number, unit = float(match[1]), match[2]
     if unit == "step":
         return math.ceil(number)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from giantdet.config import deepspeed_keys as ds
-from giantdet.config.checks import ConfigError, all_paths, check_deepspeed, nearest, parse_giantdet, show
+from giantdet.config.checks import all_paths, check_deepspeed, nearest, parse_giantdet, show
 from giantdet.config.types import GiantdetConfig
+from giantdet.errors import ConfigError
 
 __all__ = ["ConfigError", "RunConfig", "load_run", "parse_run"]
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from giantdet.config import deepspeed_keys as ds
 from giantdet.config import plugins
-from giantdet.config.checks import ConfigError, canonical_name, nearest
+from giantdet.config.checks import canonical_name, nearest
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
 from giantdet.config.types import GiantdetConfig
+from giantdet.errors import ConfigError
 
 BATCH, MICRO, ACCUMULATION = ds.AUTO_BATCH
 

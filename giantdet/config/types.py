@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 
 class BackboneConfig(Section):
-    """Any timm model; see `models/backbone.py` for the three adapters."""
+    """Any timm model; see `layers/backbone.py` for the three adapters."""
 
     name: str = "resnet50"
     """timm model name, for example resnet50, convnext_tiny, swin_tiny_patch4_window7_224."""
@@ -151,13 +151,13 @@ class PartNormConfig(Section):
 
     type: Literal["frozen", "local", "cgbn"] = "frozen"
     """frozen: statistics and affine are constants; local: each rank's own micro-batch; cgbn: the images
-    of several ranks (`distributed/cgbn.py`)."""
+    of several ranks (`layers/cgbn.py`)."""
     bn_size: PositiveInt = 32
     """cgbn: images that are normalised together, micro-batch x ranks; at most the world's. MegDet's 32."""
 
 
 class NormConfig(PartNormConfig):
-    """Batch normalisation, applied to the model from outside (`models/norm.py`).
+    """Batch normalisation, applied to the model from outside (`layers/norm.py`).
 
     `type` and `bn_size` are the backbone's. The norms of pyramid and heads (`"norm": "batch"` in their
     sections) are as the backbone's, or local where that is frozen: they start fresh, and constants of mean 0

@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 from pycocotools import mask as mask_util
 
 from giantdet.data.records import (
-    DataError,
     Fault,
     category_fault,
     category_name,
@@ -33,6 +32,7 @@ from giantdet.data.records import (
     read_instances,
     segment,
 )
+from giantdet.errors import DataError
 
 _BOX_ONLY, _POLYGONS, _RLE = 0, 1, 2
 _ORIENTATION = 0x0112  # EXIF tag

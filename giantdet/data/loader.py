@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
-from giantdet.data.records import DataError, logger
+from giantdet.data.records import logger
 from giantdet.data.samples import Sample, collate, make_sample
 from giantdet.data.transforms import draw_geometry
+from giantdet.errors import DataError
 from giantdet.structures import Batch
 
 MAX_BAD_IN_A_ROW = 50

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 
 from giantdet.data.coco import Objects
-from giantdet.data.records import DataError
 from giantdet.data.transforms import Geometry, clip_boxes, transform_boxes
+from giantdet.errors import DataError
 
 
 def frame_of(box_4: NDArray, side: int) -> NDArray[np.float32]:

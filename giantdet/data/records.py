@@ -15,6 +15,8 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from giantdet.errors import DataError
+
 logger = logging.getLogger("giantdet")
 
 Fault = tuple[str, str]
@@ -27,10 +29,6 @@ _MAX_COORDINATE = 100_000
 # Of COCO's strings: digits "0" to "o", of which those from "P" on are followed by another. pycocotools reads
 # and writes past its memory for any other.
 _RLE_STRING = re.compile("[0-o]*[0-O]")
-
-
-class DataError(ValueError):
-    """A data set or a file of it cannot be used; one line that names it."""
 
 
 def read_instances(path: str | Path) -> dict[str, list[dict[str, Any]]]:

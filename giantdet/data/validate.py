@@ -18,7 +18,6 @@ from pycocotools import mask as mask_util
 from giantdet.data.coco import orient, to_rgb
 from giantdet.data.masks import adds_up, rle_counts
 from giantdet.data.records import (
-    DataError,
     Fault,
     Size,
     category_fault,
@@ -29,6 +28,7 @@ from giantdet.data.records import (
     read_instances,
     segment,
 )
+from giantdet.errors import DataError
 
 _OVERHANG = 1.0  # pixels a box may stick out without a word; rounding does that
 _BOX_MASK_SLACK = 2.0  # pixels between the sides of a box and of its mask

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from giantdet.errors import InputError
+
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -48,7 +50,7 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         if local_rank >= (gpus := torch.cuda.device_count()):
-            raise ValueError(
+            raise InputError(
                 f"local rank {local_rank}, but the process sees {gpus} GPUs: start one process a GPU, and "
                 "let each see all GPUs of its machine (srun: --gpus-per-node and no --gpus-per-task)"
             )
@@ -69,7 +71,7 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
             if "EADDRINUSE" not in str(error):
                 raise
             port = os.environ["MASTER_PORT"]
-            raise ValueError(
+            raise InputError(
                 f"port {port} of this host is in use: give the launcher another --master_port"
             ) from None
     return device
@@ -125,7 +127,7 @@ def _fill_environment() -> None:
         environment.setdefault(name, value)
     if "MASTER_PORT" not in environment:
         if environment["WORLD_SIZE"] != "1":
-            raise ValueError("MASTER_PORT is not set: export one that is free on rank 0's host, as 29500")
+            raise InputError("MASTER_PORT is not set: export one that is free on rank 0's host, as 29500")
         environment["MASTER_PORT"] = str(_free_port())
 
 
@@ -138,7 +140,7 @@ def _first_host(nodes: str) -> str:
     """The first of a list of hosts as Slurm writes it: node[003-010,12]-ib,login is node003-ib."""
     host = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes).split(",")[0]
     if not host:
-        raise ValueError(
+        raise InputError(
             "neither MASTER_ADDR nor SLURM_STEP_NODELIST is set: export rank 0's host as MASTER_ADDR"
         )
     return host

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from giantdet.distributed import comm
-from giantdet.losses import DivergedError
-from giantdet.models.norm import moving_norms
+from giantdet.errors import DivergedError
+from giantdet.layers.norm import moving_norms
 
 logger = logging.getLogger("giantdet")
 
@@ -27,10 +27,6 @@ _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed", "slurmstepd")
 _SHOWN = 16  # image ids in a message
 _asked: list[str] = []
-
-
-class StoppedError(RuntimeError):
-    """The run was asked to stop and has saved a checkpoint."""
 
 
 def listen() -> None:

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from giantdet.architectures.mask_rcnn import Detector
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import to_rgb
 from giantdet.data.transforms import draw_geometry, transform_image
-from giantdet.engine.evaluate import encode_mask, to_original
+from giantdet.errors import InputError
+from giantdet.evaluation.coco import encode_mask, to_original
 from giantdet.export import ExportConfig, load_detector
-from giantdet.models.detector import Detector
 from giantdet.structures import Batch, Targets
 
 _PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
@@ -95,7 +96,7 @@ def load_image(path: str | Path) -> NDArray[np.uint8]:
         with Image.open(path) as file:
             return np.array(to_rgb(ImageOps.exif_transpose(file)))
     except Exception as error:  # PIL's plugins raise what they like on broken files
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise InputError(f"{path}: not a readable image ({error})") from error
 
 
 def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
@@ -141,7 +142,7 @@ def picture_names(files: list[Path], folder: Path) -> list[Path]:
         pictures.append(picture)
     # os.path.realpath, as Path.resolve raises at a link to itself.
     if replaced := set(map(os.path.realpath, pictures)) & set(map(os.path.realpath, files)):
-        raise ValueError(f"{min(replaced)}: its overlay would replace it; choose another --output")
+        raise InputError(f"{min(replaced)}: its overlay would replace it; choose another --output")
     return pictures
 
 
@@ -155,9 +156,9 @@ def image_files(paths: list[Path]) -> list[Path]:
         elif path.exists():
             files.append(path)
         else:
-            raise ValueError(f"{path}: no such image or folder")
+            raise InputError(f"{path}: no such image or folder")
     if not files:
-        raise ValueError(f"{paths[0]}: no image in this folder (looked for {', '.join(sorted(endings))})")
+        raise InputError(f"{paths[0]}: no image in this folder (looked for {', '.join(sorted(endings))})")
     return files
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from giantdet.architectures.mask_rcnn import Detector
 from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
@@ -19,18 +20,18 @@ from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import eval_loader, train_loader
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.engine.evaluate import check_categories, detect_all, evaluate_results, score_table
-from giantdet.engine.faults import StepGuard, StoppedError, poisoned, stop_asked, stop_reason
+from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.metrics import Metrics
-from giantdet.engine.plots import plot_run
-from giantdet.engine.profile import Profile
+from giantdet.errors import StoppedError
+from giantdet.evaluation.coco import check_categories, detect_all, evaluate_results, score_table
 from giantdet.export import export_config, export_model
+from giantdet.layers.norm import norm_summary
 from giantdet.losses import detector_losses, sample_counts, total_loss
-from giantdet.models.detector import Detector
-from giantdet.models.norm import norm_summary
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 from giantdet.optim.param_groups import group_table
+from giantdet.tools.plots import plot_run
+from giantdet.tools.profile import Profile
 
 logger = logging.getLogger("giantdet")
 

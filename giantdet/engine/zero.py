@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from giantdet.architectures.mask_rcnn import Detector, build_detector
 from giantdet.config.load import RunConfig
 from giantdet.config.plugins import TIMM_OPTIMIZERS
 from giantdet.distributed import comm
+from giantdet.errors import InputError
 from giantdet.export import load_weights
-from giantdet.models.blocks import blocks_of
-from giantdet.models.deferred import deferred_init, is_deferred, real_parameters
-from giantdet.models.detector import Detector, build_detector
-from giantdet.models.norm import moving_norms
+from giantdet.layers.blocks import blocks_of
+from giantdet.layers.deferred import deferred_init, is_deferred, real_parameters
+from giantdet.layers.norm import moving_norms
 from giantdet.optim.optimizers import optimizer_factory
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
@@ -70,7 +71,7 @@ def _refusal_in_one_line() -> Iterator[None]:
         yield
     except (AssertionError, ImportError, ValueError) as error:
         text = " ".join(str(error).split()) or "an assertion failed"
-        raise ValueError(f"DeepSpeed refuses the run's JSON: {text}") from error
+        raise InputError(f"DeepSpeed refuses the run's JSON: {text}") from error
 
 
 def build(run: RunConfig, micro_batch: int) -> Detector:

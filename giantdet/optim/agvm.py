@@ -44,7 +44,8 @@ from torch import Tensor, nn
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
-from giantdet.distributed.cgbn import CrossGpuBatchNorm
+from giantdet.errors import InputError
+from giantdet.layers.cgbn import CrossGpuBatchNorm
 from giantdet.optim.fragments import Fragment, even_share, shares
 from giantdet.optim.param_groups import module_of, module_of_group
 from giantdet.optim.variance import (
@@ -103,24 +104,24 @@ class Agvm:
 
     def _check(self) -> None:
         if self.config.anchor not in self.index:
-            raise ValueError(
+            raise InputError(
                 f"agvm.anchor '{self.config.anchor}' is no module with trainable parameters: "
                 f"{', '.join(self.names)}"
             )
         named = {module_of_group(group) for group in self.engine.basic_optimizer.param_groups}
         if named != set(self.names):
-            raise ValueError(
+            raise InputError(
                 f"agvm: the optimizer's groups are of the modules {sorted(named)}, the parameters of "
                 f"{self.names}; name the groups as optim/param_groups.py does"
             )
         if self.config.clamp[0] > self.config.clamp[1]:
-            raise ValueError(f"agvm.clamp {list(self.config.clamp)}: give the lower bound first")
+            raise InputError(f"agvm.clamp {list(self.config.clamp)}: give the lower bound first")
         if self.shards < 2:
-            raise ValueError(
+            raise InputError(
                 "agvm needs two ranks or gradient_accumulation_steps of two: one shard has no variance"
             )
         if self.config.estimator == "half_split" and comm.world_size() % 2 and self.accumulation % 2:
-            raise ValueError(
+            raise InputError(
                 f"agvm.estimator half_split cannot halve {comm.world_size()} ranks x {self.accumulation} "
                 'micro-batches; take "all_splits", or an even number of one of them'
             )
@@ -165,7 +166,7 @@ class Agvm:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the state is of other modules."""
         if set(state["factors"]) != set(self.names):
-            raise ValueError(
+            raise InputError(
                 f"agvm: the checkpoint has modules {sorted(state['factors'])}, the run {self.names}"
             )
         self.factors, self.variances = dict(state["factors"]), dict(state["variances"])

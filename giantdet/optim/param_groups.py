@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from giantdet.errors import InputError
+
 NO_DECAY = "/no_decay"
 
 
@@ -54,7 +56,7 @@ def parameter_groups(
             depth = height[name][1] if name in height else 0
             group["lr"] = lr * multipliers.get(module, 1.0) * (layer_decay or 1.0) ** depth
     if unknown := set(multipliers) - known:
-        raise ValueError(
+        raise InputError(
             f"param_groups.lr_multipliers: no module {', '.join(sorted(unknown))} with trainable parameters; "
             f"there are {', '.join(sorted(known))}"
         )
@@ -80,7 +82,7 @@ def layers(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, number in numbers.items():
             found[f"{prefix}.{name}" if prefix else name] = (number, top - number)
     if not found:
-        raise ValueError(
+        raise InputError(
             "param_groups.layer_decay: no part of the model knows its layers (timm's group_matcher)"
         )
     return found
@@ -97,7 +99,7 @@ def module_of(name: str, modules: dict[str, tuple[str, ...]] | None = None) -> s
     for module, patterns in modules.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return module
-    raise ValueError(f"agvm.modules: no pattern fits parameter {name}; add one, '*' fits all that is left")
+    raise InputError(f"agvm.modules: no pattern fits parameter {name}; add one, '*' fits all that is left")
 
 
 def module_of_group(group: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from giantdet.data.truth import ground_truth
-from giantdet.engine.evaluate import coco_scores
+from giantdet.evaluation.coco import coco_scores
 
 
 def write(path: Path, content: Any) -> Path:

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, launch_ok, tiny_run
 
+from giantdet.architectures.mask_rcnn import build_detector
 from giantdet.config.types import BackboneConfig, ModelConfig, NormConfig
 from giantdet.engine.metrics import read_metrics
 from giantdet.export import ExportConfig, export_model
-from giantdet.models.backbone import build_backbone
-from giantdet.models.detector import build_detector
-from giantdet.models.weights import load_backbone_weights
+from giantdet.layers.backbone import build_backbone
+from giantdet.layers.weights import load_backbone_weights
 
 BUILD = Path(__file__).with_name("worker_build.py")
 TRAIN = Path(__file__).with_name("worker_train.py")

@@ -36,7 +36,7 @@ CUT = [
 def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Path) -> None:
     data = shared / "data/fruits_nuts"
     command = [
-        *(sys.executable, REPO / "scripts/giant.py", RECIPE),
+        *(sys.executable, REPO / "studies/giant.py", RECIPE),
         *("--annotations", data / "annotations/instances_train.json", "--images", data / "images"),
         *(
             "--output",

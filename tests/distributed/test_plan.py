@@ -13,11 +13,11 @@ from tiny import MODEL, launch_ok, tiny_run
 from giantdet.config.checks import ConfigError
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
-from giantdet.engine.costs import MACHINES, MOMENTS, Machine, machine_of, states
-from giantdet.engine.count import Count, count, meta_detector
-from giantdet.engine.measure import largest, start
-from giantdet.engine.plan import Plan, make_plan, report
 from giantdet.engine.zero import weight_dtype
+from giantdet.tools.costs import MACHINES, MOMENTS, Machine, machine_of, states
+from giantdet.tools.count import Count, count, meta_detector
+from giantdet.tools.measure import largest, start
+from giantdet.tools.plan import Plan, make_plan, report
 
 WORKER = Path(__file__).with_name("worker_plan.py")
 REPO = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def counted_once() -> Iterator[None]:
         return found[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("giantdet.engine.plan.count", count_once)
+        patch.setattr("giantdet.tools.plan.count", count_once)
         yield
 
 

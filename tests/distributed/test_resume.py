@@ -22,8 +22,8 @@ from giantdet.checkpoint.files import SavedTensors, damage, scan
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import eval_loader
-from giantdet.engine.evaluate import detect_all
 from giantdet.engine.metrics import read_metrics
+from giantdet.evaluation.coco import detect_all
 from giantdet.export import ExportConfig, export_checkpoint, load_detector, read_export_config
 
 STAGES = [0, 1, 2, 3]

@@ -17,12 +17,12 @@ import deepspeed
 import torch
 from safetensors import safe_open
 
+from giantdet.architectures.mask_rcnn import Detector
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.models.deferred import is_deferred
-from giantdet.models.detector import Detector
+from giantdet.layers.deferred import is_deferred
 
 WARM_UP = ["model.backbone.name=test_vit", "model.backbone.init_weights=null"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from giantdet.distributed import comm
-from giantdet.distributed.cgbn import CrossGpuBatchNorm, convert_batchnorm, merge_statistics
+from giantdet.layers.cgbn import CrossGpuBatchNorm, convert_batchnorm, merge_statistics
 
 CHANNELS = 6
 STEPS = 3

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from giantdet import export
+from giantdet.architectures.mask_rcnn import build_detector
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.models.detector import build_detector
 
 
 def main() -> None:

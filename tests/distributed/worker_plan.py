@@ -19,8 +19,8 @@ from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.engine.measure import blank_batch
 from giantdet.losses import detector_losses, total_loss
+from giantdet.tools.measure import blank_batch
 
 
 def nbytes(tensors: Any) -> int:

@@ -18,13 +18,13 @@ from tiny import tiny_run
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from giantdet.architectures.mask_rcnn import Detector, build_detector
 from giantdet.config.load import RunConfig, parse_run
 from giantdet.config.resolve import resolve
 from giantdet.config.types import NormConfig
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.losses import detector_losses, total_loss
-from giantdet.models.detector import Detector, build_detector
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.structures import Batch, Predictions, Targets
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from giantdet.engine.metrics import Metrics, read_metrics
-from giantdet.engine.plots import plot_losses
+from giantdet.tools.plots import plot_losses
 
 
 def test_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from timm.optim import param_groups_layer_decay
 from tiny import MODEL
 from torch import nn
 
+from giantdet.architectures.mask_rcnn import build_detector
 from giantdet.config.types import ModelConfig, NormConfig
-from giantdet.models.detector import build_detector
 from giantdet.optim.param_groups import group_table, parameter_groups
 
 

@@ -24,14 +24,14 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
+from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
 from giantdet.config.types import DataConfig, ModelConfig
-from giantdet.convert import from_torchvision, is_torchvision
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import collate, make_sample
 from giantdet.data.transforms import Geometry
+from giantdet.layers.weights import load_strictly
 from giantdet.losses import detector_losses
-from giantdet.models.detector import Detector, build_detector
-from giantdet.models.weights import load_strictly
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
 

@@ -1,0 +1,184 @@
+"""COCO evaluation over all ranks: detect, gather on the CPU, and let pycocotools judge.
+
+Every rank runs the same number of steps (the loader fills up with empty slots), so that a sharded
+model's collectives match. Results carry the data set's own image and category ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from giantdet.data.coco import CocoDataset
+from giantdet.data.truth import ground_truth
+from giantdet.distributed import comm
+from giantdet.errors import InputError
+from giantdet.ops.masks import paste_masks
+from giantdet.structures import Batch, Detections
+
+IouType = Literal["bbox", "segm"]
+COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+KIND = {"bbox": "box", "segm": "mask"}
+_BITMAP_BYTES = 2**28  # at a time; 100 masks of an image of 13,000 x 13,000 pixels are 17 GB
+
+
+def check_categories(dataset: CocoDataset, known: list[int], whose: str | Path) -> None:
+    """Raise ValueError where the data set has categories that are not among those of a model's classes."""
+    if unknown := set(dataset.category_ids) - set(known):
+        raise InputError(
+            f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "
+            f"was trained on, {known}"
+        )
+
+
+@torch.no_grad()
+def detect_all(
+    detect: Callable[[Batch], Detections],
+    batches: Iterable[Batch],
+    device: torch.device,
+    category_ids: list[int],
+    conventions: Literal["detectron2", "torchvision"] = "detectron2",
+) -> list[dict[str, Any]]:
+    """COCO results of all ranks' batches, on the main rank; an empty list elsewhere."""
+    results: list[dict[str, Any]] = []
+    for batch in batches:
+        results += to_coco(detect(batch.to(device)), batch, category_ids, conventions)
+    return [result for part in comm.gather_objects(results) for result in part]
+
+
+def to_coco(
+    detections: Detections,
+    batch: Batch,
+    category_ids: list[int],
+    conventions: Literal["detectron2", "torchvision"] = "detectron2",
+) -> list[dict[str, Any]]:
+    """Detections on the canvas to COCO results in pixels of the original images."""
+    results: list[dict[str, Any]] = []
+    # A model may have more classes than the data set has categories: those outputs mean nothing.
+    detections = detections._replace(
+        valid_BD=detections.valid_BD & (detections.labels_BD < len(category_ids))
+    )
+    for b, image_id in enumerate(batch.image_ids_B.tolist()):
+        if image_id < 0:
+            continue  # a slot that only fills up the batch
+        for part in _in_parts(detections, int(batch.original_sizes_B2[b].prod())):
+            boxes_D4, masks_DHW = to_original(part, batch, b, conventions)
+            chosen = part.valid_BD[b]
+            scores, labels = part.scores_BD[b][chosen].tolist(), part.labels_BD[b][chosen].tolist()
+            for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
+                x0, y0, x1, y1 = box
+                result = {
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "score": score,
+                }
+                if masks_DHW is not None:
+                    result["segmentation"] = encode_mask(masks_DHW[d])
+                results.append(result)
+    return results
+
+
+def _in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
+    """The detections a few at a time, if their bitmaps of so many pixels would be too much at once."""
+    slots = detections.valid_BD.shape[1]
+    few = max(1, _BITMAP_BYTES // max(pixels, 1))
+    slot_D = torch.arange(slots, device=detections.valid_BD.device)
+    for first in range(0, slots, few):
+        wanted_D = (slot_D >= first) & (slot_D < first + few)
+        yield detections._replace(valid_BD=detections.valid_BD & wanted_D)
+
+
+def to_original(
+    detections: Detections,
+    batch: Batch,
+    b: int,
+    conventions: Literal["detectron2", "torchvision"] = "detectron2",
+) -> tuple[Tensor, Tensor | None]:
+    """Image b's valid detections in its original pixels: boxes `[D, 4]`, bitmaps `[D, h, w]` or None."""
+    chosen = detections.valid_BD[b]
+    height, width = (int(side) for side in batch.original_sizes_B2[b])
+    size_2 = batch.sizes_B2[b].cpu()
+    scale_2 = torch.tensor([width / float(size_2[1]), height / float(size_2[0])])
+    boxes_D4 = detections.boxes_BD4[b][chosen].cpu() * scale_2.repeat(2)
+    limits_4 = torch.tensor([width, height, width, height], dtype=torch.float32)
+    boxes_D4 = boxes_D4.clamp_min(0).minimum(limits_4)
+    if detections.masks_BDSS is None:
+        return boxes_D4, None
+    masks_DSS = detections.masks_BDSS[b][chosen].cpu()
+    return boxes_D4, paste_masks(masks_DSS, boxes_D4, height, width, threshold=0.5, convention=conventions)
+
+
+def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
+    """A bool bitmap as COCO's compressed RLE, its counts a str that JSON can hold."""
+    rle = mask_util.encode(np.asfortranarray(mask_HW.numpy().astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+
+
+def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
+    """The 12 COCO numbers and `per_class` AP by category name; AP is NaN for a class without objects.
+
+    pycocotools' COCOeval with its defaults (100 detections an image); `truth` of `data/truth.py`.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        # Without its box, a result's area is its mask's: the size ranges of mask AP are about masks.
+        kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
+        found = truth.loadRes(kept) if kept else _no_results(truth)
+        judge = COCOeval(truth, found, iou_type)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    scores: dict[str, Any] = {
+        name: float(value) for name, value in zip(COCO_NUMBERS, judge.stats, strict=True)
+    }
+    precision_TRKAM = judge.eval["precision"]  # IoU thresholds, recalls, classes, areas, detection limits
+    scores["per_class"] = {}
+    for k, category in enumerate(truth.loadCats(judge.params.catIds)):
+        values = precision_TRKAM[:, :, k, 0, -1]
+        values = values[values > -1]
+        scores["per_class"][category["name"]] = float(values.mean()) if values.size else float("nan")
+    return scores
+
+
+def _no_results(truth: COCO) -> COCO:
+    empty = COCO()
+    empty.dataset = {
+        "images": truth.dataset["images"],
+        "categories": truth.dataset["categories"],
+        "annotations": [],
+    }
+    empty.createIndex()
+    return empty
+
+
+def evaluate_results(
+    annotations: str | Path, results: list[dict[str, Any]], masks: bool
+) -> dict[str, dict[str, Any]]:
+    """`{"box": scores, "mask": scores}` of COCO results; without `masks` the box scores alone."""
+    kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
+    truth = ground_truth(annotations)
+    return {KIND[kind]: coco_scores(truth, results, kind) for kind in kinds}
+
+
+def score_table(scores: dict[str, dict[str, Any]]) -> str:
+    """The 12 numbers of box and mask side by side, and AP by class, as text."""
+    lines = ["      " + "".join(f"{name:>7}" for name in COCO_NUMBERS)]
+    for kind, values in scores.items():
+        lines.append(f"{kind:<6}" + "".join(f"{values[name]:>7.3f}" for name in COCO_NUMBERS))
+    names = list(next(iter(scores.values()))["per_class"])
+    width = max(len(name) for name in names) if names else 0
+    lines.append("AP by class")
+    for name in names:
+        cells = "".join(f"  {kind} {values['per_class'][name]:.3f}" for kind, values in scores.items())
+        lines.append(f"  {name:<{width}}{cells}")
+    return "\n".join(lines)

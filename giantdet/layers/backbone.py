@@ -1,0 +1,159 @@
+"""Any timm model as a backbone: three adapters behind one function.
+
+- Convolutional and hierarchical models (`Pyramid`): maps of strides 4, 8, 16, 32 from timm's
+  `forward_intermediates` of the raw model, whose keys stay those of its checkpoints (`features_only` renames
+  some). Families without BatchNorm (Swin, ConvNeXt, ...) end their stages un-normed and get a LayerNorm a
+  level, as in Swin's and ConvNeXt's detection code.
+- Swin: the same, with windows that need not divide the canvas (`swin.py`).
+- Plain ViTs: one map, windowed attention (`plain_vit.py`).
+
+Images have one fixed size, known at construction; weights are loaded afterwards (`weights.py`), BatchNorms
+are converted afterwards (`norm.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import LayerNorm2d, set_fused_attn
+from timm.models import is_model_in_modules
+from timm.models.resnet import Bottleneck
+from torch import Tensor, nn
+
+from giantdet.config.types import BackboneConfig
+from giantdet.errors import InputError
+from giantdet.layers.blocks import wrap_blocks
+from giantdet.layers.body import Backbone, create_body, freeze, image_statistics, require_multiple
+from giantdet.layers.plain_vit import PlainViT
+from giantdet.layers.swin import pad_before_shift
+
+__all__ = ["Backbone", "build_backbone"]
+
+_PLAIN = {"vision_transformer", "eva", "deit"}
+_SWIN = {"swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"}
+_FIXED_SIZE = {"maxxvit", "gcvit", "hiera"}  # built for one size, and told which
+_STRIDES = (4, 8, 16, 32)
+
+
+def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backbone:
+    """The backbone for images of `image_size` (height, width), randomly initialised.
+
+    Raises ValueError for an unknown name, a canvas that does not fit, or an option the family lacks.
+    """
+    name = config.name.partition(".")[0]
+    plain = is_model_in_modules(name, _PLAIN)
+    if config.stride_in_1x1 and plain:
+        raise InputError(_no_bottleneck(config))
+    backbone = PlainViT(config, image_size) if plain else Pyramid(config, image_size)
+    wrap_blocks(config, backbone.body)
+    return backbone
+
+
+class Pyramid(Backbone):
+    """Maps of strides 4, 8, 16, 32."""
+
+    def __init__(self, config: BackboneConfig, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        require_multiple(config, image_size, _STRIDES[-1])
+        swin = is_model_in_modules(config.name.partition(".")[0], _SWIN)
+        self.timm_args = config.timm_args | _timm_args(config, image_size, swin)
+        body = create_body(config, self.timm_args)
+        _require_native_size(config, body, self.timm_args, image_size)
+        keys = set(body.state_dict())
+        self.indices, modules = _levels(config, body)
+        self.channels = tuple(body.feature_info[i]["num_chs"] for i in self.indices)
+        self.strides, self.is_plain = _STRIDES, False
+        self.mean, self.std = image_statistics(body)
+        body.prune_intermediate_layers(self.indices, prune_norm=True)
+        self.dropped_keys = frozenset(keys - set(body.state_dict()))
+        if swin:
+            pad_before_shift(body)
+        if config.stride_in_1x1:
+            _move_strides(config, body)
+        self.body = body
+        unnormed = not any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
+        self.norms = nn.ModuleList(
+            LayerNorm2d(c, eps=1e-6) if unnormed else nn.Identity() for c in self.channels
+        )
+        if config.frozen_stages:
+            frozen = _first_stages(config, body, modules)
+            freeze(body, lambda name: name in frozen)
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        maps = self.body.forward_intermediates(images_B3HW, indices=self.indices, intermediates_only=True)
+        return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
+
+
+def _timm_args(config: BackboneConfig, image_size: tuple[int, int], swin: bool) -> dict[str, Any]:
+    args: dict[str, Any] = dict(num_classes=0)
+    name = config.name.partition(".")[0]
+    if swin:
+        # A fixed size stores the mask of shifted windows; windows keep their side at any size.
+        args |= dict(img_size=image_size, always_partition=True)
+        if is_model_in_modules(name, {"swin_transformer_v2_cr"}):
+            # Its window is a 32nd of the image by default: 32 instead of the pretrained 7 or 12 at 1024.
+            args["window_size"] = _native_side(name) // 32
+        set_fused_attn(True, experimental=True)  # a global of timm; Swin has its fused attention off without
+    elif is_model_in_modules(name, _FIXED_SIZE):
+        args["img_size"] = image_size
+    return args
+
+
+def _native_side(name: str) -> int:
+    from timm.models import get_pretrained_cfg
+
+    weights = get_pretrained_cfg(name)
+    return weights.input_size[-1] if weights is not None else 224
+
+
+def _levels(config: BackboneConfig, body: Any) -> tuple[list[int], list[str]]:
+    """Index in `feature_info` and module name of the last map of each stride."""
+    if not hasattr(body, "forward_intermediates") or not hasattr(body, "feature_info"):
+        raise InputError(f"backbone '{config.name}' gives no intermediate maps in timm: choose another")
+    last = {info["reduction"]: i for i, info in enumerate(body.feature_info)}
+    missing = [stride for stride in _STRIDES if stride not in last]
+    if missing:
+        raise InputError(
+            f"backbone '{config.name}' has no map of stride {', '.join(map(str, missing))} (it has "
+            f"{', '.join(map(str, last))}), and is no plain ViT: choose another, such as resnet50"
+        )
+    indices = [last[stride] for stride in _STRIDES]
+    return indices, [body.feature_info[i]["module"] for i in indices]
+
+
+def _require_native_size(
+    config: BackboneConfig, body: Any, timm_args: dict[str, Any], image_size: tuple[int, int]
+) -> None:
+    """Some families work at the size of their checkpoint only, and cannot be told another."""
+    native = tuple(body.pretrained_cfg["input_size"][1:])
+    if body.pretrained_cfg.get("fixed_input_size") and "img_size" not in timm_args and image_size != native:
+        raise InputError(
+            f"backbone '{config.name}' works at {native[0]}x{native[1]} only, not at "
+            f"{image_size[0]}x{image_size[1]}: choose another backbone or that data.size"
+        )
+
+
+def _first_stages(config: BackboneConfig, body: nn.Module, modules: list[str]) -> set[str]:
+    """Names of the parameters of the first `frozen_stages`: the stem, then stages ending in `modules`."""
+    names = [name for name, _ in body.named_parameters()]
+    count = config.frozen_stages
+    module = modules[max(count - 2, 0)]
+    inside = [i for i, name in enumerate(names) if name.startswith(module + ".")]
+    if not inside:
+        raise InputError(
+            f"frozen_stages: timm does not say where '{config.name}' keeps its stages; set it to 0"
+        )
+    return set(names[: inside[0] if count == 1 else inside[-1] + 1])
+
+
+def _move_strides(config: BackboneConfig, body: nn.Module) -> None:
+    """The stride of each stage from the 3x3 convolution of its first bottleneck into the 1x1 before it."""
+    strided = [m for m in body.modules() if isinstance(m, Bottleneck) and m.conv2.stride == (2, 2)]
+    if not strided:
+        raise InputError(_no_bottleneck(config))
+    for block in strided:
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+
+
+def _no_bottleneck(config: BackboneConfig) -> str:
+    return f"stride_in_1x1 is for ResNets with bottlenecks and strided 3x3s, not for '{config.name}'"

@@ -1,0 +1,156 @@
+"""Box head: which class a region holds, and where its box really is (Fast R-CNN, Girshick 2015).
+
+Shapes: B images · R RoIs · C classes, index C is background · N proposals · D detections.
+Reference: detectron2's `FastRCNNConvFCHead` and `FastRCNNOutputLayers`, class-specific boxes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from giantdet.config.types import BoxHeadConfig
+from giantdet.layers.common import ConvBlock, gather_slots, normal_, xavier_linear
+from giantdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas, non_empty, pairwise_iou
+from giantdet.ops.matching import match
+from giantdet.ops.nms import nms_mask
+from giantdet.ops.sampling import sample, uniform_noise
+from giantdet.structures import BoxPredictions, Detections, Proposals, Targets
+
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+SAMPLING_SALT = 2
+# Candidates (proposal, class) that enter NMS. A candidate can only suppress lower ones, so the cut
+# changes a result only where fewer than `detections` of the best 2,000 survive.
+CANDIDATES = 2000
+
+
+class BoxHead(nn.Module):
+    """RoI features `[K, channels, 7, 7]` to class logits `[K, C + 1]` and deltas `[K, C, 4]`, float32."""
+
+    def __init__(self, config: BoxHeadConfig, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.convs = nn.Sequential(
+            *(
+                ConvBlock(channels, channels, 3, config.norm, relu=True, init="msra")
+                for _ in range(config.convs)
+            )
+        )
+        sizes = [channels * config.resolution**2, *[config.width] * config.fcs]
+        self.fcs = nn.ModuleList(xavier_linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.classes = nn.Linear(config.width, num_classes + 1)
+        self.deltas = nn.Linear(config.width, num_classes * 4)
+        normal_(self.classes, std=0.01)
+        normal_(self.deltas, std=0.001)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.convs(features).flatten(1)
+        for fc in self.fcs:
+            hidden = F.relu(fc(hidden))
+        deltas = self.deltas(hidden).reshape(-1, self.num_classes, 4)
+        return self.classes(hidden).float(), deltas.float()
+
+
+class SampledRois(NamedTuple):
+    """RoIs that the heads train on; positives come first."""
+
+    boxes_BR4: Tensor
+    labels_BR: Tensor  # int64 in [0, C], C is background
+    index_BR: Tensor  # int64, the matched ground-truth slot
+    positive_BR: Tensor
+    valid_BR: Tensor
+
+
+def sample_rois(
+    proposals: Proposals, targets: Targets, config: BoxHeadConfig, num_classes: int, seeds_B: Tensor
+) -> SampledRois:
+    """Draw `batch_per_image` RoIs from the proposals and the ground truth itself, a quarter positive."""
+    boxes_BN4 = torch.cat([proposals.boxes_BN4, targets.boxes_BM4], 1)
+    valid_BN = torch.cat([proposals.valid_BN, targets.valid_BM], 1)
+    iou_BMN = pairwise_iou(targets.boxes_BM4, boxes_BN4)
+    index_BN, label_BN = match(iou_BMN, targets.valid_BM, config.iou, config.iou, allow_low_quality=False)
+    label_BN = label_BN.masked_fill(~valid_BN, -1)
+    noise_BN = uniform_noise(seeds_B, label_BN.shape[1], SAMPLING_SALT)
+    index_BR, positive_BR, valid_BR = sample(
+        label_BN, noise_BN, config.batch_per_image, config.positive_fraction
+    )
+    matched_BR = index_BN.gather(1, index_BR)
+    return SampledRois(
+        boxes_BR4=gather_slots(boxes_BN4, index_BR),
+        labels_BR=targets.labels_BM.gather(1, matched_BR).where(positive_BR, num_classes),
+        index_BR=matched_BR,
+        positive_BR=positive_BR,
+        valid_BR=valid_BR,
+    )
+
+
+def training_predictions(
+    logits: Tensor, deltas: Tensor, rois: SampledRois, targets: Targets
+) -> BoxPredictions:
+    """Pair the head's outputs `[B*R, ...]` with what they are to predict."""
+    shape = rois.labels_BR.shape
+    num_classes = deltas.shape[1]
+    # Background RoIs have no box; they read class 0 and weigh nothing.
+    class_BR = rois.labels_BR.where(rois.positive_BR, 0)
+    deltas_BR4 = deltas.reshape(*shape, num_classes, 4).gather(
+        2, class_BR[..., None, None].expand(*shape, 1, 4)
+    )
+    boxes_BR4 = gather_slots(targets.boxes_BM4, rois.index_BR)
+    # An invalid RoI may be a zero box, and a negative has no box: both aim at a unit box, finitely.
+    unit = F.pad(boxes_BR4.new_ones(2), (2, 0))  # (0, 0, 1, 1), made on the device: a copy would wait
+    positive_BR1 = rois.positive_BR[..., None]
+    target_deltas_BR4 = encode_deltas(
+        boxes_BR4.where(positive_BR1, unit), rois.boxes_BR4.where(positive_BR1, unit), DELTA_WEIGHTS
+    )
+    return BoxPredictions(
+        logits_BRC1=logits.reshape(*shape, -1),
+        deltas_BR4=deltas_BR4.squeeze(2),
+        target_deltas_BR4=target_deltas_BR4,
+        labels_BR=rois.labels_BR,
+        positive_BR=rois.positive_BR,
+        valid_BR=rois.valid_BR,
+    )
+
+
+def select_detections(
+    logits: Tensor,
+    deltas: Tensor,
+    proposals: Proposals,
+    sizes_B2: Tensor,
+    config: BoxHeadConfig,
+    min_size: float,
+) -> Detections:
+    """Softmax scores over a threshold, NMS by class, the best `detections` of each image."""
+    batch, num_proposals = proposals.valid_BN.shape
+    num_classes = deltas.shape[1]
+    scores_BNC = logits.softmax(-1)[:, :-1].reshape(batch, num_proposals, num_classes)
+    boxes_BNC4 = decode_deltas(
+        deltas.reshape(batch, num_proposals, num_classes, 4), proposals.boxes_BN4[:, :, None], DELTA_WEIGHTS
+    )
+    boxes_BX4 = clip_boxes(boxes_BNC4.flatten(1, 2), sizes_B2)
+    candidate_BX = (
+        (scores_BNC > config.score_threshold) & proposals.valid_BN[..., None] & scores_BNC.isfinite()
+    ).flatten(1) & non_empty(boxes_BX4, min_size)
+    score_BX = scores_BNC.flatten(1).where(candidate_BX, -1.0)
+    score_BK, index_BK = score_BX.topk(min(CANDIDATES, score_BX.shape[1]))
+    boxes_BK4 = gather_slots(boxes_BX4, index_BK)
+    label_BK = index_BK % num_classes
+    # Boxes of different classes never meet once each class has its own tile of the plane. Tiles in a square
+    # instead of a row: 1,203 classes in a row would be 1.6 million pixels, and float32 rounds those to 1/8.
+    tiles = math.isqrt(num_classes - 1) + 1
+    tile_BK2 = torch.stack([label_BK % tiles, label_BK // tiles], -1) * (sizes_B2.amax(1) + 1)[:, None, None]
+    keep_BK = nms_mask(boxes_BK4 + tile_BK2.repeat(1, 1, 2), score_BK, score_BK > 0, config.nms_iou)
+    score_BD, best_BD = score_BK.where(keep_BK, -1.0).topk(min(config.detections, score_BK.shape[1]))
+    valid_BD = score_BD > 0
+    return Detections(
+        boxes_BD4=gather_slots(boxes_BK4, best_BD).where(valid_BD[..., None], 0.0),
+        scores_BD=score_BD.where(valid_BD, 0.0),
+        labels_BD=label_BK.gather(1, best_BD).where(valid_BD, 0),
+        valid_BD=valid_BD,
+        masks_BDSS=None,
+    )

@@ -1,0 +1,302 @@
+"""CGBN: batch normalisation over the images of several ranks (Peng et al., MegDet, CVPR 2018, section 3.3).
+
+A conversion from outside the model, usable in any project that has started torch.distributed:
+
+    from giantdet.layers.cgbn import convert_batchnorm
+    model = convert_batchnorm(model, 32, images_per_rank=2)  # 16 ranks at a time normalise together
+    model = convert_batchnorm(model, process_group)          # or the ranks of a group of your own
+
+Output, gradients and running statistics are those of BatchNorm over the concatenated batch of the group:
+ranks may bring different numbers of images, of different sizes, or none. Each rank describes its values by
+count, mean and variance; one all-gather exchanges these in the forward, and one all-reduce the two sums
+over the gradient in the backward (the paper's two all-reduces in the forward are sums that cancel badly).
+All ranks of a group must take part in every forward and backward, as with any collective.
+
+The passes over the activations are PyTorch's native kernels. Statistics are float32 whatever the type of
+input and weights; float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from giantdet.config.resolve import bn_ranks
+from giantdet.distributed import comm
+from giantdet.errors import InputError
+
+
+def convert_batchnorm(
+    model: nn.Module, group_or_bn_size: Any, images_per_rank: int | None = None
+) -> nn.Module:
+    """Replace every BatchNorm (1d, 2d, 3d, Sync, timm's BatchNormAct2d) of `model` by `CrossGpuBatchNorm`.
+
+    In place, sharing the parameters, so that an optimizer that holds them stays right; returns `model`, or
+    its replacement where `model` itself is a BatchNorm. All ranks call it, in the same order.
+
+    Args:
+        group_or_bn_size: a process group; or the number of images that are normalised together, on ranks
+            that follow one another, at most the whole world's; or None for this rank's own images.
+        images_per_rank: images of one forward, needed with a number of images.
+
+    Raises ValueError (ConfigError) naming the sizes that fit, where the number does not.
+    """
+    group = group_or_bn_size
+    if isinstance(group_or_bn_size, int):
+        if images_per_rank is None:
+            raise InputError(f"bn_size {group_or_bn_size} counts images: give images_per_rank too")
+        group = comm.subgroup(bn_ranks(group_or_bn_size, images_per_rank, comm.world_size()))
+    return replace_batchnorm(model, lambda norm: CrossGpuBatchNorm.from_batchnorm(norm, group))
+
+
+def replace_batchnorm(
+    module: nn.Module,
+    convert: Callable[[_BatchNorm], nn.Module],
+    select: Callable[[_BatchNorm], bool] = lambda norm: True,
+) -> nn.Module:
+    """Replace each BatchNorm for which `select` holds by `convert(it)`; activations, train mode follow."""
+    if isinstance(module, _BatchNorm):
+        if not select(module):
+            return module
+        new = convert(module)
+        for name in ("drop", "act"):  # of timm's BatchNormAct2d
+            if hasattr(module, name):
+                setattr(new, name, getattr(module, name))
+        return new.train(module.training)
+    for name, child in module.named_children():
+        new_child = replace_batchnorm(child, convert, select)
+        if new_child is not child:
+            setattr(module, name, new_child)
+    return module
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own float32 buffers stay exact under `.bfloat16()`, `.half()` and `.to(dtype)`.
+
+    DeepSpeed casts whole models. Casting back would bring the type back and not the value, so the
+    original is put back in place, on the device that the cast went to.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {k: b for k, b in self._buffers.items() if b is not None and b.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
+    """BatchNorm over the concatenated batch of a process group's ranks: `[B, C, ...]` to the same shape.
+
+    `group` None: over this rank's own batch, without any communication. Parameters, buffers and modes are
+    `torch.nn.BatchNorm2d`'s (`momentum=None` is a cumulative average); a state dict of either fits the
+    other. Unlike there, one value a channel in a whole group is no error: its variance is 0.
+
+    Recomputation in the backward (activation checkpointing of any kind) leaves the running statistics
+    alone, which the first forward has moved already.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        group: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.group = group
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    @classmethod
+    def from_batchnorm(cls, norm: _BatchNorm, group: Any = None) -> Self:
+        """Shares the parameters of `norm`, copies its buffers, low-precision ones to float32."""
+        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, group)
+        new._parameters.update(norm._parameters)
+        for name, buffer in norm._buffers.items():
+            if buffer is not None:
+                is_low = buffer.dtype in (torch.bfloat16, torch.float16)
+                buffer = buffer.detach().to(torch.float32 if is_low else buffer.dtype, copy=True)
+            new._buffers[name] = buffer
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CrossGpuBatchNorm:
+        """A copy of the same group: process groups cannot be copied."""
+        memo[id(self.group)] = self.group
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise InputError(f"BatchNorm of {self.num_features} channels got an input of {tuple(x.shape)}")
+        dtype = statistics_type(x)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if not self.training and self.running_mean is not None:
+            y = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+        elif self.group is None and x.numel() > 0:
+            y = self._normalise_alone(x, weight, bias)
+        else:
+            y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
+            if self._moves():
+                self._update(mean, var, count)
+        return self.act(self.drop(y))
+
+    def _normalise_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """One fused kernel, which moves the running statistics too."""
+        mean, var, factor = self.running_mean, self.running_var, self.momentum
+        if self._moves():
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            if factor is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        elif mean is not None and var is not None:
+            # The kernel keeps these for its backward, and a checkpoint wants to see as many tensors again.
+            mean, var = mean.clone(), var.clone()
+        return F.batch_norm(x, mean, var, weight, bias, True, factor or 0.0, self.eps)
+
+    def _moves(self) -> bool:
+        return self.training and self.running_mean is not None and not is_recomputing()
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics; all on the device, without a branch on what the ranks brought."""
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = (
+            self.momentum if self.momentum is not None else self.num_batches_tracked.double().reciprocal()
+        )
+        factor = (count > 0).double() * factor  # a group without an image moves nothing
+        unbiased = var * count / (count - 1).clamp(min=1)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(new.to(running.dtype), factor.to(running.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ranks={comm.group_size(self.group)}"
+
+
+def is_recomputing() -> bool:
+    """Is this forward a part of a backward, that is a checkpointed one that runs for the second time?"""
+    # The autograd engine numbers its runs; torch.utils.checkpoint asks the same function.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def statistics_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def local_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `[C]`, biased variance `[C]` and count `[1]` of the values of each channel; zeros of no value."""
+    zeros = x.new_zeros(x.shape[1], dtype=statistics_type(x))
+    count = zeros.new_full((1,), x.numel() // x.shape[1])
+    if x.numel() == 0:
+        return zeros, zeros.clone(), count
+    # With running statistics of its own to write to, the kernel computes in their type and not in bf16.
+    mean, var = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
+    return mean, var, count
+
+
+def merge_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of R parts, `[R, C]`, `[R, C]` and `[R, 1]`, to those of their union, `[C]`, `[C]` and `[1]`, float64.
+
+    By count, from deviations and not from sums of squares (Chan, Golub, LeVeque 1979): stable whatever the
+    mean is. Variances are biased ones. Parts may be empty.
+    """
+    means, variances, counts = means.double(), variances.double(), counts.double()
+    total = counts.sum(0)
+    share = counts / total.clamp(min=1)
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square())).sum(0), total
+
+
+class _Normalise(torch.autograd.Function):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias with the statistics of all ranks of a group.
+
+    Returns y, mean, biased variance and count. Weight and bias get this rank's share of their gradient,
+    which data parallelism adds up like any other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = x.contiguous(memory_format=_memory_format(x))
+        parts = comm.all_gather(torch.cat(local_statistics(x)), group)
+        channels = x.shape[1]
+        merged = merge_statistics(*parts.split([channels, channels, 1], dim=1))
+        mean, var, count = (t.to(parts.dtype) for t in merged)
+        if x.numel() == 0:
+            y = torch.empty_like(x)
+        else:
+            y, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, var, count)
+        return y, mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, count = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=_memory_format(x))
+        sums = _gradient_sums(dy, x, mean, invstd)
+        dbias, dweight = sums.unbind() if weight is not None else (None, None)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            totals = comm.all_reduce(sums.clone(), ctx.group)
+            dx = _input_gradient(dy, x, weight, mean, invstd, totals, count)
+        return dx, dweight, dbias, None, None
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return torch.contiguous_format
+
+
+def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """`[2, C]`: sum of dy and sum of dy (x - mean) invstd, that is the gradients of bias and weight."""
+    if x.numel() == 0:
+        return mean.new_zeros(2, *mean.shape)
+    if x.is_cuda:
+        dbias, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+            dy, x, mean, invstd, None, True, False, False
+        )
+        return torch.stack([dbias, sum_dy_xmu * invstd])
+    ones = torch.ones_like(mean)
+    _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        dy, x, ones, None, None, mean, invstd, True, 0.0, [False, True, True]
+    )
+    return torch.stack([dbias, dweight])
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, totals: Tensor, count: Tensor
+) -> Tensor:
+    """dx = w invstd (dy - sum(dy) / N - xhat sum(dy xhat) / N), with the group's sums and N values."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    if x.is_cuda:
+        return torch.batch_norm_backward_elemt(
+            dy, x, mean, invstd, weight, totals[0], totals[1] / invstd, count.to(torch.int32)
+        )
+    # As dx = a dy + b x + c, in two passes over the activations.
+    a = invstd if weight is None else invstd * weight
+    b = -a * invstd * totals[1] / count
+    c = -a * totals[0] / count - b * mean
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    dx = torch.addcmul(c.view(shape), x, b.view(shape))
+    return dx.addcmul_(dy, a.view(shape)).to(x.dtype)

@@ -1,0 +1,34 @@
+"""Mask head: the shape of the object inside its box (Mask R-CNN, He et al. 2017, figure 4 right).
+
+Shapes: K RoIs · C classes · S = 2 x `resolution`. Reference: detectron2's `MaskRCNNConvUpsampleHead`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from giantdet.config.types import MaskHeadConfig
+from giantdet.layers.common import ConvBlock, normal_
+
+
+class MaskHead(nn.Module):
+    """RoI features `[K, channels, 14, 14]` and a class each `[K]` to mask logits `[K, 28, 28]`, float32."""
+
+    def __init__(self, config: MaskHeadConfig, channels: int, num_classes: int) -> None:
+        super().__init__()
+        inputs = [channels, *[config.width] * (config.convs - 1)]
+        self.convs = nn.Sequential(
+            *(ConvBlock(c, config.width, 3, config.norm, relu=True, init="msra") for c in inputs)
+        )
+        self.upsample = nn.ConvTranspose2d(config.width, config.width, kernel_size=2, stride=2)
+        nn.init.kaiming_normal_(self.upsample.weight, mode="fan_out", nonlinearity="relu")
+        assert self.upsample.bias is not None
+        nn.init.zeros_(self.upsample.bias)
+        self.masks = nn.Conv2d(config.width, num_classes, 1)
+        normal_(self.masks, std=0.001)
+
+    def forward(self, features: Tensor, label: Tensor) -> Tensor:
+        logits = self.masks(F.relu(self.upsample(self.convs(features))))
+        side = logits.shape[-1]
+        return logits.gather(1, label[:, None, None, None].expand(-1, 1, side, side)).squeeze(1).float()

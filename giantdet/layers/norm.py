@@ -1,0 +1,104 @@
+"""Batch normalisation, exchanged from outside: `apply_norm` converts every BatchNorm of a module.
+
+- `FrozenBatchNorm2d`: statistics and affine are constants (detectron2's and torchvision's rule for
+  fine-tuning with small batches).
+- `CrossGpuBatchNorm` (`layers/cgbn.py`): over this rank's own micro-batch (local), or over that of
+  several ranks (cgbn). Statistics and arithmetic are float32 whatever the type of input and weights: the
+  stock one raises on the CPU for bf16 weights beside float32 statistics, and loses its running statistics
+  to bf16 where DeepSpeed casts all buffers.
+
+Both keep the five keys of `BatchNorm2d` in the state dict, so that any checkpoint fits before and after.
+timm's `BatchNormAct2d` carries its activation; both classes take it over (`drop`, then `act`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from giantdet.config.types import PartNormConfig
+from giantdet.distributed import comm
+from giantdet.layers.cgbn import (
+    CrossGpuBatchNorm,
+    Float32Buffers,
+    convert_batchnorm,
+    replace_batchnorm,
+)
+
+
+class FrozenBatchNorm2d(Float32Buffers):
+    """y = x * scale + bias, with scale and bias folded in float32 from constant buffers.
+
+    Input and output: [B, C, H, W] of any floating type; the product is in the input's type.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        self.register_buffer("weight", torch.ones(num_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(num_features, dtype=torch.float32))
+        self.register_buffer("running_mean", torch.zeros(num_features, dtype=torch.float32))
+        self.register_buffer("running_var", torch.ones(num_features, dtype=torch.float32))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    @classmethod
+    def from_batchnorm(cls, norm: _BatchNorm) -> FrozenBatchNorm2d:
+        """The constants of `norm`, copied."""
+        frozen = cls(norm.num_features, norm.eps)
+        for name, buffer in list(frozen._buffers.items()):
+            source = getattr(norm, name)
+            if source is not None and buffer is not None:
+                frozen._buffers[name] = source.detach().to(buffer.dtype, copy=True)
+        return frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        # One pass over x, which `F.batch_norm` has too; but that one would keep x for the backward.
+        x = torch.addcmul(bias.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1))
+        return self.act(self.drop(x))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+def moving_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms whose running statistics training moves."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def apply_norm(module: nn.Module, config: PartNormConfig, images_per_rank: int | None = None) -> nn.Module:
+    """Convert every BatchNorm inside `module` to the kind that `config.type` names, in place.
+
+    BatchNorms that are frozen already (stages below `frozen_stages`) stay frozen. `images_per_rank` None:
+    cgbn is local. Returns `module`, or its replacement where `module` itself is a BatchNorm.
+    """
+    if config.type == "frozen":
+        return replace_batchnorm(module, FrozenBatchNorm2d.from_batchnorm)
+    if config.type == "local" or images_per_rank is None:
+        return convert_batchnorm(module, None)
+    return convert_batchnorm(module, config.bn_size, images_per_rank)
+
+
+def norm_summary(module: nn.Module, images_per_rank: int) -> str:
+    """Which batch norms a module has, for people: `20 frozen, 33 over 8 images (4 ranks x 2)`."""
+    found: dict[str, int] = {}
+    for norm in module.modules():
+        kind = ""
+        if isinstance(norm, FrozenBatchNorm2d):
+            kind = "frozen"
+        elif isinstance(norm, CrossGpuBatchNorm):
+            ranks = comm.group_size(norm.group)
+            kind = f"over {ranks * images_per_rank} images ({ranks} ranks x {images_per_rank})"
+            kind = kind if ranks > 1 else f"local, over {images_per_rank} images"
+        if kind:
+            found[kind] = found.get(kind, 0) + 1
+    return ", ".join(f"{number} {kind}" for kind, number in found.items()) or "none"

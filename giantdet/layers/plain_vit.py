@@ -1,0 +1,203 @@
+"""Plain ViTs (ViT, DeiT, DINOv2/v3, SigLIP, EVA, EVA-02) as detection backbones, after ViTDet.
+
+Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection": attention within
+windows, a few evenly spaced blocks with global attention, one map of stride 16. The blocks are timm's own,
+driven from here with another layout of tokens. Deviations from ViTDet's code: no relative position bias
+(timm's checkpoints have none), and padded tokens are masked as keys, where ViTDet lets them take part.
+
+Patch tokens only: class and register tokens are dropped, unless `window` is 0; then everything is global
+and equal to timm's own forward pass.
+
+B images · H, W the map of patches · w side of a window · N tokens of a window · C channels
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
+from torch import Tensor
+
+from giantdet.config.types import BackboneConfig
+from giantdet.layers.blocks import StochasticDepth
+from giantdet.layers.body import (
+    Backbone,
+    cast_to_float32,
+    create_body,
+    freeze,
+    image_statistics,
+    require_multiple,
+)
+from giantdet.layers.cgbn import Float32Buffers
+
+_PREFIX_TOKENS = ("cls_token", "reg_token", "dist_token")
+
+
+class PlainViT(Float32Buffers, Backbone):
+    """One [B, C, H / patch, W / patch] map from the last block, after the model's final norm if it has one.
+
+    Cheapest where the canvas is a multiple of patch * window: otherwise whole blocks run on the padding too.
+    """
+
+    key_mask: Tensor | None
+    rope_global: Tensor | None
+    rope_window: Tensor | None
+
+    def __init__(self, config: BackboneConfig, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        require_multiple(config, image_size, config.patch_size)
+        own = dict(num_classes=0, img_size=image_size, patch_size=config.patch_size, dynamic_img_size=True)
+        self.timm_args = config.timm_args | own
+        body = create_body(config, self.timm_args)
+        keys = set(body.state_dict())
+        depth = len(body.blocks)
+        body.prune_intermediate_layers([depth - 1], prune_norm=False, prune_head=True)
+        self.body = body
+        self.mean, self.std = image_statistics(body)
+        self.channels, self.strides, self.is_plain = (body.embed_dim,), (config.patch_size,), True
+        self.window = config.window
+        self.global_blocks = global_block_indices(depth, config.global_blocks if config.window else depth)
+        height, width = (side // config.patch_size for side in image_size)
+        self.grid = (height, width)
+        self.num_prefix_tokens = body.num_prefix_tokens
+        if self.window:
+            self._drop_prefix_tokens()
+        self.dropped_keys = frozenset(keys - set(body.state_dict()))
+        self._store_rope()
+        self.register_buffer("key_mask", self._key_mask(), persistent=False)
+        self._made_mask: Tensor | None = None
+        self._tell_windows()
+        if config.frozen_stages:
+            # Stages of a plain ViT: the embedding, then quarters of the blocks.
+            frozen_blocks = {f"blocks.{i}" for i in range((config.frozen_stages - 1) * depth // 4)}
+            freeze(body, lambda name: _block_of(name) in frozen_blocks or _is_embedding(name))
+
+    def _drop_prefix_tokens(self) -> None:
+        for name in _PREFIX_TOKENS:
+            if getattr(self.body, name, None) is not None:
+                setattr(self.body, name, None)
+        for block in self.body.blocks:
+            for module in block.modules():
+                if hasattr(module, "num_prefix_tokens"):
+                    module.num_prefix_tokens = 0  # RoPE turns all tokens but these
+        # The body's own count stays: timm's checkpoint filter needs it to read position embeddings.
+
+    def _tell_windows(self) -> None:
+        """Stochastic depth leaves out images, as in ViTDet, and not windows."""
+        for index, block in enumerate(self.body.blocks):
+            for module in block.modules():
+                if isinstance(module, StochasticDepth) and index not in self.global_blocks:
+                    module.windows = math.prod(-(-side // self.window) for side in self.grid)
+
+    def _store_rope(self) -> None:
+        """What rotary embeddings take from the grid alone, made once: whole tables, or the positions that
+        learnt frequencies (`rope_mixed`), which stay in the body, are multiplied with."""
+        rope = getattr(self.body, "rope", None)
+        self.learnt_rope = rope is not None and getattr(self.body, "rope_mixed", False)
+        window = (self.window, self.window) if self.window else self.grid
+        tables: list[Tensor | None] = [None, None]
+        if rope is not None and self.learnt_rope:
+            grids = (get_mixed_grid(shape, grid_indexing=rope.grid_indexing) for shape in (self.grid, window))
+            tables = [torch.stack(positions).float() for positions in grids]
+        elif rope is not None:
+            rope.eval()  # DINOv3's augments its coordinates in training mode
+            tables = [cast_to_float32(rope.get_embed(shape=shape)) for shape in (self.grid, window)]
+            self.body.rope = None
+        self.register_buffer("rope_global", tables[0], persistent=False)
+        self.register_buffer("rope_window", tables[1], persistent=False)
+
+    def _key_mask(self) -> Tensor | None:
+        """Bool [windows, 1, 1, N], False at padded keys; None where the window divides the map."""
+        if not self.window or not (self.grid[0] % self.window or self.grid[1] % self.window):
+            return None
+        ones = torch.ones(1, *self.grid, 1)
+        return to_windows(ones, self.window)[:, None, None, :, 0] > 0
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        body = self.body
+        x = body.patch_embed(images_B3HW)  # [B, H, W, C]
+        batch, height, width, channels = x.shape
+        x = body.norm_pre(self._add_positions(x))
+        (rope_global, rope_window), mask = self._rotations(), self._attention_mask(x)
+        windowed = False
+        for index, block in enumerate(body.blocks):
+            is_global = index in self.global_blocks
+            if is_global == windowed:  # a run of windowed blocks begins or ends: one partition for each run
+                if is_global:
+                    x = from_windows(x, self.window, batch, height, width).flatten(1, 2)
+                else:
+                    x = to_windows(x.reshape(batch, height, width, channels), self.window)
+                windowed = not is_global
+            extra: dict[str, Any] = {}
+            if (rope := rope_window if windowed else rope_global) is not None:
+                extra["rope"] = rope[index] if self.learnt_rope else rope
+            if windowed and mask is not None:
+                extra["attn_mask"] = mask
+            x = block(x, **extra)
+        x = body.norm(x)
+        if not self.window:
+            x = x[:, self.num_prefix_tokens :]
+        return [x.reshape(batch, height, width, channels).permute(0, 3, 1, 2).contiguous()]
+
+    def _add_positions(self, x_BHWC: Tensor) -> Tensor:
+        """Tokens [B, (prefix +) H * W, C] with absolute positions, where the model has them."""
+        body = self.body
+        if not self.window:
+            tokens = body._pos_embed(x_BHWC)
+            return tokens[0] if isinstance(tokens, tuple) else tokens
+        tokens = x_BHWC.flatten(1, 2)
+        if body.pos_embed is not None:
+            first = 0 if body.no_embed_class else self.num_prefix_tokens
+            tokens = tokens + body.pos_embed[:, first:]
+        return body.pos_drop(tokens)
+
+    def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of global and of windowed blocks: [N, D], or [depth, heads, N, D] where they are learnt."""
+        if not self.learnt_rope:
+            return self.rope_global, self.rope_window
+        assert self.rope_global is not None and self.rope_window is not None
+        learnt = self.body.rope.freqs
+        return get_mixed_freqs(learnt, *self.rope_global), get_mixed_freqs(learnt, *self.rope_window)
+
+    def _attention_mask(self, x: Tensor) -> Tensor | None:
+        """0 and -inf [B * windows, 1, 1, N] for a batch like `x`, kept from step to step."""
+        if self.key_mask is None:
+            return None
+        made = self._made_mask
+        shape = (len(x) * len(self.key_mask), *self.key_mask.shape[1:])
+        if made is None or made.shape != shape or made.dtype != x.dtype or made.device != x.device:
+            made = torch.zeros_like(self.key_mask, dtype=x.dtype).masked_fill(~self.key_mask, float("-inf"))
+            made = self._made_mask = made.repeat(len(x), 1, 1, 1)
+        return made
+
+
+def global_block_indices(depth: int, count: int) -> frozenset[int]:
+    """`count` evenly spaced blocks, the last block among them: 5, 11, 17, 23 of 24 for 4."""
+    count = min(count, depth)
+    return frozenset((i + 1) * depth // count - 1 for i in range(count))
+
+
+def to_windows(x_BHWC: Tensor, window: int) -> Tensor:
+    """[B * windows, window * window, C], image by image and row by row; zeros to the right and below."""
+    height, width, channels = x_BHWC.shape[1:]
+    x = F.pad(x_BHWC, (0, 0, 0, -width % window, 0, -height % window))
+    x = x.unflatten(1, (-1, window)).unflatten(3, (-1, window)).transpose(2, 3)
+    return x.reshape(-1, window * window, channels)
+
+
+def from_windows(x_WNC: Tensor, window: int, batch: int, height: int, width: int) -> Tensor:
+    """[B, H, W, C], the inverse of `to_windows`, padding cut off."""
+    rows, columns = -(-height // window), -(-width // window)
+    x = x_WNC.reshape(batch, rows, columns, window, window, -1).transpose(2, 3)
+    return x.reshape(batch, rows * window, columns * window, -1)[:, :height, :width]
+
+
+def _block_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def _is_embedding(name: str) -> bool:
+    return name.split(".")[0] in ("patch_embed", "pos_embed", "norm_pre", "rope", *_PREFIX_TOKENS)

@@ -1,0 +1,224 @@
+"""Region proposal network (Ren et al. 2015) over a feature pyramid, in fixed shapes.
+
+Shapes: B images · A anchors (all levels) · N proposals · R sampled anchors · K anchors a cell.
+Reference: detectron2's `RPN` and `find_top_rpn_proposals`. On purpose different: anchors centred in
+the padding are neither trained nor proposed, because our canvas is fixed and may have more padding
+than a batch that is padded to its largest image (the torchvision conventions keep them).
+
+The loss reads 256 of a quarter of a million anchors, and proposals are constants. So the pass over all
+cells keeps no graph, and the sampled anchors' cells, cut out with their 3 x 3 neighbours, go through the
+head a second time: the same numbers, and the backward of a few hundred cells instead of all.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from giantdet.config.types import RpnConfig
+from giantdet.errors import InputError
+from giantdet.layers.common import gather_slots, normal_
+from giantdet.ops.anchors import grid_anchors
+from giantdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas, non_empty, pairwise_iou
+from giantdet.ops.matching import match
+from giantdet.ops.nms import nms_mask
+from giantdet.ops.sampling import sample, uniform_noise
+from giantdet.structures import Proposals, RpnPredictions, Targets
+
+DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+SAMPLING_SALT = 1
+
+
+class RpnHead(nn.Module):
+    """A 3x3 convolution and two 1x1 predictors, shared by all levels."""
+
+    def __init__(self, channels: int, anchors_per_cell: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3)  # zero-padded by who calls it
+        self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            normal_(layer, std=0.01)
+
+    def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, C, h, w]` to objectness logits `[B, h*w*K]` and deltas `[B, h*w*K, 4]`, float32."""
+        return self.predict(F.pad(level, (1, 1, 1, 1)))
+
+    def at_anchors(self, levels: list[Tensor], index_BR: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives at anchors `index_BR`, counted over all levels: `[B, R]` and `[B, R, 4]`."""
+        anchors_per_cell = self.objectness.out_channels
+        around_BRX = _neighbours(levels)[index_BR // anchors_per_cell]
+        batch, channels = levels[0].shape[:2]
+        beyond_B1C = levels[0].new_zeros(batch, 1, channels)  # what the border reads
+        cells_BNC = torch.cat([*(level.flatten(2).mT for level in levels), beyond_B1C], 1)
+        count = cells_BNC.shape[1]
+        first_B11 = torch.arange(batch, device=index_BR.device)[:, None, None] * count
+        patches = F.embedding(around_BRX + first_B11, cells_BNC.flatten(0, 1))
+        objectness, deltas = self.predict(patches.view(-1, 3, 3, channels).permute(0, 3, 1, 2))
+        which_K = (index_BR % anchors_per_cell).flatten()
+        deltas_K4 = gather_slots(deltas, which_K[:, None]).squeeze(1)
+        return objectness.gather(1, which_K[:, None]).view_as(index_BR), deltas_K4.view(*index_BR.shape, 4)
+
+    def predict(self, padded: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of a map with a border of one cell already around it."""
+        hidden = F.relu(self.conv(padded))
+        objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(*objectness.shape, 4)
+        return objectness.float(), deltas.float()
+
+
+def _neighbours(levels: list[Tensor]) -> Tensor:
+    """The 3 x 3 cells around each cell, row by row: `[N, 9]` numbers of cells counted over all levels.
+
+    A neighbour beyond the level's border is number N.
+    """
+    shapes = [level.shape[-2:] for level in levels]
+    total = sum(height * width for height, width in shapes)
+    first, around = 0, []
+    for height, width in shapes:
+        number_hw = torch.arange(first, first + height * width, device=levels[0].device).view(height, width)
+        bordered = F.pad(number_hw, (1, 1, 1, 1), value=total)
+        around.append(bordered.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
+        first += height * width
+    return torch.cat(around)
+
+
+class Rpn(nn.Module):
+    """Proposals from a pyramid and, in training, predictions at sampled anchors."""
+
+    def __init__(
+        self,
+        config: RpnConfig,
+        channels: int,
+        strides: tuple[int, ...],
+        image_size: tuple[int, int],
+        torchvision: bool,
+    ) -> None:
+        super().__init__()
+        if len(config.anchor_sizes) != len(strides):
+            raise InputError(
+                f"rpn.anchor_sizes has {len(config.anchor_sizes)} sizes for {len(strides)} levels"
+            )
+        self.config, self.strides, self.image_size, self.torchvision = (
+            config,
+            strides,
+            image_size,
+            torchvision,
+        )
+        self.head = RpnHead(channels, len(config.anchor_ratios))
+
+    def anchors(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        """float32 `[A_l, 4]` a level. Made in the forward: as a buffer, bf16 training would round them."""
+        return grid_anchors(
+            self.image_size,
+            [(level.shape[-2], level.shape[-1]) for level in levels],
+            self.strides,
+            self.config.anchor_sizes,
+            self.config.anchor_ratios,
+            "torchvision" if self.torchvision else "detectron2",
+            levels[0].device,
+        )
+
+    def forward(
+        self, levels: list[Tensor], sizes_B2: Tensor, targets: Targets | None, seeds_B: Tensor
+    ) -> tuple[Proposals, RpnPredictions | None]:
+        anchors = self.anchors(levels)
+        with torch.no_grad():
+            objectness, deltas = zip(*(self.head(level) for level in levels), strict=True)
+        outside = [self._outside(a, sizes_B2) for a in anchors]
+        proposals = select_proposals(
+            [score.masked_fill(out, -torch.inf) for score, out in zip(objectness, outside, strict=True)],
+            list(deltas),
+            anchors,
+            sizes_B2,
+            self.config.pre_nms_train if self.training else self.config.pre_nms_test,
+            self.config.post_nms_train if self.training else self.config.post_nms_test,
+            self.config.nms_iou,
+            min_size=1e-3 if self.torchvision else 0.0,
+        )
+        if targets is None:
+            return proposals, None
+        predictions = self._at_sampled_anchors(
+            levels,
+            torch.cat(anchors),
+            torch.cat(outside, 1),
+            targets,
+            seeds_B,
+        )
+        return proposals, predictions
+
+    def _outside(self, anchors_A4: Tensor, sizes_B2: Tensor) -> Tensor:
+        """bool `[B, A]`: the anchor's centre lies in the padding."""
+        if self.torchvision:
+            return torch.zeros(
+                sizes_B2.shape[0], anchors_A4.shape[0], dtype=torch.bool, device=anchors_A4.device
+            )
+        center_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
+        return (center_A2 >= sizes_B2.flip(-1)[:, None]).any(-1)
+
+    def _at_sampled_anchors(
+        self,
+        levels: list[Tensor],
+        anchors_A4: Tensor,
+        outside_BA: Tensor,
+        targets: Targets,
+        seeds_B: Tensor,
+    ) -> RpnPredictions:
+        config = self.config
+        # Before matching: the best anchor of an object at the border must be one that can be sampled.
+        iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4).masked_fill_(outside_BA[:, None], 0.0)
+        index_BA, label_BA = match(
+            iou_BMA, targets.valid_BM, config.iou_low, config.iou_high, allow_low_quality=True
+        )
+        label_BA = label_BA.masked_fill(outside_BA, -1)
+        noise_BA = uniform_noise(seeds_B, label_BA.shape[1], SAMPLING_SALT)
+        index_BR, positive_BR, valid_BR = sample(
+            label_BA, noise_BA, config.batch_per_image, config.positive_fraction
+        )
+        anchors_BR4 = anchors_A4[index_BR]
+        boxes_BR4 = gather_slots(targets.boxes_BM4, index_BA.gather(1, index_BR))
+        # Negatives have no box to aim at; aiming at the anchor itself keeps the encoding finite.
+        boxes_BR4 = torch.where(positive_BR[..., None], boxes_BR4, anchors_BR4)
+        objectness_BR, deltas_BR4 = self.head.at_anchors(levels, index_BR)
+        return RpnPredictions(
+            objectness_BR=objectness_BR,
+            deltas_BR4=deltas_BR4,
+            target_deltas_BR4=encode_deltas(boxes_BR4, anchors_BR4, DELTA_WEIGHTS),
+            positive_BR=positive_BR,
+            valid_BR=valid_BR,
+        )
+
+
+def select_proposals(
+    objectness: list[Tensor],
+    deltas: list[Tensor],
+    anchors: tuple[Tensor, ...],
+    sizes_B2: Tensor,
+    pre_nms: int,
+    post_nms: int,
+    nms_iou: float,
+    min_size: float,
+) -> Proposals:
+    """The best `pre_nms` anchors of each level, decoded, clipped and NMS'ed by level; the best
+    `post_nms` of all levels, best first (detectron2's `find_top_rpn_proposals`).
+
+    `objectness` `[B, A_l]` and `deltas` `[B, A_l, 4]` a level; -inf marks an anchor that is out.
+    """
+    boxes, scores = [], []
+    for score_BA, delta_BA4, anchors_A4 in zip(objectness, deltas, anchors, strict=True):
+        score_BK, index_BK = score_BA.topk(min(pre_nms, score_BA.shape[1]))
+        boxes_BK4 = decode_deltas(gather_slots(delta_BA4, index_BK), anchors_A4[index_BK], DELTA_WEIGHTS)
+        boxes_BK4 = clip_boxes(boxes_BK4, sizes_B2)
+        valid_BK = non_empty(boxes_BK4, min_size) & score_BK.isfinite()
+        keep_BK = nms_mask(boxes_BK4, score_BK, valid_BK, nms_iou)
+        boxes.append(boxes_BK4)
+        scores.append(score_BK.masked_fill(~keep_BK, -torch.inf))
+    score_BN, index_BN = torch.cat(scores, 1).topk(min(post_nms, sum(s.shape[1] for s in scores)))
+    valid_BN = score_BN > -torch.inf
+    boxes_BN4 = gather_slots(torch.cat(boxes, 1), index_BN)
+    return Proposals(
+        boxes_BN4=boxes_BN4.where(valid_BN[..., None], 0.0),
+        scores_BN=score_BN.where(valid_BN, 0.0),
+        valid_BN=valid_BN,
+    )

@@ -1,0 +1,133 @@
+"""What a training step computes and holds, counted by running it without data.
+
+The step runs on fake tensors, which have shapes and a device but no content. FLOPs are PyTorch's counter's
+(2 a multiply-add; matrix products, convolutions and attention). Memory is the sum of the tensors that are
+alive, as autograd makes and drops them, at its peak in forward and backward: activations with their
+recomputation, losses, temporary tensors, and one parameter's gradient at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.config.load import RunConfig
+from giantdet.engine.zero import weight_dtype
+from giantdet.layers.deferred import deferred_init
+from giantdet.losses import detector_losses, total_loss
+from giantdet.structures import Batch, Targets
+
+
+class Count(NamedTuple):
+    """Of one micro-batch."""
+
+    forward: int
+    """FLOPs."""
+    backward: int
+    """FLOPs, recomputation of checkpointed blocks included."""
+    memory: int
+    """Bytes beside weights and accumulated gradients, at the peak."""
+
+
+def count(run: RunConfig, micro_batch: int) -> Count:
+    """A forward and a backward of the run's detector with `micro_batch` images, in the run's precision."""
+    model = meta_detector(run)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # Of the CPU, where attention is the fused kernel that it is on GPUs; the meta device knows none.
+        model = model.to_empty(device="cpu")
+        batch = fake_batch(run, micro_batch)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # ZeRO takes each gradient away as it comes
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        with FlopCounterMode(display=False) as flops:
+            loss = _loss(run, model, batch)
+            forward = flops.get_total_flops()
+            loss.backward()
+        # By itself: the counter of FLOPs holds on to what checkpointed blocks compute again.
+        with _Live([*model.parameters(), *model.buffers(), *tree_leaves(batch)]) as live:
+            _loss(run, model, batch).backward()
+    return Count(forward, flops.get_total_flops() - forward, live.peak)
+
+
+def _loss(run: RunConfig, model: Detector, batch: Batch) -> Tensor:
+    return total_loss(detector_losses(model(batch), run.giantdet.model.conventions))
+
+
+def meta_detector(run: RunConfig) -> Detector:
+    """The run's detector on the meta device, in training mode and in its precision."""
+    config = run.giantdet
+    with deferred_init():
+        model = build_detector(config.model, config.data.size, config.norm)
+    return model.to("meta").to(weight_dtype(run)).train()
+
+
+def assumed_classes(run: RunConfig) -> int | None:
+    """COCO's 80 where the run takes the number from annotations, which are not read here; None: its own."""
+    return 80 if run.giantdet.model.num_classes == "auto" else None
+
+
+def fake_batch(run: RunConfig, images: int) -> Batch:
+    data = run.giantdet.data
+    height, width = data.size
+    slots, side = data.max_objects, data.mask_frame
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(images, *shape, dtype=dtype)
+
+    targets = Targets(
+        boxes_BM4=empty(slots, 4),
+        labels_BM=empty(slots, dtype=torch.int64),
+        valid_BM=empty(slots, dtype=torch.bool),
+        masks_BMSS=empty(slots, side, side, dtype=torch.uint8),
+        frames_BM4=empty(slots, 4),
+    )
+    return Batch(
+        images_B3HW=empty(3, height, width, dtype=torch.uint8),
+        sizes_B2=empty(2),
+        targets=targets,
+        seeds_B=empty(dtype=torch.int64),
+        image_ids_B=empty(dtype=torch.int64),
+        original_sizes_B2=empty(2, dtype=torch.int64),
+    )
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the storages that operations make, until nobody holds them any more."""
+
+    def __init__(self, known: list[Any]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.kept = [t.untyped_storage() for t in known if isinstance(t, Tensor)]
+        self.known.update(self.kept)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf.untyped_storage())
+        return result
+
+    def _watch(self, storage: Any) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        weakref.finalize(storage, self._gone, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size

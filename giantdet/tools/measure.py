@@ -1,0 +1,174 @@
+"""The largest micro-batch of this machine, found by trying: `giantdet plan --measure`.
+
+Every try is a start of its own, on as many processes as there are GPUs: running out of memory costs that try
+and nothing else. A try is two whole optimizer steps, AGVM's measurement among them, of images without content
+and without objects; shapes are fixed, so that neither changes what is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from giantdet.config.load import RunConfig, load_run
+from giantdet.config.resolve import resolve
+from giantdet.distributed import comm
+from giantdet.engine import zero
+from giantdet.losses import detector_losses, total_loss
+from giantdet.optim.agvm import Agvm
+from giantdet.structures import Batch
+from giantdet.tools.costs import GIB
+from giantdet.tools.count import assumed_classes, fake_batch
+
+STEPS = 2
+OUT_OF_MEMORY = 75
+KILLED = (-9, 137)  # the operating system's answer where a process takes all of the machine's memory
+LIMIT = 4096
+
+
+class Try(NamedTuple):
+    """What became of one micro-batch."""
+
+    images: int
+    fits: bool
+    memory: float
+    """Bytes at the peak, of the GPU or of the process; 0 where it did not fit."""
+
+
+def measure(
+    path: Path, overrides: list[str], ranks: int, memory: float | None, say: Callable[[str], None]
+) -> int:
+    """The largest micro-batch of the run on `ranks` processes of this machine; 0: not even one image.
+
+    `memory` (bytes a rank) bounds what a try may take. RuntimeError where a try ends for another reason.
+    """
+
+    def fits(images: int) -> bool:
+        tried = start(path, overrides, ranks, memory, images)
+        found = f"{tried.memory / GIB:.2f} GiB" if tried.fits else "out of memory"
+        say(f"  {images} image{'s' * (images > 1)} a rank: {found}")
+        return tried.fits
+
+    return largest(fits)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, by doubling and halving; what fits, fits with less. At most LIMIT."""
+    good, bad = 0, 1
+    while bad <= LIMIT and fits(bad):
+        good, bad = bad, 2 * bad
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+def start(path: Path, overrides: list[str], ranks: int, memory: float | None, images: int) -> Try:
+    """Try one micro-batch in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "memory.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        arguments = [str(path), str(answer), str(images), str(memory or 0.0), *overrides]
+        command = [sys.executable, *launcher, "-m", "giantdet.tools.measure", *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode == 0:
+            return Try(images, True, float(json.loads(answer.read_text())))
+        codes = {str(code) for code in (OUT_OF_MEMORY, *KILLED)}
+        if any(f"exitcode  : {code} " in ended.stderr for code in codes):
+            return Try(images, False, 0.0)
+        raise RuntimeError(f"a micro-batch of {images} could not be tried:\n{ended.stderr[-4000:]}")
+
+
+def run_with(path: Path, overrides: list[str], images: int, world: int) -> RunConfig:
+    """The run with that micro-batch, without data or weights to load.
+
+    Two micro-steps are accumulated on a single process, where AGVM has no other shards, and one elsewhere.
+    """
+    micro_steps = 2 if world == 1 else 1
+    fixed = [
+        "train_batch_size=auto",
+        f"train_micro_batch_size_per_gpu={images}",
+        f"gradient_accumulation_steps={micro_steps}",
+        "model.backbone.pretrained=false",
+        "agvm.start_step=0",
+        "agvm.interval=1",
+    ]
+    run = load_run(path, [*overrides, *fixed])
+    return resolve(run, world, 10**6, assumed_classes(run), has_gpu=torch.cuda.is_available())
+
+
+def blank_batch(run: RunConfig, images: int) -> Batch:
+    """Noise that fills the canvas, without a single object."""
+    batch = fake_batch(run, images)
+    height, width = run.giantdet.data.size
+    targets = type(batch.targets)(*(torch.zeros_like(tensor) for tensor in batch.targets))
+    return batch._replace(
+        images_B3HW=torch.randint(0, 255, batch.images_B3HW.shape, dtype=torch.uint8),
+        sizes_B2=torch.tensor([[float(height), float(width)]]).repeat(images, 1),
+        seeds_B=torch.arange(images),
+        targets=targets,
+    )
+
+
+def steps(run: RunConfig, device: torch.device) -> None:
+    """Whole optimizer steps, as in training."""
+    images = run.deepspeed["train_micro_batch_size_per_gpu"]
+    engine = zero.initialize(zero.build(run, images), run)
+    engine.train()
+    agvm = Agvm(engine, run.giantdet.agvm) if run.giantdet.agvm.enabled else None
+    batch = blank_batch(run, images).to(device)
+    for _ in range(STEPS * run.deepspeed["gradient_accumulation_steps"]):
+        losses = detector_losses(engine(batch), run.giantdet.model.conventions)
+        engine.backward(total_loss(losses))
+        if agvm is not None:
+            agvm.observe()
+            agvm.scale()
+        engine.step()
+
+
+def bound(memory: float, device: torch.device) -> None:
+    """Let this process allocate at most `memory` bytes more: of its GPU, or of the machine."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
+        return
+    import resource
+
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + int(memory), resource.RLIM_INFINITY))
+
+
+def main(arguments: list[str]) -> int:
+    """One rank of a try: JSON ANSWER IMAGES MEMORY override ..."""
+    path, answer, images, memory, *overrides = arguments
+    device = comm.start()
+    run = run_with(Path(path), overrides, int(images), comm.world_size())
+    if float(memory):
+        bound(float(memory), device)
+    try:
+        steps(run, device)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+            return OUT_OF_MEMORY
+        raise
+    peak = max(comm.gather_objects(zero.peak_memory(device) * GIB), default=0.0)
+    if comm.is_main():
+        Path(answer).write_text(json.dumps(peak))
+    comm.barrier()
+    comm.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

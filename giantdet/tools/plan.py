@@ -1,0 +1,295 @@
+"""What a run needs on a cluster: memory of a rank, communication and time of a step, before it is started.
+
+Weights, optimizer states and gradients follow from the number of parameters, the precision and the ZeRO
+stage; activations and FLOPs are counted (`count.py`); communication is that of ring collectives. Time is
+computation at a stated share of the machine's peak, and communication at a stated bandwidth; DeepSpeed
+overlaps part of the two, so that a step takes between the longer one and their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from giantdet.config.load import RunConfig
+from giantdet.config.resolve import resolve
+from giantdet.engine.zero import stage_of, weight_dtype
+from giantdet.errors import ConfigError
+from giantdet.tools.costs import (
+    GIB,
+    MOMENTS,
+    RESERVE,
+    Machine,
+    States,
+    agvm_traffic,
+    buffers,
+    cgbn_traffic,
+    offloads,
+    persistent,
+    states,
+    traffic,
+)
+from giantdet.tools.count import Count, assumed_classes, count, meta_detector
+
+
+class Choice(NamedTuple):
+    """One way to run: its memory, its largest micro-batch, its step."""
+
+    stage: int
+    every: int
+    """Each how many-th block is recomputed; 0: none."""
+    offload: bool
+    """The optimizer's states live in the machine's memory."""
+    memory: float
+    host: float
+    """Bytes of the machine's memory for this GPU."""
+    largest: int
+    computation: float
+    communication: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step without any overlap."""
+        return self.computation + self.communication
+
+    def fits(self, machine: Machine) -> bool:
+        return self.memory <= machine.memory
+
+
+def with_checkpointing(run: RunConfig, every: int) -> RunConfig:
+    """The run with each `every`-th block recomputed, 0 for none, and nothing compiled."""
+    update = {"checkpoint_blocks": every, "compile_blocks": False}
+    backbone = run.giantdet.model.backbone.model_copy(update=update)
+    model = run.giantdet.model.model_copy(update={"backbone": backbone})
+    return replace(run, giantdet=run.giantdet.model_copy(update={"model": model}))
+
+
+class Plan:
+    """A resolved run on `gpus` GPUs; `bandwidth` in bytes a second of each, `efficiency` of its peak."""
+
+    def __init__(
+        self, run: RunConfig, gpus: int, machine: Machine, bandwidth: float, efficiency: float
+    ) -> None:
+        self.run, self.gpus, self.machine = run, gpus, machine
+        self.bandwidth, self.efficiency = bandwidth, efficiency
+        self.model = meta_detector(run)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.bytes_each = weight_dtype(run).itemsize
+        self.moments = MOMENTS[run.deepspeed["optimizer"]["type"]]
+        self.micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
+        self.accumulation = run.deepspeed["gradient_accumulation_steps"]
+        self.persistent = persistent(run, self.model)
+        self.counts = {every: self._count(every) for every in self._checkpointing()}
+        self.choices = self._choices(offloads(run))
+        self.own = next(
+            choice
+            for choice in self.choices
+            if choice.stage == stage_of(run)
+            and choice.every == int(run.giantdet.model.backbone.checkpoint_blocks)
+        )
+
+    def _checkpointing(self) -> list[int]:
+        """None, the run's own and all, where the backbone's blocks are known."""
+        wanted = int(self.run.giantdet.model.backbone.checkpoint_blocks)
+        try:
+            meta_detector(with_checkpointing(self.run, 1))
+        except ValueError:
+            return [wanted]
+        return sorted({0, wanted, 1}, key=lambda every: -every if every else -math.inf)
+
+    def _count(self, every: int) -> tuple[Count, Count]:
+        run = with_checkpointing(self.run, every)
+        return count(run, 1), count(run, 2)
+
+    def _choices(self, offload: bool) -> list[Choice]:
+        return [self._choice(stage, every, offload) for every in self.counts for stage in range(4)]
+
+    def activations(self, every: int, images: int) -> float:
+        """Bytes at a micro-batch, from those at 1 and 2."""
+        one, two = self.counts[every]
+        return one.memory + (images - 1) * (two.memory - one.memory)
+
+    def states(self, stage: int, ranks: int | None = None) -> States:
+        """Of one rank, wherever they are kept."""
+        return states(
+            self.parameters, self.trainable, self.bytes_each, self.moments, stage, ranks or self.gpus
+        )
+
+    def on_host(self, stage: int, offload: bool, ranks: int | None = None) -> float:
+        """Bytes that DeepSpeed keeps in the machine's memory: float32 weights, moments and, where gradients
+        are partitioned, those in float32 too. Stage 0 has no offload."""
+        if not offload or stage == 0:
+            return 0.0
+        held = self.states(stage, ranks)
+        return held.master + held.moments + (held.master if stage >= 2 else 0.0)
+
+    def fixed(self, stage: int, offload: bool, ranks: int | None = None) -> float:
+        """Bytes of a GPU that do not depend on the micro-batch."""
+        held = self.states(stage, ranks)
+        total = held.weights + held.gradients + held.master + held.moments
+        if offload and stage:
+            total -= held.master + held.moments + (held.gradients if stage >= 2 else 0.0)
+        if stage == 3:
+            total += self.persistent * self.bytes_each
+        return total + buffers(self.run, self.parameters, self.bytes_each, stage) + RESERVE
+
+    def _choice(self, stage: int, every: int, offload: bool) -> Choice:
+        one, two = self.counts[every]
+        fixed = self.fixed(stage, offload)
+        each = max(1, two.memory - one.memory)
+        room = self.machine.memory - fixed - one.memory
+        flops = (one.forward + one.backward) * self.micro_batch * self.accumulation
+        sent = traffic(
+            self.parameters,
+            self.trainable,
+            self.bytes_each,
+            stage,
+            self.gpus,
+            self.accumulation,
+            every > 0,
+        )
+        sent += agvm_traffic(self.run, self.trainable, self.gpus)
+        sent += self.accumulation * cgbn_traffic(self.run, self.model, self.gpus)
+        return Choice(
+            stage,
+            every,
+            offload and stage > 0,
+            memory=fixed + self.activations(every, self.micro_batch),
+            host=self.on_host(stage, offload),
+            largest=1 + math.floor(room / each) if room >= 0 else 0,
+            computation=flops / (self.machine.flops * self.efficiency),
+            communication=sent / self.bandwidth if self.gpus > 1 else 0.0,
+        )
+
+    def with_offload(self) -> Choice | None:
+        """The quickest that fits with the optimizer's states in the machine's memory, if the run keeps them
+        on the GPU. What the CPU's optimizer step takes is not in its time."""
+        if offloads(self.run):
+            return None
+        return quickest(self._choices(True), self.machine)
+
+    def best(self) -> Choice | None:
+        return quickest(self.choices, self.machine)
+
+    def fewest_gpus(self) -> int | None:
+        """GPUs from which on the run's micro-batch fits at ZeRO-3 with all blocks recomputed; None: never."""
+        held, offload = self.activations(list(self.counts)[-1], self.micro_batch), offloads(self.run)
+        if self.fixed(3, offload, 10**9) + held > self.machine.memory:
+            return None
+        gpus = 1
+        while self.fixed(3, offload, gpus) + held > self.machine.memory:
+            gpus += 1
+        return gpus
+
+
+def quickest(choices: list[Choice], machine: Machine) -> Choice | None:
+    """Of those that fit; of those within 2% of it, the one with the least memory."""
+    fitting = [choice for choice in choices if choice.fits(machine)]
+    best = min((c.seconds for c in fitting), default=0.0)
+    near = [choice for choice in fitting if choice.seconds <= 1.02 * best]
+    return min(near, key=lambda choice: choice.memory, default=None)
+
+
+def make_plan(
+    run: RunConfig, gpus: int, machine: Machine, bandwidth: float, efficiency: float, images: int
+) -> Plan:
+    """Of an unresolved run; `images` is the training set's size. ConfigError for a batch that cannot be."""
+    try:
+        resolved = resolve(run, gpus, images, assumed_classes(run))
+    except ConfigError as error:
+        raise ConfigError(f"{gpus} GPUs: {error}") from None
+    return Plan(resolved, gpus, machine, bandwidth, efficiency)
+
+
+def report(plan: Plan) -> str:
+    """The plan as text."""
+    run, deepspeed = plan.run, plan.run.deepspeed
+    batch, steps = deepspeed["train_batch_size"], run.giantdet.train.steps
+    one, _ = plan.counts[plan.own.every]
+    lines = [
+        f"{run.path.stem if run.path else 'run'}: batch {batch} = {plan.micro_batch} x {plan.accumulation} x "
+        f"{plan.gpus} {plan.machine.name}",
+        "",
+        f"{'module':<12}{'parameters':>16}{'trainable':>16}",
+    ]
+    for name, module in plan.model.named_children():
+        counts = [sum(p.numel() for p in module.parameters() if p.requires_grad or every) for every in (1, 0)]
+        lines.append(f"{name:<12}{counts[0]:>16,}{counts[1]:>16,}")
+    lines.append(f"{'all':<12}{plan.parameters:>16,}{plan.trainable:>16,}")
+    lines += [
+        "",
+        f"one image: forward {one.forward / 1e12:.3f} TFLOP, backward {one.backward / 1e12:.3f}, activations "
+        f"{one.memory / GIB:.2f} GiB",
+        "",
+        f"{'ZeRO':<6}{'blocks':<14}{'states':>9}{'memory':>9}{'largest':>9}{'computation':>13}{'communication':>15}",
+        f"{'':<6}{'':<14}{'GiB':>9}{'GiB':>9}{'batch':>9}{'s a step':>13}{'s a step':>15}",
+    ]
+    for choice in plan.choices:
+        lines.append(_row(plan, choice))
+    return "\n".join([*lines, "", *_verdict(plan, steps, batch)])
+
+
+def _row(plan: Plan, choice: Choice) -> str:
+    mark = " <- the recipe" if choice is plan.own else ""
+    return (
+        f"{choice.stage:<6}{blocks_text(choice.every):<14}{sum(plan.states(choice.stage)) / GIB:>9.2f}"
+        f"{choice.memory / GIB:>9.2f}{choice.largest:>9}{choice.computation:>13.3f}"
+        f"{choice.communication:>15.3f}{mark}"
+    )
+
+
+def blocks_text(every: int) -> str:
+    """What happens to the activations of the backbone's blocks."""
+    return {0: "kept", 1: "recomputed"}.get(every, f"1 in {every} rec.")
+
+
+def _verdict(plan: Plan, steps: int | None, batch: int) -> list[str]:
+    best, own, room = plan.best(), plan.own, plan.machine.memory / GIB
+    lines = []
+    if not own.fits(plan.machine):
+        lines.append(f"As it is, it does not fit: {own.memory / GIB:.1f} GiB of {room:.1f}.")
+    if own.offload:
+        lines.append(
+            f"Offload keeps {own.host / GIB:.1f} GiB of each GPU's states in the machine's memory; the time "
+            "that its CPUs take for the optimizer step is not in these numbers."
+        )
+    if best is None:
+        other, fewest = plan.with_offload(), plan.fewest_gpus()
+        if other is not None:
+            lines.append(
+                "Nothing fits with the optimizer's states on the GPU. With offload_optimizer, "
+                f"ZeRO-{other.stage} with blocks {blocks_text(other.every)} does: "
+                f"{other.memory / GIB:.1f} GiB, and {other.host / GIB:.1f} GiB of the machine for each GPU."
+            )
+        if fewest is not None:
+            lines.append(
+                f"Nothing fits on {plan.gpus} GPUs; ZeRO-3 with recomputed blocks does from {fewest} on."
+            )
+        else:
+            largest = max(choice.largest for choice in plan.choices)
+            lines.append(
+                f"No number of GPUs holds a micro-batch of {plan.micro_batch}; "
+                + (f"{largest} is the most." if largest else "offload, or take a smaller canvas or model.")
+            )
+        return lines
+    if best is own:
+        lines.append("The recipe is the quickest that fits.")
+    else:
+        lines.append(
+            f"Take ZeRO-{best.stage} with blocks {blocks_text(best.every)}: the quickest that fits, with the "
+            "least memory."
+        )
+    low, high = max(best.computation, best.communication), best.seconds
+    lines.append(
+        f"A step takes {low:.3f} to {high:.3f} s at {100 * plan.efficiency:.0f}% of the peak and "
+        f"{plan.bandwidth / 1e9:g} GB/s: {batch / high:,.0f} to {batch / low:,.0f} images/s."
+    )
+    if steps is not None:
+        hours = [steps * seconds / 3600 for seconds in (low, high)]
+        lines.append(
+            f"{steps:,} steps: {hours[0]:.2f} to {hours[1]:.2f} hours, "
+            f"{hours[0] * plan.gpus:,.0f} to {hours[1] * plan.gpus:,.0f} GPU-hours."
+        )
+    return lines

@@ -1,0 +1,64 @@
+"""Precise BN: running statistics estimated anew over many batches, with the weights as they are.
+
+What training leaves behind is an average over its last steps, whose weights were still moving. Here every
+batch norm takes its input's mean and variance over N batches, as if they were one (Wu, Johnson: Rethinking
+"Batch" in BatchNorm, 2021, section 3). Batches are as large as those that training normalised together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from giantdet.config.load import RunConfig
+from giantdet.config.resolve import ACCUMULATION, BATCH, MICRO, bn_ranks
+from giantdet.distributed import comm
+from giantdet.layers.cgbn import local_statistics, merge_statistics
+from giantdet.layers.norm import moving_norms
+from giantdet.structures import Batch
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Batch], number: int, device: Any) -> int:
+    """Replace the running statistics of every BatchNorm by those of `number` training batches a rank.
+
+    The ranks' batches are merged by count. All ranks call it. Leaves the model in training mode; returns
+    the number of batch norms, 0 where all are frozen or have no running statistics.
+    """
+    norms = moving_norms(model)
+    if not norms:
+        return 0
+    found: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    def collect(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        new = local_statistics(inputs[0])
+        if norm in found:
+            new = merge_statistics(*map(torch.stack, zip(found[norm], new, strict=True)))
+        found[norm] = new
+
+    hooks = [norm.register_forward_pre_hook(collect) for norm in norms]
+    model.train()
+    for batch in islice(batches, number):
+        model(batch.to(device))
+    for hook in hooks:
+        hook.remove()
+    world = comm.subgroup(comm.world_size())
+    for norm in norms:
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean, var, count = merge_statistics(*(comm.all_gather(part, world) for part in found[norm]))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var * count / (count - 1).clamp(min=1))
+    return len(norms)
+
+
+def bn_images(run: RunConfig) -> int:
+    """Images that a resolved run normalises together; of several sizes in its `norm` section the largest."""
+    batch, micro, accumulation = (run.deepspeed[key] for key in (BATCH, MICRO, ACCUMULATION))
+    world = batch // (micro * accumulation)
+    parts = [run.giantdet.norm.of(part) for part in ("backbone", "fpn", "heads")]
+    ranks = [bn_ranks(part.bn_size, micro, world) for part in parts if part.type == "cgbn"]
+    return micro * max(ranks, default=1)
