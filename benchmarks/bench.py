@@ -30,10 +30,11 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.architectures import build_model, total_loss
+from giantdet.architectures.mask_rcnn import MaskRcnn, mask_rcnn_losses, sample_counts
 from giantdet.architectures.torchvision_weights import from_torchvision
+from giantdet.config.conventions import CONVENTIONS
 from giantdet.layers.weights import load_strictly
-from giantdet.losses import detector_losses, sample_counts, total_loss
 
 PARTS = ("data", "forward", "backward", "optimizer")
 LEARNING_RATE = 1e-5  # the weights hardly move: all steps do the same work
@@ -88,7 +89,7 @@ class Clock:
 def giantdet_side(scene: Scene, args: argparse.Namespace, state: dict[str, Tensor] | None) -> Side:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
-    model: Detector = build_detector(model_config(args), (args.size, args.size))
+    model: MaskRcnn = build_model(model_config(args), (args.size, args.size))
     if state is not None:
         load_strictly(model, from_torchvision(state, norm_eps=1e-5), "torchvision's weights")
     model = model.to(device, dtype).train()
@@ -102,7 +103,7 @@ def giantdet_side(scene: Scene, args: argparse.Namespace, state: dict[str, Tenso
         batch = on_host.to(device)
         clock.lap("data")
         predictions = model(batch)
-        losses = detector_losses(predictions, "torchvision")
+        losses = mask_rcnn_losses(predictions, CONVENTIONS["torchvision"])
         loss = total_loss(losses)
         clock.lap("forward")
         loss.backward()

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from bench_scene import giantdet_batch, make_scene, model_config
 
-from giantdet.architectures.mask_rcnn import build_detector
+from giantdet.architectures import build_model, total_loss
+from giantdet.architectures.mask_rcnn import mask_rcnn_losses
+from giantdet.config.conventions import CONVENTIONS
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
-from giantdet.losses import detector_losses, total_loss
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.structures import Batch
@@ -38,7 +39,7 @@ def start(args: argparse.Namespace, optimizer: str) -> Any:
     import deepspeed
 
     torch.manual_seed(0)
-    model = build_detector(model_config(args), (args.size, args.size))
+    model = build_model(model_config(args), (args.size, args.size))
     params = {"lr": 1e-6} | ({"torch_adam": True} if optimizer == "AdamW" else {})
     config = {
         "train_micro_batch_size_per_gpu": args.batch,
@@ -55,7 +56,7 @@ def seconds(engine: Any, batch: Batch, agvm: Agvm | None) -> float:
     """One whole step."""
     comm.barrier()
     started = _now(engine.device)
-    losses = detector_losses(engine(batch))
+    losses = mask_rcnn_losses(engine(batch), CONVENTIONS["detectron2"])
     engine.backward(total_loss(losses))
     if agvm is not None:
         agvm.observe()

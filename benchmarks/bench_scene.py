@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from giantdet.config.types import ModelConfig
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.data.masks import to_frame
 from giantdet.data.transforms import Geometry
 from giantdet.structures import Batch, Targets
@@ -92,9 +92,9 @@ def torchvision_inputs(scene: Scene) -> tuple[list[Tensor], list[dict[str, Tenso
     return list(scene.images_B3HW.float() / 255), targets
 
 
-def model_config(args: argparse.Namespace) -> ModelConfig:
+def model_config(args: argparse.Namespace) -> MaskRcnnConfig:
     """torchvision's settings where there are two opinions, so that both do the same work."""
-    return ModelConfig.model_validate(
+    return MaskRcnnConfig.model_validate(
         {
             "num_classes": CLASSES,
             "conventions": "torchvision",

@@ -21,13 +21,22 @@ def run_train(options: argparse.Namespace) -> None:
     if options.print_config:
         print_config(run)
         return
+    from giantdet.distributed import comm
     from giantdet.engine.faults import listen
     from giantdet.engine.train import train
+    from giantdet.tools.plots import plot_run
+    from giantdet.tools.profile import Profile
 
     listen()
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    train(run, options.profile)
+    output = Path(run.giantdet.train.output)
+    profile = Profile(output / "profile") if options.profile else None
+    train(run, profile.step if profile is not None else lambda: None)
+    if profile is not None:
+        profile.close()
+    if comm.is_main():
+        plot_run(output / "metrics.jsonl", output)
 
 
 def print_config(run: Any) -> None:
@@ -35,12 +44,12 @@ def print_config(run: Any) -> None:
     import torch
 
     from giantdet.config.resolve import describe, resolve
-    from giantdet.data.coco import CocoDataset
+    from giantdet.data.dataset import open_dataset
 
     images = classes = None
     data = run.giantdet.data
     if data.train is not None and Path(data.train.annotations).is_file():
-        dataset = CocoDataset(data.train.annotations, data.train.images)
+        dataset = open_dataset(data.train)
         images = len(dataset.training_indices(data.filter_empty))
         classes = dataset.num_classes
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -49,27 +58,32 @@ def print_config(run: Any) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    from giantdet.config.types import DataConfig
-    from giantdet.data.coco import CocoDataset
-    from giantdet.data.loader import eval_loader
+    from giantdet.config.types import DataConfig, DatasetConfig
+    from giantdet.data.dataset import check_categories, open_dataset
     from giantdet.distributed import comm
-    from giantdet.evaluation.coco import check_categories, detect_all, evaluate_results, score_table
+    from giantdet.engine.evaluate import evaluate
     from giantdet.export import load_detector
 
     device = comm.start()
-    detector, config = load_detector(options.export, device)
-    dataset = CocoDataset(options.annotations, options.images)
+    model, config = load_detector(options.export, device)
+    dataset = open_dataset(DatasetConfig(annotations=str(options.annotations), images=str(options.images)))
     category_ids = [number for number, _ in config.categories]
     check_categories(dataset, category_ids, options.export)
-    data = DataConfig(size=config.size, short_side=config.short_side, workers=options.workers)
-    batches = eval_loader(dataset, data, options.batch_size, comm.rank(), comm.world_size())
-    results = detect_all(detector, batches, device, category_ids, config.model.conventions)
+    if options.results is not None and comm.is_main():
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+    found = evaluate(
+        model,
+        dataset,
+        DataConfig(size=config.size, short_side=config.short_side, workers=options.workers),
+        options.batch_size,
+        device,
+        tasks=model.tasks,
+        category_ids=category_ids,
+        conventions=model.conventions,
+        results=options.results,
+    )
     if comm.is_main():
-        if options.results is not None:
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(results))
-        masks = config.model.mask_head.enabled and dataset.has_masks
-        print(score_table(evaluate_results(options.annotations, results, masks)))
+        print(found.table)
     comm.barrier()
 
 
@@ -103,13 +117,13 @@ def run_predict(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from giantdet.checkpoint.files import newest
     from giantdet.config.load import load_run
-    from giantdet.data.coco import CocoDataset
+    from giantdet.data.dataset import open_dataset
     from giantdet.export import export_checkpoint, export_config
 
     run = load_run(options.run / "config.json")
     if run.giantdet.data.train is None:
         raise InputError(f"{options.run / 'config.json'}: no data.train, which names the classes")
-    dataset = CocoDataset(run.giantdet.data.train.annotations, run.giantdet.data.train.images)
+    dataset = open_dataset(run.giantdet.data.train)
     folder = options.run / "checkpoints"
     checkpoint = folder / options.checkpoint if options.checkpoint else newest(folder)
     output = options.output or options.run / "export"
@@ -121,7 +135,7 @@ def run_export(options: argparse.Namespace) -> None:
 def run_precise_bn(options: argparse.Namespace) -> None:
     from giantdet.config.load import load_run
     from giantdet.config.resolve import check_data
-    from giantdet.data.coco import CocoDataset
+    from giantdet.data.dataset import open_dataset
     from giantdet.data.loader import train_loader
     from giantdet.distributed import comm
     from giantdet.export import export_model, load_detector
@@ -133,11 +147,16 @@ def run_precise_bn(options: argparse.Namespace) -> None:
     assert data.train is not None
     device = comm.start()
     detector, config = load_detector(options.run / "export", device)
-    dataset = CocoDataset(data.train.annotations, data.train.images)
+    dataset = open_dataset(data.train)
     size = options.batch_size or bn_images(run)
-    masks = config.model.mask_head.enabled
     batches = train_loader(
-        dataset, data, size, comm.rank(), comm.world_size(), seed=run.giantdet.train.seed, masks=masks
+        dataset,
+        data,
+        size,
+        comm.rank(),
+        comm.world_size(),
+        seed=run.giantdet.train.seed,
+        targets=detector.targets,
     )
     norms = reestimate(detector, batches, options.batches, device)
     batches.close()

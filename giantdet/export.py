@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from giantdet import __version__
-from giantdet.architectures.mask_rcnn import Detector, build_detector
-from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
+from giantdet.architectures import Architecture, build_model
 from giantdet.checkpoint.files import SavedTensors, damage
+from giantdet.config.architectures import ArchitectureConfig, ModelConfig
+from giantdet.config.architectures.common import NormConfig
 from giantdet.config.load import RunConfig
-from giantdet.config.types import ModelConfig, NormConfig, Section
+from giantdet.config.section import Section
 from giantdet.distributed import comm
 from giantdet.errors import InputError
 from giantdet.layers.weights import (
@@ -39,8 +40,6 @@ logger = logging.getLogger("giantdet")
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GIB = 2**30
-# Layers whose shape is the number of classes: a detector of other classes starts them afresh.
-CLASS_LAYERS = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
 
 
 class ExportConfig(Section):
@@ -197,16 +196,18 @@ def read_export_config(folder: Path) -> ExportConfig:
         raise InputError(f"{file}: cannot be read ({error})") from None
 
 
-def load_detector(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, ExportConfig]:
+def load_detector(
+    folder: str | Path, device: torch.device | str = "cpu"
+) -> tuple[Architecture, ExportConfig]:
     """The detector of an export, in evaluation mode and float32, and its config.json."""
     folder = Path(folder)
     config = read_export_config(folder)
-    detector = build_detector(config.model, config.size, config.norm)
-    load_strictly(detector, read_state_dict(folder), str(folder))
-    return detector.float().to(device).eval(), config
+    model = build_model(config.model, config.size, config.norm)
+    load_strictly(model, read_state_dict(folder), str(folder))
+    return model.float().to(device).eval(), config
 
 
-def load_weights(detector: Detector, config: ModelConfig) -> None:
+def load_weights(model: Architecture, config: ArchitectureConfig) -> None:
     """Start a detector from `model.init_weights` (a whole detector) or the backbone's own setting.
 
     A whole detector is an export's folder, its model.safetensors, or a file of torchvision's Mask or
@@ -215,21 +216,20 @@ def load_weights(detector: Detector, config: ModelConfig) -> None:
     lists every key.
     """
     if config.init_weights is None:
-        load_backbone_weights(detector.backbone, config.backbone)
+        load_backbone_weights(model.backbone, config.backbone)
         return
     path = Path(config.init_weights)
     state = read_state_dict(path)
-    if is_torchvision(state):
-        try:
-            state = from_torchvision(state)
-        except LookupError as error:
-            raise InputError(f"{path} is no whole file of torchvision's detectors: {error}") from error
-    expected = detector.state_dict()
+    try:
+        state = dict(model.translate(state))
+    except LookupError as error:
+        raise InputError(f"{path} is not a whole file of torchvision's detectors: {error}") from error
+    expected = model.state_dict()
     fresh = [
         key
         for key in state
-        if key.startswith(CLASS_LAYERS) and key in expected and state[key].shape != expected[key].shape
+        if key.startswith(model.CLASS_LAYERS) and key in expected and state[key].shape != expected[key].shape
     ]
     if fresh:
         logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
-    load_strictly(detector, state | {key: expected[key] for key in fresh}, str(path))
+    load_strictly(model, state | {key: expected[key] for key in fresh}, str(path))

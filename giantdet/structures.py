@@ -1,4 +1,4 @@
-"""What flows through the house: batches in, predictions and detections out.
+"""What flows between the parts: batches in, outputs out.
 
 Everything is a `NamedTuple` of tensors whose shapes depend on the configuration alone (B, M, N, R,
 D and the canvas H x W are settings, never counts of what an image happens to hold). Named tuples
@@ -20,15 +20,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORE = 255
+"""Semantic class of pixels without a label, and of the padding."""
+
 
 class Targets(NamedTuple):
-    """Ground truth of a batch. Crowd regions are left out, as detectron2 and torchvision do."""
+    """Ground truth of a batch, empty in what the model does not ask for (M, S or H is 0).
+
+    Crowd regions are left out, as detectron2 and torchvision do.
+    """
 
     boxes_BM4: Tensor  # float32
     labels_BM: Tensor  # int64 in [0, C)
     valid_BM: Tensor  # bool
     masks_BMSS: Tensor  # uint8 coverage, 0 to 255, in the object's own frame
     frames_BM4: Tensor  # float32 xyxy, the window of the image that the S x S bitmap covers
+    semantic_BHW: Tensor = torch.zeros(0, 0, 0, dtype=torch.uint8)  # class of each pixel, or IGNORE
 
 
 class Batch(NamedTuple):
@@ -47,63 +54,25 @@ class Batch(NamedTuple):
         return self._replace(
             images_B3HW=move(self.images_B3HW),
             sizes_B2=move(self.sizes_B2),
-            targets=Targets(*map(move, self.targets)),
+            targets=Targets._make(map(move, self.targets)),
             seeds_B=move(self.seeds_B),
             image_ids_B=move(self.image_ids_B),
             original_sizes_B2=move(self.original_sizes_B2),
         )
 
 
-class Proposals(NamedTuple):
-    """Class-agnostic candidates of the RPN, best first."""
-
-    boxes_BN4: Tensor  # float32, clipped to each image
-    scores_BN: Tensor  # float32 objectness logits
-    valid_BN: Tensor  # bool
-
-
-class RpnPredictions(NamedTuple):
-    """RPN outputs at the sampled anchors, with what they are to predict. R is `rpn.batch_per_image`."""
-
-    objectness_BR: Tensor  # float32 logits
-    deltas_BR4: Tensor  # float32
-    target_deltas_BR4: Tensor  # float32
-    positive_BR: Tensor  # bool
-    valid_BR: Tensor  # bool
-
-
-class BoxPredictions(NamedTuple):
-    """Box head outputs at the sampled RoIs. Class index C is background."""
-
-    logits_BRC1: Tensor  # float32, C + 1 classes
-    deltas_BR4: Tensor  # float32, of the RoI's target class
-    target_deltas_BR4: Tensor  # float32
-    labels_BR: Tensor  # int64 in [0, C], C is background
-    positive_BR: Tensor  # bool
-    valid_BR: Tensor  # bool
-
-
-class MaskPredictions(NamedTuple):
-    """Mask head outputs of the target class at the first P sampled positives."""
-
-    logits_BPSS: Tensor  # float32, S is the head's resolution (28)
-    targets_BPSS: Tensor  # float32 in [0, 1]
-    valid_BP: Tensor  # bool
-
-
-class Predictions(NamedTuple):
-    """What the detector returns in training; `losses.py` turns it into scalars."""
-
-    rpn: RpnPredictions
-    box: BoxPredictions
-    mask: MaskPredictions | None
-
-
 class Detections(NamedTuple):
-    """What the detector returns in evaluation, best first."""
+    """Objects found in a batch, best first."""
 
     boxes_BD4: Tensor  # float32, pixels of the padded image, clipped to each image
     scores_BD: Tensor  # float32 in [0, 1]
     labels_BD: Tensor  # int64 in [0, C)
     valid_BD: Tensor  # bool
     masks_BDSS: Tensor | None  # float32 probabilities in the frame of the box
+
+
+class Outputs(NamedTuple):
+    """What a model returns in evaluation; None for what it does not predict."""
+
+    detections: Detections | None = None
+    semantic_BCHW: Tensor | None = None  # float32 logits on the canvas

@@ -44,23 +44,22 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
     from tiny import MODEL
 
-    from giantdet.architectures.mask_rcnn import build_detector
-    from giantdet.config.types import ModelConfig, NormConfig
+    from giantdet.architectures import build_model
+    from giantdet.config.architectures.common import NormConfig
+    from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
     from giantdet.data.demo import CATEGORIES
     from giantdet.export import ExportConfig
 
     folder = tmp_path_factory.mktemp("export")
     config = ExportConfig(
-        model=ModelConfig.model_validate({**MODEL, "num_classes": 4}),
+        model=MaskRcnnConfig.model_validate({**MODEL, "num_classes": 4}),
         norm=NormConfig(type="local"),
         size=(64, 64),
         short_side=64,
         categories=tuple(CATEGORIES.items()),
     )
     torch.manual_seed(0)
-    save_file(
-        build_detector(config.model, config.size, config.norm).state_dict(), folder / "model.safetensors"
-    )
+    save_file(build_model(config.model, config.size, config.norm).state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(config.model_dump_json())
     return folder
 

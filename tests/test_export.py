@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, REPO, environment, launch_ok, tiny_run
 
-from giantdet.architectures.mask_rcnn import Detector, build_detector
-from giantdet.config.types import ModelConfig, NormConfig
+from giantdet.architectures import build_model
+from giantdet.architectures.mask_rcnn import MaskRcnn
+from giantdet.config.architectures.common import NormConfig
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.engine.predict import draw, load_image, load_predictor
 from giantdet.export import export_checkpoint, load_detector, load_weights, read_export_config, shard_plan
 
@@ -95,10 +97,10 @@ def test_loads_without_deepspeed(tiny_export: Path, demo_data: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _detector(**changes: object) -> tuple[Detector, ModelConfig]:
-    config = ModelConfig.model_validate({**MODEL, "num_classes": 4, **changes})
+def _detector(**changes: object) -> tuple[MaskRcnn, MaskRcnnConfig]:
+    config = MaskRcnnConfig.model_validate({**MODEL, "num_classes": 4, **changes})
     torch.manual_seed(1)
-    return build_detector(config, (64, 64), NormConfig(type="local")), config
+    return build_model(config, (64, 64), NormConfig(type="local")), config
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
@@ -145,7 +147,7 @@ def test_torchvision_file_as_init_weights(tmp_path: Path) -> None:
         weights=None, weights_backbone=None, num_classes=5
     )
     torch.save(theirs.state_dict(), tmp_path / "maskrcnn.pth")
-    config = ModelConfig.model_validate(
+    config = MaskRcnnConfig.model_validate(
         {
             "num_classes": 4,
             "conventions": "torchvision",
@@ -153,7 +155,7 @@ def test_torchvision_file_as_init_weights(tmp_path: Path) -> None:
             "init_weights": str(tmp_path / "maskrcnn.pth"),
         }
     )
-    detector = build_detector(config, (64, 64), NormConfig(type="local"))
+    detector = build_model(config, (64, 64), NormConfig(type="local"))
     load_weights(detector, config)
     state, source = detector.state_dict(), theirs.state_dict()
     assert torch.equal(

@@ -1,0 +1,37 @@
+"""The models by the name in `model.type`. A new architecture is one line here and one for its section."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from giantdet.architectures.base import Architecture, total_loss
+from giantdet.architectures.mask_rcnn import MaskRcnn
+from giantdet.config.architectures import ArchitectureConfig
+from giantdet.config.architectures.common import NormConfig
+from giantdet.layers.norm import apply_norm
+
+__all__ = ["MODELS", "Architecture", "build_model", "total_loss"]
+
+MODELS: dict[str, Any] = {
+    "mask_rcnn": MaskRcnn,
+}
+
+
+def build_model(
+    config: ArchitectureConfig,
+    image_size: tuple[int, int],
+    norm: NormConfig | None = None,
+    images_per_rank: int | None = None,
+) -> Architecture:
+    """The model of a run, its batch norms converted as the `norm` section says.
+
+    `images_per_rank` is the micro-batch, from which CGBN forms its groups; None: one process (evaluation).
+    """
+    model: Architecture = MODELS[config.type](config, image_size)
+    norm = norm or NormConfig()
+    apply_norm(model.backbone, norm.of("backbone"), images_per_rank)
+    for part, modules in model.norm_parts().items():
+        for module in modules:
+            apply_norm(module, norm.of(part), images_per_rank)
+    # Weights stay contiguous: DeepSpeed 0.19 broadcasts them as bytes, and raises for channels-last ones.
+    return model

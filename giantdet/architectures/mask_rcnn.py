@@ -1,92 +1,90 @@
-"""Mask R-CNN: backbone, pyramid, RPN, box head, mask head, in fixed shapes from end to end.
+"""Mask R-CNN (He et al. 2017) with FPN: backbone, pyramid, RPN, box head, mask head.
 
-A plain single-process module: no word of ranks, ZeRO or precision policies in here. Every part runs
-in every forward, whatever the images hold, so that no rank of a sharded run waits for another.
+Without its mask head it is Faster R-CNN (Ren et al. 2015).
 Shapes: B images · N proposals · R sampled RoIs · P mask slots · D detections · C classes.
+Reference: detectron2's `GeneralizedRCNN` and `StandardROIHeads`.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-from giantdet.config.types import ModelConfig, NormConfig
-from giantdet.errors import InputError
-from giantdet.layers.backbone import build_backbone
+from giantdet.architectures.base import Architecture, mean_counts
+from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
+from giantdet.config.architectures.common import NormPart
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.conventions import Conventions
 from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
     BoxHead,
+    BoxPredictions,
     SampledRois,
+    box_losses,
     sample_rois,
     select_detections,
     training_predictions,
 )
 from giantdet.layers.fpn import LEVELS, build_fpn
-from giantdet.layers.mask_head import MaskHead
-from giantdet.layers.norm import apply_norm
-from giantdet.layers.rpn import Rpn
+from giantdet.layers.mask_head import MaskHead, MaskPredictions, mask_loss
+from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
 from giantdet.ops.masks import mask_targets
 from giantdet.ops.roi_align import roi_align_pyramid
-from giantdet.structures import Batch, Detections, MaskPredictions, Predictions, Targets
+from giantdet.structures import Batch, Outputs, Targets
 
 STRIDES = tuple(4 * 2**level for level in range(LEVELS))
 # The coarsest level serves the RPN alone; RoIs are read from P2 to P5.
 ROI_LEVELS = LEVELS - 1
 
 
-class Detector(nn.Module):
-    """Two-stage detector. In training it returns `Predictions`, in evaluation `Detections`.
+class Predictions(NamedTuple):
+    """What is trained, with its targets."""
 
-    Args:
-        config: the model's section of the run's JSON, "auto" values resolved.
-        image_size: (height, width) of the canvas, multiples of 32.
-    """
+    rpn: RpnPredictions
+    box: BoxPredictions
+    mask: MaskPredictions | None
 
-    def __init__(self, config: ModelConfig, image_size: tuple[int, int]) -> None:
-        super().__init__()
-        if config.num_classes == "auto":
-            raise InputError(
-                "model.num_classes is still 'auto': give a number, or a training set to read it from"
-            )
+
+class MaskRcnn(Architecture):
+    """Two-stage detector; see `Architecture` for the arguments."""
+
+    CLASS_LAYERS = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
+
+    def __init__(self, config: MaskRcnnConfig, image_size: tuple[int, int]) -> None:
+        super().__init__(config, image_size)
         self.config = config
-        self.num_classes = num_classes = int(config.num_classes)
-        self.torchvision = config.conventions == "torchvision"
-        channels = config.fpn.channels
-        self.backbone = build_backbone(config.backbone, image_size)
-        self.fpn = build_fpn(
-            config.fpn, self.backbone.channels, self.backbone.strides, self.backbone.is_plain
-        )
-        self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.torchvision)
-        self.box_head = BoxHead(config.box_head, channels, num_classes)
+        channels, backbone = config.fpn.channels, self.backbone
+        self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
+        self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
+        self.box_head = BoxHead(config.box_head, channels, self.num_classes)
         self.mask_head = (
-            MaskHead(config.mask_head, channels, num_classes) if config.mask_head.enabled else None
+            MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None
         )
-        mean, std = self.backbone.mean, self.backbone.std
-        self.pixel_scale = tuple(1.0 / (255.0 * s) for s in std)
-        self.pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        if config.checkpoint_heads:
+            for part in (self.fpn, self.box_head, self.mask_head):
+                if part is not None:
+                    recompute(part)
 
-    def forward(self, batch: Batch) -> Predictions | Detections:
-        levels = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
-        return self.train_heads(levels, batch) if self.training else self.detect(levels, batch)
+    @property
+    def targets(self) -> frozenset[str]:
+        """See `Architecture.targets`."""
+        return frozenset({"boxes", "masks"} if self.mask_head is not None else {"boxes"})
 
-    def normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
-        """uint8 pixels to the backbone's units and dtype; the padding stays exactly zero.
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """See `Architecture.tasks`."""
+        return ("box", "mask") if self.mask_head is not None else ("box",)
 
-        Channels last: convolutions pass the layout on, and run faster in it on CPUs and in bf16 on GPUs.
-        """
-        device = images_B3HW.device
-        height, width = images_B3HW.shape[-2:]
-        rows = torch.arange(height, device=device) < sizes_B2[:, :1]
-        columns = torch.arange(width, device=device) < sizes_B2[:, 1:]
-        inside_B1HW = (rows[:, :, None] & columns[:, None, :])[:, None]
-        # Python scalars, channel by channel: a tensor of constants would be a copy that the GPU waits for.
-        channels = zip(images_B3HW.float().unbind(1), self.pixel_scale, self.pixel_shift, strict=True)
-        pixels_B3HW = torch.stack([pixels * scale + shift for pixels, scale, shift in channels], 1)
-        pixels_B3HW = torch.where(inside_B1HW, pixels_B3HW, 0.0).to(next(self.parameters()).dtype)
-        return pixels_B3HW.contiguous(memory_format=torch.channels_last)
+    def pyramid(self, batch: Batch) -> list[Tensor]:
+        """P2 to P6 of a batch."""
+        levels: list[Tensor] = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
+        return levels
 
-    def train_heads(self, levels: list[Tensor], batch: Batch) -> Predictions:
-        targets = batch.targets
+    def predict(self, batch: Batch) -> Predictions:
+        """Predictions at sampled anchors, RoIs and masks; see `Architecture.predict`."""
+        levels, targets = self.pyramid(batch), batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
         rois = sample_rois(proposals, targets, self.config.box_head, self.num_classes, batch.seeds_B)
@@ -117,8 +115,8 @@ class Detector(nn.Module):
             index_BP,
             boxes_BP4,
             side,
-            aligned=not self.torchvision,
-            binarize=not self.torchvision,
+            aligned=self.conventions.aligned_rois,
+            binarize=self.conventions.binary_mask_targets,
         )
         return MaskPredictions(
             logits_BPSS=logits.reshape(*valid_BP.shape, side, side),
@@ -126,19 +124,23 @@ class Detector(nn.Module):
             valid_BP=valid_BP,
         )
 
-    def detect(self, levels: list[Tensor], batch: Batch) -> Detections:
+    def answer(self, batch: Batch) -> Outputs:
+        """Detections with masks; see `Architecture.answer`."""
+        levels = self.pyramid(batch)
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
         features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
-        min_size = 1e-2 if self.torchvision else 0.0
         logits, deltas = self.box_head(features)
-        found = select_detections(logits, deltas, proposals, batch.sizes_B2, config, min_size)
+        found = select_detections(
+            logits, deltas, proposals, batch.sizes_B2, config, self.conventions.min_detection_size
+        )
         if self.mask_head is None:
-            return found
+            return Outputs(found)
         mask_config = self.config.mask_head
         features = self.pool(levels, found.boxes_BD4, mask_config.resolution, mask_config.sampling_ratio)
         masks = self.mask_head(features, found.labels_BD.flatten()).sigmoid()
-        return found._replace(masks_BDSS=masks.reshape(*found.labels_BD.shape, *masks.shape[-2:]))
+        masks_BDSS = masks.reshape(*found.labels_BD.shape, *masks.shape[-2:])
+        return Outputs(found._replace(masks_BDSS=masks_BDSS))
 
     def pool(self, levels: list[Tensor], boxes_BR4: Tensor, resolution: int, sampling_ratio: int) -> Tensor:
         """RoIAlign over P2 to P5: `[B*R, C, resolution, resolution]`."""
@@ -148,30 +150,39 @@ class Detector(nn.Module):
             STRIDES[:ROI_LEVELS],
             resolution,
             sampling_ratio,
-            aligned=not self.torchvision,
+            aligned=self.conventions.aligned_rois,
         )
 
+    def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
+        """See `mask_rcnn_losses`."""
+        return mask_rcnn_losses(predictions, self.conventions)
 
-def build_detector(
-    config: ModelConfig,
-    image_size: tuple[int, int],
-    norm: NormConfig | None = None,
-    images_per_rank: int | None = None,
-) -> Detector:
-    """The detector of a run, its batch norms converted as the `norm` section says.
+    def counts(self, predictions: Predictions) -> dict[str, Tensor]:
+        """See `sample_counts`."""
+        return sample_counts(predictions)
 
-    `images_per_rank` is the micro-batch, from which CGBN forms its groups; None: one process (evaluation).
-    """
-    detector = Detector(config, image_size)
-    norm = norm or NormConfig()
-    apply_norm(detector.backbone, norm.of("backbone"), images_per_rank)
-    apply_norm(detector.fpn, norm.of("fpn"), images_per_rank)
-    for head in (detector.rpn, detector.box_head, detector.mask_head):
-        if head is not None:
-            apply_norm(head, norm.of("heads"), images_per_rank)
-    if config.checkpoint_heads:
-        for part in (detector.fpn, detector.box_head, detector.mask_head):
-            if part is not None:
-                recompute(part)
-    # Weights stay contiguous: DeepSpeed 0.19 broadcasts them as bytes, and raises for channels-last ones.
-    return detector
+    def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
+        """See `Architecture.norm_parts`."""
+        heads = (self.rpn, self.box_head, self.mask_head)
+        return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
+
+    def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of torchvision's Mask and Faster R-CNN in our names, others as they are."""
+        return from_torchvision(state) if is_torchvision(state) else state
+
+
+def mask_rcnn_losses(predictions: Predictions, conventions: Conventions) -> dict[str, Tensor]:
+    """The five losses (four without a mask head), each of weight 1."""
+    losses = rpn_losses(predictions.rpn, conventions)
+    losses |= box_losses(predictions.box, conventions.smooth_l1_beta)
+    if predictions.mask is not None:
+        losses |= mask_loss(predictions.mask)
+    return losses
+
+
+def sample_counts(predictions: Predictions) -> dict[str, Tensor]:
+    """Positive anchors, positive RoIs and mask slots in use: means per image."""
+    masks = {"rpn_positive": predictions.rpn.positive_BR, "roi_positive": predictions.box.positive_BR}
+    if predictions.mask is not None:
+        masks["mask_slots_used"] = predictions.mask.valid_BP
+    return mean_counts(masks)

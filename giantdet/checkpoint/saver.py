@@ -72,8 +72,8 @@ class Checkpoints:
 
     # Saving
 
-    def save(self, step: int, scores: dict[str, Any] | None = None) -> None:
-        """Write `step_N`; `scores` if the model has just been evaluated. A failure is a warning, see `close`.
+    def save(self, step: int, score: float | None = None) -> None:
+        """Write `step_N`; `score` is that of an evaluation just made. A failure is a warning, see `close`.
 
         With `train.async_save` this returns when the state is copied to the CPU's memory.
         """
@@ -84,7 +84,7 @@ class Checkpoints:
         tensors, firsts = local_tensors(self.engine, self.ema, copy=self.config.async_save)
         self._require_finite(step, tensors)
         state = json.dumps(describe_state(self.engine, step, self.agvm, self.ema), indent=1) + "\n"
-        about = {"step": step, "images": self.engine.global_samples, "score": average_precision(scores)}
+        about = {"step": step, "images": self.engine.global_samples, "score": score}
         files = self._writer.submit(_write, partial, tensors, firsts, state)
         self._pending = _Pending(step, partial, about, files)
         if not self.config.async_save:
@@ -136,9 +136,8 @@ class Checkpoints:
         if self._error is not None:
             raise self._error
 
-    def is_best(self, scores: dict[str, Any]) -> bool:
-        """Is an evaluation to be kept, as the best so far?"""
-        score = average_precision(scores)
+    def is_best(self, score: float | None) -> bool:
+        """Whether an evaluation's score is the best so far, and to be kept."""
         return self.config.keep_best and score is not None and (self.best is None or score > self.best)
 
     def counters(self) -> dict[str, int]:
@@ -238,11 +237,6 @@ class Checkpoints:
                 "afresh with train.resume=false"
             )
         return None
-
-
-def average_precision(scores: dict[str, Any] | None) -> float | None:
-    """The one number that an evaluation is judged by: mask AP, without masks box AP."""
-    return None if not scores else float((scores.get("mask") or scores["box"])["AP"])
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], firsts: dict[str, int], state: str) -> dict[str, Any]:

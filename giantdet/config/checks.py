@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from giantdet.config import deepspeed_keys as ds
 from giantdet.config import plugins
+from giantdet.config.architectures import SECTIONS
 from giantdet.config.lengths import LENGTH_WORDS, is_length
 from giantdet.config.types import GiantdetConfig
 from giantdet.errors import ConfigError
@@ -57,16 +58,21 @@ def all_paths() -> list[str]:
     return paths
 
 
-def giantdet_keys() -> dict[str, Any]:
-    """Nested names of the giantdet block's fields; leaves are None."""
+def giantdet_keys(architecture: str | None = None) -> dict[str, Any]:
+    """Nested names of the giantdet block's fields; leaves are None. Of one architecture, or of all."""
 
-    def walk(model: Any) -> dict[str, Any]:
-        return {name: _submodel(info.annotation, walk) for name, info in model.model_fields.items()}
+    def walk(section: Any) -> dict[str, Any]:
+        return {name: _subsection(info.annotation, walk) for name, info in section.model_fields.items()}
 
-    return walk(GiantdetConfig)
+    keys = walk(GiantdetConfig)
+    keys["model"] = {}
+    for name, section in SECTIONS.items():
+        if architecture in (None, name):
+            keys["model"] |= walk(section)
+    return keys
 
 
-def _submodel(annotation: Any, walk: Any) -> Any:
+def _subsection(annotation: Any, walk: Any) -> Any:
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         if hasattr(candidate, "model_fields"):
             return walk(candidate)
@@ -246,23 +252,25 @@ def _one_liners(error: ValidationError, block: dict[str, Any]) -> list[str]:
     wishes: dict[str, list[str]] = {}
     messages: dict[str, str] = {}
     for item in error.errors():
-        names = [str(part) for part in item["loc"]]
-        kind, context = item["type"], item.get("ctx", {})
+        kind, context, location = item["type"], item.get("ctx", {}), item["loc"]
+        architecture = None
+        if location[:1] == ("model",) and len(location) > 1:  # pydantic adds the name of the architecture
+            architecture, location = str(location[1]), ("model", *location[2:])
+        names = [str(part) for part in location]
+        if kind.startswith("union_tag"):
+            location, kind = ("model", "type"), "literal_error"
+            context = {"expected": ", ".join(f"'{name}'" for name in SECTIONS)}
         if kind in ("extra_forbidden", "missing"):
             path = ".".join(["giantdet", *names])
             if kind == "missing":
                 messages[path] = f"{path} is missing"
             else:
-                siblings: Any = giantdet_keys()
-                for name in names[:-1]:
-                    siblings = siblings[name]
-                hint = nearest(names[-1], siblings) or nearest(".".join(names), all_paths())
-                messages[path] = f"unknown key {path}{hint}"
+                messages[path] = f"unknown key {path}{_hint(names, architecture)}"
             continue
         # pydantic appends the alternative it tried to the location of a union; stop at the value.
         value: Any = block
         taken: list[str] = []
-        for part in item["loc"]:
+        for part in location:
             if not (isinstance(value, list) and isinstance(part, int)) and not (
                 isinstance(value, dict) and part in value
             ):
@@ -285,6 +293,25 @@ def _one_liners(error: ValidationError, block: dict[str, Any]) -> list[str]:
             hint = nearest(value, str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
         messages[path] = f"{path} must be {' or '.join(wishes[path])}, got {show(value)}{hint}"
     return list(messages.values())
+
+
+def _hint(names: list[str], architecture: str | None) -> str:
+    """What an unknown key may have been meant to be, or the architectures that have it."""
+    owners = [name for name in SECTIONS if architecture and _has(giantdet_keys(name), names)]
+    if owners:
+        return f": it is a key of {', '.join(owners)}, and giantdet.model.type is {architecture}"
+    siblings: Any = giantdet_keys(architecture)
+    for name in names[:-1]:
+        siblings = siblings[name]
+    return nearest(names[-1], siblings) or nearest(".".join(names), all_paths())
+
+
+def _has(keys: Any, names: list[str]) -> bool:
+    for name in names:
+        if not isinstance(keys, dict) or name not in keys:
+            return False
+        keys = keys[name]
+    return True
 
 
 def _check_giantdet(config: GiantdetConfig) -> None:
@@ -320,25 +347,5 @@ def _check_giantdet(config: GiantdetConfig) -> None:
         data.augment.short_sides is None or len(data.augment.short_sides) > 0,
         "giantdet.data.augment.short_sides must not be empty; leave it out to use giantdet.data.short_side",
     )
-    sizes, ratios = model.rpn.anchor_sizes, model.rpn.anchor_ratios
-    require(
-        len(sizes) == 5 and min(sizes) > 0,
-        f"giantdet.model.rpn.anchor_sizes must be 5 positive numbers, for P2 to P6, got {list(sizes)}",
-    )
-    require(
-        len(ratios) > 0 and min(ratios) > 0,
-        f"giantdet.model.rpn.anchor_ratios must be positive numbers, got {list(ratios)}",
-    )
-    require(
-        model.rpn.iou_low <= model.rpn.iou_high,
-        f"giantdet.model.rpn.iou_low ({model.rpn.iou_low}) must not exceed iou_high ({model.rpn.iou_high})",
-    )
-    require(
-        model.backbone.drop_path_rate < 1,
-        "giantdet.model.backbone.drop_path_rate must be less than 1: it is the share of dropped blocks",
-    )
-    require(
-        not (model.backbone.pretrained and model.backbone.init_weights),
-        "giantdet.model.backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; "
-        "give one",
-    )
+    for problem in model.problems():
+        raise ConfigError(f"giantdet.model.{problem}")

@@ -178,10 +178,8 @@ def _check_norms(giantdet: GiantdetConfig, micro: int, world_size: int) -> None:
                 bn_ranks(section.bn_size, micro, world_size)
             except ConfigError as error:
                 raise ConfigError(f"giantdet.norm{name}: {error}") from None
-    heads = (model.box_head.norm, model.mask_head.norm if model.mask_head.enabled else "none")
-    for name, chosen, kinds in (("fpn", norm.fpn, (model.fpn.norm,)), ("heads", norm.heads, heads)):
-        if chosen is not None and "batch" not in kinds:
-            where = "model.fpn" if name == "fpn" else "model.box_head or model.mask_head"
+    for name, (where, is_batch) in model.batch_norms().items():
+        if getattr(norm, name) is not None and not is_batch:
             raise ConfigError(
                 f"giantdet.norm.{name} is given, but there is no BatchNorm: "
                 f'set "norm": "batch" in giantdet.{where}, or leave it out'

@@ -118,7 +118,6 @@ class CocoDataset:
                 names[record["id"]] = category_name(record)
         self.category_ids = sorted(names)
         self.class_names = [names[i] for i in self.category_ids]
-        self.num_classes = len(names)
         if not names:
             raise DataError(f"annotations {self.annotations} have no usable category")
 
@@ -204,6 +203,11 @@ class CocoDataset:
         return len(self.image_ids)
 
     @property
+    def num_classes(self) -> int:
+        """Number of usable categories."""
+        return len(self.category_ids)
+
+    @property
     def nonempty(self) -> NDArray[np.int64]:
         """Indices of the images that have an object."""
         return np.flatnonzero(np.diff(self.object_start))
@@ -219,6 +223,10 @@ class CocoDataset:
         return Objects(
             self.boxes_K4[rows], self.labels_K[rows], self.ids_K[rows], size, first=rows.start, dataset=self
         )
+
+    def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
+        """None: an instances JSON has no semantic maps."""
+        return None
 
     def path(self, i: int) -> Path:
         return self.root / str(self.file_names[i])

@@ -23,18 +23,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
 
 from giantdet.config.types import DataConfig
-from giantdet.data.coco import CocoDataset
+from giantdet.data.dataset import Dataset
 from giantdet.data.records import logger
-from giantdet.data.samples import Sample, collate, make_sample
+from giantdet.data.samples import NO_MAP, Sample, collate, make_sample
 from giantdet.data.transforms import draw_geometry
 from giantdet.errors import DataError
-from giantdet.structures import Batch
+from giantdet.structures import IGNORE, Batch
 
 MAX_BAD_IN_A_ROW = 50
 MAX_RESTARTS = 3
+BOXES_AND_MASKS = frozenset({"boxes", "masks"})
 _AUGMENT = 1  # second word of the augmentation's seeds; the permutations have 0
 _EXPLAIN = {
     "dropped_objects": "objects beyond max_objects, the smallest of their images, are left out",
@@ -64,11 +66,12 @@ def sample_index(k: int, n: int, seed: int, shuffle: bool = True) -> int:
     return int(_permutation(k // n, n, seed)[k % n]) if shuffle else k % n
 
 
-class _Stream(Dataset[Sample]):
+class _Stream(TorchDataset[Sample]):
     """Base of both streams: lists of sample numbers to deliveries."""
 
-    def __init__(self, dataset: CocoDataset, config: DataConfig, targets: bool, masks: bool) -> None:
-        self.dataset, self.config, self.targets, self.masks = dataset, config, targets, masks
+    def __init__(self, dataset: Dataset, config: DataConfig, targets: frozenset[str]) -> None:
+        self.dataset, self.config, self.targets = dataset, config, targets
+        self.side = config.mask_frame if "masks" in targets else 0
 
     def __getitem__(self, k: int) -> Sample:
         raise NotImplementedError
@@ -82,16 +85,18 @@ class _Stream(Dataset[Sample]):
         counts = Counter[str]()
         for sample in samples:
             counts.update(sample.counts)
-        slots = self.config.max_objects if self.targets else 0
-        batch = collate(samples, slots, self.config.mask_frame if self.masks else 0)
+        slots = self.config.max_objects if "boxes" in self.targets else 0
+        batch = collate(samples, slots, self.side)
         return Delivery(batch, dict(counts), tuple(text for s in samples for text in s.bad), "")
 
 
 class TrainStream(_Stream):
     """Sample k of the training stream; see the module's docstring."""
 
-    def __init__(self, dataset: CocoDataset, config: DataConfig, seed: int, masks: bool = True) -> None:
-        super().__init__(dataset, config, targets=True, masks=masks)
+    def __init__(
+        self, dataset: Dataset, config: DataConfig, seed: int, targets: frozenset[str] = BOXES_AND_MASKS
+    ) -> None:
+        super().__init__(dataset, config, targets)
         self.seed = seed
         self.indices = dataset.training_indices(config.filter_empty)
         if len(self.indices) == 0:
@@ -110,7 +115,7 @@ class TrainStream(_Stream):
             rng = np.random.default_rng((self.seed % 2**63, _AUGMENT, k))
             geometry = draw_geometry(rng, (int(height), int(width)), self.config, training=True)
             try:
-                sample = make_sample(self.dataset, i, k, self.config, geometry, True, self.masks)
+                sample = make_sample(self.dataset, i, k, self.config, geometry, self.targets)
             except DataError as error:
                 path = str(self.dataset.path(i))
                 bad.append(str(error) if path in str(error) else f"{path}: {error}")
@@ -124,8 +129,8 @@ class TrainStream(_Stream):
 class EvalStream(_Stream):
     """Sample k is image k; numbers from the data set's length on fill up the last batches."""
 
-    def __init__(self, dataset: CocoDataset, config: DataConfig, targets: bool, masks: bool) -> None:
-        super().__init__(dataset, config, targets, masks)
+    def __init__(self, dataset: Dataset, config: DataConfig, targets: frozenset[str]) -> None:
+        super().__init__(dataset, config, targets)
         self._no_rng = np.random.default_rng(0)
 
     def __getitem__(self, k: int) -> Sample:
@@ -134,15 +139,15 @@ class EvalStream(_Stream):
         height, width = (int(v) for v in self.dataset.sizes_hw[k])
         geometry = draw_geometry(self._no_rng, (height, width), self.config, training=False)
         try:
-            return make_sample(self.dataset, k, k, self.config, geometry, self.targets, self.masks)
+            return make_sample(self.dataset, k, k, self.config, geometry, self.targets)
         except DataError as error:
             return self._nothing(k)._replace(counts={"unreadable_images": 1}, bad=(str(error),))
 
     def _nothing(self, k: int) -> Sample:
         """A black image that fills the canvas, with the id -1 and no object."""
-        size, side = self.config.size, self.config.mask_frame if self.masks else 0
+        size = self.config.size
         none = np.zeros((0, 4), np.float32)
-        masks = np.zeros((0, side, side), np.uint8)
+        masks = np.zeros((0, self.side, self.side), np.uint8)
         return Sample(
             np.zeros((*size, 3), np.uint8),
             size,
@@ -155,6 +160,7 @@ class EvalStream(_Stream):
             none,
             {},
             (),
+            np.full(size, IGNORE, np.uint8) if "semantic" in self.targets else NO_MAP,
         )
 
 
@@ -278,7 +284,7 @@ class Loader:
 
 
 def train_loader(
-    dataset: CocoDataset,
+    dataset: Dataset,
     config: DataConfig,
     batch: int,
     rank: int = 0,
@@ -286,26 +292,26 @@ def train_loader(
     start_micro_step: int = 0,
     seed: int = 0,
     pin_memory: bool = False,
-    masks: bool = True,
+    targets: frozenset[str] = BOXES_AND_MASKS,
 ) -> Loader:
     """Endless training batches of one rank, from micro-step `start_micro_step` on.
 
-    `masks=False` (no mask head) spares the bitmaps: S is 0. Raises `DataError` if there is nothing to
-    train on, or, while iterating, if `MAX_BAD_IN_A_ROW` images in a row cannot be used.
+    Only the `targets` that are named ("boxes", "masks", "semantic") are made: without masks S is 0. Raises
+    `DataError` if there is nothing to train on, or, while iterating, if `MAX_BAD_IN_A_ROW` images in a row
+    cannot be used.
     """
-    stream = TrainStream(dataset, config, seed, masks)
+    stream = TrainStream(dataset, config, seed, targets)
     return Loader(stream, RankSampler(batch, rank, world, start_micro_step), pin_memory)
 
 
 def eval_loader(
-    dataset: CocoDataset,
+    dataset: Dataset,
     config: DataConfig,
     batch: int,
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
-    targets: bool = False,
-    masks: bool = True,
+    targets: frozenset[str] = frozenset(),
 ) -> Loader:
     """Every image once over all ranks, in `loader.steps` batches that are the same number on each rank.
 
@@ -314,7 +320,7 @@ def eval_loader(
     evaluation is the annotation file.
     """
     steps = -(-len(dataset) // (batch * world))
-    stream = EvalStream(dataset, config, targets, targets and masks)
+    stream = EvalStream(dataset, config, targets)
     return Loader(stream, RankSampler(batch, rank, world, 0, steps), pin_memory)
 
 

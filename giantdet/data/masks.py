@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 
-from giantdet.data.coco import Objects
+from giantdet.data.dataset import ImageObjects
 from giantdet.data.transforms import Geometry, clip_boxes, transform_boxes
 from giantdet.errors import DataError
 
@@ -81,7 +81,7 @@ def _means(values_NK: NDArray, lo_S: NDArray, hi_S: NDArray) -> NDArray:
 
 
 def object_frame(
-    objects: Objects, n: int, geometry: Geometry, box_4: NDArray, side: int
+    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray, side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """`to_frame` of object n; the frame covers its mask where that is larger than its box on the canvas.
 

@@ -9,10 +9,20 @@ import torch
 from numpy.typing import NDArray
 
 from giantdet.config.types import DataConfig
-from giantdet.data.coco import CocoDataset
+from giantdet.data.dataset import Dataset
 from giantdet.data.masks import object_frame
-from giantdet.data.transforms import Geometry, clip_boxes, sides_ok, transform_boxes, transform_image
+from giantdet.data.transforms import (
+    Geometry,
+    clip_boxes,
+    sides_ok,
+    transform_boxes,
+    transform_image,
+    transform_semantic,
+)
+from giantdet.errors import DataError
 from giantdet.structures import Batch, Targets
+
+NO_MAP: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
 
 
 class Sample(NamedTuple):
@@ -29,23 +39,31 @@ class Sample(NamedTuple):
     frames_N4: NDArray
     counts: dict[str, int]
     bad: tuple[str, ...]  # why images before this one could not be used
+    semantic_HW: NDArray[np.uint8]  # [0, 0] where not asked for
 
 
 def make_sample(
-    dataset: CocoDataset, i: int, k: int, config: DataConfig, geometry: Geometry, targets: bool, masks: bool
+    dataset: Dataset, i: int, k: int, config: DataConfig, geometry: Geometry, targets: frozenset[str]
 ) -> Sample:
-    """Image i of the data set under `geometry`. Raises `DataError` if the image or a mask is broken."""
+    """Image i of the data set under `geometry`, with those `targets` ("boxes", "masks", "semantic") alone.
+
+    Raises `DataError` if the image, a mask or a map is broken, or where a map is asked for and there is none.
+    """
     image = transform_image(dataset.read_image(i), geometry, config.size)
     objects = dataset.objects(i)
     boxes = transform_boxes(objects.boxes_N4, geometry)
     tiny = ~sides_ok(boxes)
     boxes = clip_boxes(boxes, geometry)
-    keep = np.flatnonzero(sides_ok(boxes)) if targets else np.zeros(0, np.int64)
+    keep = np.flatnonzero(sides_ok(boxes)) if "boxes" in targets else np.zeros(0, np.int64)
     slots = config.max_objects
-    counts = {"tiny_objects": int(tiny.sum()) if targets else 0, "dropped_objects": max(len(keep) - slots, 0)}
+    counts = {
+        "tiny_objects": int(tiny.sum()) if "boxes" in targets else 0,
+        "dropped_objects": max(len(keep) - slots, 0),
+    }
     if len(keep) > slots:
         sides = boxes[keep, 2:] - boxes[keep, :2]
         keep = np.sort(keep[np.argsort(-sides.prod(axis=1), kind="stable")[:slots]])
+    masks = "masks" in targets
     side = config.mask_frame if masks else 0
     frames = [object_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
     return Sample(
@@ -60,7 +78,15 @@ def make_sample(
         np.stack([frame for _, frame in frames]) if frames else np.zeros((len(keep), 4), np.float32),
         counts,
         (),
+        _semantic(dataset, i, config, geometry) if "semantic" in targets else NO_MAP,
     )
+
+
+def _semantic(dataset: Dataset, i: int, config: DataConfig, geometry: Geometry) -> NDArray[np.uint8]:
+    found = dataset.semantic_map(i)
+    if found is None:
+        raise DataError(f"{dataset.annotations}: there are no semantic maps, which the model needs")
+    return transform_semantic(found, geometry, config.size)
 
 
 def collate(samples: list[Sample], slots: int, side: int) -> Batch:
@@ -73,6 +99,7 @@ def collate(samples: list[Sample], slots: int, side: int) -> Batch:
         valid_BM=torch.zeros(size, slots, dtype=torch.bool),
         masks_BMSS=torch.zeros(size, slots, side, side, dtype=torch.uint8),
         frames_BM4=torch.zeros(size, slots, 4),
+        semantic_BHW=torch.from_numpy(np.stack([sample.semantic_HW for sample in samples])),
     )
     for b, sample in enumerate(samples):
         images[b] = torch.from_numpy(sample.image_HW3).permute(2, 0, 1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from giantdet.config.types import DataConfig
+from giantdet.structures import IGNORE
 
 MIN_SIDE = 1.0  # boxes that are narrower on the canvas, pixels, are dropped
 
@@ -81,10 +82,24 @@ def transform_image(
     image_hw3: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int]
 ) -> NDArray[np.uint8]:
     """The canvas, uint8 [H, W, 3], zero where there is no image. Bilinear and antialiased (PIL)."""
-    (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
     canvas = np.zeros((*canvas_hw, 3), np.uint8)
+    return _onto(canvas, image_hw3, geometry, Image.Resampling.BILINEAR)
+
+
+def transform_semantic(
+    map_hw: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """The canvas, uint8 [H, W], `IGNORE` where there is no image. Nearest neighbour (PIL)."""
+    canvas = np.full(canvas_hw, IGNORE, np.uint8)
+    return _onto(canvas, map_hw, geometry, Image.Resampling.NEAREST)
+
+
+def _onto(
+    canvas: NDArray[np.uint8], source: NDArray[np.uint8], geometry: Geometry, filter_: Image.Resampling
+) -> NDArray[np.uint8]:
+    (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
     if geometry.resized_hw == geometry.source_hw:
-        whole = image_hw3[:, ::-1] if geometry.flip else image_hw3
+        whole = source[:, ::-1] if geometry.flip else source
         canvas[:height, :width] = whole[top : top + height, left : left + width]
         return canvas
     # Only the crop is computed: the window of the original that ends up in it. PIL's filter still reads
@@ -98,9 +113,7 @@ def transform_image(
         min(float(x[1]), source_w),
         min(float(y[1]), source_h),
     )
-    part = np.asarray(
-        Image.fromarray(image_hw3).resize((width, height), Image.Resampling.BILINEAR, box=window)
-    )
+    part = np.asarray(Image.fromarray(source).resize((width, height), filter_, box=window))
     canvas[:height, :width] = part[:, ::-1] if geometry.flip else part
     return canvas
 

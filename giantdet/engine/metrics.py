@@ -81,10 +81,9 @@ class Metrics:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.bar is not None:
-            shown = {k: line[k] for k in ("loss", "loss_cls", "loss_mask") if k in line}
+            loss = {"loss": f"{line['loss']:.3f}"} if "loss" in line else {}
             self.bar.set_postfix(
-                {k: f"{v:.3f}" for k, v in shown.items()}
-                | {"lr": f"{line.get('lr', 0):.1e}", "img/s": f"{line['images_per_second']:.1f}"}
+                loss | {"lr": f"{line.get('lr', 0):.1e}", "img/s": f"{line['images_per_second']:.1f}"}
             )
         if self.monitor is not None and self.monitor.enabled:
             scalars = [(f"giantdet/{k}", v, line["step"]) for k, v in line.items() if isinstance(v, float)]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from giantdet.architectures.mask_rcnn import Detector
+from giantdet.architectures import Architecture
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import to_rgb
 from giantdet.data.transforms import draw_geometry, transform_image
@@ -59,7 +59,9 @@ class Found(NamedTuple):
 class Predictor:
     """A detector with its way of reading images and naming classes."""
 
-    def __init__(self, detector: Detector, config: ExportConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, detector: Architecture, config: ExportConfig, device: torch.device | str = "cpu"
+    ) -> None:
         self.detector, self.config, self.device = detector, config, device
         self.data = DataConfig(size=config.size, short_side=config.short_side)
 
@@ -71,12 +73,12 @@ class Predictor:
         """
         pixels = image if isinstance(image, np.ndarray) else load_image(image)
         batch = image_batch(pixels, self.data)
-        detections = self.detector(batch.to(self.device))
+        detections = self.detector(batch.to(self.device)).detections
         # A model may have more classes than names: those outputs mean nothing.
         named_BD = detections.labels_BD < len(self.config.categories)
         shown_BD = detections.valid_BD & named_BD & (detections.scores_BD >= threshold)
         detections = detections._replace(valid_BD=shown_BD)
-        boxes_D4, masks_DHW = to_original(detections, batch, 0, self.config.model.conventions)
+        boxes_D4, masks_DHW = to_original(detections, batch, 0, self.config.model.reference)
         chosen = detections.valid_BD[0]
         labels_D = detections.labels_BD[0][chosen].cpu()
         categories = [self.config.categories[label] for label in labels_D.tolist()]

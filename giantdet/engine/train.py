@@ -6,54 +6,107 @@ import json
 import logging
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from giantdet.architectures.mask_rcnn import Detector
+from giantdet.architectures import Architecture, total_loss
 from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
-from giantdet.data.coco import CocoDataset
-from giantdet.data.loader import eval_loader, train_loader
+from giantdet.data.dataset import Dataset, check_categories, open_dataset
+from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.engine import zero
+from giantdet.engine.evaluate import Evaluation, evaluate
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
-from giantdet.evaluation.coco import check_categories, detect_all, evaluate_results, score_table
+from giantdet.evaluation import Scores
 from giantdet.export import export_config, export_model
 from giantdet.layers.norm import norm_summary
-from giantdet.losses import detector_losses, sample_counts, total_loss
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 from giantdet.optim.param_groups import group_table
-from giantdet.tools.plots import plot_run
-from giantdet.tools.profile import Profile
 
 logger = logging.getLogger("giantdet")
 
 
-def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
-    """Train as the run's JSON says; returns the scores of the last evaluation ({} without one).
+@dataclass
+class Training:
+    """A run with everything that it is made of, ready for its first step."""
 
-    `profiled` records some steps (`profile.py`) into profile/ of it. Writes into `train.output`: config.json
-    (resolved), checkpoints/, metrics.jsonl, losses.png, results.json and scores.json of the evaluation,
-    export/ (safetensors).
-    """
+    run: RunConfig
+    device: torch.device
+    dataset: Dataset
+    validation: Dataset | None
+    model: Architecture
+    engine: Any
+    agvm: Agvm | None
+    ema: WeightEma | None
+    checkpoints: Checkpoints
+    first_step: int
+    """Steps that were done before."""
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.giantdet.train.output)
+
+    @contextmanager
+    def as_evaluated(self) -> Iterator[None]:
+        """The weights and statistics to evaluate and export: averages, where the run keeps them."""
+        with nullcontext() if self.ema is None else self.ema.applied(), zero.averaged_statistics(self.engine):
+            yield
+
+    def evaluate(self) -> Evaluation:
+        """Scores of the validation set; the main rank writes and prints them."""
+        assert self.validation is not None
+        config = self.run.giantdet
+        self.engine.eval()
+        with self.as_evaluated():
+            found = evaluate(
+                self.engine,
+                self.validation,
+                config.data,
+                config.eval.batch_size,
+                self.device,
+                tasks=self.model.tasks,
+                category_ids=self.dataset.category_ids,
+                conventions=self.model.conventions,
+                results=self.output / "results.json",
+            )
+        self.engine.train()
+        if comm.is_main():
+            (self.output / "scores.json").write_text(json.dumps(found.scores, indent=2) + "\n")
+            print("\n" + found.table, flush=True)
+        return found
+
+    def export(self) -> None:
+        """Write export/."""
+        described = export_config(self.run, self.dataset.category_ids, self.dataset.class_names)
+        with self.as_evaluated():
+            shard = self.run.giantdet.train.export_shard
+            export_model(self.engine.module, self.output / "export", described, shard)
+
+
+def prepare(run: RunConfig) -> Training:
+    """Open the data, resolve the run, build and partition the model, resume from the newest checkpoint."""
     device = comm.start(run.giantdet.train.timeout_minutes)
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
-    settings = run.giantdet.data
-    assert settings.train is not None
-    dataset = CocoDataset(settings.train.annotations, settings.train.images)
-    # Read now: what is wrong with it would end the run at its first evaluation.
-    validation = None if settings.val is None else CocoDataset(settings.val.annotations, settings.val.images)
+    data = run.giantdet.data
+    assert data.train is not None
+    dataset = open_dataset(data.train)
+    # Opened now: what is wrong with it would end the run at its first evaluation.
+    validation = None if data.val is None else open_dataset(data.val)
     if validation is not None:
-        check_categories(validation, dataset.category_ids, settings.train.annotations)
-    train_images = len(dataset.training_indices(settings.filter_empty))
-    run = resolve(run, comm.world_size(), train_images, dataset.num_classes, device.type == "cuda")
+        check_categories(validation, dataset.category_ids, data.train.annotations)
+    images = len(dataset.training_indices(data.filter_empty))
+    run = resolve(run, comm.world_size(), images, dataset.num_classes, device.type == "cuda")
     config, output = run.giantdet, Path(run.giantdet.train.output)
     if comm.is_main():
         output.mkdir(parents=True, exist_ok=True)
@@ -61,48 +114,59 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
     comm.barrier()
 
     set_determinism(config.train.deterministic)
-    micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
-    accumulation = run.deepspeed["gradient_accumulation_steps"]
-    model = zero.build(run, micro_batch)
+    model = zero.build(run, run.deepspeed["train_micro_batch_size_per_gpu"])
     announce(run, model, device)
     engine = zero.initialize(model, run)
-    folder = output / "checkpoints"
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
     ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
-    checkpoints = Checkpoints(engine, folder, config.train, agvm, ema)
+    checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema)
     first_step = checkpoints.resume() if config.train.resume else 0
+    if first_step and comm.is_main():
+        print(f"going on after step {first_step} from {checkpoints.folder}", flush=True)
+    return Training(
+        run, device, dataset, validation, model, engine, agvm, ema, checkpoints, first_step
+    )  # fmt: skip
 
-    total_steps = config.train.steps
+
+def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scores:
+    """Train as the run's JSON says, and return the scores of the last evaluation ({} without one).
+
+    Writes into `train.output`: config.json (resolved), checkpoints/, metrics.jsonl, results.json and
+    scores.json of the evaluation, export/ (safetensors). `after_step` is called after every optimizer step.
+    """
+    training = prepare(run)
+    run, engine, model, agvm = training.run, training.engine, training.model, training.agvm
+    config, checkpoints = run.giantdet.train, training.checkpoints
+    micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
+    accumulation = run.deepspeed["gradient_accumulation_steps"]
+    total_steps = config.steps
     assert total_steps is not None
     batches = train_loader(
-        dataset,
-        settings,
+        training.dataset,
+        run.giantdet.data,
         micro_batch,
         comm.rank(),
         comm.world_size(),
-        start_micro_step=first_step * accumulation,
-        seed=config.train.seed,
-        pin_memory=device.type == "cuda",
-        masks=config.model.mask_head.enabled,
+        start_micro_step=training.first_step * accumulation,
+        seed=config.seed,
+        pin_memory=training.device.type == "cuda",
+        targets=model.targets,
     )
-    if first_step and comm.is_main():
-        print(f"going on after step {first_step} from {folder}", flush=True)
-    guard = StepGuard(engine, config.train.max_skipped_steps)
-    metrics = Metrics(output / "metrics.jsonl", total_steps, first_step, engine.monitor)
-    profile = Profile(output / "profile") if profiled and comm.is_main() else None
-    scores: dict[str, Any] = {}
+    guard = StepGuard(engine, config.max_skipped_steps)
+    metrics = Metrics(training.output / "metrics.jsonl", total_steps, training.first_step, engine.monitor)
+    scores: Scores = {}
 
     engine.train()
-    for step in range(first_step + 1, total_steps + 1):
+    for step in range(training.first_step + 1, total_steps + 1):
         zero.set_gradient_clipping(engine, clipping_at(step - 1, run))
         for micro_step in range(accumulation):
             started = time.perf_counter()
-            batch = next(batches).to(device)
+            batch = next(batches).to(training.device)
             data_seconds = time.perf_counter() - started
-            seed_step(config.train.seed, step * accumulation + micro_step)
+            seed_step(config.seed, step * accumulation + micro_step)
 
             predictions = engine(batch)
-            losses = detector_losses(predictions, config.model.conventions)
+            losses = model.losses(predictions, batch)
             loss = total_loss(losses)
             guard.watch(loss, batch.image_ids_B)
             engine.backward(poisoned(loss))
@@ -110,77 +174,40 @@ def train(run: RunConfig, profiled: bool = False) -> dict[str, Any]:
                 agvm.observe()
                 agvm.scale()
             applied = guard.step()  # DeepSpeed steps optimizer and schedule at the last micro-step
-
-            metrics.add({"loss": loss, **losses, **sample_counts(predictions)}, micro_batch, data_seconds)
-        if ema is not None and applied:
-            ema.update()
-        if profile is not None:
-            profile.step()
+            metrics.add({"loss": loss, **losses, **model.counts(predictions)}, micro_batch, data_seconds)
+        if training.ema is not None and applied:
+            training.ema.update()
+        after_step()
         metrics.step(applied)
         stopping = stop_asked()
-        if is_due(step, config.train.log_every, total_steps):
-            modulation = agvm.scalars() if agvm is not None else {}
+        if is_due(step, config.log_every, total_steps):
             checkpoints.finish(wait=False)
-            line = progress(engine, device, batches.counters, guard.skipped) | checkpoints.counters()
-            metrics.log(step, **line, **modulation)
-        evaluation_due = is_due(step, config.train.eval_every, total_steps) and not stopping
-        checkpoint_due = is_due(step, config.train.save_every, total_steps) or stopping
-        if validation is not None and evaluation_due:
-            with averaged(ema), zero.averaged_statistics(engine):
-                scores = evaluate(engine, run, validation, dataset.category_ids, device)
-            engine.train()
+            metrics.log(step, **progress(training, batches.counters, guard.skipped))
+        evaluation: Evaluation | None = None
+        if training.validation is not None and is_due(step, config.eval_every, total_steps) and not stopping:
+            evaluation = training.evaluate()
+            scores = evaluation.scores
             if comm.is_main():
                 metrics.write({"step": step, "scores": scores})
-        evaluated = validation is not None and evaluation_due
-        if checkpoint_due or (evaluated and checkpoints.is_best(scores)):
-            checkpoints.save(step, scores if evaluated else None)
+        score = None if evaluation is None else evaluation.primary
+        if is_due(step, config.save_every, total_steps) or stopping or checkpoints.is_best(score):
+            checkpoints.save(step, score)
         if stopping:
             checkpoints.close()
-            raise StoppedError(f"{stop_reason()} after step {step}; the same command goes on from {folder}")
-    if profile is not None:
-        profile.close()
+            raise StoppedError(
+                f"{stop_reason()} after step {step}; the same command goes on from {checkpoints.folder}"
+            )
     metrics.close()
     batches.close()
-
-    exported = export_config(run, dataset.category_ids, dataset.class_names)
-    with averaged(ema), zero.averaged_statistics(engine):
-        export_model(engine.module, output / "export", exported, config.train.export_shard)
-    if comm.is_main():
-        plot_run(output / "metrics.jsonl", output)
+    training.export()
     checkpoints.close()
     comm.barrier()
     return scores
 
 
-def evaluate(
-    engine: Any, run: RunConfig, dataset: CocoDataset, category_ids: list[int], device: torch.device
-) -> dict[str, Any]:
-    """COCO scores of the validation set, the same dict on all ranks; the main rank writes and prints them.
-
-    `category_ids` are the training set's, by class index: the model answers in its classes.
-    """
-    settings, output = run.giantdet.data, Path(run.giantdet.train.output)
-    batches = eval_loader(dataset, settings, run.giantdet.eval.batch_size, comm.rank(), comm.world_size())
-    engine.eval()
-    results = detect_all(engine, batches, device, category_ids, run.giantdet.model.conventions)
-    scores: dict[str, Any] = {}
-    if comm.is_main():
-        with_masks = run.giantdet.model.mask_head.enabled and dataset.has_masks
-        scores = evaluate_results(dataset.annotations, results, with_masks)
-        (output / "results.json").write_text(json.dumps(results))
-        (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-        print("\n" + score_table(scores), flush=True)
-    return comm.broadcast_object(scores)
-
-
 def is_due(step: int, every: int, total_steps: int) -> bool:
     """Every `every` steps (0: never) and after the last one."""
     return step == total_steps or (every > 0 and step % every == 0)
-
-
-def averaged(ema: WeightEma | None) -> AbstractContextManager[None]:
-    """The average of the weights in the model's place, where the run keeps one."""
-    return nullcontext() if ema is None else ema.applied()
 
 
 def clipping_at(step: int, run: RunConfig) -> float:
@@ -202,22 +229,25 @@ def set_determinism(wanted: bool) -> None:
         torch.backends.cudnn.benchmark = True  # one shape for the whole run: the search pays off
 
 
-def progress(engine: Any, device: torch.device, counters: dict[str, int], skipped: int) -> dict[str, Any]:
-    """What a log line says beside the losses."""
+def progress(training: Training, counters: dict[str, int], skipped: int) -> dict[str, Any]:
+    """What a log line says beside the losses. All ranks call it."""
+    engine = training.engine
     rates = zero.learning_rates(engine)
     norm = zero.gradient_norm(engine)
-    line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(device)}
+    line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(training.device)}
     if norm is not None and math.isfinite(norm):  # DeepSpeed says inf of a step that it left out
         line["grad_norm"] = norm
     if skipped:
         line["skipped_steps"] = skipped
-    # What the loaders of all ranks had to leave out: nothing is lost in silence.
+    # What the loaders of all ranks had to leave out: nothing is lost silently.
     names = sorted(counters)
     totals = comm.mean_over_ranks([float(counters[name] * comm.world_size()) for name in names])
-    return line | {name: round(total) for name, total in zip(names, totals, strict=True) if total}
+    line |= {name: round(total) for name, total in zip(names, totals, strict=True) if total}
+    line |= training.checkpoints.counters()
+    return line | (training.agvm.scalars() if training.agvm is not None else {})
 
 
-def announce(run: RunConfig, model: Detector, device: torch.device) -> None:
+def announce(run: RunConfig, model: Architecture, device: torch.device) -> None:
     """Say what is about to happen, once."""
     if not comm.is_main():
         return
@@ -256,12 +286,12 @@ def schedule_line(run: RunConfig) -> str:
     return ", ".join(parts) + "\n"
 
 
-def norm_table(model: Detector, micro_batch: int, accumulation: int) -> str:
+def norm_table(model: Architecture, micro_batch: int, accumulation: int) -> str:
     """Which images each part's batch norms see together, in lines that end with a line break."""
-    parts = {"backbone": model.backbone, "fpn": model.fpn, "box head": model.box_head}
-    if model.mask_head is not None:
-        parts["mask head"] = model.mask_head
-    lines = [f"  {name}: {norm_summary(part, micro_batch)}\n" for name, part in parts.items()]
+    lines = [
+        f"  {name.replace('_', ' ')}: {norm_summary(part, micro_batch)}\n"
+        for name, part in model.named_children()
+    ]
     if accumulation > 1 and any("images" in line for line in lines):
         lines.append(
             f"  accumulation adds no image to these: each of the {accumulation} micro-steps is normalised by "

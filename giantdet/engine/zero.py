@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.architectures import Architecture, build_model
 from giantdet.config.load import RunConfig
 from giantdet.config.plugins import TIMM_OPTIMIZERS
 from giantdet.distributed import comm
@@ -27,7 +27,7 @@ from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 log = logging.getLogger("giantdet")
 
 
-def initialize(model: Detector, run: RunConfig) -> Any:
+def initialize(model: Architecture, run: RunConfig) -> Any:
     """`deepspeed.initialize` with the run's JSON and giantdet's named parameter groups.
 
     The engine's optimizer, scheduler, precision and ZeRO stage are what the JSON's DeepSpeed keys say.
@@ -74,20 +74,20 @@ def _refusal_in_one_line() -> Iterator[None]:
         raise InputError(f"DeepSpeed refuses the run's JSON: {text}") from error
 
 
-def build(run: RunConfig, micro_batch: int) -> Detector:
-    """The run's detector with its initial weights; at ZeRO-3 the large ones come with `initialize`."""
+def build(run: RunConfig, micro_batch: int) -> Architecture:
+    """The run's model with its initial weights; at ZeRO-3 the large ones come with `initialize`."""
     config = run.giantdet
     in_parts = stage_of(run) == 3
     try:
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         with deferred_init(config.train.seed) if in_parts else nullcontext():
-            model = build_detector(config.model, config.data.size, config.norm, micro_batch)
+            model = build_model(config.model, config.data.size, config.norm, micro_batch)
     except NotImplementedError as error:
         if comm.is_main():
             name = config.model.backbone.name
             log.warning("backbone %s cannot be built in parts (%s): each rank builds it whole", name, error)
         torch.manual_seed(config.train.seed)
-        model = build_detector(config.model, config.data.size, config.norm, micro_batch)
+        model = build_model(config.model, config.data.size, config.norm, micro_batch)
     load_weights(model, config.model)
     return model
 

@@ -1,0 +1,11 @@
+"""The metrics. A new one is one line here."""
+
+from __future__ import annotations
+
+from giantdet.evaluation.coco import CocoEvaluator
+from giantdet.evaluation.evaluator import Evaluator, Scores, primary_score
+
+__all__ = ["EVALUATORS", "Evaluator", "Scores", "primary_score"]
+
+EVALUATORS: tuple[type[Evaluator], ...] = (CocoEvaluator,)
+"""Each scores those of a model's tasks that are in its `PRIMARY`."""

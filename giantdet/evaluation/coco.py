@@ -1,16 +1,16 @@
-"""COCO evaluation over all ranks: detect, gather on the CPU, and let pycocotools judge.
+"""COCO's box and mask scores: detections of all ranks, judged by pycocotools.
 
-Every rank runs the same number of steps (the loader fills up with empty slots), so that a sharded
-model's collectives match. Results carry the data set's own image and category ids.
+Results carry the data set's own image and category ids.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,48 +19,60 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from giantdet.data.coco import CocoDataset
+from giantdet.config.conventions import CONVENTIONS, Conventions
+from giantdet.data.dataset import Dataset
 from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
-from giantdet.errors import InputError
+from giantdet.evaluation.evaluator import Scores
 from giantdet.ops.masks import paste_masks
-from giantdet.structures import Batch, Detections
+from giantdet.structures import Batch, Detections, Outputs
 
 IouType = Literal["bbox", "segm"]
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KIND = {"bbox": "box", "segm": "mask"}
+DEFAULT_CONVENTIONS = CONVENTIONS["detectron2"]
 _BITMAP_BYTES = 2**28  # at a time; 100 masks of an image of 13,000 x 13,000 pixels are 17 GB
 
 
-def check_categories(dataset: CocoDataset, known: list[int], whose: str | Path) -> None:
-    """Raise ValueError where the data set has categories that are not among those of a model's classes."""
-    if unknown := set(dataset.category_ids) - set(known):
-        raise InputError(
-            f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "
-            f"was trained on, {known}"
-        )
+class CocoEvaluator:
+    """Box and mask AP; see `Evaluator`. Masks are scored where every object of the data set has one."""
 
+    PRIMARY: ClassVar[Mapping[str, str]] = {"box": "AP", "mask": "AP"}
 
-@torch.no_grad()
-def detect_all(
-    detect: Callable[[Batch], Detections],
-    batches: Iterable[Batch],
-    device: torch.device,
-    category_ids: list[int],
-    conventions: Literal["detectron2", "torchvision"] = "detectron2",
-) -> list[dict[str, Any]]:
-    """COCO results of all ranks' batches, on the main rank; an empty list elsewhere."""
-    results: list[dict[str, Any]] = []
-    for batch in batches:
-        results += to_coco(detect(batch.to(device)), batch, category_ids, conventions)
-    return [result for part in comm.gather_objects(results) for result in part]
+    def __init__(
+        self, dataset: Dataset, tasks: Sequence[str], category_ids: Sequence[int], conventions: Conventions
+    ) -> None:
+        self.dataset, self.category_ids, self.conventions = dataset, category_ids, conventions
+        self.masks = "mask" in tasks and dataset.has_masks
+        self.results: list[dict[str, Any]] = []
+
+    def add(self, outputs: Outputs, batch: Batch) -> None:
+        """See `Evaluator.add`."""
+        assert outputs.detections is not None
+        self.results += to_coco(outputs.detections, batch, self.category_ids, self.conventions)
+
+    def merge(self) -> None:
+        """See `Evaluator.merge`."""
+        self.results = [result for part in comm.gather_objects(self.results) for result in part]
+
+    def scores(self) -> Scores:
+        """The 12 COCO numbers and AP by class, of boxes and masks."""
+        return evaluate_results(self.dataset.annotations, self.results, self.masks)
+
+    def save(self, file: Path) -> None:
+        """COCO's results format."""
+        file.write_text(json.dumps(self.results))
+
+    def table(self, scores: Scores) -> str:
+        """See `score_table`."""
+        return score_table(scores)
 
 
 def to_coco(
     detections: Detections,
     batch: Batch,
-    category_ids: list[int],
-    conventions: Literal["detectron2", "torchvision"] = "detectron2",
+    category_ids: Sequence[int],
+    conventions: Conventions = DEFAULT_CONVENTIONS,
 ) -> list[dict[str, Any]]:
     """Detections on the canvas to COCO results in pixels of the original images."""
     results: list[dict[str, Any]] = []
@@ -103,7 +115,7 @@ def to_original(
     detections: Detections,
     batch: Batch,
     b: int,
-    conventions: Literal["detectron2", "torchvision"] = "detectron2",
+    conventions: Conventions = DEFAULT_CONVENTIONS,
 ) -> tuple[Tensor, Tensor | None]:
     """Image b's valid detections in its original pixels: boxes `[D, 4]`, bitmaps `[D, h, w]` or None."""
     chosen = detections.valid_BD[b]
@@ -116,7 +128,9 @@ def to_original(
     if detections.masks_BDSS is None:
         return boxes_D4, None
     masks_DSS = detections.masks_BDSS[b][chosen].cpu()
-    return boxes_D4, paste_masks(masks_DSS, boxes_D4, height, width, threshold=0.5, convention=conventions)
+    return boxes_D4, paste_masks(
+        masks_DSS, boxes_D4, height, width, at_pixel_centres=conventions.pastes_at_pixel_centres
+    )
 
 
 def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
@@ -161,16 +175,14 @@ def _no_results(truth: COCO) -> COCO:
     return empty
 
 
-def evaluate_results(
-    annotations: str | Path, results: list[dict[str, Any]], masks: bool
-) -> dict[str, dict[str, Any]]:
+def evaluate_results(annotations: str | Path, results: list[dict[str, Any]], masks: bool) -> Scores:
     """`{"box": scores, "mask": scores}` of COCO results; without `masks` the box scores alone."""
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
     truth = ground_truth(annotations)
     return {KIND[kind]: coco_scores(truth, results, kind) for kind in kinds}
 
 
-def score_table(scores: dict[str, dict[str, Any]]) -> str:
+def score_table(scores: Scores) -> str:
     """The 12 numbers of box and mask side by side, and AP by class, as text."""
     lines = ["      " + "".join(f"{name:>7}" for name in COCO_NUMBERS)]
     for kind, values in scores.items():

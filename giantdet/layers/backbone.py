@@ -20,7 +20,7 @@ from timm.models import is_model_in_modules
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.blocks import wrap_blocks
 from giantdet.layers.body import Backbone, create_body, freeze, image_statistics, require_multiple

@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 
 _CLASS = re.compile("Block|Bottle2?neck|Residual")

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.blocks import set_stochastic_depth
 from giantdet.layers.cgbn import replace_batchnorm

@@ -7,26 +7,37 @@ Reference: detectron2's `FastRCNNConvFCHead` and `FastRCNNOutputLayers`, class-s
 from __future__ import annotations
 
 import itertools
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from giantdet.config.types import BoxHeadConfig
-from giantdet.layers.common import ConvBlock, gather_slots, normal_, xavier_linear
+from giantdet.config.architectures.common import BoxHeadConfig
+from giantdet.layers.common import ConvBlock, box_distance, gather_slots, normal_, xavier_linear
+from giantdet.layers.rpn import Proposals
 from giantdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas, non_empty, pairwise_iou
 from giantdet.ops.matching import match
-from giantdet.ops.nms import nms_mask
+from giantdet.ops.nms import class_nms_mask
 from giantdet.ops.sampling import sample, uniform_noise
-from giantdet.structures import BoxPredictions, Detections, Proposals, Targets
+from giantdet.structures import Detections, Targets
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SAMPLING_SALT = 2
 # Candidates (proposal, class) that enter NMS. A candidate can only suppress lower ones, so the cut
 # changes a result only where fewer than `detections` of the best 2,000 survive.
 CANDIDATES = 2000
+
+
+class BoxPredictions(NamedTuple):
+    """Box head outputs at the sampled RoIs. Class index C is background."""
+
+    logits_BRC1: Tensor  # float32, C + 1 classes
+    deltas_BR4: Tensor  # float32, of the RoI's target class
+    target_deltas_BR4: Tensor  # float32
+    labels_BR: Tensor  # int64 in [0, C], C is background
+    positive_BR: Tensor  # bool
+    valid_BR: Tensor  # bool
 
 
 class BoxHead(nn.Module):
@@ -140,11 +151,9 @@ def select_detections(
     score_BK, index_BK = score_BX.topk(min(CANDIDATES, score_BX.shape[1]))
     boxes_BK4 = gather_slots(boxes_BX4, index_BK)
     label_BK = index_BK % num_classes
-    # Boxes of different classes never meet once each class has its own tile of the plane. Tiles in a square
-    # instead of a row: 1,203 classes in a row would be 1.6 million pixels, and float32 rounds those to 1/8.
-    tiles = math.isqrt(num_classes - 1) + 1
-    tile_BK2 = torch.stack([label_BK % tiles, label_BK // tiles], -1) * (sizes_B2.amax(1) + 1)[:, None, None]
-    keep_BK = nms_mask(boxes_BK4 + tile_BK2.repeat(1, 1, 2), score_BK, score_BK > 0, config.nms_iou)
+    keep_BK = class_nms_mask(
+        boxes_BK4, score_BK, label_BK, score_BK > 0, num_classes, sizes_B2.amax(1), config.nms_iou
+    )
     score_BD, best_BD = score_BK.where(keep_BK, -1.0).topk(min(config.detections, score_BK.shape[1]))
     valid_BD = score_BD > 0
     return Detections(
@@ -154,3 +163,17 @@ def select_detections(
         valid_BD=valid_BD,
         masks_BDSS=None,
     )
+
+
+def box_losses(p: BoxPredictions, smooth_l1_beta: float) -> dict[str, Tensor]:
+    """Classification and box loss of the sampled RoIs, scalars (`fast_rcnn.py` of detectron2 0.6).
+
+    Both are divided by the number of RoIs that were sampled, background included.
+    """
+    count = p.valid_BR.sum().clamp_min(1)
+    entropy_BR = F.cross_entropy(p.logits_BRC1.flatten(0, 1), p.labels_BR.flatten(), reduction="none")
+    distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, smooth_l1_beta)
+    return {
+        "loss_cls": torch.where(p.valid_BR, entropy_BR.reshape(p.labels_BR.shape), 0.0).sum() / count,
+        "loss_box_reg": torch.where(p.positive_BR, distance_BR, 0.0).sum() / count,
+    }

@@ -1,9 +1,10 @@
-"""The two building blocks that FPN and heads share, with the field's initialisations."""
+"""The small building blocks that pyramids and heads share, with the field's initialisations."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -66,3 +67,8 @@ def gather_slots(values: Tensor, index: Tensor) -> Tensor:
     extra = values.shape[2:]
     expanded = index.reshape(*index.shape, *[1] * len(extra)).expand(*index.shape, *extra)
     return values.gather(1, expanded)
+
+
+def box_distance(deltas: Tensor, targets: Tensor, beta: float) -> Tensor:
+    """Smooth L1 summed over the four coordinates: `[..., 4]` to `[...]`; `beta` 0 is plain L1."""
+    return F.smooth_l1_loss(deltas, targets, reduction="none", beta=beta).sum(-1)

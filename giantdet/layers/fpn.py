@@ -1,17 +1,18 @@
-"""Feature pyramids: P2 to P6 with the same number of channels, strides 4 to 64.
+"""Feature pyramids: maps of the same number of channels, P2 to P6 at strides 4 to 64, or P3 to P7.
 
 `FeaturePyramid` is FPN (Lin et al., CVPR 2017) over a hierarchical backbone, `SimplePyramid` is
-ViTDet's (Li et al., ECCV 2022, section 3) over the one map of a plain ViT. P6 is P5 subsampled by
-two, as in detectron2's and torchvision's Mask R-CNN.
+ViTDet's (Li et al., ECCV 2022, section 3) over the one map of a plain ViT.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from giantdet.config.types import FpnConfig
+from giantdet.config.architectures.common import FpnConfig
 from giantdet.errors import InputError
 from giantdet.layers.common import ConvBlock
 
@@ -19,46 +20,80 @@ LEVELS = 5
 
 
 def build_fpn(
-    config: FpnConfig, channels: tuple[int, ...], strides: tuple[int, ...], is_plain: bool
+    config: FpnConfig,
+    channels: tuple[int, ...],
+    strides: tuple[int, ...],
+    is_plain: bool,
+    finest: Literal[2, 3] = 2,
+    top: nn.Module | None = None,
 ) -> nn.Module:
-    """The pyramid over backbone maps of these channels and strides.
+    """The pyramid over backbone maps of these channels and strides, from level `finest` on.
 
-    Raises ValueError where the maps are not at strides 4, 8, 16, 32 (or 16 for a plain ViT).
+    `top` makes the levels above P5 from C5 (of a plain ViT its one map) and P5; the default is P6, P5
+    subsampled by two. Raises InputError where the maps are not at strides 4, 8, 16, 32 (a plain ViT: 16).
     """
     wanted = (16,) if is_plain else (4, 8, 16, 32)
     if strides != wanted:
         raise InputError(f"the pyramid needs backbone maps at strides {wanted}, this backbone has {strides}")
-    return SimplePyramid(config, channels[0]) if is_plain else FeaturePyramid(config, channels)
+    top = Subsampled() if top is None else top
+    if is_plain:
+        return SimplePyramid(config, channels[0], finest, top)
+    return FeaturePyramid(config, channels[finest - 2 :], top)
 
 
-def _subsample(p5: Tensor) -> Tensor:
-    return F.max_pool2d(p5, kernel_size=1, stride=2)
+class Subsampled(nn.Module):
+    """P6 as every second cell of P5."""
+
+    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
+        """`[B, C, h, w]` to one map of half the size."""
+        return [F.max_pool2d(p5, kernel_size=1, stride=2)]
+
+
+class TopConvolutions(nn.Module):
+    """P6 and P7 by 3x3 convolutions of stride 2, with a ReLU between them (RetinaNet, Lin et al. 2017)."""
+
+    def __init__(self, in_channels: int, channels: int, from_c5: bool) -> None:
+        super().__init__()
+        self.from_c5 = from_c5
+        self.p6 = nn.Conv2d(in_channels if from_c5 else channels, channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        for layer in (self.p6, self.p7):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
+        """Maps of half and of a quarter of the size, rounded up."""
+        p6 = self.p6(c5 if self.from_c5 else p5)
+        return [p6, self.p7(F.relu(p6))]
 
 
 class FeaturePyramid(nn.Module):
-    """Top-down pathway with lateral connections: maps at strides 4..32 to P2..P6."""
+    """Top-down pathway with lateral connections: maps of strides up to 32 to as many levels, and the top."""
 
-    def __init__(self, config: FpnConfig, channels: tuple[int, ...]) -> None:
+    def __init__(self, config: FpnConfig, channels: tuple[int, ...], top: nn.Module) -> None:
         super().__init__()
         self.laterals = nn.ModuleList(ConvBlock(c, config.channels, 1, config.norm) for c in channels)
         self.outputs = nn.ModuleList(
             ConvBlock(config.channels, config.channels, 3, config.norm) for _ in channels
         )
+        self.top = top
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """`[B, C_l, H / s_l, W / s_l]` for s = 4, 8, 16, 32 to five `[B, C, ., .]`, finest first."""
+        """`[B, C_l, H / s_l, W / s_l]`, of which the last ones are used, to `[B, C, ., .]`, finest first."""
+        maps = maps[-len(self.laterals) :]
         merged = self.laterals[-1](maps[-1])
         levels = [self.outputs[-1](merged)]
         for i in range(len(maps) - 2, -1, -1):
             merged = self.laterals[i](maps[i]) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
             levels.insert(0, self.outputs[i](merged))
-        return [*levels, _subsample(levels[-1])]
+        return [*levels, *self.top(maps[-1], levels[-1])]
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's pyramid: four scalings of the last map (transposed convolutions up, pooling down)."""
+    """ViTDet's pyramid: scalings of the last map (transposed convolutions up, pooling down), and the top."""
 
-    def __init__(self, config: FpnConfig, width: int) -> None:
+    def __init__(self, config: FpnConfig, width: int, finest: Literal[2, 3], top: nn.Module) -> None:
         super().__init__()
 
         def tail(channels: int) -> list[nn.Module]:
@@ -70,18 +105,16 @@ class SimplePyramid(nn.Module):
         def up(channels: int) -> nn.Module:
             return nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
 
-        self.stages = nn.ModuleList(
-            [
-                nn.Sequential(
-                    up(width), LayerNorm2d(width // 2), nn.GELU(), up(width // 2), *tail(width // 4)
-                ),
-                nn.Sequential(up(width), *tail(width // 2)),
-                nn.Sequential(*tail(width)),
-                nn.Sequential(nn.MaxPool2d(2), *tail(width)),
-            ]
-        )
+        stages = [
+            nn.Sequential(up(width), LayerNorm2d(width // 2), nn.GELU(), up(width // 2), *tail(width // 4)),
+            nn.Sequential(up(width), *tail(width // 2)),
+            nn.Sequential(*tail(width)),
+            nn.Sequential(nn.MaxPool2d(2), *tail(width)),
+        ]
+        self.stages = nn.ModuleList(stages[finest - 2 :])
+        self.top = top
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """One `[B, width, H / 16, W / 16]` to five `[B, C, ., .]` at strides 4 to 64."""
+        """One `[B, width, H / 16, W / 16]` to `[B, C, ., .]` at strides from 4 or 8 on."""
         levels = [stage(maps[0]) for stage in self.stages]
-        return [*levels, _subsample(levels[-1])]
+        return [*levels, *self.top(maps[0], levels[-1])]

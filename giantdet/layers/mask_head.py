@@ -5,11 +5,22 @@ Shapes: K RoIs · C classes · S = 2 x `resolution`. Reference: detectron2's `Ma
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from giantdet.config.types import MaskHeadConfig
+from giantdet.config.architectures.common import MaskHeadConfig
 from giantdet.layers.common import ConvBlock, normal_
+
+
+class MaskPredictions(NamedTuple):
+    """Mask head outputs of the target class at the first P sampled positives."""
+
+    logits_BPSS: Tensor  # float32, S is the head's resolution (28)
+    targets_BPSS: Tensor  # float32 in [0, 1]
+    valid_BP: Tensor  # bool
 
 
 class MaskHead(nn.Module):
@@ -32,3 +43,10 @@ class MaskHead(nn.Module):
         logits = self.masks(F.relu(self.upsample(self.convs(features))))
         side = logits.shape[-1]
         return logits.gather(1, label[:, None, None, None].expand(-1, 1, side, side)).squeeze(1).float()
+
+
+def mask_loss(p: MaskPredictions) -> dict[str, Tensor]:
+    """Mean binary cross-entropy over the pixels of valid slots (`mask_head.py` of detectron2 0.6)."""
+    entropy_BPSS = F.binary_cross_entropy_with_logits(p.logits_BPSS, p.targets_BPSS, reduction="none")
+    entropy_BP = entropy_BPSS.mean((-2, -1))
+    return {"loss_mask": torch.where(p.valid_BP, entropy_BP, 0.0).sum() / p.valid_BP.sum().clamp_min(1)}

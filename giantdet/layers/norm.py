@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from giantdet.config.types import PartNormConfig
+from giantdet.config.architectures.common import PartNormConfig
 from giantdet.distributed import comm
 from giantdet.layers.cgbn import (
     CrossGpuBatchNorm,

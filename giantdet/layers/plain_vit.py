@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
 from torch import Tensor
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.layers.blocks import StochasticDepth
 from giantdet.layers.body import (
     Backbone,

@@ -3,7 +3,7 @@
 Shapes: B images · A anchors (all levels) · N proposals · R sampled anchors · K anchors a cell.
 Reference: detectron2's `RPN` and `find_top_rpn_proposals`. On purpose different: anchors centred in
 the padding are neither trained nor proposed, because our canvas is fixed and may have more padding
-than a batch that is padded to its largest image (the torchvision conventions keep them).
+than a batch that is padded to its largest image (torchvision's conventions keep them).
 
 The loss reads 256 of a quarter of a million anchors, and proposals are constants. So the pass over all
 cells keeps no graph, and the sampled anchors' cells, cut out with their 3 x 3 neighbours, go through the
@@ -12,22 +12,43 @@ head a second time: the same numbers, and the backward of a few hundred cells in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from giantdet.config.types import RpnConfig
+from giantdet.config.architectures.common import RpnConfig
+from giantdet.config.conventions import Conventions
 from giantdet.errors import InputError
-from giantdet.layers.common import gather_slots, normal_
-from giantdet.ops.anchors import grid_anchors
+from giantdet.layers.common import box_distance, gather_slots, normal_
+from giantdet.ops.anchors import centred_in_padding, grid_anchors
 from giantdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas, non_empty, pairwise_iou
 from giantdet.ops.matching import match
 from giantdet.ops.nms import nms_mask
 from giantdet.ops.sampling import sample, uniform_noise
-from giantdet.structures import Proposals, RpnPredictions, Targets
+from giantdet.structures import Targets
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 SAMPLING_SALT = 1
+
+
+class Proposals(NamedTuple):
+    """Class-agnostic candidates of the RPN, best first."""
+
+    boxes_BN4: Tensor  # float32, clipped to each image
+    scores_BN: Tensor  # float32 objectness logits
+    valid_BN: Tensor  # bool
+
+
+class RpnPredictions(NamedTuple):
+    """RPN outputs at the sampled anchors, with what they are to predict. R is `rpn.batch_per_image`."""
+
+    objectness_BR: Tensor  # float32 logits
+    deltas_BR4: Tensor  # float32
+    target_deltas_BR4: Tensor  # float32
+    positive_BR: Tensor  # bool
+    valid_BR: Tensor  # bool
 
 
 class RpnHead(nn.Module):
@@ -93,19 +114,15 @@ class Rpn(nn.Module):
         channels: int,
         strides: tuple[int, ...],
         image_size: tuple[int, int],
-        torchvision: bool,
+        conventions: Conventions,
     ) -> None:
         super().__init__()
         if len(config.anchor_sizes) != len(strides):
             raise InputError(
                 f"rpn.anchor_sizes has {len(config.anchor_sizes)} sizes for {len(strides)} levels"
             )
-        self.config, self.strides, self.image_size, self.torchvision = (
-            config,
-            strides,
-            image_size,
-            torchvision,
-        )
+        self.config, self.strides, self.image_size = config, strides, image_size
+        self.conventions = conventions
         self.head = RpnHead(channels, len(config.anchor_ratios))
 
     def anchors(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
@@ -114,9 +131,9 @@ class Rpn(nn.Module):
             self.image_size,
             [(level.shape[-2], level.shape[-1]) for level in levels],
             self.strides,
-            self.config.anchor_sizes,
+            [(size,) for size in self.config.anchor_sizes],
             self.config.anchor_ratios,
-            "torchvision" if self.torchvision else "detectron2",
+            self.conventions.rounded_anchors,
             levels[0].device,
         )
 
@@ -135,7 +152,7 @@ class Rpn(nn.Module):
             self.config.pre_nms_train if self.training else self.config.pre_nms_test,
             self.config.post_nms_train if self.training else self.config.post_nms_test,
             self.config.nms_iou,
-            min_size=1e-3 if self.torchvision else 0.0,
+            min_size=self.conventions.min_proposal_size,
         )
         if targets is None:
             return proposals, None
@@ -149,13 +166,9 @@ class Rpn(nn.Module):
         return proposals, predictions
 
     def _outside(self, anchors_A4: Tensor, sizes_B2: Tensor) -> Tensor:
-        """bool `[B, A]`: the anchor's centre lies in the padding."""
-        if self.torchvision:
-            return torch.zeros(
-                sizes_B2.shape[0], anchors_A4.shape[0], dtype=torch.bool, device=anchors_A4.device
-            )
-        center_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
-        return (center_A2 >= sizes_B2.flip(-1)[:, None]).any(-1)
+        """bool `[B, A]`: the anchor is neither trained nor proposed."""
+        outside_BA = centred_in_padding(anchors_A4, sizes_B2)
+        return torch.zeros_like(outside_BA) if self.conventions.anchors_in_padding else outside_BA
 
     def _at_sampled_anchors(
         self,
@@ -222,3 +235,18 @@ def select_proposals(
         scores_BN=score_BN.where(valid_BN, 0.0),
         valid_BN=valid_BN,
     )
+
+
+def rpn_losses(p: RpnPredictions, conventions: Conventions) -> dict[str, Tensor]:
+    """Objectness and box loss of the sampled anchors, scalars (`rpn.py` of detectron2 0.6).
+
+    Sums run over all slots, masked, never over a selection: a batch without an object gives zeros with clean
+    gradients. The normaliser is local to the rank and micro-batch, as in all reference implementations.
+    """
+    count = p.valid_BR.numel() if conventions.rpn_loss_over_all_slots else p.valid_BR.sum().clamp_min(1)
+    entropy_BR = F.binary_cross_entropy_with_logits(p.objectness_BR, p.positive_BR.float(), reduction="none")
+    distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, conventions.smooth_l1_beta)
+    return {
+        "loss_rpn_cls": torch.where(p.valid_BR, entropy_BR, 0.0).sum() / count,
+        "loss_rpn_loc": torch.where(p.positive_BR, distance_BR, 0.0).sum() / count,
+    }

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.body import Backbone, checkpoint_filter
 from giantdet.layers.deferred import fill, is_deferred

@@ -1,28 +1,31 @@
 """Anchors of the region proposal network (Ren et al. 2015) on the levels of a feature pyramid.
 
-Two conventions, checked against both references: `detectron2` (exact sides, the level's nominal stride)
-and `torchvision` (sides rounded to whole pixels, stride = image // grid, so 59 for a P6 of 7 columns on 416
-pixels). Order on a level in both: rows, then columns, then ratios.
+Two conventions, checked against both references: detectron2's (exact sides, the level's nominal stride) and
+torchvision's (sides rounded to whole pixels, stride = image // grid, so 59 for a P6 of 7 columns on 416
+pixels). Order on a level in both: rows, then columns, then sizes, then ratios.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 
 def base_anchors(
-    size: float, ratios: Sequence[float], rounded: bool = False, device: torch.device | str | None = None
+    sizes: Sequence[float],
+    ratios: Sequence[float],
+    rounded: bool = False,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Anchors around (0, 0) with the area of a square of `size` pixels, `[K, 4]` float32 xyxy, K = ratios.
+    """Anchors around (0, 0) with the areas of squares of `sizes` pixels, `[K, 4]` float32 xyxy.
 
-    `ratios` are height / width. `rounded` rounds the coordinates to whole pixels, torchvision's way.
+    K = sizes x ratios, in that order. `ratios` are height / width. `rounded` rounds the coordinates to whole
+    pixels, torchvision's way.
     """
-    sides = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for ratio in ratios]
+    sides = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for size in sizes for ratio in ratios]
     coordinates = [c / 2 for w, h in sides for c in (-w, -h, w, h)]
     if rounded:
         coordinates = [float(round(c)) for c in coordinates]
@@ -35,16 +38,17 @@ def grid_anchors(
     image_size: tuple[int, int],
     grid_sizes: Sequence[tuple[int, int]],
     strides: Sequence[int],
-    sizes: Sequence[float],
+    sizes: Sequence[Sequence[float]],
     ratios: Sequence[float],
-    convention: Literal["detectron2", "torchvision"] = "detectron2",
+    rounded: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, ...]:
     """Anchors of every level: one `[h * w * K, 4]` float32 tensor for each grid (height, width).
 
-    `image_size` is the canvas (height, width) and `strides` the levels' nominal strides, in pixels. float32
-    whatever the default dtype is: bf16 cannot hold the position of a pixel beyond 256. Raises ValueError if
-    the levels' numbers differ.
+    `image_size` is the canvas (height, width), `strides` are the levels' nominal strides in pixels, `sizes`
+    the sides of each level's anchors; `rounded` is torchvision's convention. float32 whatever the default
+    dtype is: bf16 cannot hold the position of a pixel beyond 256. Raises ValueError if the levels' numbers
+    differ.
     """
     if not len(grid_sizes) == len(strides) == len(sizes):
         raise ValueError(
@@ -54,12 +58,18 @@ def grid_anchors(
     levels = []
     for (rows, columns), stride, size in zip(grid_sizes, strides, sizes, strict=True):
         stride_y, stride_x = stride, stride
-        if convention == "torchvision":
+        if rounded:
             stride_y, stride_x = image_size[0] // rows, image_size[1] // columns
         y = torch.arange(rows, dtype=torch.float32, device=device) * stride_y
         x = torch.arange(columns, dtype=torch.float32, device=device) * stride_x
         y_hw, x_hw = torch.meshgrid(y, x, indexing="ij")
         shifts_hw14 = torch.stack([x_hw, y_hw, x_hw, y_hw], dim=-1)[:, :, None]
-        base_K4 = base_anchors(size, ratios, rounded=convention == "torchvision", device=device)
+        base_K4 = base_anchors(size, ratios, rounded=rounded, device=device)
         levels.append((shifts_hw14 + base_K4).view(-1, 4))
     return tuple(levels)
+
+
+def centred_in_padding(anchors_A4: Tensor, sizes_B2: Tensor) -> Tensor:
+    """bool `[B, A]`: the anchor's centre lies beyond the image, whose (height, width) is `sizes_B2`."""
+    center_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
+    return (center_A2 >= sizes_B2.flip(-1)[:, None]).any(-1)

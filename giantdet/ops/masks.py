@@ -7,8 +7,6 @@ the mask head's targets, and the head's probabilities become masks of the image 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torchvision
 from torch import Tensor
@@ -78,20 +76,20 @@ def paste_masks(
     height: int,
     width: int,
     threshold: float = 0.5,
-    convention: Literal["detectron2", "torchvision"] = "detectron2",
+    at_pixel_centres: bool = True,
 ) -> Tensor:
     """Masks of the image from probabilities in the frame of their boxes: `[D, height, width]` bool.
 
-    `masks_DSS` are probabilities, `boxes_D4` xyxy pixels of the image that is pasted into. `detectron2`:
-    bilinear at pixel centres, at least `threshold`. `torchvision`: its rounding of boxes to whole pixels,
-    above `threshold`. A few masks at a time, so that memory is that of the result.
+    `masks_DSS` are probabilities, `boxes_D4` xyxy pixels of the image that is pasted into. detectron2 pastes
+    bilinearly at pixel centres, and a pixel counts from `threshold` on; torchvision rounds boxes to whole
+    pixels, and a pixel counts above `threshold`. A few masks at a time, so that memory is that of the result.
     """
     masks_DSS, boxes_D4 = masks_DSS.detach().float(), boxes_D4.detach().float()
     pasted = torch.zeros(len(masks_DSS), height, width, dtype=torch.bool, device=masks_DSS.device)
     chunk = max(1, _CHUNK_PIXELS // max(height * width, 1))
     for first in range(0, len(masks_DSS), chunk):
         masks, boxes = masks_DSS[first : first + chunk], boxes_D4[first : first + chunk]
-        if convention == "torchvision":
+        if not at_pixel_centres:
             # It fails on a box that lies outside of the image: that one is moved, and its mask left out.
             outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
             boxes = boxes.masked_fill(outside[:, None], 0.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from giantdet.architectures.mask_rcnn import Detector
+from giantdet.architectures import Architecture
 from giantdet.config.load import RunConfig
 from giantdet.errors import InputError
 from giantdet.layers.cgbn import CrossGpuBatchNorm
@@ -89,7 +89,7 @@ def agvm_traffic(run: RunConfig, trainable: int, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * 8 * trainable / agvm.interval
 
 
-def cgbn_traffic(run: RunConfig, model: Detector, ranks: int) -> float:
+def cgbn_traffic(run: RunConfig, model: Architecture, ranks: int) -> float:
     """Bytes a micro-step: count, means and variances are gathered over the group, two sums come back."""
     micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
     group = min(ranks, max(1, run.giantdet.norm.bn_size // micro_batch))
@@ -103,7 +103,7 @@ def offloads(run: RunConfig) -> bool:
     return bool(device != "none")
 
 
-def persistent(run: RunConfig, model: Detector) -> int:
+def persistent(run: RunConfig, model: Architecture) -> int:
     """Parameters that ZeRO-3 leaves whole on every rank, because gathering them costs more than they do."""
     threshold = run.deepspeed.get("zero_optimization", {}).get("stage3_param_persistence_threshold", int(1e5))
     return sum(p.numel() for p in model.parameters() if p.numel() <= threshold)

@@ -18,11 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.load import RunConfig
 from giantdet.engine.zero import weight_dtype
 from giantdet.layers.deferred import deferred_init
-from giantdet.losses import detector_losses, total_loss
 from giantdet.structures import Batch, Targets
 
 
@@ -38,34 +37,34 @@ class Count(NamedTuple):
 
 
 def count(run: RunConfig, micro_batch: int) -> Count:
-    """A forward and a backward of the run's detector with `micro_batch` images, in the run's precision."""
-    model = meta_detector(run)
+    """A forward and a backward of the run's model with `micro_batch` images, in the run's precision."""
+    model = meta_model(run)
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Of the CPU, where attention is the fused kernel that it is on GPUs; the meta device knows none.
         model = model.to_empty(device="cpu")
-        batch = fake_batch(run, micro_batch)
+        batch = fake_batch(run, micro_batch, model.targets)
         for parameter in model.parameters():
             if parameter.requires_grad:  # ZeRO takes each gradient away as it comes
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with FlopCounterMode(display=False) as flops:
-            loss = _loss(run, model, batch)
+            loss = _loss(model, batch)
             forward = flops.get_total_flops()
             loss.backward()
         # By itself: the counter of FLOPs holds on to what checkpointed blocks compute again.
         with _Live([*model.parameters(), *model.buffers(), *tree_leaves(batch)]) as live:
-            _loss(run, model, batch).backward()
+            _loss(model, batch).backward()
     return Count(forward, flops.get_total_flops() - forward, live.peak)
 
 
-def _loss(run: RunConfig, model: Detector, batch: Batch) -> Tensor:
-    return total_loss(detector_losses(model(batch), run.giantdet.model.conventions))
+def _loss(model: Architecture, batch: Batch) -> Tensor:
+    return total_loss(model.losses(model(batch), batch))
 
 
-def meta_detector(run: RunConfig) -> Detector:
-    """The run's detector on the meta device, in training mode and in its precision."""
+def meta_model(run: RunConfig) -> Architecture:
+    """The run's model on the meta device, in training mode and in its precision."""
     config = run.giantdet
     with deferred_init():
-        model = build_detector(config.model, config.data.size, config.norm)
+        model = build_model(config.model, config.data.size, config.norm)
     return model.to("meta").to(weight_dtype(run)).train()
 
 
@@ -74,10 +73,12 @@ def assumed_classes(run: RunConfig) -> int | None:
     return 80 if run.giantdet.model.num_classes == "auto" else None
 
 
-def fake_batch(run: RunConfig, images: int) -> Batch:
+def fake_batch(run: RunConfig, images: int, wanted: frozenset[str]) -> Batch:
+    """A training batch without content, with the `wanted` targets of a model."""
     data = run.giantdet.data
     height, width = data.size
-    slots, side = data.max_objects, data.mask_frame
+    slots = data.max_objects if "boxes" in wanted else 0
+    side = data.mask_frame if "masks" in wanted else 0
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(images, *shape, dtype=dtype)
@@ -88,6 +89,7 @@ def fake_batch(run: RunConfig, images: int) -> Batch:
         valid_BM=empty(slots, dtype=torch.bool),
         masks_BMSS=empty(slots, side, side, dtype=torch.uint8),
         frames_BM4=empty(slots, 4),
+        semantic_BHW=empty(*((height, width) if "semantic" in wanted else (0, 0)), dtype=torch.uint8),
     )
     return Batch(
         images_B3HW=empty(3, height, width, dtype=torch.uint8),

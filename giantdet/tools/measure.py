@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import torch
 
+from giantdet.architectures import total_loss
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.losses import detector_losses, total_loss
 from giantdet.optim.agvm import Agvm
-from giantdet.structures import Batch
+from giantdet.structures import Batch, Targets
 from giantdet.tools.costs import GIB
 from giantdet.tools.count import assumed_classes, fake_batch
 
@@ -107,11 +107,11 @@ def run_with(path: Path, overrides: list[str], images: int, world: int) -> RunCo
     return resolve(run, world, 10**6, assumed_classes(run), has_gpu=torch.cuda.is_available())
 
 
-def blank_batch(run: RunConfig, images: int) -> Batch:
+def blank_batch(run: RunConfig, images: int, wanted: frozenset[str]) -> Batch:
     """Noise that fills the canvas, without a single object."""
-    batch = fake_batch(run, images)
+    batch = fake_batch(run, images, wanted)
     height, width = run.giantdet.data.size
-    targets = type(batch.targets)(*(torch.zeros_like(tensor) for tensor in batch.targets))
+    targets = Targets._make(map(torch.zeros_like, batch.targets))
     return batch._replace(
         images_B3HW=torch.randint(0, 255, batch.images_B3HW.shape, dtype=torch.uint8),
         sizes_B2=torch.tensor([[float(height), float(width)]]).repeat(images, 1),
@@ -123,13 +123,13 @@ def blank_batch(run: RunConfig, images: int) -> Batch:
 def steps(run: RunConfig, device: torch.device) -> None:
     """Whole optimizer steps, as in training."""
     images = run.deepspeed["train_micro_batch_size_per_gpu"]
-    engine = zero.initialize(zero.build(run, images), run)
+    model = zero.build(run, images)
+    engine = zero.initialize(model, run)
     engine.train()
     agvm = Agvm(engine, run.giantdet.agvm) if run.giantdet.agvm.enabled else None
-    batch = blank_batch(run, images).to(device)
+    batch = blank_batch(run, images, model.targets).to(device)
     for _ in range(STEPS * run.deepspeed["gradient_accumulation_steps"]):
-        losses = detector_losses(engine(batch), run.giantdet.model.conventions)
-        engine.backward(total_loss(losses))
+        engine.backward(total_loss(model.losses(engine(batch), batch)))
         if agvm is not None:
             agvm.observe()
             agvm.scale()

@@ -30,7 +30,7 @@ from giantdet.tools.costs import (
     states,
     traffic,
 )
-from giantdet.tools.count import Count, assumed_classes, count, meta_detector
+from giantdet.tools.count import Count, assumed_classes, count, meta_model
 
 
 class Choice(NamedTuple):
@@ -73,7 +73,7 @@ class Plan:
     ) -> None:
         self.run, self.gpus, self.machine = run, gpus, machine
         self.bandwidth, self.efficiency = bandwidth, efficiency
-        self.model = meta_detector(run)
+        self.model = meta_model(run)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.bytes_each = weight_dtype(run).itemsize
@@ -94,7 +94,7 @@ class Plan:
         """None, the run's own and all, where the backbone's blocks are known."""
         wanted = int(self.run.giantdet.model.backbone.checkpoint_blocks)
         try:
-            meta_detector(with_checkpointing(self.run, 1))
+            meta_model(with_checkpointing(self.run, 1))
         except ValueError:
             return [wanted]
         return sorted({0, wanted, 1}, key=lambda every: -every if every else -math.inf)

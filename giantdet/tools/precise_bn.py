@@ -59,6 +59,6 @@ def bn_images(run: RunConfig) -> int:
     """Images that a resolved run normalises together; of several sizes in its `norm` section the largest."""
     batch, micro, accumulation = (run.deepspeed[key] for key in (BATCH, MICRO, ACCUMULATION))
     world = batch // (micro * accumulation)
-    parts = [run.giantdet.norm.of(part) for part in ("backbone", "fpn", "heads")]
+    parts = run.giantdet.norm.parts().values()
     ranks = [bn_ranks(part.bn_size, micro, world) for part in parts if part.type == "cgbn"]
     return micro * max(ranks, default=1)

@@ -6,6 +6,7 @@ https://ui.perfetto.dev) and `profile/operators.txt`, the ten most expensive ope
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,11 +17,17 @@ TOP = 10
 
 
 class Profile:
-    """Records the steps after the first few; files appear when the last of them is done."""
+    """Records the steps after the first few; files appear when the last of them is done.
+
+    On the main rank: `step` does nothing on the others.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.is_done = False
+        # The ranks do not know one another yet: the launcher says who this is.
+        self.is_done = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
+        if self.is_done:
+            return
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)

@@ -12,13 +12,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_flatten
 from torchvision.ops import box_iou
 
-from giantdet.architectures.mask_rcnn import Detector, build_detector
-from giantdet.config.types import DataConfig, ModelConfig, NormConfig
+from giantdet.architectures import build_model, total_loss
+from giantdet.architectures.mask_rcnn import MaskRcnn, Predictions, mask_rcnn_losses, sample_counts
+from giantdet.config.architectures.common import NormConfig
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.conventions import CONVENTIONS
+from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
 from giantdet.data.loader import train_loader
-from giantdet.losses import detector_losses, sample_counts, total_loss
-from giantdet.structures import Batch, Detections, Predictions
+from giantdet.structures import Batch, Detections
 
 CANVAS = (64, 64)
 SLOTS = 8
@@ -51,23 +54,23 @@ def emptied(batch: Batch, *which: int) -> Batch:
     return batch._replace(targets=batch.targets._replace(**zeroed))
 
 
-def build(seed: int = 0, norm: str = "local", **changes: Any) -> Detector:
+def build(seed: int = 0, norm: str = "local", **changes: Any) -> MaskRcnn:
     torch.manual_seed(seed)
     raw = {**MODEL, "num_classes": 4}
     for key, value in changes.items():
-        raw[key] = {**MODEL.get(key, {}), **value}
-    return build_detector(ModelConfig.model_validate(raw), CANVAS, NormConfig.model_validate({"type": norm}))
+        raw[key] = {**MODEL.get(key, {}), **value} if isinstance(value, dict) else value
+    return build_model(MaskRcnnConfig.model_validate(raw), CANVAS, NormConfig.model_validate({"type": norm}))
 
 
-def step(detector: Detector, batch: Batch) -> dict[str, Tensor]:
+def step(detector: MaskRcnn, batch: Batch) -> dict[str, Tensor]:
     """Losses of a training step, gradients left in the detector."""
     detector.train().zero_grad()
-    losses = detector_losses(detector(batch))
+    losses = mask_rcnn_losses(detector(batch), CONVENTIONS["detectron2"])
     sum(losses.values(), torch.zeros(())).backward()
     return losses
 
 
-def trace(detector: Detector, batch: Batch) -> list[tuple[str, tuple[Any, ...]]]:
+def trace(detector: MaskRcnn, batch: Batch) -> list[tuple[str, tuple[Any, ...]]]:
     """Modules in the order of their calls, with shapes and dtypes of all that they return."""
     calls: list[tuple[str, tuple[Any, ...]]] = []
 
@@ -105,7 +108,7 @@ def test_every_parameter_gets_a_finite_gradient(
     batch = emptied(load(dataset), *gone)
     detector.train()
     predictions: Predictions = detector(batch)
-    losses = detector_losses(predictions, conventions)  # type: ignore[arg-type]
+    losses = mask_rcnn_losses(predictions, CONVENTIONS[conventions])
     sum(losses.values(), torch.zeros(())).backward()
     assert all(loss.isfinite() for loss in losses.values())
     for name, parameter in detector.named_parameters():
@@ -154,7 +157,7 @@ def test_faster_rcnn(dataset: CocoDataset) -> None:
     assert losses.keys() == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
     assert not any("mask" in name for name in detector.state_dict())
     with torch.no_grad():
-        found: Detections = detector.eval()(batch)
+        found: Detections = detector.eval()(batch).detections
     assert found.masks_BDSS is None and found.valid_BD.any()
 
 
@@ -172,7 +175,7 @@ def test_bfloat16(dataset: CocoDataset, norm: str, heads: str) -> None:
     for name, parameter in detector.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     with torch.no_grad():
-        found: Detections = detector.eval()(load(dataset))
+        found: Detections = detector.eval()(load(dataset)).detections
     assert found.boxes_BD4.dtype == found.scores_BD.dtype == torch.float32
     assert all(t.isfinite().all() for t in tree_flatten(found)[0])
 
@@ -194,10 +197,10 @@ def test_norm_type_reaches_pyramid_and_heads(kind: str) -> None:
 def test_batch_equals_single_images(dataset: CocoDataset) -> None:
     detector, batch = build().eval(), load(dataset, images=4)
     batch = batch._replace(sizes_B2=torch.tensor([[64.0, 64.0], [40.0, 64.0], [64.0, 50.0], [32.0, 32.0]]))
-    together = tree_flatten(detector(batch))[0]
+    together = tree_flatten(detector(batch).detections)[0]
     for b in range(4):
         one = batch._replace(images_B3HW=batch.images_B3HW[b : b + 1], sizes_B2=batch.sizes_B2[b : b + 1])
-        for mine, all_of_them in zip(tree_flatten(detector(one))[0], together, strict=True):
+        for mine, all_of_them in zip(tree_flatten(detector(one).detections)[0], together, strict=True):
             torch.testing.assert_close(mine[0], all_of_them[b], atol=1e-5, rtol=1e-4)
 
 
@@ -213,9 +216,11 @@ def test_padding_does_not_act(dataset: CocoDataset) -> None:
     dirty = batch.images_B3HW.clone()
     dirty[0, :, 40:] = 255
     dirty[1, :, 33:] = dirty[1, :, :, 21:] = 255
-    expected: Detections = detector(batch)
+    expected: Detections = detector(batch).detections
     for a, b in zip(
-        tree_flatten(expected)[0], tree_flatten(detector(batch._replace(images_B3HW=dirty)))[0], strict=True
+        tree_flatten(expected)[0],
+        tree_flatten(detector(batch._replace(images_B3HW=dirty)).detections)[0],
+        strict=True,
     ):
         assert torch.equal(a, b)
     limits_B14 = batch.sizes_B2.flip(1).repeat(1, 2)[:, None]
@@ -256,7 +261,7 @@ def test_overfits_a_batch(dataset: CocoDataset) -> None:
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
     with torch.no_grad():
-        found: Detections = detector.eval()(batch)
+        found: Detections = detector.eval()(batch).detections
     assert found.masks_BDSS is not None
     hits, total = 0, 0
     for b in range(2):
@@ -277,7 +282,7 @@ def test_compiles_to_one_graph(dataset: CocoDataset, conventions: str, backend: 
     counter = CompileCounterWithBackend(backend)
 
     def losses_of(batch: Batch) -> dict[str, Tensor]:
-        return detector_losses(detector(batch), conventions)  # type: ignore[arg-type]
+        return mask_rcnn_losses(detector(batch), CONVENTIONS[conventions])
 
     compiled = torch.compile(losses_of, backend=counter, fullgraph=True, dynamic=False)
     batch = load(dataset)
@@ -296,8 +301,8 @@ def test_recomputed_heads_save_memory_and_change_no_gradient(dataset: CocoDatase
     batch, kept, gradients = load(dataset), [], []
     for recomputed in (False, True):
         torch.manual_seed(0)
-        config = ModelConfig.model_validate({**MODEL, "num_classes": 4, "checkpoint_heads": recomputed})
-        model = build_detector(config, CANVAS, NormConfig.model_validate({"type": "local"})).train()
+        config = MaskRcnnConfig.model_validate({**MODEL, "num_classes": 4, "checkpoint_heads": recomputed})
+        model = build_model(config, CANVAS, NormConfig.model_validate({"type": "local"})).train()
         held = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -306,7 +311,7 @@ def test_recomputed_heads_save_memory_and_change_no_gradient(dataset: CocoDatase
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = total_loss(detector_losses(model(batch)))
+            loss = total_loss(mask_rcnn_losses(model(batch), CONVENTIONS["detectron2"]))
         kept.append(held)
         loss.backward()  # type: ignore[no-untyped-call]
         gradients.append({name: p.grad for name, p in model.named_parameters()})

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantdet.losses import FINE_PRINT, box_losses, detector_losses, mask_loss, rpn_losses, sample_counts
-from giantdet.structures import BoxPredictions, MaskPredictions, Predictions, RpnPredictions
+from giantdet.architectures.mask_rcnn import Predictions, mask_rcnn_losses, sample_counts
+from giantdet.config.conventions import CONVENTIONS
+from giantdet.layers.box_head import BoxPredictions, box_losses
+from giantdet.layers.mask_head import MaskPredictions, mask_loss
+from giantdet.layers.rpn import RpnPredictions, rpn_losses
 
 B, R, C, P, S = 3, 7, 4, 3, 6
 
@@ -92,7 +95,7 @@ def by_loops(p: Predictions, conventions: str) -> dict[str, float]:
 @pytest.mark.parametrize("seed", range(3))
 def test_against_loops(conventions: str, seed: int) -> None:
     predictions = make(seed)
-    losses = detector_losses(predictions, conventions)  # type: ignore[arg-type]
+    losses = mask_rcnn_losses(predictions, CONVENTIONS[conventions])
     expected = by_loops(predictions, conventions)
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
@@ -112,7 +115,7 @@ def test_nothing_valid_is_zero_with_zero_gradients(conventions: str) -> None:
     ]
     for leaf in leaves:
         leaf.requires_grad_()
-    losses = detector_losses(predictions, conventions)  # type: ignore[arg-type]
+    losses = mask_rcnn_losses(predictions, CONVENTIONS[conventions])
     assert [float(loss) for loss in losses.values()] == [0.0] * 5
     sum(losses.values(), torch.zeros(())).backward()
     for leaf in leaves:
@@ -123,7 +126,9 @@ def test_slots_that_do_not_count_get_no_gradient() -> None:
     predictions = make()
     predictions.box.logits_BRC1.requires_grad_()
     predictions.box.deltas_BR4.requires_grad_()
-    sum(box_losses(predictions.box, FINE_PRINT["detectron2"]).values(), torch.zeros(())).backward()
+    sum(
+        box_losses(predictions.box, CONVENTIONS["detectron2"].smooth_l1_beta).values(), torch.zeros(())
+    ).backward()
     logits_grad, deltas_grad = predictions.box.logits_BRC1.grad, predictions.box.deltas_BR4.grad
     assert logits_grad is not None and deltas_grad is not None
     assert torch.equal(logits_grad.any(-1), predictions.box.valid_BR)
@@ -131,7 +136,7 @@ def test_slots_that_do_not_count_get_no_gradient() -> None:
 
 
 def test_without_mask_head() -> None:
-    losses = detector_losses(make()._replace(mask=None))
+    losses = mask_rcnn_losses(make()._replace(mask=None), CONVENTIONS["detectron2"])
     assert losses.keys() == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
 
 
@@ -153,7 +158,7 @@ def test_detectron2_golden(shared: Path) -> None:
             positive_BR,
             torch.ones_like(positive_BR),
         ),
-        FINE_PRINT["detectron2"],
+        CONVENTIONS["detectron2"].smooth_l1_beta,
     )
     assert float(losses["loss_cls"]) == pytest.approx(float(golden["loss_cls"]), rel=1e-5)
     assert float(losses["loss_box_reg"]) == pytest.approx(float(golden["loss_box"]), rel=1e-5)
@@ -173,7 +178,7 @@ def test_mask_loss_is_the_mean_over_real_masks(shared: Path) -> None:
 def test_rpn_loss_is_the_mean_over_a_full_sample() -> None:
     p = make().rpn
     p = p._replace(valid_BR=torch.ones_like(p.valid_BR))
-    for fine_print in FINE_PRINT.values():
+    for fine_print in CONVENTIONS.values():
         loss = rpn_losses(p, fine_print)["loss_rpn_cls"]
         expected = F.binary_cross_entropy_with_logits(p.objectness_BR, p.positive_BR.float())
         torch.testing.assert_close(loss, expected)

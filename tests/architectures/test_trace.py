@@ -14,6 +14,7 @@ import torch
 from test_detector import build, dataset, load, step  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from giantdet.config.conventions import CONVENTIONS
 from giantdet.data.coco import CocoDataset
 from giantdet.ops.nms import nms_mask_fixed_point
 
@@ -49,8 +50,8 @@ class Recorder(TorchDispatchMode):
 
 def test_training_step(dataset: CocoDataset) -> None:  # noqa: F811
     for conventions in ("detectron2", "torchvision"):
-        detector, batch = build(), load(dataset)
-        detector.torchvision = conventions == "torchvision"
+        detector, batch = build(conventions=conventions), load(dataset)
+        assert detector.rpn.conventions == CONVENTIONS[conventions]
         with Recorder() as recorder:
             step(detector, batch)
         assert not recorder.broken

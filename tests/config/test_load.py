@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from giantdet.config.load import ConfigError, RunConfig, load_run
+from giantdet.config.load import RunConfig, load_run
+from giantdet.errors import ConfigError
 
 RUN: dict[str, Any] = {
     "$schema": "x.json",

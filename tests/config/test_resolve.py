@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from giantdet.config.load import ConfigError, RunConfig, load_run, parse_run
+from giantdet.config.load import RunConfig, load_run, parse_run
 from giantdet.config.resolve import bn_ranks, check_data, describe, resolve, solve_batch
+from giantdet.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 TRIPLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

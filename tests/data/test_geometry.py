@@ -16,7 +16,6 @@ from giantdet.config.types import AugmentConfig, DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
 from giantdet.data.masks import decode_window, frame_of, object_frame, rle_counts, to_frame
-from giantdet.data.records import DataError
 from giantdet.data.transforms import (
     Geometry,
     clip_boxes,
@@ -24,6 +23,7 @@ from giantdet.data.transforms import (
     transform_boxes,
     transform_image,
 )
+from giantdet.errors import DataError
 
 
 def full_coverage(mask_hw: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.float64]:

@@ -17,7 +17,14 @@ import torch
 from giantdet.config.types import AugmentConfig, DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
-from giantdet.data.loader import Loader, TrainStream, eval_loader, sample_index, train_loader
+from giantdet.data.loader import (
+    BOXES_AND_MASKS,
+    Loader,
+    TrainStream,
+    eval_loader,
+    sample_index,
+    train_loader,
+)
 from giantdet.structures import Batch
 
 CONFIG = DataConfig(
@@ -90,7 +97,7 @@ def test_shapes_and_meaning(dataset: CocoDataset) -> None:
     size = batch.sizes_B2.flip(1).repeat(1, 2)[:, None]
     assert ((targets.boxes_BM4 >= 0) & (targets.boxes_BM4 <= size)).all()
     assert batch.original_sizes_B2.tolist() == [[64, 64]] * 3
-    (plain,) = take(train_loader(dataset, CONFIG, 3, seed=1, masks=False), 1)
+    (plain,) = take(train_loader(dataset, CONFIG, 3, seed=1, targets=frozenset({"boxes"})), 1)
     assert plain.targets.masks_BMSS.shape == (3, 20, 0, 0)
     assert torch.equal(plain.targets.boxes_BM4, targets.boxes_BM4)
 
@@ -259,7 +266,7 @@ def test_evaluation_sees_each_image_once(folder: Path, world: int, batch: int) -
         fill = b.image_ids_B == -1
         assert not b.images_B3HW[fill].any() and (b.sizes_B2 > 0).all() and (b.original_sizes_B2 > 0).all()
         assert (b.sizes_B2[~fill] == 48).all() and b.targets.boxes_BM4.shape == (batch, 0, 4)
-    (with_targets,) = list(eval_loader(dataset, CONFIG, 5, targets=True))
+    (with_targets,) = list(eval_loader(dataset, CONFIG, 5, targets=BOXES_AND_MASKS))
     assert int(with_targets.targets.valid_BM.sum()) == len(dataset.labels_K)
 
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, launch_ok, tiny_run
 
-from giantdet.architectures.mask_rcnn import build_detector
-from giantdet.config.types import BackboneConfig, ModelConfig, NormConfig
+from giantdet.architectures import build_model
+from giantdet.config.architectures.common import BackboneConfig, NormConfig
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.engine.metrics import read_metrics
 from giantdet.export import ExportConfig, export_model
 from giantdet.layers.backbone import build_backbone
@@ -81,8 +82,8 @@ def test_trains_as_stage_2(tmp_path: Path, demo_data: Path) -> None:
     """From the same weights, in float32 and bf16: the losses of three steps, and at the end the weights."""
     model = {**MODEL, "backbone": {"name": "resnet10t"}, "num_classes": 4}
     torch.manual_seed(2)
-    config = ModelConfig.model_validate(model)
-    whole = build_detector(config, (64, 64), NormConfig(type="local"))
+    config = MaskRcnnConfig.model_validate(model)
+    whole = build_model(config, (64, 64), NormConfig(type="local"))
     categories = ((1, "a"), (2, "b"), (3, "c"), (4, "d"))
     exported = ExportConfig(model=config, size=(64, 64), short_side=64, categories=categories)
     export_model(whole, tmp_path / "start", exported)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tiny import MODEL, launch_ok, tiny_run
 
-from giantdet.config.checks import ConfigError
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.engine.zero import weight_dtype
+from giantdet.errors import ConfigError
 from giantdet.tools.costs import MACHINES, MOMENTS, Machine, machine_of, states
-from giantdet.tools.count import Count, count, meta_detector
+from giantdet.tools.count import Count, count, meta_model
 from giantdet.tools.measure import largest, start
 from giantdet.tools.plan import Plan, make_plan, report
 
@@ -85,7 +85,7 @@ def test_states_are_deepspeeds(tmp_path: Path, world: int) -> None:
             assert plan.own.host == pytest.approx(
                 host + found[name]["master"] + found[name]["moments"], rel=0.02
             )
-        parameters = list(meta_detector(run).parameters())
+        parameters = list(meta_model(run).parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         every, each = sum(p.numel() for p in parameters), weight_dtype(run).itemsize
         assert every > trainable > 10e6

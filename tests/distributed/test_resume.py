@@ -21,9 +21,8 @@ from tiny import REPO, launch, logs, mounted, set_path, tiny_run
 from giantdet.checkpoint.files import SavedTensors, damage, scan
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
-from giantdet.data.loader import eval_loader
+from giantdet.engine.evaluate import evaluate
 from giantdet.engine.metrics import read_metrics
-from giantdet.evaluation.coco import detect_all
 from giantdet.export import ExportConfig, export_checkpoint, load_detector, read_export_config
 
 STAGES = [0, 1, 2, 3]
@@ -173,16 +172,25 @@ def test_exported_checkpoint_equals_exported_engine(runs: Path, stage: int, tmp_
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_two_ranks_evaluate_as_one_process(runs: Path, demo_data: Path, stage: int) -> None:
+def test_two_ranks_evaluate_as_one_process(runs: Path, demo_data: Path, tmp_path: Path, stage: int) -> None:
     """5 images on 2 ranks: one slot only fills up."""
     run = runs / f"straight{stage}"
     found = json.loads((run / "results.json").read_text())
     detector, config = load_detector(run / "export")
     dataset = CocoDataset(demo_data / "val.json", demo_data / "val")
     data = DataConfig(size=config.size, short_side=config.short_side, workers=0)
-    expected = detect_all(
-        detector, eval_loader(dataset, data, 1), torch.device("cpu"), [n for n, _ in config.categories]
+    evaluate(
+        detector,
+        dataset,
+        data,
+        1,
+        torch.device("cpu"),
+        tasks=detector.tasks,
+        category_ids=[number for number, _ in config.categories],
+        conventions=detector.conventions,
+        results=tmp_path / "expected.json",
     )
+    expected = json.loads((tmp_path / "expected.json").read_text())
     key = lambda r: (r["image_id"], -r["score"])  # noqa: E731
     assert len(found) == len(expected) > 20
     for mine, theirs in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):

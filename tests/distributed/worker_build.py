@@ -17,7 +17,7 @@ import deepspeed
 import torch
 from safetensors import safe_open
 
-from giantdet.architectures.mask_rcnn import Detector
+from giantdet.architectures.mask_rcnn import MaskRcnn
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
@@ -45,7 +45,7 @@ class Peak(threading.Thread):
             self.most = max(self.most, memory())
 
 
-def build(run: RunConfig) -> tuple[Detector, int]:
+def build(run: RunConfig) -> tuple[MaskRcnn, int]:
     """The model, partitioned where it can be, and how many of its weights were made one by one."""
     model = zero.build(run, 1)
     deferred = sum(is_deferred(p) for p in model.parameters())

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from giantdet import export
-from giantdet.architectures.mask_rcnn import build_detector
+from giantdet.architectures import build_model
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
@@ -25,7 +25,7 @@ def main() -> None:
     for path in map(Path, sys.argv[2:]):
         run = resolve(load_run(path), comm.world_size(), 12, 4, has_gpu=False)
         torch.manual_seed(0)
-        model = build_detector(run.giantdet.model, run.giantdet.data.size, run.giantdet.norm)
+        model = build_model(run.giantdet.model, run.giantdet.data.size, run.giantdet.norm)
         folder = Path(sys.argv[1]) / path.stem
         config = export.export_config(run, [1, 3, 4, 7], ["circle", "rectangle", "triangle", "star"])
         if comm.is_main():

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from worker_build import Peak, memory
 
+from giantdet.architectures import total_loss
+from giantdet.architectures.mask_rcnn import mask_rcnn_losses
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.losses import detector_losses, total_loss
 from giantdet.tools.measure import blank_batch
 
 
@@ -58,10 +59,10 @@ def peak_of_a_step(run: Any, images: int) -> int:
     model = zero.build(run, images).train()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    batch = blank_batch(run, images)
+    batch = blank_batch(run, images, model.targets)
 
     def step() -> None:
-        losses = detector_losses(model(batch), run.giantdet.model.conventions)
+        losses = mask_rcnn_losses(model(batch), run.giantdet.model.reference)
         total_loss(losses).backward()
 
     step()
@@ -87,7 +88,9 @@ def main() -> None:
             continue
         engine = zero.initialize(zero.build(run, images), run)
         engine.train()
-        losses = detector_losses(engine(blank_batch(run, images)), run.giantdet.model.conventions)
+        losses = mask_rcnn_losses(
+            engine(blank_batch(run, images, engine.module.targets)), run.giantdet.model.reference
+        )
         engine.backward(total_loss(losses))
         engine.step()
         found[path.stem] = {"host_gradients": host_gradients(engine), **kept(engine)}

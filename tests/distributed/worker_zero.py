@@ -18,15 +18,16 @@ from tiny import tiny_run
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.architectures import build_model, total_loss
+from giantdet.architectures.mask_rcnn import MaskRcnn, Predictions, mask_rcnn_losses
+from giantdet.config.architectures.common import NormConfig
+from giantdet.config.conventions import CONVENTIONS
 from giantdet.config.load import RunConfig, parse_run
 from giantdet.config.resolve import resolve
-from giantdet.config.types import NormConfig
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.losses import detector_losses, total_loss
 from giantdet.optim.param_groups import parameter_groups
-from giantdet.structures import Batch, Predictions, Targets
+from giantdet.structures import Batch, Targets
 
 STEPS = 3
 
@@ -61,10 +62,10 @@ def make_batch(step: int, micro_step: int, rank: int) -> Batch:
     )
 
 
-def build(run: RunConfig, norm: NormConfig | None = None) -> Detector:
+def build(run: RunConfig, norm: NormConfig | None = None) -> MaskRcnn:
     torch.manual_seed(0)
     micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
-    return build_detector(run.giantdet.model, (64, 64), norm or run.giantdet.norm, micro_batch)
+    return build_model(run.giantdet.model, (64, 64), norm or run.giantdet.norm, micro_batch)
 
 
 def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
@@ -76,10 +77,10 @@ def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
 
 
 def loss_of(predictions: Predictions) -> torch.Tensor:
-    return total_loss(detector_losses(predictions))
+    return total_loss(mask_rcnn_losses(predictions, CONVENTIONS["detectron2"]))
 
 
-def mean_loss(model: Detector, batches: list[Batch], together: bool) -> torch.Tensor:
+def mean_loss(model: MaskRcnn, batches: list[Batch], together: bool) -> torch.Tensor:
     """Mean of the ranks' losses, each of its own batch; batch norms see all of them together or one only."""
     if not together:
         return torch.stack([loss_of(model(batch)) for batch in batches]).mean()

@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from giantdet.config.types import BackboneConfig, NormConfig
+from giantdet.config.architectures.common import BackboneConfig, NormConfig
 from giantdet.layers.backbone import Backbone, build_backbone
 from giantdet.layers.norm import FrozenBatchNorm2d, apply_norm
 from giantdet.layers.weights import load_backbone_weights

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.layers.backbone import build_backbone
 from giantdet.layers.blocks import StochasticDepth, blocks_of
 from giantdet.layers.body import Backbone

@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from giantdet.config.types import FpnConfig
-from giantdet.layers.fpn import FeaturePyramid, build_fpn
+from giantdet.config.architectures.common import FpnConfig
+from giantdet.layers.fpn import FeaturePyramid, Subsampled, build_fpn
 
 CHANNELS = (8, 12, 16, 20)
 
@@ -40,7 +40,7 @@ def test_equals_torchvision(size: tuple[int, int]) -> None:
 def test_initialisation_is_detectron2s() -> None:
     """`c2_xavier_fill`: uniform within sqrt(3 / fan_in), biases 0."""
     torch.manual_seed(0)
-    fpn = FeaturePyramid(FpnConfig(channels=64), CHANNELS)
+    fpn = FeaturePyramid(FpnConfig(channels=64), CHANNELS, Subsampled())
     for block in (*fpn.laterals, *fpn.outputs):
         weight, bias = block[0].weight, block[0].bias
         bound = (3 / weight[0].numel()) ** 0.5
@@ -50,7 +50,7 @@ def test_initialisation_is_detectron2s() -> None:
 
 def test_norms_replace_biases() -> None:
     for norm in ("batch", "layer"):
-        fpn = FeaturePyramid(FpnConfig(channels=8, norm=norm), CHANNELS)
+        fpn = FeaturePyramid(FpnConfig(channels=8, norm=norm), CHANNELS, Subsampled())
         for block in (*fpn.laterals, *fpn.outputs):
             assert block[0].bias is None and len(block) == 2
         assert [level.shape[1] for level in fpn(maps(64, 64))] == [8] * 5

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from giantdet.architectures.mask_rcnn import build_detector
+from giantdet.architectures import build_model
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
-from giantdet.config.types import BackboneConfig
 from giantdet.layers.backbone import build_backbone
 from giantdet.layers.deferred import deferred_init, is_deferred
 
@@ -62,6 +62,6 @@ def test_a_detector_of_a_billion_parameters_is_built_in_megabytes() -> None:
     config = run.giantdet
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with deferred_init():
-        model = build_detector(config.model, config.data.size, config.norm, 1)
+        model = build_model(config.model, config.data.size, config.norm, 1)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(1047.9, abs=0.1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
-from giantdet.config.types import NormConfig
+from giantdet.config.architectures.common import NormConfig
 from giantdet.layers.norm import CrossGpuBatchNorm, FrozenBatchNorm2d, apply_norm
 
 FROZEN, LOCAL = NormConfig(type="frozen"), NormConfig(type="local")

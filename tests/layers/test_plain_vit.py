@@ -11,7 +11,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.layers.backbone import build_backbone
 from giantdet.layers.plain_vit import PlainViT, from_windows, global_block_indices, to_windows
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from giantdet.config.types import RpnConfig
+from giantdet.config.architectures.common import RpnConfig
+from giantdet.config.conventions import CONVENTIONS
 from giantdet.layers.rpn import Rpn, select_proposals
 from giantdet.ops.anchors import grid_anchors
 from giantdet.structures import Targets
@@ -29,7 +30,7 @@ def test_proposals_equal_detectron2(shared: Path, split: str, pre_nms: int, imag
         size,
         [(m.shape[2], m.shape[3]) for m in maps],
         inputs["strides"].tolist(),
-        inputs["sizes"].tolist(),
+        [(size,) for size in inputs["sizes"].tolist()],
         inputs["ratios"].tolist(),
     )
     proposals = select_proposals(
@@ -56,7 +57,7 @@ def test_proposals_equal_detectron2(shared: Path, split: str, pre_nms: int, imag
 
 def test_head_keeps_anchors_and_deltas_together() -> None:
     """Channel k of the objectness and 4k..4k+3 of the deltas belong to anchor k of a cell, rows first."""
-    rpn = Rpn(RpnConfig(), 8, (4, 8, 16, 32, 64), (64, 64), torchvision=False)
+    rpn = Rpn(RpnConfig(), 8, (4, 8, 16, 32, 64), (64, 64), CONVENTIONS["detectron2"])
     level = torch.randn(2, 8, 3, 5)
     objectness, deltas = rpn.head(level)
     hidden = F.conv2d(level, rpn.head.conv.weight, rpn.head.conv.bias, padding=1).relu()
@@ -71,7 +72,7 @@ def test_sampled_anchors_against_a_loop() -> None:
     """Of each sampled anchor: its own prediction, its label, and the deltas to its object."""
     torch.manual_seed(0)
     config = RpnConfig(anchor_sizes=(8, 16, 32, 64, 128), batch_per_image=64)
-    rpn = Rpn(config, 8, (4, 8, 16, 32, 64), (64, 64), torchvision=False).train()
+    rpn = Rpn(config, 8, (4, 8, 16, 32, 64), (64, 64), CONVENTIONS["detectron2"]).train()
     for layer in (rpn.head.conv, rpn.head.objectness, rpn.head.deltas):
         torch.nn.init.normal_(layer.weight)
     levels = [torch.randn(2, 8, -(-64 // s), -(-64 // s)) for s in (4, 8, 16, 32, 64)]
@@ -116,4 +117,4 @@ def test_sampled_anchors_against_a_loop() -> None:
 
 def test_number_of_sizes_must_fit() -> None:
     with pytest.raises(ValueError, match="anchor_sizes has 2 sizes for 5 levels"):
-        Rpn(RpnConfig(anchor_sizes=(8.0, 16.0)), 8, (4, 8, 16, 32, 64), (64, 64), torchvision=False)
+        Rpn(RpnConfig(anchor_sizes=(8.0, 16.0)), 8, (4, 8, 16, 32, 64), (64, 64), CONVENTIONS["detectron2"])

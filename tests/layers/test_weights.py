@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from giantdet.config.types import BackboneConfig
+from giantdet.config.architectures.common import BackboneConfig
 from giantdet.layers.backbone import Backbone, build_backbone
 from giantdet.layers.weights import load_backbone_weights, load_strictly, read_state_dict, report_mismatch
 

@@ -10,7 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from giantdet.ops.anchors import base_anchors, grid_anchors
 
-STRIDES, SIZES, RATIOS = (4, 8, 16, 32, 64), (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
+STRIDES, SIZES, RATIOS = (4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(("grid", "name"), [("grid_hw", "anchors"), ("grid_hw_odd", "anchors_odd")])
@@ -24,26 +24,26 @@ def test_equal_detectron2(golden, grid, name):
 @pytest.mark.parametrize("canvas", [(256, 256), (320, 416), (800, 1333)])
 def test_equal_torchvision(canvas):
     grids = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in STRIDES]
-    generator = AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * 5)
+    generator = AnchorGenerator(SIZES, (RATIOS,) * 5)
     maps = [torch.zeros(1, 1, *grid) for grid in grids]
     expected = generator(ImageList(torch.zeros(1, 3, *canvas), [canvas]), maps)[0]
-    got = grid_anchors(canvas, grids, STRIDES, SIZES, RATIOS, convention="torchvision")
+    got = grid_anchors(canvas, grids, STRIDES, SIZES, RATIOS, rounded=True)
     assert_close(torch.cat(got), expected, rtol=0, atol=0)
 
 
 def test_base_anchors_have_the_area_and_ratio():
-    base = base_anchors(100.0, RATIOS)
+    base = base_anchors((100.0,), RATIOS)
     sides = base[:, 2:] - base[:, :2]
     assert_close(sides.prod(dim=1), torch.full((3,), 1e4))
     assert_close(sides[:, 1] / sides[:, 0], torch.tensor(RATIOS))
-    assert base_anchors(32.0, (0.5,), rounded=True).tolist() == [[-23.0, -11.0, 23.0, 11.0]]
+    assert base_anchors((32.0,), (0.5,), rounded=True).tolist() == [[-23.0, -11.0, 23.0, 11.0]]
 
 
 def test_float32_whatever_the_default():
-    expected = grid_anchors((320, 416), [(80, 104)], [4], [32], RATIOS)[0]
+    expected = grid_anchors((320, 416), [(80, 104)], [4], [(32,)], RATIOS)[0]
     torch.set_default_dtype(torch.bfloat16)
     try:
-        got = grid_anchors((320, 416), [(80, 104)], [4], [32], RATIOS)[0]
+        got = grid_anchors((320, 416), [(80, 104)], [4], [(32,)], RATIOS)[0]
     finally:
         torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float32
@@ -52,4 +52,4 @@ def test_float32_whatever_the_default():
 
 def test_wrong_number_of_levels_is_an_error():
     with pytest.raises(ValueError, match="1 levels, 2 strides, 1 sizes"):
-        grid_anchors((64, 64), [(16, 16)], [4, 8], [32], RATIOS)
+        grid_anchors((64, 64), [(16, 16)], [4, 8], [(32,)], RATIOS)

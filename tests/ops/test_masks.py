@@ -116,22 +116,20 @@ def test_paste_equals_torchvision(random_boxes, monkeypatch):
     # torchvision fails on a box that lies outside of the image; ours leaves it out.
     boxes[0] = torch.tensor([150.0, 0, 180, 40])
     expected[0] = False
-    assert paste_masks(masks, boxes, 100, 140, convention="torchvision").equal(expected)
+    assert paste_masks(masks, boxes, 100, 140, at_pixel_centres=False).equal(expected)
     whole = paste_masks(masks, boxes, 100, 140)
     monkeypatch.setattr("giantdet.ops.masks._CHUNK_PIXELS", 3 * 100 * 140)
-    assert paste_masks(masks, boxes, 100, 140, convention="torchvision").equal(expected)
+    assert paste_masks(masks, boxes, 100, 140, at_pixel_centres=False).equal(expected)
     assert paste_masks(masks, boxes, 100, 140).equal(whole)
 
 
 @pytest.mark.parametrize("convention", ["detectron2", "torchvision"])
 def test_paste_of_nothing_and_of_degenerate_boxes(convention):
-    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 30, 40, convention=convention).shape == (
-        0,
-        30,
-        40,
-    )
+    at_centres = convention == "detectron2"
+    nothing = paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 30, 40, at_pixel_centres=at_centres)
+    assert nothing.shape == (0, 30, 40)
     boxes = torch.tensor([[5.0, 5, 5, 9], [7, 7, 3, 3]])
-    pasted = paste_masks(torch.ones(2, 28, 28), boxes, 30, 40, convention=convention)
+    pasted = paste_masks(torch.ones(2, 28, 28), boxes, 30, 40, at_pixel_centres=at_centres)
     assert pasted.shape == (2, 30, 40)
     if convention == "detectron2":
         assert not pasted.any()

@@ -18,7 +18,9 @@ def golden_iou(golden: dict[str, Tensor], name: str) -> Tensor:
     if name == "roi":
         return pairwise_iou(golden["gt_boxes"], golden["proposals"])
     grids = [(h, w) for h, w in golden["grid_hw"].tolist()]
-    levels = grid_anchors((256, 256), grids, (4, 8, 16, 32, 64), (32, 64, 128, 256, 512), (0.5, 1.0, 2.0))
+    levels = grid_anchors(
+        (256, 256), grids, (4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0)
+    )
     return pairwise_iou(golden["gt_boxes"], torch.cat(levels))
 
 

@@ -9,8 +9,9 @@ from timm.optim import param_groups_layer_decay
 from tiny import MODEL
 from torch import nn
 
-from giantdet.architectures.mask_rcnn import build_detector
-from giantdet.config.types import ModelConfig, NormConfig
+from giantdet.architectures import build_model
+from giantdet.config.architectures.common import NormConfig
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.optim.param_groups import group_table, parameter_groups
 
 
@@ -49,7 +50,7 @@ def test_decay_by_dimension_and_by_timms_list() -> None:
 
 def test_detector_each_trainable_parameter_once() -> None:
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_resnet", "frozen_stages": 2}}
-    model = build_detector(ModelConfig.model_validate(config), (64, 64), NormConfig(type="local"))
+    model = build_model(MaskRcnnConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     groups = parameter_groups(model, 0.05, 0.1)
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -61,7 +62,7 @@ def test_detector_each_trainable_parameter_once() -> None:
 
 def test_position_embeddings_of_a_vit_are_not_decayed() -> None:
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_vit", "window": 2}}
-    model = build_detector(ModelConfig.model_validate(config), (64, 64), NormConfig(type="local"))
+    model = build_model(MaskRcnnConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     groups = {group["name"]: group for group in parameter_groups(model, 0.05)}
     named = {id(p): name for name, p in model.named_parameters()}
     undecayed = [named[id(p)] for p in groups["backbone/no_decay"]["params"]]
@@ -100,7 +101,7 @@ def test_layer_decay_is_timms_one_layer_further(name: str) -> None:
 def test_layer_decay_of_vitdet() -> None:
     """`get_vit_lr_decay_rate` of detectron2: rate ** (layers + 1 - id), the embeddings 0, block i i + 1."""
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_vit", "window": 2}}
-    model = build_detector(ModelConfig.model_validate(config), (64, 64), NormConfig(type="local"))
+    model = build_model(MaskRcnnConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     named = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, 0.05, 1.0, None, 0.5, {"rpn": 10.0})
     found = {named[id(p)]: group["lr"] for group in groups for p in group["params"]}

@@ -24,14 +24,16 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
-from giantdet.architectures.mask_rcnn import Detector, build_detector
+from giantdet.architectures import build_model
+from giantdet.architectures.mask_rcnn import MaskRcnn, mask_rcnn_losses
 from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
-from giantdet.config.types import DataConfig, ModelConfig
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.conventions import CONVENTIONS
+from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
-from giantdet.data.loader import collate, make_sample
+from giantdet.data.loader import BOXES_AND_MASKS, collate, make_sample
 from giantdet.data.transforms import Geometry
 from giantdet.layers.weights import load_strictly
-from giantdet.losses import detector_losses
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
 
@@ -66,7 +68,7 @@ def scene(shared: Path) -> Scene:
         if height < HEIGHT + 40 or width < WIDTH + 40:
             continue
         geometry = Geometry((height, width), (height, width), (40, 40), (HEIGHT, WIDTH), flip=False)
-        sample = make_sample(dataset, i, i, config, geometry, targets=True, masks=True)
+        sample = make_sample(dataset, i, i, config, geometry, targets=BOXES_AND_MASKS)
         if not 3 <= len(sample.boxes_N4) <= SLOTS:
             continue
         full = dataset.objects(i).masks()[:, 40 : 40 + HEIGHT, 40 : 40 + WIDTH]
@@ -157,7 +159,7 @@ def run_torchvision(
     return proposals, detections, rpn_losses | losses
 
 
-def model_config(**changes: Any) -> ModelConfig:
+def model_config(**changes: Any) -> MaskRcnnConfig:
     sections: dict[str, dict[str, Any]] = {
         "rpn": {"pre_nms_train": 2000, "pre_nms_test": 1000, "post_nms_train": 2000, "post_nms_test": 1000},
         "mask_head": {},
@@ -167,11 +169,11 @@ def model_config(**changes: Any) -> ModelConfig:
     for path, value in changes.items():
         section, _, key = path.partition("__")
         sections[section][key] = value
-    return ModelConfig(num_classes=CLASSES, conventions=conventions, **sections)
+    return MaskRcnnConfig(num_classes=CLASSES, conventions=conventions, **sections)
 
 
-def converted(model: MaskRCNN, **changes: Any) -> Detector:
-    detector = build_detector(model_config(**changes), (HEIGHT, WIDTH))
+def converted(model: MaskRCNN, **changes: Any) -> MaskRcnn:
+    detector = build_model(model_config(**changes), (HEIGHT, WIDTH))
     assert is_torchvision(model.state_dict())
     load_strictly(detector, from_torchvision(model.state_dict()), "torchvision's weights")
     return detector.eval()
@@ -229,7 +231,7 @@ def test_proposals(scene: Scene, reference: MaskRCNN) -> None:
 def test_detections_and_masks(scene: Scene, reference: MaskRCNN) -> None:
     detector, batch = converted(reference), scene.batch
     reference.eval()
-    found: Detections = detector(batch)
+    found: Detections = detector(batch).detections
     _, expected, _ = run_torchvision(reference, pixels_of(batch))
     assert found.masks_BDSS is not None
     for b, theirs in enumerate(expected):
@@ -245,7 +247,7 @@ def test_detections_and_masks(scene: Scene, reference: MaskRCNN) -> None:
         found = found._replace(boxes_BD4=found.boxes_BD4[:, rank_D], masks_BDSS=found.masks_BDSS[:, rank_D])
         soft = paste_masks_in_image(theirs["masks"], theirs["boxes"], (HEIGHT, WIDTH))[:, 0]
         pasted = paste_masks(
-            found.masks_BDSS[b, :count], found.boxes_BD4[b, :count], HEIGHT, WIDTH, convention="torchvision"
+            found.masks_BDSS[b, :count], found.boxes_BD4[b, :count], HEIGHT, WIDTH, at_pixel_centres=False
         )
         assert 0.01 < (soft > 0.5).float().mean() < 0.9  # masks are neither empty nor full
         differs = (pasted != (soft > 0.5)).sum() / (soft > 0.5).sum()
@@ -264,7 +266,7 @@ def torchvision_targets(scene: Scene) -> list[dict[str, Tensor]]:
     ]
 
 
-def exhaustive(reference: MaskRCNN, slots: int, **changes: Any) -> Detector:
+def exhaustive(reference: MaskRCNN, slots: int, **changes: Any) -> MaskRcnn:
     """All anchors and RoIs are sampled; of positives as many as there are, of negatives what is left."""
     everything: dict[str, Any] = {
         "rpn__batch_per_image": 10**6,
@@ -295,7 +297,7 @@ def test_losses(scene: Scene, reference: MaskRCNN, empty: int | None) -> None:
     objects_B = scene.batch.targets.valid_BM.sum(1)
     assert positives_B.max() <= slots and positives_B.sum() > objects_B.sum() >= 3, positives_B
     assert empty is None or positives_B[empty] == 0
-    losses = detector_losses(predictions, "torchvision")
+    losses = mask_rcnn_losses(predictions, CONVENTIONS["torchvision"])
     assert losses.keys() == NAMES.keys()
     for name, theirs in NAMES.items():
         assert expected[theirs] > 1e-4  # small where all anchors are the divisor
@@ -320,7 +322,7 @@ def test_backbone_of_published_weights(scene: Scene) -> None:
     expected = model.backbone(pixels).values()
     errors = []
     for norm_eps in (None, 1e-5):
-        detector = build_detector(model_config(), (HEIGHT, WIDTH)).eval()
+        detector = build_model(model_config(), (HEIGHT, WIDTH)).eval()
         load_strictly(detector, from_torchvision(model.state_dict(), norm_eps), "torchvision's weights")
         levels = detector.fpn(detector.backbone(pixels))
         errors.append(max(float((a - b).norm() / b.norm()) for a, b in zip(levels, expected, strict=True)))

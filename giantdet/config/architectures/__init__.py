@@ -1,0 +1,37 @@
+"""The architectures by the name in `model.type`: one section each. A new architecture is one line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, Tag
+
+from giantdet.config.architectures.common import ArchitectureConfig
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+
+__all__ = ["DEFAULT", "SECTIONS", "ArchitectureConfig", "ModelConfig"]
+
+SECTIONS: dict[str, type[ArchitectureConfig]] = {
+    "mask_rcnn": MaskRcnnConfig,
+}
+DEFAULT = "mask_rcnn"
+
+
+def _type_of(section: Any) -> Any:
+    """The name of the architecture that a section is of, as JSON or as an object."""
+    return section.get("type", DEFAULT) if isinstance(section, dict) else getattr(section, "type", DEFAULT)
+
+
+def _union() -> Any:
+    tagged: Any = None
+    for name, section in SECTIONS.items():
+        member = Annotated[section, Tag(name)]  # type: ignore[valid-type]
+        tagged = member if tagged is None else tagged | member
+    return Annotated[tagged, Discriminator(_type_of)]
+
+
+# A `model` section of any architecture, told apart by `type`. Type checkers know what all of them have.
+if TYPE_CHECKING:
+    ModelConfig = ArchitectureConfig
+else:
+    ModelConfig = _union()

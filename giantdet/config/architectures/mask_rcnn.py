@@ -1,0 +1,38 @@
+"""The `model` section of Mask R-CNN, and of Faster R-CNN without its mask head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from giantdet.config.architectures.common import (
+    ArchitectureConfig,
+    BoxHeadConfig,
+    FpnConfig,
+    MaskHeadConfig,
+    NormPart,
+    RpnConfig,
+)
+
+
+class MaskRcnnConfig(ArchitectureConfig):
+    """Mask R-CNN (He et al. 2017) with FPN."""
+
+    type: Literal["mask_rcnn"] = "mask_rcnn"
+    fpn: FpnConfig = FpnConfig()
+    rpn: RpnConfig = RpnConfig()
+    box_head: BoxHeadConfig = BoxHeadConfig()
+    mask_head: MaskHeadConfig = MaskHeadConfig()
+
+    def problems(self) -> Iterator[str]:
+        """See `ArchitectureConfig.problems`."""
+        yield from self.rpn.problems()
+        yield from super().problems()
+
+    def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
+        """See `ArchitectureConfig.batch_norms`."""
+        heads = (self.box_head.norm, self.mask_head.norm if self.mask_head.enabled else "none")
+        return {
+            "fpn": ("model.fpn", self.fpn.norm == "batch"),
+            "heads": ("model.box_head or model.mask_head", "batch" in heads),
+        }

@@ -1,0 +1,98 @@
+"""What training and evaluation ask of a data set, whatever format it has on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from giantdet.config.types import DatasetConfig
+from giantdet.data.coco import CocoDataset
+from giantdet.errors import DataError
+
+
+class ImageObjects(Protocol):
+    """The objects of one image, in pixels of the original image. Crowd regions are not among them."""
+
+    @property
+    def boxes_N4(self) -> NDArray[np.float32]:
+        """xyxy, clipped to the image."""
+        ...
+
+    @property
+    def labels_N(self) -> NDArray[np.int64]:
+        """Class indices."""
+        ...
+
+    @property
+    def ids_N(self) -> NDArray[np.int64]:
+        """The data set's own numbers of the objects, for messages."""
+        ...
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Of the image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def rle(self, n: int) -> dict[str, Any]:
+        """COCO's compressed RLE of object n over the whole image."""
+        ...
+
+
+class Dataset(Protocol):
+    """Images with their classes, objects and semantic maps, by index."""
+
+    annotations: Path
+    """The file that describes it, for messages."""
+    class_names: list[str]
+    category_ids: list[int]
+    """The data set's own id of each class."""
+    image_ids: NDArray[np.int64]
+    sizes_hw: NDArray[np.int64]  # [N, 2]
+    has_masks: bool
+    """Whether objects have masks, so that masks can be evaluated."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Number of images, with or without objects."""
+        ...
+
+    def path(self, i: int) -> Path:
+        """The file of image i."""
+        ...
+
+    def read_image(self, i: int) -> NDArray[np.uint8]:
+        """Image i, RGB uint8 [h, w, 3]. Raises DataError where it cannot be read."""
+        ...
+
+    def objects(self, i: int) -> ImageObjects:
+        """The objects of image i."""
+        ...
+
+    def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
+        """The class of each pixel of image i, uint8 [h, w] with `structures.IGNORE`, or None without maps."""
+        ...
+
+    def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
+        """Indices of the images to train on: all, or those that have something to learn."""
+        ...
+
+
+def open_dataset(config: DatasetConfig) -> Dataset:
+    """The data set that a section of `data` describes. Raises DataError where it cannot be used."""
+    return CocoDataset(config.annotations, config.images)
+
+
+def check_categories(dataset: Dataset, known: list[int], whose: str | Path) -> None:
+    """Raise DataError where the data set has categories that are not among those of a model's classes."""
+    if unknown := set(dataset.category_ids) - set(known):
+        raise DataError(
+            f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "
+            f"was trained on, {known}"
+        )
