@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,35 +13,24 @@ PACKAGE = Path(__file__).resolve().parents[1] / "giantdet"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports point to the same or an earlier entry.
 ORDER = [
+    "errors",
     "config",
     "structures",
     "ops",
     "data",
     "distributed",
-    "models",
-    "losses",
+    "layers",
+    "architectures",
+    "evaluation",
     "optim",
+    "checkpoint",
     "export",
     "engine",
+    "tools",
     "cli",
 ]
-SAME = {"convert": "export", "checkpoint": "export", "commands": "cli", "__main__": "cli"}
-MAX_LINES, MAX_CORE_LINES = 360, 6500  # of the core, lines of code: explaining it shall cost nothing
-# Not of the core: lists of the names that DeepSpeed, torch and timm know, which grow with those, and the
-# commands beside the main job, which no training, evaluation or prediction goes through.
-TABLES = {"config/deepspeed_keys.py", "config/plugins.py"}
-TOOLS = {
-    "tools/doctor.py",
-    "tools/plan.py",
-    "tools/costs.py",
-    "tools/count.py",
-    "tools/measure.py",
-    "tools/plots.py",
-    "tools/profile.py",
-    "tools/precise_bn.py",
-    "data/validate.py",
-    "data/demo.py",
-}
+SAME = {"commands": "cli", "__main__": "cli"}
+MAX_LINES = 360
 
 # Each of these makes the host wait for the device, or a shape depend on data.
 BANNED = {
@@ -114,6 +104,41 @@ def test_collectives_live_in_one_file() -> None:
                 ("torch.distributed", "deepspeed.comm")
             ):
                 wrong.append(f"{name}:{node.lineno} uses {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
+# Names of parts, which belong to the architectures, the layers and their sections of the JSON alone.
+PARTS = re.compile(r"\b(rpn|box_head|mask_head|semantic_head|fpn)\b")
+KNOW_PARTS = ("architectures/", "layers/", "config/architectures/")
+
+
+def test_parts_of_models_are_named_in_architectures_alone() -> None:
+    wrong = [
+        f"{name_of(path)}:{number} {line.strip()}"
+        for path in FILES
+        if not name_of(path).startswith(KNOW_PARTS)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if PARTS.search(line)
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert PARTS.search((PACKAGE / "architectures/mask_rcnn.py").read_text())
+
+
+# Imports inside functions keep `giantdet --help` fast; elsewhere they hide what a file depends on.
+LATE = {"cli.py", "commands.py", "__init__.py"}
+HEAVY = ("deepspeed", "timm", "torch", "matplotlib", "resource")
+
+
+def test_no_imports_inside_functions() -> None:
+    wrong = []
+    for name, tree in trees():
+        if name in LATE or name.startswith("tools/"):
+            continue
+        for function in ast.walk(tree):
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for line, module in imports(name, ast.Module(body=function.body, type_ignores=[])):
+                    if not module.startswith(HEAVY):
+                        wrong.append(f"{name}:{line} imports {module} in {function.name}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -1,7 +1,6 @@
 """Where the reference implementations differ: one frozen dataclass, made here once and handed down.
 
-Sources: detectron2 0.6 (`anchor_generator.py`, `rpn.py`, `fast_rcnn.py`, `mask_ops.py`) and torchvision 0.25
-(`models/detection/`).
+Sources: detectron2 0.6 (`modeling/`, `layers/mask_ops.py`) and torchvision 0.25 (`models/detection/`).
 """
 
 from __future__ import annotations
