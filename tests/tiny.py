@@ -10,11 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from patience import Patience
+from ranks import Forked, Nursery, Order
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -104,6 +107,9 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
+ENVIRONMENT = environment()  # before any test has changed one for itself
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -135,57 +141,82 @@ class Ended(NamedTuple):
     err: str
 
 
-def launch(script: Path, world: int, *arguments: object, timeout: float = 400.0) -> list[Ended]:
+Command = tuple[Sequence[str], dict[str, str]]
+Process = subprocess.Popen[bytes] | Forked
+
+
+def launch(script: Path, world: int, *arguments: object, fresh: bool = False) -> list[Ended]:
     """Run `script` as `world` ranks, and what each left behind.
 
-    A rank that fails ends the others after a moment, as a launcher does. AssertionError on a time-out.
+    Each is a real process: forked from one that has imported what ranks need, or with `fresh` a new
+    interpreter. A rank that fails ends the others after a moment, as a launcher does. AssertionError where
+    they hang.
     """
     group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(script), *map(str, arguments)]
     ranks = [environment(RANK=str(r), LOCAL_RANK=str(r), **group) for r in range(world)]
-    return run_together([(command, rank) for rank in ranks], timeout)
+    return run_together([(command, rank) for rank in ranks], fresh)
 
 
-def run_together(
-    commands: Sequence[tuple[Sequence[str], dict[str, str]]], timeout: float = 240.0
-) -> list[Ended]:
+def run_together(commands: Sequence[Command], fresh: bool = True) -> list[Ended]:
     """Run commands in their environments at the same time, and what each left behind.
 
-    One that fails ends the others after a moment. AssertionError on a time-out.
+    Without `fresh`, scripts are forked as in `launch`. One that fails ends the others after a moment.
+    AssertionError where they hang.
     """
-    with ExitStack() as stack:
-        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in "oe"] for _ in commands]
-        processes = [
-            subprocess.Popen(
-                command,
-                env=variables,
-                cwd=REPO,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,  # so that what a process starts, a compiler say, ends with it
-            )
-            for (command, variables), (out, err) in zip(commands, files, strict=True)
-        ]
-        in_time = _wait(processes, timeout)
-        for file in (file for pair in files for file in pair):
-            file.seek(0)
-        texts = [[file.read() for file in pair] for pair in files]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [[Path(folder, f"{i}.{name}") for name in ("out", "err")] for i in range(len(commands))]
+        processes = []
+        for number, (command, (out, err)) in enumerate(zip(commands, files, strict=True)):
+            processes.append(_start(command, out, err, None if fresh else number))
+        hung = not _wait(processes)
+        texts = [[file.read_text(errors="replace") for file in pair] for pair in files]
     results = [Ended(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
-    assert in_time, f"{Path(commands[0][0][1]).name} hung for {timeout:.0f} s\n{logs(results)}"
+    assert not hung, f"{Path(commands[0][0][1]).name} hung\n{logs(results)}"
     return results
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> bool:
-    end = time.monotonic() + timeout
-    while any(process.poll() is None for process in ranks):
-        if any(process.returncode for process in ranks):
-            end = min(end, time.monotonic() + 15)
-        if time.monotonic() > end:
-            failed = any(process.returncode for process in ranks)
-            for process in ranks:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+@cache
+def _nursery(number: int) -> Nursery:
+    """The first or the second one, started when it is needed first.
+
+    Neighbouring ranks come from two, and so have two hash seeds as processes have that are started: where
+    ranks walk through a set each in an order of its own, they hang here as they would hang there.
+    """
+    return Nursery(ENVIRONMENT)
+
+
+def _start(command: Command, out: Path, err: Path, number: int | None) -> Process:
+    """As a new interpreter, or as the fork of this number."""
+    words, variables = command
+    if number is not None:
+        source = _nursery(number % 2)
+        if source.can_run(words, variables):
+            return source.start(Order(words, variables, str(out), str(err)))
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        return subprocess.Popen(
+            words,
+            env=variables,
+            cwd=REPO,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,  # so that what a process starts, a compiler say, ends with it
+        )
+
+
+def _wait(ranks: Sequence[Process]) -> bool:
+    """Wait for their ends; False where they hung and were killed."""
+    patience, failed = Patience(rank.pid for rank in ranks), False
+    while any(rank.poll() is None for rank in ranks):
+        if not failed and any(rank.returncode for rank in ranks):
+            # The others may be on their way to their own ends, or wait for the one that failed.
+            patience, failed = Patience((rank.pid for rank in ranks), still=15.0, limit=300.0), True
+        if patience.has_ended():
+            for rank in ranks:
+                if rank.poll() is None:
+                    os.killpg(rank.pid, signal.SIGKILL)
+            while any(rank.poll() is None for rank in ranks):
+                time.sleep(0.01)
             return failed  # not a hang of its own: the others waited for the one that failed
         time.sleep(0.05)
     return True
@@ -198,9 +229,9 @@ def logs(results: list[Ended]) -> str:
     )
 
 
-def launch_ok(script: Path, world: int, *arguments: object, timeout: float = 400.0) -> list[Ended]:
+def launch_ok(script: Path, world: int, *arguments: object, fresh: bool = False) -> list[Ended]:
     """`launch`, and every rank must end with exit code 0."""
-    results = launch(script, world, *arguments, timeout=timeout)
+    results = launch(script, world, *arguments, fresh=fresh)
     assert all(end.code == 0 for end in results), logs(results)
     return results
 

@@ -41,7 +41,7 @@ def _train(folder: Path, demo_data: Path, tiny_export: Path) -> None:
             files += test_resume.write_first(resume, demo_data)
         if number == test_resume.SECOND_LAUNCH:
             files += test_resume.write_second(resume, demo_data)
-        ended = launch_ok(WORKER, ranks, *files, timeout=300)
+        ended = launch_ok(WORKER, ranks, *files)
         (folder / f"{number}.err").write_text(ended[0].err)
 
 

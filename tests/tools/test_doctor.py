@@ -66,7 +66,7 @@ def _two(*commands: list[str], **rank_1: str) -> list[Ended]:
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     more: list[dict[str, str]] = [{}, rank_1]
     ranks = [environment(RANK=str(r), LOCAL_RANK=str(r), **group) | more[r] for r in range(2)]
-    return run_together(list(zip(commands, ranks, strict=True)), timeout=120)
+    return run_together(list(zip(commands, ranks, strict=True)))
 
 
 def test_two_ranks_that_are_well(tmp_path: Path) -> None:

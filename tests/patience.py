@@ -1,0 +1,57 @@
+"""When to give up on processes: when they stand still, and not when they are slow.
+
+On a busy machine everything takes many times as long as on an idle one, and no number of seconds of a clock
+tells a hang from that. What hangs uses no CPU time; what is slow uses the little that it gets.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+# Of one core: below what a working process gets where forty share two, above what waiting with an eye on the
+# clock takes, as launchers do.
+WORKING = 0.02
+STILL = 120.0  # seconds
+LIMIT = 1500.0  # seconds, for what goes round in circles; below pytest's own time-out
+
+
+class Patience:
+    """Ends when processes, with all that they have started, have stood still for a while."""
+
+    def __init__(self, pids: Iterable[int], still: float = STILL, limit: float = LIMIT) -> None:
+        self.pids, self.still = set(pids), still
+        self.end = time.monotonic() + limit
+        self.looked = self.since = time.monotonic()
+        self.used = cpu_seconds(self.pids)
+
+    def has_ended(self) -> bool:
+        now = time.monotonic()
+        if now - self.looked < 0.5:
+            return False
+        self.looked = now
+        used = cpu_seconds(self.pids)
+        # Less than before: something ended that nobody waited for, and that is no standing still either.
+        if abs(used - self.used) > WORKING * self.still:
+            self.since, self.used = now, used
+        return now - self.since > self.still or now > self.end
+
+
+def cpu_seconds(pids: set[int]) -> float:
+    """CPU time of processes, of those in their sessions, and of all descendants, ended ones too."""
+    rows = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            parent, session = int(fields[1]), int(fields[3])
+            rows[int(entry.name)] = parent, session, sum(map(int, fields[11:15]))
+    found = {pid for pid, (_, session, _) in rows.items() if pid in pids or session in pids}
+    while more := {pid for pid, (parent, _, _) in rows.items() if parent in found} - found:
+        found |= more
+    return TICK * sum(rows[pid][2] for pid in found)
