@@ -6,6 +6,7 @@ from typing import Any
 
 from giantdet.architectures.base import Architecture, total_loss
 from giantdet.architectures.mask_rcnn import MaskRcnn
+from giantdet.architectures.retinanet import RetinaNet
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.layers.norm import apply_norm
@@ -14,6 +15,7 @@ __all__ = ["MODELS", "Architecture", "build_model", "total_loss"]
 
 MODELS: dict[str, Any] = {
     "mask_rcnn": MaskRcnn,
+    "retinanet": RetinaNet,
 }
 
 

@@ -8,11 +8,13 @@ from pydantic import Discriminator, Tag
 
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.architectures.retinanet import RetinaNetConfig
 
 __all__ = ["DEFAULT", "SECTIONS", "ArchitectureConfig", "ModelConfig"]
 
 SECTIONS: dict[str, type[ArchitectureConfig]] = {
     "mask_rcnn": MaskRcnnConfig,
+    "retinanet": RetinaNetConfig,
 }
 DEFAULT = "mask_rcnn"
 

@@ -1,0 +1,77 @@
+"""The `model` section of RetinaNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from giantdet.config.architectures.common import ArchitectureConfig, FpnConfig, NormPart
+from giantdet.config.section import Fraction, PositiveFloat, PositiveInt, Section
+
+
+class RetinaHeadConfig(Section):
+    """Two towers of convolutions over P3 to P7: class scores and boxes of every anchor."""
+
+    convs: Annotated[int, Field(ge=0)] = 4
+    """3x3 convolutions in each tower."""
+    norm: Literal["none", "batch", "layer"] = "none"
+    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    """Side of the square anchor on P3 to P7, pixels."""
+    anchor_scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+    """Each level has anchors of its size times each of these."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """height / width."""
+    iou_low: Fraction = 0.4
+    iou_high: Fraction = 0.5
+    """Anchors between the two are ignored."""
+    focal_alpha: Fraction = 0.25
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    prior: Fraction = 0.01
+    """Score of every class at the start."""
+    smooth_l1_beta: Annotated[float, Field(ge=0)] = 0.0
+    """Where the box loss turns from a square to a line; 0 is plain L1."""
+    pre_nms: PositiveInt = 1000
+    """Best (anchor, class) pairs of each level that enter NMS."""
+    score_threshold: Fraction = 0.05
+    nms_iou: Fraction = 0.5
+    detections: PositiveInt = 100
+    """Detections an image."""
+
+
+class RetinaNetConfig(ArchitectureConfig):
+    """RetinaNet (Lin et al. 2017), with detectron2's choices."""
+
+    type: Literal["retinanet"]
+    conventions: Literal["detectron2"] = "detectron2"
+    fpn: FpnConfig = FpnConfig()
+    extra_levels_from: Literal["c5", "p5"] | None = None
+    """What P6 is made of: the backbone's last map, or the pyramid's. None: C5, or P5 over a plain ViT, whose
+    one map has stride 16."""
+    head: RetinaHeadConfig = RetinaHeadConfig()
+    loss_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of the running mean of positive anchors, by which losses are divided."""
+    loss_normalizer: PositiveFloat = 100.0
+    """Where that running mean starts."""
+
+    def problems(self) -> Iterator[str]:
+        """See `ArchitectureConfig.problems`."""
+        head = self.head
+        if len(head.anchor_sizes) != 5 or min(head.anchor_sizes) <= 0:
+            yield f"head.anchor_sizes must be 5 positive numbers, for P3 to P7, got {list(head.anchor_sizes)}"
+        for name, values in (("anchor_scales", head.anchor_scales), ("anchor_ratios", head.anchor_ratios)):
+            if not values or min(values) <= 0:
+                yield f"head.{name} must be positive numbers, got {list(values)}"
+        if head.iou_low > head.iou_high:
+            yield f"head.iou_low ({head.iou_low}) must not exceed iou_high ({head.iou_high})"
+        if not 0 < head.prior < 1:
+            yield f"head.prior must lie between 0 and 1, got {head.prior}"
+        yield from super().problems()
+
+    def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
+        """See `ArchitectureConfig.batch_norms`."""
+        return {
+            "fpn": ("model.fpn", self.fpn.norm == "batch"),
+            "heads": ("model.head", self.head.norm == "batch"),
+        }
