@@ -259,7 +259,7 @@ def _one_liners(error: ValidationError, block: dict[str, Any]) -> list[str]:
         names = [str(part) for part in location]
         if kind.startswith("union_tag"):
             location, kind = ("model", "type"), "literal_error"
-            context = {"expected": ", ".join(f"'{name}'" for name in SECTIONS)}
+            context = {"expected": " or ".join(f"'{name}'" for name in SECTIONS)}
         if kind in ("extra_forbidden", "missing"):
             path = ".".join(["giantdet", *names])
             if kind == "missing":
