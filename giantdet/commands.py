@@ -116,11 +116,11 @@ def run_predict(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     from giantdet.checkpoint.files import newest
-    from giantdet.config.load import load_run
+    from giantdet.config.resolved import load_resolved
     from giantdet.data.dataset import open_dataset
     from giantdet.export import export_checkpoint, export_config
 
-    run = load_run(options.run / "config.json")
+    run = load_resolved(options.run / "config.json")
     if run.giantdet.data.train is None:
         raise InputError(f"{options.run / 'config.json'}: no data.train, which names the classes")
     dataset = open_dataset(run.giantdet.data.train)
@@ -133,15 +133,15 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_precise_bn(options: argparse.Namespace) -> None:
-    from giantdet.config.load import load_run
     from giantdet.config.resolve import check_data
+    from giantdet.config.resolved import load_resolved
     from giantdet.data.dataset import open_dataset
     from giantdet.data.loader import train_loader
     from giantdet.distributed import comm
     from giantdet.export import export_model, load_detector
     from giantdet.tools.precise_bn import bn_images, reestimate
 
-    run = load_run(options.run / "config.json")
+    run = load_resolved(options.run / "config.json")
     check_data(run, ["train"])
     data = run.giantdet.data
     assert data.train is not None

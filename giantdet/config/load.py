@@ -12,19 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from giantdet.config import deepspeed_keys as ds
-from giantdet.config.checks import all_paths, check_deepspeed, nearest, parse_giantdet, show
+from giantdet.config.checks import check_deepspeed, parse_giantdet, show
+from giantdet.config.deepspeed import DeepSpeedConfig
+from giantdet.config.names import all_paths, nearest
 from giantdet.config.types import GiantdetConfig
+from giantdet.config.unsupported import UNSUPPORTED
 from giantdet.errors import ConfigError
 
 __all__ = ["ConfigError", "RunConfig", "load_run", "parse_run"]
 
 OWN_KEYS = ("giantdet", "about", "$schema")
+DEEPSPEED_KEYS = tuple(DeepSpeedConfig.model_fields)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. `deepspeed` is what `deepspeed.initialize(config=...)` takes; do not change it in place."""
+    """One checked run; `deepspeed` is DeepSpeed's half of the JSON. Do not change it in place."""
 
     giantdet: GiantdetConfig
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -50,10 +53,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
     """The checked run of an already parsed JSON object. Raises ConfigError."""
-    known = [*ds.KEYS, *OWN_KEYS]
+    known = [*DEEPSPEED_KEYS, *OWN_KEYS]
     for key in raw:
-        if key in ds.UNSUPPORTED:
-            raise ConfigError(f"{key} {ds.UNSUPPORTED[key]}")
+        if key in UNSUPPORTED:
+            raise ConfigError(f"{key} {UNSUPPORTED[key]}")
         if key not in known:
             where = " (it belongs into the giantdet block)" if key in GiantdetConfig.model_fields else ""
             raise ConfigError(f"unknown key {key}{where}{nearest(key, [*known, *all_paths()])}")
@@ -121,7 +124,7 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             raise ConfigError(f"override {override!r} is not of the form key=value, as in train.steps=100")
         if parts[0] in GiantdetConfig.model_fields:
             parts.insert(0, "giantdet")
-        elif parts[0] not in ds.KEYS and parts[0] not in (*OWN_KEYS, *ds.UNSUPPORTED):
+        elif parts[0] not in DEEPSPEED_KEYS and parts[0] not in (*OWN_KEYS, *UNSUPPORTED):
             raise ConfigError(f"override {override!r}: unknown key {key}{nearest(key, all_paths())}")
         key = ".".join(parts)
         if key in given:

@@ -9,20 +9,30 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from giantdet.config import deepspeed_keys as ds
-from giantdet.config import plugins
-from giantdet.config.checks import canonical_name, nearest
+from giantdet.config.checks import canonical_name
+from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
+from giantdet.config.names import nearest
+from giantdet.config.optimizers import OPTIMIZERS
+from giantdet.config.resolved import ResolvedRun
+from giantdet.config.schedulers import SCHEDULERS
 from giantdet.config.types import GiantdetConfig
 from giantdet.errors import ConfigError
 
-BATCH, MICRO, ACCUMULATION = ds.AUTO_BATCH
+BATCH, MICRO, ACCUMULATION = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+# Blocks in which DeepSpeed reads "auto" as "not given".
+AUTO_BLOCKS = [
+    name for name, field in DeepSpeedConfig.model_fields.items() if isinstance(field.default, AutoSection)
+]
 
 
 def resolve(
@@ -31,7 +41,7 @@ def resolve(
     train_images: int | None = None,
     num_classes: int | None = None,
     has_gpu: bool = True,
-) -> RunConfig:
+) -> ResolvedRun:
     """The run with every "auto" replaced and every default that matters made explicit.
 
     world_size: number of data-parallel processes. train_images, num_classes: of the training set;
@@ -44,7 +54,7 @@ def resolve(
     batch, micro, accumulation = solve_batch(deepspeed, world_size)
     deepspeed |= {BATCH: batch, MICRO: micro, ACCUMULATION: accumulation}
 
-    for block in ds.AUTO_BLOCKS:
+    for block in AUTO_BLOCKS:
         if block in deepspeed:
             deepspeed[block] = _without_auto(deepspeed[block])
     # DeepSpeed clips at 1.0 unless told otherwise; detectron2 does not clip.
@@ -89,7 +99,7 @@ def resolve(
         classes = num_classes if declared == "auto" else declared
         model = giantdet.model.model_copy(update={"num_classes": classes})
         giantdet = giantdet.model_copy(update={"model": model})
-    return replace(run, giantdet=giantdet, deepspeed=deepspeed)
+    return ResolvedRun(giantdet, deepspeed, run.about, run.path)
 
 
 def describe(run: RunConfig) -> str:
@@ -129,7 +139,7 @@ def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, i
 
     Raises ConfigError with the nearest batch that is possible.
     """
-    given = [deepspeed.get(key, "auto") for key in ds.AUTO_BATCH]
+    given = [deepspeed.get(key, "auto") for key in (BATCH, MICRO, ACCUMULATION)]
     batch, micro, accumulation = (None if value == "auto" else int(value) for value in given)
     if batch is None and micro is None:
         raise ConfigError(f"give {BATCH} or {MICRO}; the other one is solved for the number of processes")
@@ -200,10 +210,11 @@ def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> Giantdet
     ratio = deepspeed[BATCH] / scaling.reference_batch
     factor = ratio if scaling.rule == "linear" else math.sqrt(ratio)
     scheduler = deepspeed.get("scheduler", {}).get("params", {})
+    rates = SCHEDULERS[_name(deepspeed["scheduler"], SCHEDULERS)].LRS if "scheduler" in deepspeed else ()
     if scheduler.get("warmup_min_ratio") == "auto":
         # MegDet's warmup: from the reference's LR up to the batch's.
         scheduler["warmup_min_ratio"] = min(1.0, 1.0 / factor)
-    for block, keys in ((params, ("lr",)), (scheduler, plugins.SCHEDULER_LRS)):
+    for block, keys in ((params, ("lr",)), (scheduler, rates)):
         for key in keys:
             if isinstance(block.get(key), int | float):
                 block[key] = block[key] * factor
@@ -262,9 +273,7 @@ def _without_auto(block: Any) -> Any:
 
 def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
     optimizer = deepspeed["optimizer"]
-    name = canonical_name(optimizer["type"], plugins.OPTIMIZERS)
-    assert name is not None
-    optimizer["type"] = name
+    name = optimizer["type"] = _name(optimizer, OPTIMIZERS)
     params = optimizer.setdefault("params", {})
     adam = name in ("Adam", "AdamW")
     zero = deepspeed.get("zero_optimization", {})
@@ -272,7 +281,7 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
     if adam and (offload == "none" or not has_gpu):
         # DeepSpeed's own Adams are compiled at the first use, with nvcc on a GPU; torch's need nothing.
         params.setdefault("torch_adam", True)
-    if name in plugins.WHOLE_WEIGHT_OPTIMIZERS and zero.get("stage", 0) > 0:
+    if OPTIMIZERS[name].WHOLE_WEIGHTS and zero.get("stage", 0) > 0:
         raise ConfigError(
             f"optimizer.type: {name} works on whole weights, which zero_optimization.stage {zero['stage']} "
             "takes apart; set the stage to 0, or use AdamW, SGD or Lion"
@@ -287,36 +296,39 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
 def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None, images: int | None) -> None:
     """Turn lengths into steps, fill in what depends on the run's, and what silent defaults would spoil."""
     scheduler = deepspeed["scheduler"]
-    name = canonical_name(scheduler["type"], plugins.SCHEDULERS)
-    assert name is not None
-    scheduler["type"] = name
-    params, spec = scheduler.setdefault("params", {}), plugins.SCHEDULERS[name]
-    ours = name not in plugins.DEEPSPEED_SCHEDULERS
-    if "warmup_num_steps" in spec:
-        params.setdefault("warmup_num_steps", "auto" if ours else 1000)
-    if "total_num_steps" in spec:
-        params.setdefault("total_num_steps", "auto")
+    name = scheduler["type"] = _name(scheduler, SCHEDULERS)
+    section = SCHEDULERS[name]
+    params, fields = scheduler.setdefault("params", {}), section.model_fields
+    # Defaults that surprise are shown, and so is what depends on the run.
+    for key in ("warmup_num_steps", "total_num_steps", "warmup_type"):
+        if key in fields:
+            params.setdefault(key, fields[key].default)
+    if not section.FROM_DEEPSPEED:
+        params.setdefault("warmup_min_ratio", "auto")
     if steps is not None:
         if params.get("total_num_steps") == "auto":
             params["total_num_steps"] = steps
         if params.get("warmup_num_steps") == "auto":
             params["warmup_num_steps"] = max(1, min(500, round(0.05 * steps)))
-    for key, value in params.items():
-        if spec[key] == plugins.LENGTH and value != "auto":
-            params[key] = to_steps(value, deepspeed[BATCH], images)
-    if name == "WarmupMultiStepLR":
+    for key in section.LENGTHS:
+        if params.get(key, "auto") not in (None, "auto"):
+            params[key] = to_steps(params[key], deepspeed[BATCH], images)
+    if "milestones" in params:
         _resolve_milestones(params, deepspeed[BATCH], images)
-    if not name.startswith("Warmup"):
-        return
-    # DeepSpeed's default surprises, so it is shown.
-    params.setdefault("warmup_type", "linear" if ours else "log")
-    if params.get("warmup_min_ratio", "auto" if ours else 0.0) == "auto":
-        params["warmup_min_ratio"] = 1e-3 if ours else 0.0  # detectron2's and mmdetection's; DeepSpeed's
+    if params.get("warmup_min_ratio") == "auto":
+        params["warmup_min_ratio"] = 0.0 if section.FROM_DEEPSPEED else 1e-3
     if params.get("warmup_min_lr") == "auto":
         params["warmup_min_lr"] = 0.0
     if params.get("warmup_max_lr") == "auto" or (name == "WarmupDecayLR" and "warmup_max_lr" not in params):
         # DeepSpeed's default for the latter is 0.001, whatever the optimizer's LR.
         params["warmup_max_lr"] = deepspeed["optimizer"]["params"]["lr"]
+
+
+def _name(block: dict[str, Any], known: Mapping[str, Any]) -> str:
+    """The block's type as it is spelt in `known`."""
+    name = canonical_name(block["type"], known)
+    assert name is not None
+    return name
 
 
 def _resolve_milestones(params: dict[str, Any], batch: int, images: int | None) -> None:

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-from giantdet.config.lengths import LENGTH_PATTERN
+from giantdet.config.lengths import LENGTH_PATTERN, LENGTH_WORDS, is_length
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Length = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=LENGTH_PATTERN)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+def wish(text: str) -> PydanticCustomError:
+    """The error of a field's validator whose message is "PATH must be TEXT, got VALUE"."""
+    return PydanticCustomError("wish", text.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""An integer, also written as a float without a fraction, such as 5e8."""
+
+
+def _length(value: Any) -> int | str:
+    if not is_length(value) or (not isinstance(value, str) and value < 0):
+        raise wish(LENGTH_WORDS)
+    return value if isinstance(value, str) else int(value)
+
+
+def _period(value: int | str) -> int | str:
+    if value == 0:
+        raise wish("at least 1 step")
+    return value
+
+
+_LENGTH_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": LENGTH_PATTERN}]
+}
+Length = Annotated[int | str, BeforeValidator(_length), WithJsonSchema(_LENGTH_SCHEMA)]
 """Steps, or a text like "2 epochs" or "90000 images" (config/lengths.py)."""
+Period = Annotated[
+    int | str,
+    BeforeValidator(lambda value: _period(_length(value))),
+    WithJsonSchema(_LENGTH_SCHEMA),
+]
+"""A length that is divided by, and therefore not 0."""
 
 
 class Section(BaseModel):
@@ -26,3 +64,7 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    def given(self) -> dict[str, Any]:
+        """The values that were given, without defaults, for JSON."""
+        return self.model_dump(mode="json", exclude_unset=True)

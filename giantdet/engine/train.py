@@ -18,6 +18,7 @@ from giantdet.architectures import Architecture, total_loss
 from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
+from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import Dataset, check_categories, open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
@@ -40,7 +41,7 @@ logger = logging.getLogger("giantdet")
 class Training:
     """A run with everything that it is made of, ready for its first step."""
 
-    run: RunConfig
+    run: ResolvedRun
     device: torch.device
     dataset: Dataset
     validation: Dataset | None
@@ -106,26 +107,24 @@ def prepare(run: RunConfig) -> Training:
     if validation is not None:
         check_categories(validation, dataset.category_ids, data.train.annotations)
     images = len(dataset.training_indices(data.filter_empty))
-    run = resolve(run, comm.world_size(), images, dataset.num_classes, device.type == "cuda")
-    config, output = run.giantdet, Path(run.giantdet.train.output)
+    resolved = resolve(run, comm.world_size(), images, dataset.num_classes, device.type == "cuda")
+    config, output = resolved.giantdet, Path(resolved.giantdet.train.output)
     if comm.is_main():
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").write_text(describe(run) + "\n")
+        (output / "config.json").write_text(describe(resolved) + "\n")
     comm.barrier()
 
     set_determinism(config.train.deterministic)
-    model = zero.build(run, run.deepspeed["train_micro_batch_size_per_gpu"])
-    announce(run, model, device)
-    engine = zero.initialize(model, run)
+    model = zero.build(resolved, resolved.batch.micro)
+    announce(resolved, model, device)
+    engine = zero.initialize(model, resolved)
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
     ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
     checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema)
     first_step = checkpoints.resume() if config.train.resume else 0
     if first_step and comm.is_main():
         print(f"going on after step {first_step} from {checkpoints.folder}", flush=True)
-    return Training(
-        run, device, dataset, validation, model, engine, agvm, ema, checkpoints, first_step
-    )  # fmt: skip
+    return Training(resolved, device, dataset, validation, model, engine, agvm, ema, checkpoints, first_step)
 
 
 def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scores:
@@ -135,15 +134,13 @@ def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scor
     scores.json of the evaluation, export/ (safetensors). `after_step` is called after every optimizer step.
     """
     training = prepare(run)
-    run, engine, model, agvm = training.run, training.engine, training.model, training.agvm
-    config, checkpoints = run.giantdet.train, training.checkpoints
-    micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
-    accumulation = run.deepspeed["gradient_accumulation_steps"]
+    engine, model, agvm, checkpoints = training.engine, training.model, training.agvm, training.checkpoints
+    config, (_, micro_batch, accumulation) = training.run.giantdet.train, training.run.batch
     total_steps = config.steps
     assert total_steps is not None
     batches = train_loader(
         training.dataset,
-        run.giantdet.data,
+        training.run.giantdet.data,
         micro_batch,
         comm.rank(),
         comm.world_size(),
@@ -158,7 +155,7 @@ def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scor
 
     engine.train()
     for step in range(training.first_step + 1, total_steps + 1):
-        zero.set_gradient_clipping(engine, clipping_at(step - 1, run))
+        zero.set_gradient_clipping(engine, clipping_at(step - 1, training.run))
         for micro_step in range(accumulation):
             started = time.perf_counter()
             batch = next(batches).to(training.device)
@@ -210,9 +207,9 @@ def is_due(step: int, every: int, total_steps: int) -> bool:
     return step == total_steps or (every > 0 and step % every == 0)
 
 
-def clipping_at(step: int, run: RunConfig) -> float:
+def clipping_at(step: int, run: ResolvedRun) -> float:
     """The norm that the gradient of a step, counted from 0, is clipped at; 0: not at all."""
-    limit, window = float(run.deepspeed["gradient_clipping"]), run.giantdet.train.clip_window
+    limit, window = run.clipping, run.giantdet.train.clip_window
     return limit if window is None or int(window[0]) <= step <= int(window[1]) else 0.0
 
 
@@ -247,40 +244,36 @@ def progress(training: Training, counters: dict[str, int], skipped: int) -> dict
     return line | (training.agvm.scalars() if training.agvm is not None else {})
 
 
-def announce(run: RunConfig, model: Architecture, device: torch.device) -> None:
+def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> None:
     """Say what is about to happen, once."""
     if not comm.is_main():
         return
-    deepspeed, config = run.deepspeed, run.giantdet
-    micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
-    accumulation = deepspeed["gradient_accumulation_steps"]
-    stage = zero.stage_of(run)
+    config, (total, micro_batch, accumulation) = run.giantdet, run.batch
     print(
-        f"giantdet: {config.model.backbone.name}, {model.num_classes} classes, canvas {config.data.size}, "
-        f"ZeRO-{stage}, {comm.world_size()} ranks on {device.type}, {config.train.steps} steps\n"
-        f"batch {deepspeed['train_batch_size']} = {micro_batch} images x {accumulation} accumulated"
-        f" x {comm.world_size()} ranks\n"
+        f"giantdet: {config.model.type}, {config.model.backbone.name}, {model.num_classes} classes, "
+        f"canvas {config.data.size}, ZeRO-{run.stage}, {comm.world_size()} ranks on {device.type}, "
+        f"{config.train.steps} steps\n"
+        f"batch {total} = {micro_batch} images x {accumulation} accumulated x {comm.world_size()} ranks\n"
         + norm_table(model, micro_batch, accumulation)
         + schedule_line(run)
-        + group_table(zero.groups_of(model, run), deepspeed["optimizer"]["params"]["lr"]),
+        + group_table(zero.groups_of(model, run), run.optimizer.lr),
         flush=True,
     )
 
 
-def schedule_line(run: RunConfig) -> str:
+def schedule_line(run: ResolvedRun) -> str:
     """Optimizer, LR, schedule, clipping and averaging, in a line that ends with a line break."""
-    deepspeed, config = run.deepspeed, run.giantdet
-    optimizer, scheduler = deepspeed["optimizer"], deepspeed.get("scheduler")
-    parts = [f"{optimizer['type']} with LR {optimizer['params']['lr']:.4g}"]
+    config, optimizer, scheduler = run.giantdet, run.optimizer, run.scheduler
+    parts = [f"{optimizer.name} with LR {optimizer.lr:.4g}"]
     if scheduler is None:
         parts.append("constant")
     else:
-        values = ", ".join(f"{key} {value}" for key, value in scheduler["params"].items())
-        parts.append(f"{scheduler['type']} ({values})")
-    if deepspeed["gradient_clipping"]:
+        values = ", ".join(f"{key} {value}" for key, value in scheduler.given().items())
+        parts.append(f"{scheduler.name} ({values})")
+    if run.clipping:
         window = config.train.clip_window
         where = "" if window is None else f" in steps {window[0]} to {window[1]}"
-        parts.append(f"gradients clipped at {deepspeed['gradient_clipping']:g}{where}")
+        parts.append(f"gradients clipped at {run.clipping:g}{where}")
     if config.ema.enabled:
         parts.append(f"weights averaged with decay {config.ema.decay:g}")
     return ", ".join(parts) + "\n"

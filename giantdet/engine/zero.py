@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from giantdet.architectures import Architecture, build_model
-from giantdet.config.load import RunConfig
-from giantdet.config.plugins import TIMM_OPTIMIZERS
+from giantdet.config.resolved import ResolvedRun
+from giantdet.config.schedulers import SchedulerConfig
 from giantdet.distributed import comm
 from giantdet.errors import InputError
 from giantdet.export import load_weights
@@ -27,7 +27,7 @@ from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 log = logging.getLogger("giantdet")
 
 
-def initialize(model: Architecture, run: RunConfig) -> Any:
+def initialize(model: Architecture, run: ResolvedRun) -> Any:
     """`deepspeed.initialize` with the run's JSON and giantdet's named parameter groups.
 
     The engine's optimizer, scheduler, precision and ZeRO stage are what the JSON's DeepSpeed keys say.
@@ -39,7 +39,7 @@ def initialize(model: Architecture, run: RunConfig) -> Any:
     if any(is_deferred(parameter) for parameter in model.parameters()):
         with _refusal_in_one_line():
             partition(model, run)
-    if stage_of(run) == 3 and run.giantdet.model.backbone.compile_blocks:
+    if run.stage == 3 and run.giantdet.model.backbone.compile_blocks:
         # The weights of a compiled block are gathered together before it: no hook stands inside the code.
         for block in blocks_of(run.giantdet.model.backbone, model.backbone.body):
             deepspeed.utils.set_z3_leaf_module(block, True)
@@ -48,17 +48,16 @@ def initialize(model: Architecture, run: RunConfig) -> Any:
         # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
         if parameter.ndim > 1:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    optimizer, scheduler = run.deepspeed["optimizer"], run.deepspeed.get("scheduler")
     groups = groups_of(model, run)
     with _refusal_in_one_line():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,
-            optimizer=optimizer_factory(optimizer["type"], optimizer["params"]),
+            optimizer=optimizer_factory(run.optimizer),
             lr_scheduler=None
-            if scheduler is None
-            else partial(_schedule, scheduler, optimizer["params"]["lr"]),
-            config=deepspeed_config(run),
+            if run.scheduler is None
+            else partial(_schedule, run.scheduler, run.optimizer.lr),
+            config=run.deepspeed_json(),
             dist_init_required=False,
         )
     return engine
@@ -74,10 +73,10 @@ def _refusal_in_one_line() -> Iterator[None]:
         raise InputError(f"DeepSpeed refuses the run's JSON: {text}") from error
 
 
-def build(run: RunConfig, micro_batch: int) -> Architecture:
+def build(run: ResolvedRun, micro_batch: int) -> Architecture:
     """The run's model with its initial weights; at ZeRO-3 the large ones come with `initialize`."""
     config = run.giantdet
-    in_parts = stage_of(run) == 3
+    in_parts = run.stage == 3
     try:
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         with deferred_init(config.train.seed) if in_parts else nullcontext():
@@ -92,7 +91,7 @@ def build(run: RunConfig, micro_batch: int) -> Architecture:
     return model
 
 
-def partition(model: nn.Module, run: RunConfig) -> None:
+def partition(model: nn.Module, run: ResolvedRun) -> None:
     """Hand a deferred model to ZeRO-3 weight by weight: no rank ever holds more of it than its share and one.
 
     `zero.Init` asks the module it is given for its parameters, and partitions each before it takes the next.
@@ -105,46 +104,29 @@ def partition(model: nn.Module, run: RunConfig) -> None:
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             return stream
 
-    deepspeed.zero.Init(module=Stream(), config_dict_or_path=deepspeed_config(run))
+    deepspeed.zero.Init(module=Stream(), config_dict_or_path=run.deepspeed_json())
     device = deepspeed.accelerator.get_accelerator().current_device_name()
     for module in model.modules():  # DeepSpeed leaves those of a partitioned model where they are
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def stage_of(run: RunConfig) -> int:
-    """The run's ZeRO stage."""
-    return int(run.deepspeed.get("zero_optimization", {}).get("stage", 0))
-
-
-def weight_dtype(run: RunConfig) -> torch.dtype:
+def weight_dtype(run: ResolvedRun) -> torch.dtype:
     """The type that the run's weights and activations have."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if run.deepspeed.get(name, {}).get("enabled"):
-            return dtype
-    return torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.precision]
 
 
-def deepspeed_config(run: RunConfig) -> dict[str, Any]:
-    """The JSON's half for DeepSpeed, without the names of what we build: it has special paths for some."""
-    built = {"scheduler"}
-    if run.deepspeed["optimizer"]["type"] in TIMM_OPTIMIZERS:
-        built.add("optimizer")
-    return {key: value for key, value in run.deepspeed.items() if key not in built}
+def _schedule(scheduler: SchedulerConfig, lr: float, optimizer: Any) -> LrSchedule:
+    return LrSchedule(optimizer, lr_function(scheduler, lr), lr, momentum_function(scheduler))
 
 
-def _schedule(scheduler: dict[str, Any], lr: float, optimizer: Any) -> LrSchedule:
-    kind, params = scheduler["type"], scheduler["params"]
-    return LrSchedule(optimizer, lr_function(kind, params, lr), lr, momentum_function(kind, params))
-
-
-def groups_of(model: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
+def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
     """The model's parameter groups with the LR and weight decay of the run's optimizer."""
-    params, chosen = run.deepspeed["optimizer"]["params"], run.giantdet.param_groups
+    optimizer, chosen = run.optimizer, run.giantdet.param_groups
     return parameter_groups(
         model,
-        params.get("weight_decay", 0.0),
-        params["lr"],
+        optimizer.weight_decay,
+        optimizer.lr,
         run.giantdet.agvm.modules,
         chosen.layer_decay,
         chosen.lr_multipliers,

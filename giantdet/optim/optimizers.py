@@ -15,20 +15,16 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from giantdet.config.plugins import TIMM_OPTIMIZERS
+from giantdet.config.optimizers import OptimizerConfig
 
 
-def optimizer_factory(
-    name: str, params: dict[str, Any]
-) -> Callable[[list[dict[str, Any]]], Optimizer] | None:
+def optimizer_factory(config: OptimizerConfig) -> Callable[[list[dict[str, Any]]], Optimizer] | None:
     """What `deepspeed.initialize(optimizer=...)` takes for timm's; None for those that DeepSpeed builds."""
-    if name not in TIMM_OPTIMIZERS:
+    if not config.FROM_TIMM:
         return None
     from timm import optim
 
-    build = getattr(optim, name)
-    if name == "Lamb":
-        params = {**params, "max_grad_norm": None}  # gradient_clipping is DeepSpeed's business
-    if "betas" in params:
-        params = {**params, "betas": tuple(params["betas"])}
+    build, params = getattr(optim, config.name), config.model_dump(exclude_unset=True)
+    if config.name == "Lamb":
+        params["max_grad_norm"] = None  # gradient_clipping is DeepSpeed's business
     return lambda groups: build(groups, **params)

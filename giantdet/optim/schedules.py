@@ -14,33 +14,58 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from giantdet.config.schedulers import (
+    LRRangeTest,
+    OneCycle,
+    SchedulerConfig,
+    WarmupConfig,
+    WarmupCosineDecayLR,
+    WarmupCosineLR,
+    WarmupDecayLR,
+    WarmupLR,
+    WarmupMultiStepLR,
+    WarmupPolyLR,
+)
 
 OfStep = Callable[[int], float]
 
 
-def lr_function(kind: str, params: dict[str, Any], lr: float) -> OfStep:
-    """The LR at optimizer step 0, 1, 2, ... where the optimizer's own is `lr`; params are resolved."""
-    return _BUILDERS[kind](params, lr)
+def lr_function(scheduler: SchedulerConfig, lr: float) -> OfStep:
+    """The LR at optimizer step 0, 1, 2, ... where the optimizer's own is `lr`; the section is resolved."""
+    return _BUILDERS[type(scheduler)](scheduler, lr)
 
 
-def momentum_function(kind: str, params: dict[str, Any]) -> OfStep | None:
+def momentum_function(scheduler: SchedulerConfig) -> OfStep | None:
     """Adam's first beta over the steps for a OneCycle that cycles it; None for all others."""
-    if kind != "OneCycle" or not params.get("cycle_momentum", True):
+    if not isinstance(scheduler, OneCycle) or not scheduler.cycle_momentum:
         return None
-    low, high = params.get("cycle_min_mom", 0.8), params.get("cycle_max_mom", 0.9)
-    rate, size = params.get("decay_mom_rate", 0.0), params.get("decay_step_size", 0)
-    cycle, position = _one_cycle(params)
+    low, high = scheduler.cycle_min_mom, scheduler.cycle_max_mom
+    rate, size = scheduler.decay_mom_rate, _steps(scheduler.decay_step_size)
+    cycle, position = _one_cycle(scheduler)
 
     def momentum(step: int) -> float:
         if step == 0:
-            return float(low)  # DeepSpeed's start, before it turns to the other end
+            return low  # DeepSpeed's start, before it turns to the other end
         if step <= cycle:
-            return float(high - (high - low) * position(step))
-        return float(high * (1 + rate * (step - cycle) / size)) if size else float(high)
+            return high - (high - low) * position(step)
+        return high * (1 + rate * (step - cycle) / size) if size else high
 
     return momentum
+
+
+def _steps(length: int | str | None) -> int:
+    """A length of a resolved section."""
+    assert isinstance(length, int), f"{length!r} is not resolved"
+    return length
+
+
+def _number(value: float | str) -> float:
+    """A number of a resolved section."""
+    assert not isinstance(value, str), f"{value!r} is not resolved"
+    return value
 
 
 class LrSchedule:
@@ -82,10 +107,10 @@ class LrSchedule:
 # Ours
 
 
-def _warmed(params: dict[str, Any], lr: float, decay: OfStep) -> OfStep:
+def _warmed(scheduler: WarmupConfig, lr: float, decay: OfStep) -> OfStep:
     """The warmup's factor times the decay's, which knows the step alone, as detectron2 combines them."""
-    length = params.get("warmup_num_steps", 0)
-    kind, least = params.get("warmup_type", "linear"), params.get("warmup_min_ratio", 1e-3)
+    length = _steps(scheduler.warmup_num_steps)
+    kind, least = scheduler.warmup_type, _number(scheduler.warmup_min_ratio)
 
     def function(step: int) -> float:
         if step >= length:
@@ -97,44 +122,50 @@ def _warmed(params: dict[str, Any], lr: float, decay: OfStep) -> OfStep:
     return function
 
 
-def _progress(params: dict[str, Any]) -> OfStep:
+def _progress(scheduler: WarmupCosineDecayLR | WarmupPolyLR) -> OfStep:
     """0 at the warmup's end to 1 at the last step's end."""
-    first, last = params.get("warmup_num_steps", 0), params["total_num_steps"]
+    first, last = _steps(scheduler.warmup_num_steps), _steps(scheduler.total_num_steps)
     return lambda step: min(1.0, max(0.0, (step - first) / max(1, last - first)))
 
 
-def _multi_step(params: dict[str, Any], lr: float) -> OfStep:
-    milestones: Sequence[int] = params["milestones"]
-    gamma = params.get("gamma", 0.1)
+def _multi_step(scheduler: WarmupMultiStepLR, lr: float) -> OfStep:
+    milestones = [_steps(milestone) for milestone in scheduler.milestones]
+    gamma = scheduler.gamma
     gammas = gamma if isinstance(gamma, list) else [gamma] * len(milestones)
     factors = [math.prod(gammas[:passed]) for passed in range(len(milestones) + 1)]
-    return _warmed(params, lr, lambda step: factors[bisect_right(milestones, step)])
+    return _warmed(scheduler, lr, lambda step: factors[bisect_right(milestones, step)])
 
 
-def _cosine_decay(params: dict[str, Any], lr: float) -> OfStep:
-    least, progress = params.get("min_ratio", 0.0), _progress(params)
-    return _warmed(params, lr, lambda s: least + (1 - least) * (1 + math.cos(math.pi * progress(s))) / 2)
+def _cosine_decay(scheduler: WarmupCosineDecayLR, lr: float) -> OfStep:
+    least, progress = scheduler.min_ratio, _progress(scheduler)
+    return _warmed(scheduler, lr, lambda s: least + (1 - least) * (1 + math.cos(math.pi * progress(s))) / 2)
 
 
-def _poly(params: dict[str, Any], lr: float) -> OfStep:
-    least, power, progress = params.get("min_ratio", 0.0), params.get("power", 0.9), _progress(params)
-    return _warmed(params, lr, lambda s: least + (1 - least) * (1 - progress(s)) ** power)
+def _poly(scheduler: WarmupPolyLR, lr: float) -> OfStep:
+    least, power, progress = scheduler.min_ratio, scheduler.power, _progress(scheduler)
+    return _warmed(scheduler, lr, lambda s: least + (1 - least) * (1 - progress(s)) ** power)
 
 
 # DeepSpeed's, whose count is one behind: it steps its schedulers after the optimizer, from -1.
 
 
-def _gamma(params: dict[str, Any]) -> tuple[int, OfStep]:
+def _gamma(scheduler: WarmupLR | WarmupDecayLR | WarmupCosineLR) -> tuple[int, OfStep]:
     """The warmup's length and its progress from 0 to 1."""
-    length = max(2, params.get("warmup_num_steps", 1000))
-    if params.get("warmup_type", "log") == "log":
+    length = max(2, _steps(scheduler.warmup_num_steps))
+    if scheduler.warmup_type == "log":
         return length, lambda i: math.log(i + 1) / math.log(length)
     return length, lambda i: i / length
 
 
-def _warmup(params: dict[str, Any], lr: float) -> OfStep:
-    low, high = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr", lr)
-    length, gamma = _gamma(params)
+def _between(scheduler: WarmupLR | WarmupDecayLR, lr: float) -> tuple[float, float]:
+    """The LRs at the warmup's start and end."""
+    high = scheduler.warmup_max_lr
+    return _number(scheduler.warmup_min_lr), lr if high is None else _number(high)
+
+
+def _warmup(scheduler: WarmupLR, lr: float) -> OfStep:
+    low, high = _between(scheduler, lr)
+    length, gamma = _gamma(scheduler)
 
     def function(step: int) -> float:
         i = max(0, step - 1)
@@ -143,9 +174,9 @@ def _warmup(params: dict[str, Any], lr: float) -> OfStep:
     return function
 
 
-def _warmup_decay(params: dict[str, Any], lr: float) -> OfStep:
-    low, high = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr", lr)
-    total, (length, gamma) = params["total_num_steps"], _gamma(params)
+def _warmup_decay(scheduler: WarmupDecayLR, lr: float) -> OfStep:
+    low, high = _between(scheduler, lr)
+    total, (length, gamma) = _steps(scheduler.total_num_steps), _gamma(scheduler)
 
     def function(step: int) -> float:
         i = max(0, step - 1)
@@ -155,9 +186,9 @@ def _warmup_decay(params: dict[str, Any], lr: float) -> OfStep:
     return function
 
 
-def _warmup_cosine(params: dict[str, Any], lr: float) -> OfStep:
-    first, last = params.get("warmup_min_ratio", 0.0), params.get("cos_min_ratio", 1e-4)
-    total, (length, gamma) = params["total_num_steps"], _gamma(params)
+def _warmup_cosine(scheduler: WarmupCosineLR, lr: float) -> OfStep:
+    first, last = _number(scheduler.warmup_min_ratio), scheduler.cos_min_ratio
+    total, (length, gamma) = _steps(scheduler.total_num_steps), _gamma(scheduler)
 
     def function(step: int) -> float:
         i = step - 1
@@ -171,12 +202,12 @@ def _warmup_cosine(params: dict[str, Any], lr: float) -> OfStep:
     return function
 
 
-def _one_cycle(params: dict[str, Any]) -> tuple[int, OfStep]:
+def _one_cycle(scheduler: OneCycle) -> tuple[int, OfStep]:
     """The cycle's length, and the height in it, from 0 up to 1 and down again."""
-    first = params.get("cycle_first_step_size", 2000)
-    second = params.get("cycle_second_step_size", first)
-    stairs = params.get("cycle_first_stair_count", 0)
-    stairs = (stairs, params.get("cycle_second_stair_count", stairs))
+    first = _steps(scheduler.cycle_first_step_size)
+    second = first if scheduler.cycle_second_step_size is None else _steps(scheduler.cycle_second_step_size)
+    up, down = scheduler.cycle_first_stair_count, scheduler.cycle_second_stair_count
+    stairs = (up, up if down is None else down)
 
     def position(step: int) -> float:
         step %= first + second
@@ -188,10 +219,10 @@ def _one_cycle(params: dict[str, Any]) -> tuple[int, OfStep]:
     return first + second, position
 
 
-def _one_cycle_lr(params: dict[str, Any], lr: float) -> OfStep:
-    low, high = params["cycle_min_lr"], params["cycle_max_lr"]
-    rate, size = params.get("decay_lr_rate", 0.0), params.get("decay_step_size", 0)
-    cycle, position = _one_cycle(params)
+def _one_cycle_lr(scheduler: OneCycle, lr: float) -> OfStep:
+    low, high = scheduler.cycle_min_lr, scheduler.cycle_max_lr
+    rate, size = scheduler.decay_lr_rate, _steps(scheduler.decay_step_size)
+    cycle, position = _one_cycle(scheduler)
 
     def function(step: int) -> float:
         if step <= cycle:
@@ -201,19 +232,19 @@ def _one_cycle_lr(params: dict[str, Any], lr: float) -> OfStep:
     return function
 
 
-def _range_test(params: dict[str, Any], lr: float) -> OfStep:
-    low, size = params.get("lr_range_test_min_lr", 1e-3), params.get("lr_range_test_step_size", 2000)
-    rate, stairs = params.get("lr_range_test_step_rate", 1.0), params.get("lr_range_test_staircase", False)
+def _range_test(scheduler: LRRangeTest, lr: float) -> OfStep:
+    low, size = scheduler.lr_range_test_min_lr, _steps(scheduler.lr_range_test_step_size)
+    rate, stairs = scheduler.lr_range_test_step_rate, scheduler.lr_range_test_staircase
     return lambda step: float(low * (1 + rate * (step // size if stairs else step / size)))
 
 
-_BUILDERS: dict[str, Callable[[dict[str, Any], float], OfStep]] = {
-    "WarmupMultiStepLR": _multi_step,
-    "WarmupCosineDecayLR": _cosine_decay,
-    "WarmupPolyLR": _poly,
-    "WarmupLR": _warmup,
-    "WarmupDecayLR": _warmup_decay,
-    "WarmupCosineLR": _warmup_cosine,
-    "OneCycle": _one_cycle_lr,
-    "LRRangeTest": _range_test,
+_BUILDERS: dict[type[SchedulerConfig], Callable[[Any, float], OfStep]] = {
+    WarmupMultiStepLR: _multi_step,
+    WarmupCosineDecayLR: _cosine_decay,
+    WarmupPolyLR: _poly,
+    WarmupLR: _warmup,
+    WarmupDecayLR: _warmup_decay,
+    WarmupCosineLR: _warmup_cosine,
+    OneCycle: _one_cycle_lr,
+    LRRangeTest: _range_test,
 }

@@ -8,15 +8,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from giantdet.architectures import Architecture
-from giantdet.config.load import RunConfig
+from giantdet.config.resolved import ResolvedRun
 from giantdet.errors import InputError
 from giantdet.layers.cgbn import CrossGpuBatchNorm
 
 GIB = 2**30
 # Beside tensors: CUDA's context, NCCL's buffers, what the allocator cannot use.
 RESERVE = 3 * GIB
-# Moments a parameter, float32.
-MOMENTS = {"AdamW": 2, "Adam": 2, "Lamb": 2, "SGD": 1, "Lion": 1, "Lars": 1, "Muon": 1}
 
 
 class Machine(NamedTuple):
@@ -81,7 +79,7 @@ def traffic(
     return accumulation * part * ((3 if recomputed else 2) * parameters + trainable)
 
 
-def agvm_traffic(run: RunConfig, trainable: int, ranks: int) -> float:
+def agvm_traffic(run: ResolvedRun, trainable: int, ranks: int) -> float:
     """Bytes a step, spread over the interval: two float32 numbers a parameter are all-reduced, or none."""
     agvm = run.giantdet.agvm
     if not agvm.enabled or (agvm.estimator == "all_splits" and not agvm.preconditioned):
@@ -89,38 +87,35 @@ def agvm_traffic(run: RunConfig, trainable: int, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * 8 * trainable / agvm.interval
 
 
-def cgbn_traffic(run: RunConfig, model: Architecture, ranks: int) -> float:
+def cgbn_traffic(run: ResolvedRun, model: Architecture, ranks: int) -> float:
     """Bytes a micro-step: count, means and variances are gathered over the group, two sums come back."""
-    micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
-    group = min(ranks, max(1, run.giantdet.norm.bn_size // micro_batch))
+    group = min(ranks, max(1, run.giantdet.norm.bn_size // run.batch.micro))
     channels = sum(m.num_features for m in model.modules() if isinstance(m, CrossGpuBatchNorm))
     return 4.0 * (2 * channels + 2 * channels * 2) * (group - 1)
 
 
-def offloads(run: RunConfig) -> bool:
+def offloads(run: ResolvedRun) -> bool:
     """Does the JSON keep the optimizer's states in the machine's memory?"""
-    device = run.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return bool(device != "none")
+    return run.zero.offload_optimizer.device != "none"
 
 
-def persistent(run: RunConfig, model: Architecture) -> int:
+def persistent(run: ResolvedRun, model: Architecture) -> int:
     """Parameters that ZeRO-3 leaves whole on every rank, because gathering them costs more than they do."""
-    threshold = run.deepspeed.get("zero_optimization", {}).get("stage3_param_persistence_threshold", int(1e5))
+    threshold = run.zero.stage3_param_persistence_threshold
     return sum(p.numel() for p in model.parameters() if p.numel() <= threshold)
 
 
-def buffers(run: RunConfig, parameters: int, bytes_each: int, stage: int) -> float:
+def buffers(run: ResolvedRun, parameters: int, bytes_each: int, stage: int) -> float:
     """Bytes of DeepSpeed's buckets, and at stage 3 of the weights that are gathered at a time."""
-    zero = run.deepspeed.get("zero_optimization", {})
+    zero = run.zero
     if stage == 0:
         return 0.0
-    bucket = min(parameters, zero.get("reduce_bucket_size", int(5e8)))
-    total = bucket * bytes_each * (2 if zero.get("overlap_comm") else 1)
+    bucket = min(parameters, zero.reduce_bucket_size)
+    total = bucket * bytes_each * (2 if zero.overlap_comm else 1)
     if stage == 3:
-        live = zero.get("stage3_max_live_parameters", int(1e9))
-        live += zero.get("stage3_prefetch_bucket_size", int(5e7))
+        live = zero.stage3_max_live_parameters + zero.stage3_prefetch_bucket_size
         return total + min(parameters, live) * bytes_each
-    return total + min(parameters, zero.get("allgather_bucket_size", int(5e8))) * bytes_each
+    return total + min(parameters, zero.allgather_bucket_size) * bytes_each
 
 
 def machine_of(name: str, memory: float | None, tflops: float | None) -> Machine:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.load import RunConfig
+from giantdet.config.resolved import ResolvedRun
 from giantdet.engine.zero import weight_dtype
 from giantdet.layers.deferred import deferred_init
 from giantdet.structures import Batch, Targets
@@ -36,7 +37,7 @@ class Count(NamedTuple):
     """Bytes beside weights and accumulated gradients, at the peak."""
 
 
-def count(run: RunConfig, micro_batch: int) -> Count:
+def count(run: ResolvedRun, micro_batch: int) -> Count:
     """A forward and a backward of the run's model with `micro_batch` images, in the run's precision."""
     model = meta_model(run)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -60,7 +61,7 @@ def _loss(model: Architecture, batch: Batch) -> Tensor:
     return total_loss(model.losses(model(batch), batch))
 
 
-def meta_model(run: RunConfig) -> Architecture:
+def meta_model(run: ResolvedRun) -> Architecture:
     """The run's model on the meta device, in training mode and in its precision."""
     config = run.giantdet
     with deferred_init():
@@ -73,7 +74,7 @@ def assumed_classes(run: RunConfig) -> int | None:
     return 80 if run.giantdet.model.num_classes == "auto" else None
 
 
-def fake_batch(run: RunConfig, images: int, wanted: frozenset[str]) -> Batch:
+def fake_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
     """A training batch without content, with the `wanted` targets of a model."""
     data = run.giantdet.data
     height, width = data.size

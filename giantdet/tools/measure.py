@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 
 from giantdet.architectures import total_loss
-from giantdet.config.load import RunConfig, load_run
+from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
+from giantdet.config.resolved import ResolvedRun
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.optim.agvm import Agvm
@@ -89,7 +90,7 @@ def start(path: Path, overrides: list[str], ranks: int, memory: float | None, im
         raise RuntimeError(f"a micro-batch of {images} could not be tried:\n{ended.stderr[-4000:]}")
 
 
-def run_with(path: Path, overrides: list[str], images: int, world: int) -> RunConfig:
+def run_with(path: Path, overrides: list[str], images: int, world: int) -> ResolvedRun:
     """The run with that micro-batch, without data or weights to load.
 
     Two micro-steps are accumulated on a single process, where AGVM has no other shards, and one elsewhere.
@@ -107,7 +108,7 @@ def run_with(path: Path, overrides: list[str], images: int, world: int) -> RunCo
     return resolve(run, world, 10**6, assumed_classes(run), has_gpu=torch.cuda.is_available())
 
 
-def blank_batch(run: RunConfig, images: int, wanted: frozenset[str]) -> Batch:
+def blank_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
     """Noise that fills the canvas, without a single object."""
     batch = fake_batch(run, images, wanted)
     height, width = run.giantdet.data.size
@@ -120,15 +121,15 @@ def blank_batch(run: RunConfig, images: int, wanted: frozenset[str]) -> Batch:
     )
 
 
-def steps(run: RunConfig, device: torch.device) -> None:
+def steps(run: ResolvedRun, device: torch.device) -> None:
     """Whole optimizer steps, as in training."""
-    images = run.deepspeed["train_micro_batch_size_per_gpu"]
+    images = run.batch.micro
     model = zero.build(run, images)
     engine = zero.initialize(model, run)
     engine.train()
     agvm = Agvm(engine, run.giantdet.agvm) if run.giantdet.agvm.enabled else None
     batch = blank_batch(run, images, model.targets).to(device)
-    for _ in range(STEPS * run.deepspeed["gradient_accumulation_steps"]):
+    for _ in range(STEPS * run.batch.accumulation):
         engine.backward(total_loss(model.losses(engine(batch), batch)))
         if agvm is not None:
             agvm.observe()

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import resolve
-from giantdet.engine.zero import stage_of, weight_dtype
+from giantdet.config.resolved import ResolvedRun
+from giantdet.engine.zero import weight_dtype
 from giantdet.errors import ConfigError
 from giantdet.tools.costs import (
     GIB,
-    MOMENTS,
     RESERVE,
     Machine,
     States,
@@ -57,7 +57,7 @@ class Choice(NamedTuple):
         return self.memory <= machine.memory
 
 
-def with_checkpointing(run: RunConfig, every: int) -> RunConfig:
+def with_checkpointing(run: ResolvedRun, every: int) -> ResolvedRun:
     """The run with each `every`-th block recomputed, 0 for none, and nothing compiled."""
     update = {"checkpoint_blocks": every, "compile_blocks": False}
     backbone = run.giantdet.model.backbone.model_copy(update=update)
@@ -69,7 +69,7 @@ class Plan:
     """A resolved run on `gpus` GPUs; `bandwidth` in bytes a second of each, `efficiency` of its peak."""
 
     def __init__(
-        self, run: RunConfig, gpus: int, machine: Machine, bandwidth: float, efficiency: float
+        self, run: ResolvedRun, gpus: int, machine: Machine, bandwidth: float, efficiency: float
     ) -> None:
         self.run, self.gpus, self.machine = run, gpus, machine
         self.bandwidth, self.efficiency = bandwidth, efficiency
@@ -77,16 +77,15 @@ class Plan:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.bytes_each = weight_dtype(run).itemsize
-        self.moments = MOMENTS[run.deepspeed["optimizer"]["type"]]
-        self.micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
-        self.accumulation = run.deepspeed["gradient_accumulation_steps"]
+        self.moments = run.optimizer.MOMENTS
+        _, self.micro_batch, self.accumulation = run.batch
         self.persistent = persistent(run, self.model)
         self.counts = {every: self._count(every) for every in self._checkpointing()}
         self.choices = self._choices(offloads(run))
         self.own = next(
             choice
             for choice in self.choices
-            if choice.stage == stage_of(run)
+            if choice.stage == run.stage
             and choice.every == int(run.giantdet.model.backbone.checkpoint_blocks)
         )
 
@@ -205,8 +204,8 @@ def make_plan(
 
 def report(plan: Plan) -> str:
     """The plan as text."""
-    run, deepspeed = plan.run, plan.run.deepspeed
-    batch, steps = deepspeed["train_batch_size"], run.giantdet.train.steps
+    run, batch = plan.run, plan.run.batch.total
+    steps = run.giantdet.train.steps
     one, _ = plan.counts[plan.own.every]
     lines = [
         f"{run.path.stem if run.path else 'run'}: batch {batch} = {plan.micro_batch} x {plan.accumulation} x "

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from giantdet.config.load import RunConfig
+from giantdet.config.resolved import ResolvedRun
 from giantdet.engine.metrics import read_metrics
 from giantdet.errors import InputError
 from giantdet.optim.schedules import lr_function
@@ -22,19 +22,18 @@ def plot_run(metrics: Path, folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def plot_schedule(run: RunConfig, folder: Path) -> str:
+def plot_schedule(run: ResolvedRun, folder: Path) -> str:
     """Draw the LR of a resolved run over its steps, `NAME_schedule.png`; returns what there is to say of it.
 
     Raises ValueError where the run has no scheduler block.
     """
-    optimizer, scheduler = run.deepspeed["optimizer"], run.deepspeed.get("scheduler")
-    steps, lr = run.giantdet.train.steps, optimizer["params"]["lr"]
+    scheduler, steps, lr = run.scheduler, run.giantdet.train.steps, run.optimizer.lr
     if scheduler is None:
         raise InputError(f"{run.path}: no scheduler block; the learning rate stays {lr}")
     assert steps is not None
-    function = lr_function(scheduler["type"], scheduler["params"], lr)
+    function = lr_function(scheduler, lr)
     name = run.path.stem if run.path is not None else "run"
-    title = f"{name}: batch {run.deepspeed['train_batch_size']}, {steps} steps, {optimizer['type']}"
+    title = f"{name}: batch {run.batch.total}, {steps} steps, {run.optimizer.name}"
 
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4))
@@ -46,7 +45,7 @@ def plot_schedule(run: RunConfig, folder: Path) -> str:
     picture = folder / f"{name}_schedule.png"
     _finish(plt, figure, (axis,), picture)
 
-    lines = [title, f"{scheduler['type']} {json.dumps(scheduler['params'])}"]
+    lines = [title, f"{scheduler.name} {json.dumps(scheduler.given())}"]
     for step in sorted({0, steps // 100, steps // 20, steps // 4, steps // 2, 3 * steps // 4, steps - 1}):
         lines.append(f"  step {step:>7}  LR {function(step):.4g}")
     return "\n".join([*lines, str(picture)])

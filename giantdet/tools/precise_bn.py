@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from giantdet.config.load import RunConfig
-from giantdet.config.resolve import ACCUMULATION, BATCH, MICRO, bn_ranks
+from giantdet.config.resolve import bn_ranks
+from giantdet.config.resolved import ResolvedRun
 from giantdet.distributed import comm
 from giantdet.layers.cgbn import local_statistics, merge_statistics
 from giantdet.layers.norm import moving_norms
@@ -55,9 +55,9 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], number: int, device: 
     return len(norms)
 
 
-def bn_images(run: RunConfig) -> int:
+def bn_images(run: ResolvedRun) -> int:
     """Images that a resolved run normalises together; of several sizes in its `norm` section the largest."""
-    batch, micro, accumulation = (run.deepspeed[key] for key in (BATCH, MICRO, ACCUMULATION))
+    batch, micro, accumulation = run.batch
     world = batch // (micro * accumulation)
     parts = run.giantdet.norm.parts().values()
     ranks = [bn_ranks(part.bn_size, micro, world) for part in parts if part.type == "cgbn"]

@@ -1,4 +1,4 @@
-"""The tables of optimizers and schedulers against the libraries that they stand for."""
+"""The sections of optimizers and schedulers against the libraries that they stand for."""
 
 from __future__ import annotations
 
@@ -10,34 +10,38 @@ import timm.optim
 import torch
 from deepspeed.runtime import lr_schedules
 
-from giantdet.config import plugins
+from giantdet.config.optimizers import OPTIMIZERS
+from giantdet.config.schedulers import SCHEDULERS
 
 OURS = {"WarmupMultiStepLR", "WarmupCosineDecayLR", "WarmupPolyLR"}
+DEEPSPEEDS = [name for name, section in SCHEDULERS.items() if section.FROM_DEEPSPEED]
 
 
-@pytest.mark.parametrize("name", plugins.DEEPSPEED_SCHEDULERS)
+@pytest.mark.parametrize("name", DEEPSPEEDS)
 def test_parameters_of_deepspeeds_schedulers(name: str) -> None:
     parameters = inspect.signature(getattr(lr_schedules, name).__init__).parameters
     accepted = set(parameters) - {"self", "optimizer", "last_batch_iteration"}
-    assert set(plugins.SCHEDULERS[name]) == accepted
+    fields = SCHEDULERS[name].model_fields
+    assert set(fields) == accepted
     required = {n for n in accepted if parameters[n].default is inspect.Parameter.empty}
     # total_num_steps is filled in by resolve.
-    assert required - {"total_num_steps"} == set(plugins.SCHEDULER_REQUIRED.get(name, ()))
+    assert required - {"total_num_steps"} == {n for n, field in fields.items() if field.is_required()}
 
 
 def test_schedulers_are_all_of_deepspeeds_and_ours() -> None:
-    assert set(plugins.SCHEDULERS) - set(plugins.DEEPSPEED_SCHEDULERS) == OURS
+    assert set(SCHEDULERS) - set(DEEPSPEEDS) == OURS
     theirs = {lr_schedules.LR_RANGE_TEST, lr_schedules.ONE_CYCLE, lr_schedules.WARMUP_LR}
     theirs |= {lr_schedules.WARMUP_DECAY_LR, lr_schedules.WARMUP_COSINE_LR}
-    assert set(plugins.DEEPSPEED_SCHEDULERS) == theirs == set(lr_schedules.VALID_LR_SCHEDULES)
+    assert set(DEEPSPEEDS) == theirs == set(lr_schedules.VALID_LR_SCHEDULES)
 
 
 def test_parameters_of_optimizers() -> None:
     own = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # taken out by DeepSpeed's engine
-    libraries: dict[str, Any] = {name: torch.optim for name in ("Adam", "AdamW", "SGD")}
-    libraries |= {name: timm.optim for name in plugins.TIMM_OPTIMIZERS}
-    assert set(libraries) == set(plugins.OPTIMIZERS)
-    for name, library in libraries.items():
-        accepted = set(inspect.signature(getattr(library, name)).parameters)
-        assert set(plugins.OPTIMIZERS[name]) - own <= accepted, name
-    assert set(plugins.WHOLE_WEIGHT_OPTIMIZERS) < set(plugins.TIMM_OPTIMIZERS)
+    assert {name for name, section in OPTIMIZERS.items() if not section.FROM_TIMM} == {"Adam", "AdamW", "SGD"}
+    for name, section in OPTIMIZERS.items():
+        library: Any = timm.optim if section.FROM_TIMM else torch.optim
+        accepted = inspect.signature(getattr(library, name)).parameters
+        assert set(section.model_fields) - own <= set(accepted), name
+        for key in set(section.model_fields) - own - {"lr", "weight_decay"}:
+            assert section.model_fields[key].default == accepted[key].default, f"{name}.{key}"
+        assert section.FROM_TIMM or not section.WHOLE_WEIGHTS

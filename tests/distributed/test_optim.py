@@ -15,6 +15,7 @@ from tiny import launch_ok
 from worker_optim import STEPS
 
 from giantdet.checkpoint.files import SavedTensors, scan
+from giantdet.config.schedulers import SCHEDULERS
 from giantdet.optim.schedules import lr_function
 
 WORKER = Path(__file__).with_name("worker_optim.py")
@@ -132,7 +133,7 @@ def test_schedule_keeps_the_groups_ratios(folder: Path, name: str, stage: int) -
     if f"{name}{stage}" not in CASES:
         pytest.skip("two types are tried at all stages, the others at 3")
     lrs = _found(folder, f"{name}{stage}")["lrs"]
-    function = lr_function(name, SCHEDULES[name], LR)
+    function = lr_function(SCHEDULERS[name].model_validate(SCHEDULES[name]), LR)
     layers = sorted({key.split("/")[1] for key in lrs[0] if key.startswith("backbone/layer")})
     assert len(layers) >= 4 and layers[0] == "layer_00"
     for step, found in enumerate(lrs):

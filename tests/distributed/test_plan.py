@@ -14,7 +14,7 @@ from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.engine.zero import weight_dtype
 from giantdet.errors import ConfigError
-from giantdet.tools.costs import MACHINES, MOMENTS, Machine, machine_of, states
+from giantdet.tools.costs import MACHINES, Machine, machine_of, states
 from giantdet.tools.count import Count, count, meta_model
 from giantdet.tools.measure import largest, start
 from giantdet.tools.plan import Plan, make_plan, report
@@ -90,7 +90,7 @@ def test_states_are_deepspeeds(tmp_path: Path, world: int) -> None:
         every, each = sum(p.numel() for p in parameters), weight_dtype(run).itemsize
         assert every > trainable > 10e6
         moments, stage = (
-            MOMENTS[run.deepspeed["optimizer"]["type"]],
+            run.optimizer.MOMENTS,
             run.deepspeed["zero_optimization"]["stage"],
         )
         predicted = states(every, trainable, each, moments, stage, world)

@@ -10,8 +10,17 @@ import torch
 from deepspeed.runtime import lr_schedules
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, PolynomialLR
 
-from giantdet.config import plugins
+from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
+
+# What resolve makes of "auto" where nothing depends on a run.
+RESOLVED = {"warmup_num_steps": 0, "warmup_min_ratio": 1e-3}
+
+
+def section(kind: str, params: dict[str, Any]) -> SchedulerConfig:
+    known = SCHEDULERS[kind]
+    return known.model_validate(params if known.FROM_DEEPSPEED else RESOLVED | params)
+
 
 STEPS = 60
 DEEPSPEED: list[tuple[str, dict[str, Any]]] = [
@@ -89,7 +98,10 @@ def test_deepspeeds_types_are_deepspeeds(kind: str, params: dict[str, Any]) -> N
     theirs = optimizer_of(0.1)
     reference = trace(theirs, getattr(lr_schedules, kind)(theirs, **params))
     ours = optimizer_of(0.1)
-    function, momentum = lr_function(kind, params, 0.1), momentum_function(kind, params)
+    function, momentum = (
+        lr_function(section(kind, params), 0.1),
+        momentum_function(section(kind, params)),
+    )
     mine = trace(ours, LrSchedule(ours, function, 0.1, momentum))
     assert [lr for lr, _ in mine] == pytest.approx([lr for lr, _ in reference], rel=1e-9, abs=1e-12)
     assert [b for _, betas in mine for b in betas] == pytest.approx([b for _, bs in reference for b in bs])
@@ -97,16 +109,18 @@ def test_deepspeeds_types_are_deepspeeds(kind: str, params: dict[str, Any]) -> N
 
 
 def test_all_of_deepspeeds_types_are_compared() -> None:
-    assert {kind for kind, _ in DEEPSPEED} == set(plugins.DEEPSPEED_SCHEDULERS)
+    assert {kind for kind, _ in DEEPSPEED} == {
+        name for name, section in SCHEDULERS.items() if section.FROM_DEEPSPEED
+    }
 
 
 @pytest.mark.parametrize(("kind", "params"), [*DEEPSPEED[3:10], ("WarmupMultiStepLR", {"milestones": [20]})])
 def test_ratios_of_the_groups_survive(kind: str, params: dict[str, Any]) -> None:
     optimizer = optimizer_of(0.1, 0.02, 0.4)
-    schedule = LrSchedule(optimizer, lr_function(kind, params, 0.1), 0.1)
+    schedule = LrSchedule(optimizer, lr_function(section(kind, params), 0.1), 0.1)
     optimizer.param_groups.reverse()  # groups are known by name
     for step in range(STEPS):
-        lr = lr_function(kind, params, 0.1)(step)
+        lr = lr_function(section(kind, params), 0.1)(step)
         found = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert found == pytest.approx({"group0": lr, "group1": 0.2 * lr, "group2": 4 * lr})
         optimizer.step()
@@ -115,7 +129,7 @@ def test_ratios_of_the_groups_survive(kind: str, params: dict[str, Any]) -> None
 
 def test_any_step_can_be_taken_up() -> None:
     params = {"milestones": [10, 20], "warmup_num_steps": 5}
-    function = lr_function("WarmupMultiStepLR", params, 0.1)
+    function = lr_function(section("WarmupMultiStepLR", params), 0.1)
     straight = optimizer_of(0.1, 0.05)
     schedule = LrSchedule(straight, function, 0.1)
     for step in range(30):
@@ -136,7 +150,7 @@ def test_warmup_is_mmdetections(warmup_type: str) -> None:
         "warmup_type": warmup_type,
         "warmup_min_ratio": 1e-3,
     }
-    function = lr_function("WarmupMultiStepLR", params, 0.2)
+    function = lr_function(section("WarmupMultiStepLR", params), 0.2)
     for step in range(STEPS):
         regular = 0.2 * 0.1 ** sum(step >= m for m in (4, 40))
         if warmup_type == "constant":
@@ -155,32 +169,35 @@ def torch_trace(schedule: Any, optimizer: torch.optim.Optimizer) -> list[float]:
 def test_decays_are_torchs() -> None:
     optimizer = optimizer_of(0.3)
     wanted = torch_trace(MultiStepLR(optimizer, [15, 30, 45], gamma=0.1), optimizer)
-    function = lr_function("WarmupMultiStepLR", {"milestones": [15, 30, 45], "warmup_num_steps": 0}, 0.3)
+    function = lr_function(
+        section("WarmupMultiStepLR", {"milestones": [15, 30, 45], "warmup_num_steps": 0}),
+        0.3,
+    )
     assert [function(step) for step in range(STEPS)] == pytest.approx(wanted)
 
     optimizer = optimizer_of(0.3)
     wanted = torch_trace(CosineAnnealingLR(optimizer, STEPS, eta_min=0.03), optimizer)
     params = {"total_num_steps": STEPS, "warmup_num_steps": 0, "min_ratio": 0.1}
-    function = lr_function("WarmupCosineDecayLR", params, 0.3)
+    function = lr_function(section("WarmupCosineDecayLR", params), 0.3)
     assert [function(step) for step in range(STEPS)] == pytest.approx(wanted)
 
     optimizer = optimizer_of(0.3)
     wanted = torch_trace(PolynomialLR(optimizer, STEPS, power=2.0), optimizer)
     params = {"total_num_steps": STEPS, "warmup_num_steps": 0, "power": 2.0}
-    function = lr_function("WarmupPolyLR", params, 0.3)
+    function = lr_function(section("WarmupPolyLR", params), 0.3)
     assert [function(step) for step in range(STEPS)] == pytest.approx(wanted, abs=1e-9)
 
     optimizer = optimizer_of(0.3)
     wanted = torch_trace(LinearLR(optimizer, 0.25, total_iters=20), optimizer)
     params = {"milestones": [1000], "warmup_num_steps": 20, "warmup_min_ratio": 0.25}
-    function = lr_function("WarmupMultiStepLR", params, 0.3)
+    function = lr_function(section("WarmupMultiStepLR", params), 0.3)
     assert [function(step) for step in range(STEPS)] == pytest.approx(wanted)
 
 
 def test_megdets_long_policy() -> None:
     """Divided by 10 after epochs 11 and 14, then by 2 after 17 (a step an epoch here)."""
     params = {"milestones": [11, 14, 17], "gamma": [0.1, 0.1, 0.5], "warmup_num_steps": 0}
-    function = lr_function("WarmupMultiStepLR", params, 0.32)
+    function = lr_function(section("WarmupMultiStepLR", params), 0.32)
     assert [function(e) for e in (0, 10, 11, 13, 14, 16, 17)] == pytest.approx(
         [0.32, 0.32, 0.032, 0.032, 0.0032, 0.0032, 0.0016]
     )
@@ -189,10 +206,11 @@ def test_megdets_long_policy() -> None:
 def test_the_ends() -> None:
     params = {"total_num_steps": 50, "warmup_num_steps": 10, "min_ratio": 0.1}
     for kind in ("WarmupCosineDecayLR", "WarmupPolyLR"):
-        function = lr_function(kind, params, 1.0)
+        function = lr_function(section(kind, params), 1.0)
         assert function(0) == pytest.approx(1e-3) and function(10) == 1.0
         assert function(50) == pytest.approx(0.1) and function(10**6) == pytest.approx(0.1)
         assert all(function(s + 1) < function(s) for s in range(10, 50)), kind
     assert math.isclose(
-        lr_function("WarmupPolyLR", {"total_num_steps": 4, "warmup_num_steps": 9}, 1.0)(9), 1.0
+        lr_function(section("WarmupPolyLR", {"total_num_steps": 4, "warmup_num_steps": 9}), 1.0)(9),
+        1.0,
     )

@@ -1,4 +1,4 @@
-"""Our tables of DeepSpeed's keys against what the installed DeepSpeed reads."""
+"""Our sections of DeepSpeed's keys against what the installed DeepSpeed reads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from giantdet.config import deepspeed_keys as ds
+from giantdet.config.deepspeed import AutoSection
+from giantdet.config.deepspeed import DeepSpeedConfig as Ours
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
-from giantdet.engine import zero
+from giantdet.config.section import Section
+from giantdet.config.unsupported import UNSUPPORTED
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed, so there is nothing to compare with")
 
@@ -75,10 +77,10 @@ def test_top_level_keys() -> None:
     # These are asked for only where others are present.
     given = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {}}}
     DeepSpeedConfig(Recorder(given, seen=seen))
-    assert set(ds.KEYS) <= seen, "keys that DeepSpeed does not read"
-    ours = set(ds.KEYS) | set(ds.UNSUPPORTED)
+    assert set(Ours.model_fields) <= seen, "keys that DeepSpeed does not read"
+    ours = set(Ours.model_fields) | set(UNSUPPORTED)
     assert seen - ours <= {"sequence_parallel_size", "model_info"}, "keys of DeepSpeed that we do not know"
-    assert set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(ds.UNSUPPORTED)
+    assert set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(UNSUPPORTED)
 
 
 def names_of(model: type[BaseModel], path: str) -> Iterator[tuple[str, Any]]:
@@ -89,34 +91,55 @@ def names_of(model: type[BaseModel], path: str) -> Iterator[tuple[str, Any]]:
                 yield from names_of(candidate, f"{path}.{field.alias or name}")
 
 
-def flatten(spec: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    for key, value in spec.items():
-        yield f"{path}.{key}", value
-        if isinstance(value, dict):
-            yield from flatten(value, f"{path}.{key}")
+def section_of(block: str) -> type[Section]:
+    found: Any = Ours
+    for name in block.split("."):
+        found = found.model_fields[name].annotation
+    assert issubclass(found, Section)
+    return found
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """The types that a field of ours takes, without None and "auto"."""
+    choices = {annotation, *typing.get_args(annotation)}
+    return {kind for kind in choices if kind in (bool, int, float, str)}
 
 
 @pytest.mark.parametrize("block", MODELS)
 def test_nested_keys_and_types(block: str) -> None:
-    spec: Any = ds.KEYS
-    for name in block.split("."):
-        spec = spec[name]
     theirs = dict(names_of(MODELS[block], block))
-    ours = dict(flatten(spec, block))
+    ours = dict(names_of(section_of(block), block))
     assert set(ours) <= set(theirs), "keys that DeepSpeed would refuse"
-    refused = {name for name in theirs if any(name == u or name.startswith(u + ".") for u in ds.UNSUPPORTED)}
+    refused = {name for name in theirs if any(name == u or name.startswith(u + ".") for u in UNSUPPORTED)}
     assert set(theirs) - set(ours) == refused, "keys of DeepSpeed that we neither take nor refuse"
     for name, expected in ours.items():
-        if expected in (bool, int, float, str):
+        for kind in kinds_of(expected):
             choices = {theirs[name], *typing.get_args(theirs[name])}
-            assert expected in choices or (expected is str and "Path" in str(choices)), name
+            assert kind in choices or (kind is str and "Path" in str(choices)), name
+
+
+@pytest.mark.parametrize("block", MODELS)
+def test_defaults_are_deepspeeds(block: str) -> None:
+    """What a typed access says of a key that was not given is what DeepSpeed does."""
+
+    def compare(ours: BaseModel, theirs: BaseModel, path: str) -> None:
+        fields = {field.alias or name: name for name, field in type(theirs).model_fields.items()}
+        for name in type(ours).model_fields:
+            mine, default = getattr(ours, name), getattr(theirs, fields[name])
+            if isinstance(mine, BaseModel):
+                if isinstance(default, BaseModel):
+                    compare(mine, default, f"{path}.{name}")
+            elif not isinstance(default, list | dict):
+                assert mine == getattr(default, "value", default), f"{path}.{name}"
+
+    compare(section_of(block)(), MODELS[block](), block)
 
 
 def test_blocks_without_models() -> None:
-    assert set(ds.KEYS["aio"]) == set(AIO_DEFAULT_DICT)
+    assert set(section_of("aio").model_fields) == set(AIO_DEFAULT_DICT)
     seen: set[str] = set()
     DeepSpeedFlopsProfilerConfig({"flops_profiler": Recorder({}, seen=seen)})
-    assert set(ds.KEYS["flops_profiler"]) == seen
+    assert set(section_of("flops_profiler").model_fields) == seen
     for block in ("torch_autocast", "data_types", "checkpoint"):
         seen = set()
         content = (
@@ -126,19 +149,23 @@ def test_blocks_without_models() -> None:
         )
         content = content if block != "data_types" else {}
         DeepSpeedConfig({"train_batch_size": 1, block: Recorder(content, seen=seen)})
-        assert set(ds.KEYS[block]) == seen
+        assert set(section_of(block).model_fields) == seen
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_deepspeed_accepts_resolved_recipes(recipe: Path) -> None:
     run = resolve(load_run(recipe), world_size=1, train_images=1000, num_classes=80, has_gpu=False)
-    config = DeepSpeedConfig(zero.deepspeed_config(run))
+    config = DeepSpeedConfig(run.deepspeed_json())
     assert config.train_batch_size == run.deepspeed["train_batch_size"]
     assert config.gradient_clipping == run.deepspeed["gradient_clipping"]
     assert config.zero_optimization_stage == run.deepspeed["zero_optimization"]["stage"]
 
 
 def test_auto_blocks_drop_auto() -> None:
-    for block in ds.AUTO_BLOCKS:
-        auto = {key: "auto" for key, spec in ds.KEYS[block].items() if not isinstance(spec, dict)}
+    blocks = [name for name, field in Ours.model_fields.items() if isinstance(field.default, AutoSection)]
+    assert len(blocks) == 9
+    for block in blocks:
+        fields = section_of(block).model_fields
+        auto = {key: "auto" for key, field in fields.items() if not isinstance(field.default, Section)}
         assert MODELS[block](**auto) == MODELS[block]()
+        assert section_of(block).model_validate(auto) == section_of(block)()

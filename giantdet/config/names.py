@@ -1,0 +1,66 @@
+"""The names of everything that can be set, and the nearest of them to a mistyped one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from giantdet.config.architectures import SECTIONS
+from giantdet.config.deepspeed import DeepSpeedConfig
+from giantdet.config.optimizers import OPTIMIZERS
+from giantdet.config.schedulers import SCHEDULERS
+from giantdet.config.section import Section
+from giantdet.config.types import GiantdetConfig
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?` with the nearest of `names`, by the whole or by the last part, or nothing."""
+    short, last = {}, {}
+    for candidate in reversed(list(names)):
+        key = candidate.lower().removeprefix("giantdet.")
+        short[key] = last[key.rsplit(".", 1)[-1]] = candidate
+    name = name.lower().removeprefix("giantdet.")
+    # The right name at the wrong place: `batch_size` for `giantdet.eval.batch_size`.
+    if name.rsplit(".", 1)[-1] in last and name not in short:
+        return f"; did you mean {last[name.rsplit('.', 1)[-1]]}?"
+    match = difflib.get_close_matches(name, short, n=1, cutoff=0.6)
+    if match:
+        return f"; did you mean {short[match[0]]}?"
+    match = difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.75)
+    return f"; did you mean {last[match[0]]}?" if match else ""
+
+
+def keys_of(section: type[Section], architecture: str | None = None) -> dict[str, Any]:
+    """Nested names of a section's fields; leaves are None. Of one architecture, or of all."""
+    keys: dict[str, Any] = {name: _subsection(info.annotation) for name, info in section.model_fields.items()}
+    if section is GiantdetConfig:
+        chosen = [model for name, model in SECTIONS.items() if architecture in (None, name)]
+        keys["model"] = {key: inner for model in chosen for key, inner in keys_of(model).items()}
+    return keys
+
+
+def _subsection(annotation: Any) -> dict[str, Any] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if hasattr(candidate, "model_fields"):
+            return keys_of(candidate)
+    return None
+
+
+def all_paths() -> list[str]:
+    """Dotted paths of everything that can be set, for suggestions."""
+    paths: list[str] = []
+
+    def walk(keys: dict[str, Any], prefix: str) -> None:
+        for key, inner in keys.items():
+            paths.append(prefix + key)
+            if isinstance(inner, dict):
+                walk(inner, f"{prefix}{key}.")
+
+    walk(keys_of(DeepSpeedConfig), "")
+    for optimizer in OPTIMIZERS.values():
+        walk(keys_of(optimizer), "optimizer.params.")
+    for scheduler in SCHEDULERS.values():
+        walk(keys_of(scheduler), "scheduler.params.")
+    walk(keys_of(GiantdetConfig), "giantdet.")
+    return paths

@@ -1,0 +1,142 @@
+"""The `params` of the JSON's `optimizer` block: a section for every optimizer that giantdet has trained with.
+
+A new optimizer is one class here, and a line in OPTIMIZERS. Defaults are those of the library that builds it:
+Adam, AdamW and SGD are DeepSpeed's and torch's, the others timm's (optim/optimizers.py).
+(Adagrad is missing: it loses its parameter groups at ZeRO-1 and 2, where DeepSpeed 0.19 makes it again.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, WithJsonSchema
+
+from giantdet.config.section import NonNegative, Section, wish
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_is_beta, value)):
+        raise wish("two numbers of at least 0 and less than 1")
+    return value[0], value[1]
+
+
+def _is_beta(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+
+
+Betas = Annotated[tuple[float, float], BeforeValidator(_betas), WithJsonSchema({"type": "array"})]
+
+
+class OptimizerConfig(Section):
+    """What every optimizer has."""
+
+    MOMENTS: ClassVar[int] = 1
+    """float32 numbers that it keeps for each weight."""
+    WHOLE_WEIGHTS: ClassVar[bool] = False
+    """Needs each weight as a whole, which ZeRO-1 to 3 take apart."""
+    FROM_TIMM: ClassVar[bool] = False
+    """Built by timm; otherwise by DeepSpeed."""
+
+    lr: NonNegative
+    weight_decay: NonNegative = 0.0
+
+    @property
+    def name(self) -> str:
+        """Its `type` in the JSON."""
+        return type(self).__name__
+
+    def problems(self) -> Iterator[str]:
+        """Messages about combinations of values, each beginning with a parameter's name."""
+        return iter(())
+
+
+class Adam(OptimizerConfig):
+    """Kingma and Ba 2015."""
+
+    MOMENTS = 2
+
+    betas: Betas = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    torch_adam: bool = False
+    """torch.optim's instead of DeepSpeed's compiled one, which is the default where it has to be."""
+    adam_w_mode: bool = True
+    foreach: bool | None = None
+    fp32_optimizer_states: bool = True
+
+
+class AdamW(Adam):
+    """Loshchilov and Hutter 2019."""
+
+
+class MomentumConfig(OptimizerConfig):
+    """What optimizers with a momentum share."""
+
+    momentum: NonNegative = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    def problems(self) -> Iterator[str]:
+        """See `OptimizerConfig.problems`."""
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            yield "nesterov needs a momentum, and no dampening"
+
+
+class SGD(MomentumConfig):
+    """torch.optim.SGD."""
+
+    foreach: bool | None = None
+
+
+class Lion(OptimizerConfig):
+    """Chen et al. 2023."""
+
+    FROM_TIMM = True
+
+    betas: Betas = (0.9, 0.99)
+
+
+class Lamb(OptimizerConfig):
+    """You et al. 2020."""
+
+    MOMENTS = 2
+    WHOLE_WEIGHTS = True
+    FROM_TIMM = True
+
+    betas: Betas = (0.9, 0.999)
+    eps: NonNegative = 1e-6
+    bias_correction: bool = True
+    grad_averaging: bool = True
+    trust_clip: bool = False
+    always_adapt: bool = False
+    decoupled_decay: bool = False
+
+
+class Lars(MomentumConfig):
+    """You et al. 2017."""
+
+    WHOLE_WEIGHTS = True
+    FROM_TIMM = True
+
+    trust_coeff: float = 0.001
+    eps: NonNegative = 1e-8
+    trust_clip: bool = False
+    always_adapt: bool = False
+
+
+class Muon(OptimizerConfig):
+    """Jordan et al. 2024; AdamW for what is not a matrix."""
+
+    WHOLE_WEIGHTS = True
+    FROM_TIMM = True
+
+    momentum: NonNegative = 0.95
+    nesterov: bool = False
+    betas: Betas = (0.9, 0.95)
+    ns_steps: int = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
+    section.__name__: section for section in (Adam, AdamW, SGD, Lion, Lamb, Lars, Muon)
+}

@@ -1,0 +1,97 @@
+"""A run without open questions, with typed access to DeepSpeed's half."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from giantdet.config.checks import plugin
+from giantdet.config.deepspeed import DeepSpeedConfig, ZeroConfig
+from giantdet.config.load import RunConfig, load_run
+from giantdet.config.optimizers import OptimizerConfig
+from giantdet.config.schedulers import SchedulerConfig
+
+
+class BatchSizes(NamedTuple):
+    """Images of an optimizer step, of a rank's micro-batch, and micro-batches a step."""
+
+    total: int
+    micro: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class ResolvedRun(RunConfig):
+    """A run whose "auto" values are replaced; made by `config/resolve.py`.
+
+    What depends on a data set stays open where there was none: `train.steps`, epochs, `model.num_classes`.
+    """
+
+    @cached_property
+    def _typed(self) -> DeepSpeedConfig:
+        return DeepSpeedConfig.model_validate_json(json.dumps(self.deepspeed))
+
+    @property
+    def batch(self) -> BatchSizes:
+        """The batch triple."""
+        typed = self._typed
+        sizes = (
+            typed.train_batch_size,
+            typed.train_micro_batch_size_per_gpu,
+            typed.gradient_accumulation_steps,
+        )
+        total, micro, accumulation = (int(size) for size in sizes)
+        return BatchSizes(total, micro, accumulation)
+
+    @property
+    def zero(self) -> ZeroConfig:
+        """The `zero_optimization` block with DeepSpeed's defaults."""
+        return self._typed.zero_optimization
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return self.zero.stage
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The type of weights and activations."""
+        if self._typed.bf16.enabled:
+            return "bf16"
+        return "fp16" if self._typed.fp16.enabled else "fp32"
+
+    @property
+    def clipping(self) -> float:
+        """The norm that gradients are clipped at; 0: not at all."""
+        return float(self._typed.gradient_clipping)
+
+    @cached_property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer with its parameters."""
+        found = plugin("optimizer", self.deepspeed["optimizer"])
+        assert isinstance(found, OptimizerConfig)
+        return found
+
+    @cached_property
+    def scheduler(self) -> SchedulerConfig | None:
+        """The schedule with its parameters; None: the LR is constant."""
+        if "scheduler" not in self.deepspeed:
+            return None
+        found = plugin("scheduler", self.deepspeed["scheduler"])
+        assert isinstance(found, SchedulerConfig)
+        return found
+
+    def deepspeed_json(self) -> dict[str, Any]:
+        """What `deepspeed.initialize(config=...)` takes: without what giantdet builds, of which DeepSpeed has
+        special paths for some names."""
+        built = {"scheduler", "optimizer"} if self.optimizer.FROM_TIMM else {"scheduler"}
+        return {key: value for key, value in self.deepspeed.items() if key not in built}
+
+
+def load_resolved(path: str | Path) -> ResolvedRun:
+    """The run of a config.json that training has written. Raises ConfigError."""
+    run = load_run(path)
+    return ResolvedRun(run.giantdet, run.deepspeed, run.about, run.path)
