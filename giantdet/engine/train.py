@@ -28,7 +28,7 @@ from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.export import export_config, export_model
-from giantdet.layers.norm import norm_summary
+from giantdet.layers.norm import check_norms, norm_summary
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 from giantdet.optim.param_groups import group_table
@@ -108,13 +108,15 @@ def prepare(run: RunConfig) -> Training:
     images = len(dataset.training_indices(data.filter_empty))
     run = resolve(run, comm.world_size(), images, dataset.num_classes, device.type == "cuda")
     config, output = run.giantdet, Path(run.giantdet.train.output)
+    micro_batch = run.deepspeed["train_micro_batch_size_per_gpu"]
+    check_norms(config.norm, micro_batch, comm.world_size())
     if comm.is_main():
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(describe(run) + "\n")
     comm.barrier()
 
     set_determinism(config.train.deterministic)
-    model = zero.build(run, run.deepspeed["train_micro_batch_size_per_gpu"])
+    model = zero.build(run, micro_batch)
     announce(run, model, device)
     engine = zero.initialize(model, run)
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None

@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from giantdet.config.load import RunConfig
-from giantdet.config.resolve import resolve
+from giantdet.config.resolve import MICRO, resolve
 from giantdet.engine.zero import stage_of, weight_dtype
 from giantdet.errors import ConfigError
+from giantdet.layers.norm import check_norms
 from giantdet.tools.costs import (
     GIB,
     MOMENTS,
@@ -198,6 +199,7 @@ def make_plan(
     """Of an unresolved run; `images` is the training set's size. ConfigError for a batch that cannot be."""
     try:
         resolved = resolve(run, gpus, images, assumed_classes(run))
+        check_norms(resolved.giantdet.norm, resolved.deepspeed[MICRO], gpus)
     except ConfigError as error:
         raise ConfigError(f"{gpus} GPUs: {error}") from None
     return Plan(resolved, gpus, machine, bandwidth, efficiency)

@@ -1,4 +1,4 @@
-"""Precise BN: running statistics estimated anew over many batches, with the weights as they are.
+"""Precise BN: re-estimate the running statistics over many batches, with fixed weights.
 
 What training leaves behind is an average over its last steps, whose weights were still moving. Here every
 batch norm takes its input's mean and variance over N batches, as if they were one (Wu, Johnson: Rethinking
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.config.load import RunConfig
-from giantdet.config.resolve import ACCUMULATION, BATCH, MICRO, bn_ranks
+from giantdet.config.resolve import ACCUMULATION, BATCH, MICRO
 from giantdet.distributed import comm
-from giantdet.layers.cgbn import local_statistics, merge_statistics
+from giantdet.layers.cgbn import bn_ranks, local_statistics, merge_statistics
 from giantdet.layers.norm import moving_norms
 from giantdet.structures import Batch
 
@@ -57,7 +57,7 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], number: int, device: 
 
 def bn_images(run: RunConfig) -> int:
     """Images that a resolved run normalises together; of several sizes in its `norm` section the largest."""
-    batch, micro, accumulation = (run.deepspeed[key] for key in (BATCH, MICRO, ACCUMULATION))
+    batch, micro, accumulation = (int(run.deepspeed[key]) for key in (BATCH, MICRO, ACCUMULATION))
     world = batch // (micro * accumulation)
     parts = run.giantdet.norm.parts().values()
     ranks = [bn_ranks(part.bn_size, micro, world) for part in parts if part.type == "cgbn"]
