@@ -220,14 +220,11 @@ def _warmup_steps(deepspeed: dict[str, Any]) -> int | str:
 
 
 def _resolve_agvm(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
-    agvm, steps = giantdet.agvm, giantdet.train.steps
-    found: dict[str, Any] = {}
-    if agvm.preconditioned == "auto":
-        found["preconditioned"] = deepspeed["optimizer"]["type"] in ("Adam", "AdamW")
+    agvm, steps = giantdet.agvm.resolved(deepspeed["optimizer"]["type"]), giantdet.train.steps
     warmup = _warmup_steps(deepspeed)
     if agvm.start_step == "auto" and steps is not None and isinstance(warmup, int):
-        found["start_step"] = warmup + min(100, steps // 10)
-    return giantdet.model_copy(update={"agvm": agvm.model_copy(update=found)})
+        agvm = agvm.model_copy(update={"start_step": warmup + min(100, steps // 10)})
+    return giantdet.model_copy(update={"agvm": agvm})
 
 
 def _without_auto(block: Any) -> Any:
