@@ -21,6 +21,7 @@ from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.data.dataset import Dataset, check_categories, open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
 from giantdet.engine import zero
 from giantdet.engine.evaluate import Evaluation, evaluate
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
@@ -45,7 +46,7 @@ class Training:
     dataset: Dataset
     validation: Dataset | None
     model: Architecture
-    engine: Any
+    engine: Engine
     agvm: Agvm | None
     ema: WeightEma | None
     checkpoints: Checkpoints
