@@ -19,7 +19,9 @@ setup(
         "torch>=2.10",
         "torchvision>=0.25",
         "timm>=1.0.20",
-        "deepspeed>=0.18",
+        # The private attributes that optim/fragments.py reads are there since 0.19.7. 0.19.8 is the first to
+        # skip non-finite steps at ZeRO-1 to 3 in float32 and at ZeRO-3 in bf16, which engine/faults.py needs.
+        "deepspeed>=0.19.8",
         "pycocotools>=2.0.8",
         "einops>=0.8",
         "safetensors>=0.5",

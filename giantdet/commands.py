@@ -45,6 +45,7 @@ def print_config(run: Any) -> None:
 
     from giantdet.config.resolve import describe, resolve
     from giantdet.data.dataset import open_dataset
+    from giantdet.layers.norm import check_norms
 
     images = classes = None
     data = run.giantdet.data
@@ -54,7 +55,9 @@ def print_config(run: Any) -> None:
         classes = dataset.num_classes
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
-        print(describe(resolve(run, world, images, classes, torch.cuda.is_available())))
+        resolved = resolve(run, world, images, classes, torch.cuda.is_available())
+        check_norms(resolved.giantdet.norm, resolved.batch.micro, world)
+        print(describe(resolved))
 
 
 def run_eval(options: argparse.Namespace) -> None:

@@ -198,6 +198,19 @@ def test_print_config_reads_back_to_the_same_run(demo_data: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_bn_size_that_does_not_fit_is_found_before_anything_is_built(
+    demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = 'norm.fpn={"type": "cgbn", "bn_size": 3}'
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out", giantdet__model__fpn__norm="batch"))
+    words = "giantdet.norm.fpn: bn_size 3 does not fit 4 ranks of 2 images; sizes that fit: 2, 4, 8"
+    assert cli.main(["plan", str(run), bad, "--gpus", "4"]) == 2
+    assert words in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.main(["train", "--config", str(run), "--print-config", bad]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_configs_lists_every_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["configs", str(REPO / "ds_configs")]) == 0
     lines = capsys.readouterr().out.splitlines()

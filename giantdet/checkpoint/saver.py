@@ -33,6 +33,7 @@ from giantdet.checkpoint.files import (
 from giantdet.checkpoint.state import check_fit, describe_state, load_counters, load_tensors, local_tensors
 from giantdet.config.types import TrainConfig
 from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
 from giantdet.errors import DivergedError, InputError
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
@@ -57,7 +58,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         folder: Path,
         config: TrainConfig,
         agvm: Agvm | None = None,

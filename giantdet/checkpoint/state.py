@@ -16,6 +16,7 @@ from torch import Tensor
 from giantdet import __version__
 from giantdet.checkpoint.files import FORMAT, SavedTensors
 from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
 from giantdet.errors import InputError
 from giantdet.layers.weights import persistent_buffers
 from giantdet.optim.agvm import Agvm
@@ -32,7 +33,7 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def local_tensors(
-    engine: Any, ema: WeightEma | None, copy: bool = False
+    engine: Engine, ema: WeightEma | None, copy: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """What this rank saves, as KIND/PARAMETER, and at which element of the parameter each tensor begins.
 
@@ -66,7 +67,7 @@ def local_tensors(
     return tensors, firsts
 
 
-def describe_state(engine: Any, step: int, agvm: Agvm | None, ema: WeightEma | None) -> dict[str, Any]:
+def describe_state(engine: Engine, step: int, agvm: Agvm | None, ema: WeightEma | None) -> dict[str, Any]:
     """All that is no tensor, for JSON. All ranks call it."""
     import deepspeed
 
@@ -99,7 +100,7 @@ def describe_state(engine: Any, step: int, agvm: Agvm | None, ema: WeightEma | N
 # Resuming
 
 
-def check_fit(engine: Any, saved: SavedTensors) -> None:
+def check_fit(engine: Engine, saved: SavedTensors) -> None:
     """Raise ValueError unless the checkpoint is of this model, in these parameter groups."""
     groups = {group["name"] for group in engine.basic_optimizer.param_groups}
     if different := sorted(groups ^ set(saved.state["groups"])):
@@ -119,7 +120,7 @@ def check_fit(engine: Any, saved: SavedTensors) -> None:
 
 
 @torch.no_grad()
-def load_tensors(engine: Any, saved: SavedTensors, ema: WeightEma | None) -> None:
+def load_tensors(engine: Engine, saved: SavedTensors, ema: WeightEma | None) -> None:
     """Weights, optimizer's state, buffers, averages: each rank reads what it holds. All ranks call it.
 
     Raises ValueError for another optimizer's state.
@@ -169,7 +170,7 @@ def _load_averages(ema: WeightEma, saved: SavedTensors) -> None:
         share.copy_(saved.read("ema", name, *share_of(ema.parameters[name])))
 
 
-def load_counters(engine: Any, saved: SavedTensors) -> int:
+def load_counters(engine: Engine, saved: SavedTensors) -> int:
     """Set the engine's counters, schedule and loss scale; returns the number of steps done.
 
     With another global batch those are the whole batches in the images seen.
@@ -199,7 +200,7 @@ def _shape(p: Any) -> torch.Size:
     return shape
 
 
-def _loss_scaler(engine: Any) -> Any:
+def _loss_scaler(engine: Engine) -> Any:
     """What scales the loss in fp16; None in other precisions."""
     if not engine.fp16_enabled():
         return None

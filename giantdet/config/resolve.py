@@ -63,7 +63,7 @@ def resolve(
     _resolve_optimizer(deepspeed, has_gpu)
 
     giantdet = run.giantdet
-    _check_norms(giantdet, micro, world_size)
+    _check_norm_parts(giantdet)
     if giantdet.train.steps is None and train_images is not None:
         assert giantdet.train.epochs is not None
         if train_images < 1:
@@ -162,32 +162,9 @@ def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, i
     return batch, micro_size, accumulated
 
 
-def bn_ranks(bn_size: int, images_per_rank: int, world_size: int) -> int:
-    """Number of ranks that are normalised together: `bn_size` images of theirs, or the world's if fewer.
-
-    Raises ConfigError with the sizes that fit, where ranks of so many images do not divide the world so.
-    """
-    ranks, rest = divmod(bn_size, images_per_rank)
-    if bn_size >= images_per_rank * world_size:
-        return world_size
-    if rest or world_size % ranks:
-        fitting = [str(r * images_per_rank) for r in range(1, world_size + 1) if world_size % r == 0]
-        raise ConfigError(
-            f"bn_size {bn_size} does not fit {world_size} ranks of {images_per_rank} "
-            f"image{'s' if images_per_rank > 1 else ''}; sizes that fit: {', '.join(fitting)}"
-        )
-    return ranks
-
-
-def _check_norms(giantdet: GiantdetConfig, micro: int, world_size: int) -> None:
-    """Raise ConfigError for a size of batch norms that does not fit, and for a choice without an object."""
+def _check_norm_parts(giantdet: GiantdetConfig) -> None:
+    """Raise ConfigError for a choice of norms for a part of the model that has no BatchNorm."""
     norm, model = giantdet.norm, giantdet.model
-    for name, section in (("", norm), (".fpn", norm.fpn), (".heads", norm.heads)):
-        if section is not None and section.type == "cgbn":
-            try:
-                bn_ranks(section.bn_size, micro, world_size)
-            except ConfigError as error:
-                raise ConfigError(f"giantdet.norm{name}: {error}") from None
     for name, (where, is_batch) in model.batch_norms().items():
         if getattr(norm, name) is not None and not is_batch:
             raise ConfigError(
@@ -254,14 +231,11 @@ def _warmup_steps(deepspeed: dict[str, Any]) -> int | str:
 
 
 def _resolve_agvm(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
-    agvm, steps = giantdet.agvm, giantdet.train.steps
-    found: dict[str, Any] = {}
-    if agvm.preconditioned == "auto":
-        found["preconditioned"] = deepspeed["optimizer"]["type"] in ("Adam", "AdamW")
+    agvm, steps = giantdet.agvm.resolved(deepspeed["optimizer"]["type"]), giantdet.train.steps
     warmup = _warmup_steps(deepspeed)
     if agvm.start_step == "auto" and steps is not None and isinstance(warmup, int):
-        found["start_step"] = warmup + min(100, steps // 10)
-    return giantdet.model_copy(update={"agvm": agvm.model_copy(update=found)})
+        agvm = agvm.model_copy(update={"start_step": warmup + min(100, steps // 10)})
+    return giantdet.model_copy(update={"agvm": agvm})
 
 
 def _without_auto(block: Any) -> Any:

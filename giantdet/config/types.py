@@ -78,6 +78,13 @@ class AgvmConfig(Section):
     modules: dict[str, tuple[str, ...]] | None = None
     """Patterns of parameter names by module, the first that fits; None: the detector's parts."""
 
+    def resolved(self, optimizer: str) -> AgvmConfig:
+        """Return the configuration for an optimizer of that name, without an "auto" in `preconditioned`."""
+        if self.preconditioned != "auto":
+            return self
+        # The names of DeepSpeed's and torch's classes count too: FusedAdam, DeepSpeedCPUAdam.
+        return self.model_copy(update={"preconditioned": "Adam" in optimizer})
+
 
 class LrScalingConfig(Section):
     """The LR of the batch at hand from that of the recipe's batch; all LRs of the JSON are the latter's."""

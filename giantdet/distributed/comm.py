@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from giantdet.errors import InputError
 
+Group = dist.ProcessGroup
+
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -41,7 +43,7 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     timeout = timedelta(minutes=timeout_minutes)
     # Groups that are made later, ours and DeepSpeed's, take these and not that of the first group.
     dist.distributed_c10d.default_pg_timeout = timeout
-    dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     has_gpu = torch.cuda.is_available()
     # DeepSpeed picks its accelerator at import; without a GPU it must not look for one.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
@@ -211,7 +213,7 @@ def mean_over_ranks(values: list[float]) -> list[float]:
 
 
 @cache
-def subgroup(ranks: int) -> Any:
+def subgroup(ranks: int) -> Group | None:
     """This rank's group of `ranks` consecutive ranks; None (no communication) where it would be alone.
 
     All ranks must call it, in the same order; `ranks` divides the world. A communicator of its own even
@@ -220,12 +222,12 @@ def subgroup(ranks: int) -> Any:
     return dist.new_subgroups(group_size=ranks)[0] if ranks > 1 else None
 
 
-def group_size(group: Any) -> int:
+def group_size(group: Group | None) -> int:
     """Number of ranks of a process group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
-def all_gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def all_gather(tensor: torch.Tensor, group: Group | None) -> torch.Tensor:
     """`[ranks, *tensor.shape]`: the tensor of each rank of the group, in rank order."""
     if group is None:
         return tensor[None]
@@ -234,7 +236,7 @@ def all_gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return gathered.view(-1, *tensor.shape)
 
 
-def all_reduce(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor, group: Group | None) -> torch.Tensor:
     """The sum over the ranks of the group, in place of `tensor`."""
     if group is not None:
         dist.all_reduce(tensor, group=group)
@@ -287,7 +289,7 @@ def average_(tensors: list[torch.Tensor]) -> None:
     if world_size() == 1 or not tensors:
         return
     total = sum_over_ranks_(torch.cat([tensor.detach().double().flatten() for tensor in tensors]))
-    parts = (total / world_size()).split([tensor.numel() for tensor in tensors])
+    parts = torch.split(total / world_size(), [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
 

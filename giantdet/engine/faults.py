@@ -12,12 +12,12 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
 from giantdet.errors import DivergedError
 from giantdet.layers.norm import moving_norms
 
@@ -63,14 +63,14 @@ def poisoned(loss: Tensor) -> Tensor:
 class StepGuard:
     """Optimizer steps whose gradients are not finite are left out, on all ranks together.
 
-    DeepSpeed 0.19 does that at ZeRO-1 to 3 and in 16 bits; at stage 0 in float32 it is done here. What the
-    forward pass has spoilt already, the running statistics of batch norms, is put back.
+    DeepSpeed 0.19.8 does that at ZeRO-1 to 3 and in 16 bits; at stage 0 in float32 it is done here. The
+    running statistics of batch norms, which the forward pass has updated already, are restored.
 
     Args:
         limit: so many steps in a row end the run.
     """
 
-    def __init__(self, engine: Any, limit: int) -> None:
+    def __init__(self, engine: Engine, limit: int) -> None:
         self.engine, self.limit = engine, limit
         self.skipped = self.in_a_row = 0
         self.statistics = [b for norm in moving_norms(engine.module) for b in norm.buffers(recurse=False)]

@@ -22,6 +22,7 @@ from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import Dataset, check_categories, open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
 from giantdet.engine import zero
 from giantdet.engine.evaluate import Evaluation, evaluate
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
@@ -29,7 +30,7 @@ from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.export import export_config, export_model
-from giantdet.layers.norm import norm_summary
+from giantdet.layers.norm import check_norms, norm_summary
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 from giantdet.optim.param_groups import group_table
@@ -46,7 +47,7 @@ class Training:
     dataset: Dataset
     validation: Dataset | None
     model: Architecture
-    engine: Any
+    engine: Engine
     agvm: Agvm | None
     ema: WeightEma | None
     checkpoints: Checkpoints
@@ -109,6 +110,7 @@ def prepare(run: RunConfig) -> Training:
     images = len(dataset.training_indices(data.filter_empty))
     resolved = resolve(run, comm.world_size(), images, dataset.num_classes, device.type == "cuda")
     config, output = resolved.giantdet, Path(resolved.giantdet.train.output)
+    check_norms(config.norm, resolved.batch.micro, comm.world_size())
     if comm.is_main():
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(describe(resolved) + "\n")

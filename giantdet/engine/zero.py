@@ -15,6 +15,7 @@ from giantdet.architectures import Architecture, build_model
 from giantdet.config.resolved import ResolvedRun
 from giantdet.config.schedulers import SchedulerConfig
 from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
 from giantdet.errors import InputError
 from giantdet.export import load_weights
 from giantdet.layers.blocks import blocks_of
@@ -27,7 +28,7 @@ from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 log = logging.getLogger("giantdet")
 
 
-def initialize(model: Architecture, run: ResolvedRun) -> Any:
+def initialize(model: Architecture, run: ResolvedRun) -> Engine:
     """`deepspeed.initialize` with the run's JSON and giantdet's named parameter groups.
 
     The engine's optimizer, scheduler, precision and ZeRO stage are what the JSON's DeepSpeed keys say.
@@ -50,7 +51,7 @@ def initialize(model: Architecture, run: ResolvedRun) -> Any:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     groups = groups_of(model, run)
     with _refusal_in_one_line():
-        engine, *_ = deepspeed.initialize(
+        engine: Engine = deepspeed.initialize(
             model=model,
             model_parameters=groups,
             optimizer=optimizer_factory(run.optimizer),
@@ -59,7 +60,7 @@ def initialize(model: Architecture, run: ResolvedRun) -> Any:
             else partial(_schedule, run.scheduler, run.optimizer.lr),
             config=run.deepspeed_json(),
             dist_init_required=False,
-        )
+        )[0]
     return engine
 
 
@@ -133,12 +134,12 @@ def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
     )
 
 
-def learning_rates(engine: Any) -> dict[str, float]:
+def learning_rates(engine: Engine) -> dict[str, float]:
     """LR by group name."""
     return {group["name"]: float(group["lr"]) for group in engine.basic_optimizer.param_groups}
 
 
-def set_gradient_clipping(engine: Any, limit: float) -> None:
+def set_gradient_clipping(engine: Engine, limit: float) -> None:
     """Clip the coming steps' gradients at this norm, 0 for none.
 
     At ZeRO-1 to 3 and in bf16 the limit is the optimizer's, else the engine's configuration's; DeepSpeed
@@ -149,14 +150,14 @@ def set_gradient_clipping(engine: Any, limit: float) -> None:
         engine.optimizer.clip_grad = limit
 
 
-def gradient_norm(engine: Any) -> float | None:
+def gradient_norm(engine: Engine) -> float | None:
     """Norm of the last step's gradient before clipping, or None where DeepSpeed keeps none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
 @contextmanager
-def averaged_statistics(engine: Any) -> Iterator[None]:
+def averaged_statistics(engine: Engine) -> Iterator[None]:
     """The mean over the ranks of their batch norms' running statistics in their place, to evaluate or export.
 
     Each rank's are of its own images. Without this, ranks would evaluate different models, and the one that

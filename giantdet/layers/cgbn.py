@@ -2,9 +2,9 @@
 
 A conversion from outside the model, usable in any project that has started torch.distributed:
 
-    from giantdet.layers.cgbn import convert_batchnorm
-    model = convert_batchnorm(model, 32, images_per_rank=2)  # 16 ranks at a time normalise together
-    model = convert_batchnorm(model, process_group)          # or the ranks of a group of your own
+    from giantdet.layers.cgbn import cgbn_group, convert_batchnorm
+    model = convert_batchnorm(model, cgbn_group(32, images_per_rank=2))  # over 32 images: 16 ranks
+    model = convert_batchnorm(model, process_group)                      # over the ranks of any group
 
 Output, gradients and running statistics are those of BatchNorm over the concatenated batch of the group:
 ranks may bring different numbers of images, of different sizes, or none. Each rank describes its values by
@@ -27,32 +27,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from giantdet.config.resolve import bn_ranks
 from giantdet.distributed import comm
-from giantdet.errors import InputError
+from giantdet.errors import ConfigError, InputError
 
 
-def convert_batchnorm(
-    model: nn.Module, group_or_bn_size: Any, images_per_rank: int | None = None
-) -> nn.Module:
+def convert_batchnorm(model: nn.Module, group: comm.Group | None = None) -> nn.Module:
     """Replace every BatchNorm (1d, 2d, 3d, Sync, timm's BatchNormAct2d) of `model` by `CrossGpuBatchNorm`.
 
-    In place, sharing the parameters, so that an optimizer that holds them stays right; returns `model`, or
-    its replacement where `model` itself is a BatchNorm. All ranks call it, in the same order.
-
-    Args:
-        group_or_bn_size: a process group; or the number of images that are normalised together, on ranks
-            that follow one another, at most the whole world's; or None for this rank's own images.
-        images_per_rank: images of one forward, needed with a number of images.
-
-    Raises ValueError (ConfigError) naming the sizes that fit, where the number does not.
+    The replacements normalise over the ranks of `group`, or over this rank's own images where it is None.
+    Works in place and shares the parameters, so an optimizer that was built before stays valid. Returns
+    `model`, or its replacement where `model` itself is a BatchNorm.
     """
-    group = group_or_bn_size
-    if isinstance(group_or_bn_size, int):
-        if images_per_rank is None:
-            raise InputError(f"bn_size {group_or_bn_size} counts images: give images_per_rank too")
-        group = comm.subgroup(bn_ranks(group_or_bn_size, images_per_rank, comm.world_size()))
     return replace_batchnorm(model, lambda norm: CrossGpuBatchNorm.from_batchnorm(norm, group))
+
+
+def cgbn_group(bn_size: int, images_per_rank: int) -> comm.Group | None:
+    """Return this rank's group of consecutive ranks whose forward passes have `bn_size` images together.
+
+    The group spans at most the whole world; it is None where one rank has that many images. All ranks call
+    this, in the same order.
+
+    Raises ConfigError, a ValueError, where no number of ranks fits; it names the sizes that do.
+    """
+    return comm.subgroup(bn_ranks(bn_size, images_per_rank, comm.world_size()))
+
+
+def bn_ranks(bn_size: int, images_per_rank: int, world_size: int) -> int:
+    """Return the number of ranks that have `bn_size` images together; all ranks where they have fewer.
+
+    Raises ConfigError, a ValueError, where that is not a number of ranks that divides the world.
+    """
+    ranks, rest = divmod(bn_size, images_per_rank)
+    if bn_size >= images_per_rank * world_size:
+        return world_size
+    if rest or world_size % ranks:
+        fitting = [str(r * images_per_rank) for r in range(1, world_size + 1) if world_size % r == 0]
+        raise ConfigError(
+            f"bn_size {bn_size} does not fit {world_size} ranks of {images_per_rank} "
+            f"image{'s' if images_per_rank > 1 else ''}; sizes that fit: {', '.join(fitting)}"
+        )
+    return ranks
 
 
 def replace_batchnorm(
@@ -60,7 +74,10 @@ def replace_batchnorm(
     convert: Callable[[_BatchNorm], nn.Module],
     select: Callable[[_BatchNorm], bool] = lambda norm: True,
 ) -> nn.Module:
-    """Replace each BatchNorm for which `select` holds by `convert(it)`; activations, train mode follow."""
+    """Replace each BatchNorm for which `select` holds by `convert(norm)`.
+
+    The replacement takes over the training mode and, from timm's BatchNormAct2d, dropout and activation.
+    """
     if isinstance(module, _BatchNorm):
         if not select(module):
             return module
@@ -85,7 +102,7 @@ class Float32Buffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {k: b for k, b in self._buffers.items() if b is not None and b.dtype == torch.float32}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype in (torch.bfloat16, torch.float16):
@@ -100,8 +117,8 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
     `torch.nn.BatchNorm2d`'s (`momentum=None` is a cumulative average); a state dict of either fits the
     other. Unlike there, one value a channel in a whole group is no error: its variance is 0.
 
-    Recomputation in the backward (activation checkpointing of any kind) leaves the running statistics
-    alone, which the first forward has moved already.
+    A forward pass that is recomputed in the backward pass leaves the running statistics alone: the first
+    one has updated them already.
     """
 
     def __init__(
@@ -111,7 +128,7 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        group: Any = None,
+        group: comm.Group | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.group = group
@@ -119,8 +136,8 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
         self.act: nn.Module = nn.Identity()
 
     @classmethod
-    def from_batchnorm(cls, norm: _BatchNorm, group: Any = None) -> Self:
-        """Shares the parameters of `norm`, copies its buffers, low-precision ones to float32."""
+    def from_batchnorm(cls, norm: _BatchNorm, group: comm.Group | None = None) -> Self:
+        """Share the parameters of `norm` and copy its buffers, those in 16 bits to float32."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, group)
         new._parameters.update(norm._parameters)
         for name, buffer in norm._buffers.items():
@@ -131,7 +148,7 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CrossGpuBatchNorm:
-        """A copy of the same group: process groups cannot be copied."""
+        """Return a copy with the same group: process groups cannot be copied."""
         memo[id(self.group)] = self.group
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
@@ -152,10 +169,11 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
             y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
             if self._moves():
                 self._update(mean, var, count)
-        return self.act(self.drop(y))
+        out: Tensor = self.act(self.drop(y))
+        return out
 
     def _normalise_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """One fused kernel, which moves the running statistics too."""
+        """Normalise over this rank's batch in one fused kernel, which updates the running statistics too."""
         mean, var, factor = self.running_mean, self.running_var, self.momentum
         if self._moves():
             assert self.num_batches_tracked is not None
@@ -163,7 +181,8 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
             if factor is None:
                 factor = 1.0 / float(self.num_batches_tracked)
         elif mean is not None and var is not None:
-            # The kernel keeps these for its backward, and a checkpoint wants to see as many tensors again.
+            # The kernel saves these for its backward pass, and torch.utils.checkpoint requires that the
+            # recomputed forward pass saves as many tensors as the first one.
             mean, var = mean.clone(), var.clone()
         return F.batch_norm(x, mean, var, weight, bias, True, factor or 0.0, self.eps)
 
@@ -172,24 +191,25 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics; all on the device, without a branch on what the ranks brought."""
+        """Update the running statistics on the device, without a branch on the ranks' numbers of images."""
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         factor = (
             self.momentum if self.momentum is not None else self.num_batches_tracked.double().reciprocal()
         )
-        factor = (count > 0).double() * factor  # a group without an image moves nothing
+        factor = (count > 0).double() * factor  # a group without an image changes nothing
         unbiased = var * count / (count - 1).clamp(min=1)
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.lerp_(new.to(running.dtype), factor.to(running.dtype))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ranks={comm.group_size(self.group)}"
+        stock: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{stock}, ranks={comm.group_size(self.group)}"
 
 
 def is_recomputing() -> bool:
-    """Is this forward a part of a backward, that is a checkpointed one that runs for the second time?"""
+    """Return whether this forward pass runs inside a backward pass, as a recomputed one does."""
     # The autograd engine numbers its runs; torch.utils.checkpoint asks the same function.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -199,21 +219,21 @@ def statistics_type(x: Tensor) -> torch.dtype:
 
 
 def local_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean `[C]`, biased variance `[C]` and count `[1]` of the values of each channel; zeros of no value."""
+    """Return mean `[C]`, biased variance `[C]` and count `[1]` of each channel; zeros for an empty input."""
     zeros = x.new_zeros(x.shape[1], dtype=statistics_type(x))
     count = zeros.new_full((1,), x.numel() // x.shape[1])
     if x.numel() == 0:
         return zeros, zeros.clone(), count
-    # With running statistics of its own to write to, the kernel computes in their type and not in bf16.
+    # Given running statistics to write to, the kernel computes in their type and not in bf16.
     mean, var = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
     return mean, var, count
 
 
 def merge_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of R parts, `[R, C]`, `[R, C]` and `[R, 1]`, to those of their union, `[C]`, `[C]` and `[1]`, float64.
+    """Merge the statistics of R parts, `[R, C]`, `[R, C]` and `[R, 1]`, to `[C]`, `[C]` and `[1]` in float64.
 
-    By count, from deviations and not from sums of squares (Chan, Golub, LeVeque 1979): stable whatever the
-    mean is. Variances are biased ones. Parts may be empty.
+    Weighted by count and computed from deviations, not from sums of squares (Chan, Golub, LeVeque 1979),
+    which is stable for any mean. Variances are biased. Parts may be empty.
     """
     means, variances, counts = means.double(), variances.double(), counts.double()
     total = counts.sum(0)
@@ -225,18 +245,18 @@ def merge_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[
 class _Normalise(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias with the statistics of all ranks of a group.
 
-    Returns y, mean, biased variance and count. Weight and bias get this rank's share of their gradient,
-    which data parallelism adds up like any other.
+    Returns y, mean, biased variance and count. Weight and bias get this rank's share of their gradient;
+    data parallelism adds the shares up.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: comm.Group | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=_memory_format(x))
         parts = comm.all_gather(torch.cat(local_statistics(x)), group)
         channels = x.shape[1]
-        merged = merge_statistics(*parts.split([channels, channels, 1], dim=1))
+        merged = merge_statistics(*torch.split(parts, [channels, channels, 1], dim=1))
         mean, var, count = (t.to(parts.dtype) for t in merged)
         if x.numel() == 0:
             y = torch.empty_like(x)
@@ -268,7 +288,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """`[2, C]`: sum of dy and sum of dy (x - mean) invstd, that is the gradients of bias and weight."""
+    """Return `[2, C]`, the gradients of bias and weight: sum of dy and sum of dy (x - mean) invstd."""
     if x.numel() == 0:
         return mean.new_zeros(2, *mean.shape)
     if x.is_cuda:

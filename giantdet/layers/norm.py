@@ -1,4 +1,4 @@
-"""Batch normalisation, exchanged from outside: `apply_norm` converts every BatchNorm of a module.
+"""Batch normalisation, chosen from outside the model: `apply_norm` converts every BatchNorm of a module.
 
 - `FrozenBatchNorm2d`: statistics and affine are constants (detectron2's and torchvision's rule for
   fine-tuning with small batches).
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from giantdet.config.architectures.common import PartNormConfig
+from giantdet.config.architectures.common import NormConfig, PartNormConfig
 from giantdet.distributed import comm
+from giantdet.errors import ConfigError
 from giantdet.layers.cgbn import (
     CrossGpuBatchNorm,
     Float32Buffers,
+    bn_ranks,
+    cgbn_group,
     convert_batchnorm,
     replace_batchnorm,
 )
@@ -51,7 +54,7 @@ class FrozenBatchNorm2d(Float32Buffers):
 
     @classmethod
     def from_batchnorm(cls, norm: _BatchNorm) -> FrozenBatchNorm2d:
-        """The constants of `norm`, copied."""
+        """Return a frozen copy of `norm`."""
         frozen = cls(norm.num_features, norm.eps)
         for name, buffer in list(frozen._buffers.items()):
             source = getattr(norm, name)
@@ -62,16 +65,17 @@ class FrozenBatchNorm2d(Float32Buffers):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         bias = self.bias - self.running_mean * scale
-        # One pass over x, which `F.batch_norm` has too; but that one would keep x for the backward.
+        # One pass over x. `F.batch_norm` takes one as well, but keeps x for its backward pass.
         x = torch.addcmul(bias.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1))
-        return self.act(self.drop(x))
+        out: Tensor = self.act(self.drop(x))
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
 
 
 def moving_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms whose running statistics training moves."""
+    """Return the batch norms whose running statistics training updates."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
@@ -84,12 +88,22 @@ def apply_norm(module: nn.Module, config: PartNormConfig, images_per_rank: int |
     if config.type == "frozen":
         return replace_batchnorm(module, FrozenBatchNorm2d.from_batchnorm)
     if config.type == "local" or images_per_rank is None:
-        return convert_batchnorm(module, None)
-    return convert_batchnorm(module, config.bn_size, images_per_rank)
+        return convert_batchnorm(module)
+    return convert_batchnorm(module, cgbn_group(config.bn_size, images_per_rank))
+
+
+def check_norms(norm: NormConfig, images_per_rank: int, world_size: int) -> None:
+    """Raise ConfigError for a `bn_size` that does not fit that many ranks of so many images."""
+    for key, part in (("norm", norm), ("norm.fpn", norm.fpn), ("norm.heads", norm.heads)):
+        if part is not None and part.type == "cgbn":
+            try:
+                bn_ranks(part.bn_size, images_per_rank, world_size)
+            except ConfigError as error:
+                raise ConfigError(f"giantdet.{key}: {error}") from None
 
 
 def norm_summary(module: nn.Module, images_per_rank: int) -> str:
-    """Which batch norms a module has, for people: `20 frozen, 33 over 8 images (4 ranks x 2)`."""
+    """Return a summary of a module's batch norms: `20 frozen, 33 over 8 images (4 ranks x 2)`."""
     found: dict[str, int] = {}
     for norm in module.modules():
         kind = ""

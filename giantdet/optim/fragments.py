@@ -1,8 +1,9 @@
 """Where DeepSpeed keeps the float32 weights and the optimizer's state, at every ZeRO stage.
 
-DeepSpeed has no public way to these at stages 1 and 2 short of a collective for each parameter. What is read
-here are private attributes of DeepSpeed 0.19, one function a layout; `tests/distributed/test_agvm.py` holds
-the moments to those computed without DeepSpeed, `test_resume.py` weights and states to other stages'.
+At stages 1 and 2 DeepSpeed's public functions need a collective for each parameter. This file reads private
+attributes instead, one function for each layout. They exist with this meaning since DeepSpeed 0.19.7, which
+added `round_robin_bit16_offsets` and padding between parameters. `tests/distributed/test_agvm.py` compares
+the moments with those computed without DeepSpeed, `test_resume.py` weights and states between stages.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
 
 
 class Fragment(NamedTuple):
-    """A rank's part [first, last) of a flattened parameter, and where the optimizer has it."""
+    """A rank's part [first, last) of a flattened parameter, and where the optimizer keeps it."""
 
     first: int
     last: int
@@ -25,18 +27,18 @@ class Fragment(NamedTuple):
     start: int  # of the fragment in the flattened `owner`
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The fragment in `owner` or in a tensor of its shape: a view, flat."""
+        """Return a flat view of the fragment in `owner`, or in a tensor of its shape."""
         return tensor.detach().view(-1)[self.start : self.start + self.last - self.first]
 
     def weights(self) -> Tensor:
         return self.of(self.owner)
 
     def cut(self, first: int, last: int) -> Fragment:
-        """Its part [first, last) of the parameter."""
+        """Return the part [first, last) of the parameter, which lies in this fragment."""
         return self._replace(first=first, last=last, start=self.start + first - self.first)
 
     def state(self, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The optimizer's state: by name the fragments of what each element has, and single values.
+        """Return the optimizer's state by name: fragments of elementwise tensors, and single values.
 
         Both are empty before the first step.
         """
@@ -50,13 +52,13 @@ class Fragment(NamedTuple):
 
 
 def even_share(size: int) -> tuple[int, int]:
-    """[first, last) of `size` elements for this rank; over the ranks all of them exactly once."""
+    """Return this rank's [first, last) of `size` elements; the ranks' shares cover each element once."""
     world, rank = comm.world_size(), comm.rank()
     return size * rank // world, size * (rank + 1) // world
 
 
 def share_of(p: Any) -> tuple[int, int]:
-    """[first, last) of a flattened parameter: what ZeRO-3 keeps on this rank, before it an even share."""
+    """Return [first, last) of a flattened parameter: ZeRO-3's partition, at other stages an even share."""
     if not hasattr(p, "ds_id"):
         return even_share(p.numel())
     size = p.partition_numel()
@@ -64,16 +66,17 @@ def share_of(p: Any) -> tuple[int, int]:
 
 
 def local_share(p: Any) -> Tensor:
-    """`share_of` a contiguous model parameter: a view, flat. ZeRO-3 has it, padded, as `ds_tensor`."""
+    """Return a flat view of `share_of` a contiguous parameter; ZeRO-3 keeps it, padded, in `ds_tensor`."""
     first, last = share_of(p)
     flat: Tensor = p.ds_tensor if hasattr(p, "ds_id") else p.data.flatten()
     return flat[: last - first] if hasattr(p, "ds_id") else flat[first:last]
 
 
-def fragments(engine: Any) -> dict[nn.Parameter, Fragment]:
-    """What this rank holds of each trainable parameter: all of it at stage 0, then its partition.
+def fragments(engine: Engine) -> dict[nn.Parameter, Fragment]:
+    """Return what this rank holds of each trainable parameter: all of it at stage 0, else its partition.
 
-    Parameters of which this rank has nothing are left out. RuntimeError where DeepSpeed has moved.
+    Parameters of which this rank holds nothing are left out. Raises RuntimeError for another version of
+    DeepSpeed that keeps its state elsewhere.
     """
     optimizer = engine.optimizer
     try:
@@ -88,21 +91,21 @@ def fragments(engine: Any) -> dict[nn.Parameter, Fragment]:
         import deepspeed
 
         raise RuntimeError(
-            f"cannot find the optimizer's state in DeepSpeed {deepspeed.__version__} ({error!r}), where 0.19 "
-            "has it: checkpoints and preconditioned AGVM need that version"
+            f"cannot find the optimizer's state in DeepSpeed {deepspeed.__version__} ({error!r}): "
+            "checkpoints and preconditioned AGVM need the layout of 0.19.8; install that version"
         ) from error
 
 
-def shares(engine: Any) -> dict[nn.Parameter, Fragment]:
-    """This rank's fragment of each trainable parameter; over the ranks they cover all of it exactly once."""
+def shares(engine: Engine) -> dict[nn.Parameter, Fragment]:
+    """Return this rank's fragment of each trainable parameter; the ranks' fragments cover it exactly once."""
     found = fragments(engine)
     if engine.zero_optimization_stage() > 0:
         return found
     return {p: fragment.cut(*even_share(fragment.last)) for p, fragment in found.items()}
 
 
-def _of_stage_3(engine: Any) -> dict[nn.Parameter, Fragment]:
-    """Each parameter is cut into equal parts, one a rank; a rank's parts lie in flat sub-groups."""
+def _of_stage_3(engine: Engine) -> dict[nn.Parameter, Fragment]:
+    """Each parameter is cut into equal parts, one per rank; a rank's parts lie in flat sub-groups."""
     optimizer, groups = engine.optimizer, engine.basic_optimizer.param_groups
     found = {}
     for i, members in enumerate(optimizer.fp16_groups):
@@ -117,9 +120,9 @@ def _of_stage_3(engine: Any) -> dict[nn.Parameter, Fragment]:
 
 
 def _of_flat(
-    engine: Any, members: list[list[Any]], offsets: list[list[int]] | None = None
+    engine: Engine, members: list[list[Any]], offsets: list[list[int]] | None = None
 ) -> dict[nn.Parameter, Fragment]:
-    """The parameters of a group one after the other, or at `offsets`, cut into equal parts, one a rank."""
+    """A group's parameters lie one after the other, or at `offsets`, cut into equal parts, one per rank."""
     found = {}
     for i, group in enumerate(engine.basic_optimizer.param_groups):
         (owner,) = group["params"]
@@ -133,8 +136,8 @@ def _of_flat(
     return found
 
 
-def _of_stage_0(engine: Any) -> dict[nn.Parameter, Fragment]:
-    """Every rank has all of it; bf16 keeps float32 copies, flat or one by one."""
+def _of_stage_0(engine: Engine) -> dict[nn.Parameter, Fragment]:
+    """Every rank has all parameters; 16 bits add float32 copies, flat or one by one."""
     found: dict[nn.Parameter, Fragment] = {}
     for i, group in enumerate(engine.basic_optimizer.param_groups):
         owners = group["params"]
@@ -146,14 +149,13 @@ def _of_stage_0(engine: Any) -> dict[nn.Parameter, Fragment]:
     return found
 
 
-# Writing: what a checkpoint has to do after it has filled the fragments
+# Loading a checkpoint
 
 
-def create_states(engine: Any) -> None:
-    """Give the optimizer the states that it makes in its first step, of whatever content.
+def create_states(engine: Engine) -> None:
+    """Let the optimizer create the states of its first step; their content and the weights are to be loaded.
 
-    By a step with gradients and LR of zero, as DeepSpeed does it at stage 0, owner by owner. The weights are
-    to be overwritten afterwards.
+    By a step with gradients and LR of zero, as DeepSpeed does at stage 0, one owner at a time.
     """
     optimizer = engine.basic_optimizer
     owners = {id(f.owner): (f.owner, f.group) for f in fragments(engine).values()}
@@ -170,8 +172,8 @@ def create_states(engine: Any) -> None:
 
 
 @torch.no_grad()
-def publish(engine: Any) -> None:
-    """Bring what was written into the fragments to the model's own weights. All ranks call it."""
+def publish(engine: Engine) -> None:
+    """Copy the fragments' weights to the model's own. All ranks call it."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         for sub_group in range(len(optimizer.fp16_groups)):

@@ -17,6 +17,7 @@ from giantdet.config.resolve import resolve
 from giantdet.config.resolved import ResolvedRun
 from giantdet.engine.zero import weight_dtype
 from giantdet.errors import ConfigError
+from giantdet.layers.norm import check_norms
 from giantdet.tools.costs import (
     GIB,
     RESERVE,
@@ -197,6 +198,7 @@ def make_plan(
     """Of an unresolved run; `images` is the training set's size. ConfigError for a batch that cannot be."""
     try:
         resolved = resolve(run, gpus, images, assumed_classes(run))
+        check_norms(resolved.giantdet.norm, resolved.batch.micro, gpus)
     except ConfigError as error:
         raise ConfigError(f"{gpus} GPUs: {error}") from None
     return Plan(resolved, gpus, machine, bandwidth, efficiency)

@@ -1,4 +1,4 @@
-"""Precise BN: running statistics estimated anew over many batches, with the weights as they are.
+"""Precise BN: re-estimate the running statistics over many batches, with fixed weights.
 
 What training leaves behind is an average over its last steps, whose weights were still moving. Here every
 batch norm takes its input's mean and variance over N batches, as if they were one (Wu, Johnson: Rethinking
@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from giantdet.config.resolve import bn_ranks
 from giantdet.config.resolved import ResolvedRun
 from giantdet.distributed import comm
-from giantdet.layers.cgbn import local_statistics, merge_statistics
+from giantdet.layers.cgbn import bn_ranks, local_statistics, merge_statistics
 from giantdet.layers.norm import moving_norms
 from giantdet.structures import Batch
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from giantdet.config.load import RunConfig, load_run, parse_run
-from giantdet.config.resolve import bn_ranks, check_data, describe, resolve, solve_batch
+from giantdet.config.resolve import check_data, describe, resolve, solve_batch
 from giantdet.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -132,20 +132,6 @@ def scheduler_of(kind: str, params: dict[str, Any], steps: int = 2000) -> dict[s
     return resolve(run, 2).deepspeed["scheduler"]["params"]
 
 
-def test_ranks_of_a_batch_norm_against_brute_force() -> None:
-    """All groupings into ranks that follow one another, and the whole world for sizes beyond it."""
-    for world, images in itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 3)):
-        fitting = {images * ranks: ranks for ranks in range(1, world + 1) if world % ranks == 0}
-        for size in range(1, 30):
-            if size in fitting or size > world * images:
-                assert bn_ranks(size, images, world) == fitting.get(size, world)
-            else:
-                with pytest.raises(ConfigError) as caught:
-                    bn_ranks(size, images, world)
-                listed = str(caught.value).rpartition(": ")[2]
-                assert listed == ", ".join(str(s) for s in sorted(fitting))
-
-
 RUN_OF_2 = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
 FPN_BATCH = {"fpn": {"norm": "batch"}}
 
@@ -153,14 +139,13 @@ FPN_BATCH = {"fpn": {"norm": "batch"}}
 @pytest.mark.parametrize(
     ("norm", "model", "words"),
     [
-        ({"type": "cgbn", "bn_size": 6}, {}, ["giantdet.norm: bn_size 6", "sizes that fit: 2, 4, 8"]),
-        ({"type": "cgbn", "bn_size": 3}, {}, ["giantdet.norm: bn_size 3", "sizes that fit: 2, 4, 8"]),
-        ({"fpn": {"type": "cgbn", "bn_size": 5}}, FPN_BATCH, ["giantdet.norm.fpn: bn_size 5"]),
         ({"fpn": {"type": "local"}}, {}, ["giantdet.norm.fpn", "giantdet.model.fpn"]),
         ({"heads": {"type": "local"}}, FPN_BATCH, ["giantdet.norm.heads", "giantdet.model.box_head"]),
     ],
 )
-def test_norms_that_do_not_fit(norm: dict[str, Any], model: dict[str, Any], words: list[str]) -> None:
+def test_norms_for_parts_without_batch_norm(
+    norm: dict[str, Any], model: dict[str, Any], words: list[str]
+) -> None:
     raw = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},

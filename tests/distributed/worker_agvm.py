@@ -18,7 +18,7 @@ from worker_zero import run_cases
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
-from giantdet.optim import agvm as agvm_module
+from giantdet.optim import estimators
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.param_groups import parameter_groups
 
@@ -226,5 +226,5 @@ def result_of(case: dict[str, Any], _: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    agvm_module.BUCKET = 100  # several buckets even here
+    estimators.BUCKET = 100  # several buckets even here
     run_cases(result_of)

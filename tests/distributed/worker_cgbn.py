@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from giantdet.distributed import comm
-from giantdet.layers.cgbn import CrossGpuBatchNorm, convert_batchnorm, merge_statistics
+from giantdet.layers.cgbn import CrossGpuBatchNorm, cgbn_group, convert_batchnorm, merge_statistics
 
 CHANNELS = 6
 STEPS = 3
@@ -189,14 +189,16 @@ def sub_groups(rank: int, world: int) -> None:
     """bn_size 4 of 2 images a rank: ranks 0 and 1 together, 2 and 3 together."""
     case = Case("pairs")
     pair = rank // 2 * 2
-    norm = convert_batchnorm(make(case), 4, images_per_rank=2)
+    norm = convert_batchnorm(make(case), cgbn_group(4, images_per_rank=2))
     assert comm.group_size(norm.group) == 2
     xs, _ = inputs(case, world, 0)
     torch.testing.assert_close(norm(xs[rank]), make(case)(torch.cat(xs[pair : pair + 2]))[rank % 2 * 2 :][:2])
-    assert convert_batchnorm(make(case), 64, images_per_rank=2).group is comm.subgroup(world), "whole world"
-    assert convert_batchnorm(make(case), 2, images_per_rank=2).group is None, "alone"
+    assert convert_batchnorm(make(case), cgbn_group(64, images_per_rank=2)).group is comm.subgroup(world), (
+        "whole world"
+    )
+    assert convert_batchnorm(make(case), cgbn_group(2, images_per_rank=2)).group is None, "alone"
     try:
-        convert_batchnorm(make(case), 3, images_per_rank=1)
+        convert_batchnorm(make(case), cgbn_group(3, images_per_rank=1))
     except ValueError as error:
         assert "sizes that fit: 1, 2, 4" in str(error) or world == 2, error
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -10,7 +13,9 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from giantdet.config.architectures.common import NormConfig
-from giantdet.layers.norm import CrossGpuBatchNorm, FrozenBatchNorm2d, apply_norm
+from giantdet.errors import ConfigError
+from giantdet.layers.cgbn import bn_ranks
+from giantdet.layers.norm import CrossGpuBatchNorm, FrozenBatchNorm2d, apply_norm, check_norms
 
 FROZEN, LOCAL = NormConfig(type="frozen"), NormConfig(type="local")
 
@@ -172,3 +177,31 @@ def test_compiles_to_one_graph() -> None:
     x = torch.randn(2, 3, 4, 4)
     out = torch.compile(model, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(out, F.batch_norm(x, None, None, training=True), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_of_a_batch_norm_against_brute_force() -> None:
+    """All groupings into ranks that follow one another, and the whole world for sizes beyond it."""
+    for world, images in itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 3)):
+        fitting = {images * ranks: ranks for ranks in range(1, world + 1) if world % ranks == 0}
+        for size in range(1, 30):
+            if size in fitting or size > world * images:
+                assert bn_ranks(size, images, world) == fitting.get(size, world)
+            else:
+                with pytest.raises(ConfigError) as caught:
+                    bn_ranks(size, images, world)
+                listed = str(caught.value).rpartition(": ")[2]
+                assert listed == ", ".join(str(s) for s in sorted(fitting))
+
+
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [
+        ({"type": "cgbn", "bn_size": 6}, ["giantdet.norm: bn_size 6", "sizes that fit: 2, 4, 8"]),
+        ({"type": "cgbn", "bn_size": 3}, ["giantdet.norm: bn_size 3", "sizes that fit: 2, 4, 8"]),
+        ({"fpn": {"type": "cgbn", "bn_size": 5}}, ["giantdet.norm.fpn: bn_size 5"]),
+    ],
+)
+def test_norms_that_do_not_fit(norm: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_norms(NormConfig.model_validate(norm), images_per_rank=2, world_size=4)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)

@@ -1,0 +1,279 @@
+"""AGVM's estimators of gradient variance: what each reads of a training step, and when its answer is known.
+
+The variance of a module is Phi = 1 - cos(G_1, G_2), with G_1 and G_2 its mean gradients over two halves of
+the global batch. The shards of a batch are its K = ranks x micro-batches parts.
+
+- `HalfSplit`, the paper's estimator: two fixed halves.
+- `AllSplits`: the expectation over all splits of the shards into halves, from the squared norms of the
+  shards' gradients and of their mean (`variance_of_all_splits`). Elementwise, to precondition the gradients.
+- `AllSplitsOfNorms`: the same without preconditioning, for which norms are enough.
+
+Preconditioned gradients are g / (sqrt(b2 v + (1 - b2) g^2) + eps), as in the released code: what Adam would
+apply, with the second moment v from before the step.
+
+Gradients are read by hooks on the parameters, before DeepSpeed reduces and partitions them, so the same code
+serves all ZeRO stages. The first two estimators keep two sums of the gradient in float32 on each rank until
+the end of the step (`HalfSplit` on an even number of ranks: one) and all-reduce both, 8 bytes per parameter.
+`AllSplitsOfNorms` keeps and sends a few floats per module, but its answer comes one step later, because the
+norm of the mean gradient is read in the optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from giantdet.config.types import AgvmConfig
+from giantdet.distributed import comm
+from giantdet.distributed.engine import Engine
+from giantdet.optim.fragments import Fragment, even_share, shares
+from giantdet.optim.param_groups import module_of_group
+from giantdet.optim.variance import variance_of_all_splits, variance_of_halves
+
+BUCKET = 2**25  # elements per all-reduce
+
+Variances = dict[str, float]
+
+
+class VarianceEstimator(Protocol):
+    """Estimates each module's gradient variance in the steps that `Agvm` measures.
+
+    All ranks call all methods together, except `read`.
+    """
+
+    def read(self, p: nn.Parameter, gradient: Tensor) -> None:
+        """Read this rank's gradient of a parameter in one micro-step of a measured step."""
+
+    def after_backward(self) -> Variances | None:
+        """Complete the last backward pass of a measured step; return the variances if they are known now."""
+
+    def before_step(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Read the gradients in an optimizer step. At stages 1 to 3 it is called once for each group."""
+
+    def after_step(self) -> Variances | None:
+        """Return the variances that were waiting for an optimizer step, if that step has been applied."""
+
+
+def estimator_of(engine: Engine, modules: dict[nn.Parameter, str], config: AgvmConfig) -> VarianceEstimator:
+    """Return the estimator that a configuration without "auto" asks for; `modules` by parameter."""
+    if config.estimator == "half_split":
+        return HalfSplit(engine, modules, config)
+    if config.preconditioned:
+        return AllSplits(engine, modules, config)
+    return AllSplitsOfNorms(engine, modules)
+
+
+def shards_of(engine: Engine) -> int:
+    """Return the number of parts of the global batch whose gradients can be told apart."""
+    return comm.world_size() * engine.gradient_accumulation_steps()
+
+
+class _OfModules:
+    """The engine, its trainable parameters by module, and the order of modules in tensors."""
+
+    def __init__(self, engine: Engine, modules: dict[nn.Parameter, str]) -> None:
+        self.engine, self.modules = engine, modules
+        self.names = sorted(set(modules.values()))
+        self.index = {name: i for i, name in enumerate(self.names)}
+        self.accumulation = engine.gradient_accumulation_steps()
+        self.device = next(iter(modules)).device
+
+    def zeros(self, columns: int) -> Tensor:
+        return torch.zeros(len(self.names), columns, dtype=torch.float64, device=self.device)
+
+    def loss_scale(self) -> float:
+        """Return the factor that fp16 multiplies the loss by; 1 in bf16 and float32."""
+        return float(getattr(self.engine.optimizer, "loss_scale", 1.0) or 1.0)
+
+
+class _Elementwise(_OfModules):
+    """Sums two rows of gradients over the ranks, each rank taking products of its share of the elements.
+
+    Complete before the optimizer step.
+    """
+
+    def __init__(self, engine: Engine, modules: dict[nn.Parameter, str], config: AgvmConfig) -> None:
+        super().__init__(engine, modules)
+        self.preconditioned, self.look_ahead = bool(config.preconditioned), config.look_ahead
+        self._rows: list[dict[nn.Parameter, Tensor]] = [{}, {}]
+
+    def add(self, row: int, p: nn.Parameter, gradient: Tensor) -> None:
+        """Add the gradient of a micro-step to a row."""
+        rows = self._rows[row]
+        rows[p] = rows[p] + gradient if p in rows else gradient
+
+    def products(self, rows: Tensor, fragment: Fragment | None) -> Tensor:
+        """Return the three sums that `variance` needs, from a part of both rows, summed over the ranks."""
+        raise NotImplementedError
+
+    def variance(self, first: float, second: float, third: float) -> float:
+        """Return a module's variance from the sums of its `products`."""
+        raise NotImplementedError
+
+    def after_backward(self) -> Variances | None:
+        fragments = shares(self.engine) if self.preconditioned else None
+        sums = self.zeros(3)
+        for bucket in self._buckets():
+            rows = torch.stack([torch.cat([self._take(row, p) for p in bucket]) for row in (0, 1)])
+            comm.sum_over_ranks_(rows)
+            sizes = [_numel(p) for p in bucket]
+            for p, part in zip(bucket, torch.split(rows, sizes, 1), strict=True):
+                fragment = None if fragments is None else fragments.get(p)
+                if fragment is None and fragments is not None:
+                    continue  # other ranks have all of it
+                first, last = even_share(_numel(p)) if fragment is None else fragment[:2]
+                both = part[:, first:last] / self.loss_scale()
+                sums[self.index[self.modules[p]]] += self.products(both, fragment)
+        comm.sum_over_ranks_(sums)
+        self._rows = [{}, {}]
+        return {name: self.variance(*row) for name, row in zip(self.names, sums.tolist(), strict=True)}
+
+    def before_step(self, groups: Iterable[dict[str, Any]]) -> None:
+        pass
+
+    def after_step(self) -> Variances | None:
+        return None
+
+    def _buckets(self) -> Iterator[list[nn.Parameter]]:
+        """Yield the parameters in the model's order: the same on all ranks, whichever got gradients."""
+        bucket: list[nn.Parameter] = []
+        for p in self.modules:
+            if bucket and sum(map(_numel, bucket)) + _numel(p) > BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(p)
+        yield bucket
+
+    def _take(self, row: int, p: nn.Parameter) -> Tensor:
+        found = self._rows[row].pop(p, None)
+        return torch.zeros(_numel(p), device=self.device) if found is None else found
+
+    def precondition(self, value: Tensor, gradient: Tensor, fragment: Fragment | None) -> Tensor:
+        """Return value / (sqrt(b2 v + (1 - b2) gradient^2) + eps), or `value` without a fragment."""
+        if fragment is None:
+            return value
+        beta2, eps = fragment.group["betas"][1], fragment.group["eps"]
+        if self.look_ahead == "released":  # the authors' code divides the gradient by the number of ranks
+            gradient = gradient / comm.world_size()
+        moment = (1.0 - beta2) * gradient.square()
+        saved = fragment.state(self.engine.basic_optimizer)[0].get("exp_avg_sq")  # None before the first step
+        if saved is not None:
+            moment = moment + beta2 * saved.to(gradient.device, torch.float32)
+        scaled: Tensor = value / (moment.sqrt() + eps)
+        return scaled
+
+
+class HalfSplit(_Elementwise):
+    """1 - cos of the mean gradients of the two halves of the batch, one row for each half.
+
+    The halves are those of the ranks, or of the micro-steps where the number of ranks is odd.
+    """
+
+    def read(self, p: nn.Parameter, gradient: Tensor) -> None:
+        self.add(self._half(), p, _copy(gradient))
+
+    def _half(self) -> int:
+        if comm.world_size() % 2 == 0:
+            return int(comm.rank() >= comm.world_size() // 2)
+        return int(self.engine.micro_steps % self.accumulation >= self.accumulation // 2)
+
+    def products(self, rows: Tensor, fragment: Fragment | None) -> Tensor:
+        """Return the dot product of the halves and both squared norms."""
+        # DeepSpeed divides the loss by the number of micro-steps.
+        one, two = (self.precondition(g, g, fragment) for g in rows * (2.0 / comm.world_size()))
+        return torch.stack([one @ two, one @ one, two @ two]).double()
+
+    def variance(self, first: float, second: float, third: float) -> float:
+        return variance_of_halves(first, second, third)
+
+
+class AllSplits(_Elementwise):
+    """The expectation over all splits, of preconditioned gradients: one row of sums and one of squares."""
+
+    def read(self, p: nn.Parameter, gradient: Tensor) -> None:
+        gradient = _copy(gradient)
+        self.add(0, p, gradient)
+        self.add(1, p, gradient.square())
+
+    def products(self, rows: Tensor, fragment: Fragment | None) -> Tensor:
+        """Return the sum of the shards' squared norms, the squared norm of their mean, and 0."""
+        mean = rows[0] / comm.world_size()
+        squares = rows[1] * self.accumulation**2  # DeepSpeed divides the loss by the number of micro-steps
+        scale = self.precondition(torch.ones_like(mean), mean, fragment)
+        shards = (squares * scale.square()).sum()
+        return torch.stack([shards, (mean * scale).square().sum(), torch.zeros_like(shards)]).double()
+
+    def variance(self, first: float, second: float, third: float) -> float:
+        return variance_of_all_splits(first, second, shards_of(self.engine))
+
+
+class AllSplitsOfNorms(_OfModules):
+    """The expectation over all splits from norms alone; complete after the optimizer step."""
+
+    def __init__(self, engine: Engine, modules: dict[nn.Parameter, str]) -> None:
+        super().__init__(engine, modules)
+        # By step, [modules, 2]: squares of the shards' gradients, square of their mean. Two steps at a time:
+        # the next step's first gradients are read before this step's sums are complete.
+        self._sums: dict[int, Tensor] = {}
+        # Of the step that was measured last: both may differ by the time its sums are complete.
+        self._clipping, self._loss_scale = 0.0, 1.0
+
+    def read(self, p: nn.Parameter, gradient: Tensor) -> None:
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
+        self._sums_of_step()[self.index[self.modules[p]], 0] += norm.square()
+
+    def after_backward(self) -> Variances | None:
+        sums = self._sums_of_step()
+        self._clipping, self._loss_scale = self.engine.gradient_clipping(), self.loss_scale()
+        if self.engine.zero_optimization_stage() == 0:
+            # The reduced gradient is complete on all ranks here, and not clipped yet.
+            for p, name in self.modules.items():
+                if p.grad is not None:
+                    sums[self.index[name], 1] += p.grad.double().square().sum() / comm.world_size()
+        return None
+
+    def before_step(self, groups: Iterable[dict[str, Any]]) -> None:
+        sums = self._sums.get(self.engine.global_steps)
+        if sums is None or self.engine.zero_optimization_stage() == 0:
+            return
+        for group in groups:
+            row = self.index[module_of_group(group)]
+            for p in group["params"]:
+                if p.grad is not None:
+                    sums[row, 1] += p.grad.double().square().sum().to(sums.device)
+
+    def after_step(self) -> Variances | None:
+        found = None
+        for step in [step for step in self._sums if step < self.engine.global_steps]:
+            sums = self._sums.pop(step)
+            comm.sum_over_ranks_(sums)
+            squares = (self.accumulation / self._loss_scale) ** 2
+            clipped = self._clip_coefficient() ** 2 if self.engine.zero_optimization_stage() > 0 else 1.0
+            values = (sums * sums.new_tensor([squares, 1.0 / clipped])).tolist()
+            if self.engine.was_step_applied():
+                shards, rows = shards_of(self.engine), zip(self.names, values, strict=True)
+                found = {name: variance_of_all_splits(s, m, shards) for name, (s, m) in rows}
+        return found
+
+    def _sums_of_step(self) -> Tensor:
+        step = self.engine.global_steps
+        if step not in self._sums:
+            self._sums[step] = self.zeros(2)
+        return self._sums[step]
+
+    def _clip_coefficient(self) -> float:
+        """Return what DeepSpeed has multiplied the gradient of the last step by."""
+        clip, norm = self._clipping, self.engine.get_global_grad_norm()
+        return min(1.0, clip / (float(norm) + 1e-6)) if clip and norm is not None else 1.0
+
+
+def _copy(gradient: Tensor) -> Tensor:
+    """Return a flat float32 copy: DeepSpeed reduces the gradient that a hook gets in place."""
+    return gradient.detach().flatten().to(torch.float32, copy=True)
+
+
+def _numel(p: nn.Parameter) -> int:
+    return int(getattr(p, "ds_numel", p.numel()))
