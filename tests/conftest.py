@@ -15,6 +15,11 @@ REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 # What DeepSpeed compiles must not meet the lock of a killed run elsewhere.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions"))
+# Bytecode of what is imported, beside no sources: an environment that forbids it, as those of containers do,
+# makes every process compile torch, timm and DeepSpeed anew, which takes twice as long as all else.
+sys.dont_write_bytecode, sys.pycache_prefix = False, str(REPO / "runs/bytecode")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 # Always this environment's ninja: another version hashes commands differently and compiles all anew.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

@@ -21,6 +21,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -30,9 +31,10 @@ REPO = Path(__file__).resolve().parents[1]
 # Read by the interpreter, by libc or by a library while it is imported: a later change comes too late.
 READ_AT_START = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "MALLOC_", "LD_", "LC_", "LANG", "TORCH_LOGS")
 READ_AT_START += ("DS_ACCELERATOR", "CUDA_")
-# Beside giantdet's own modules; torch._dynamo and pyplot are what a first step and a picture import.
-IMPORTS = ("torch", "torchvision", "timm", "deepspeed", "torch._dynamo", "torch.distributed.nn")
-IMPORTS += ("matplotlib.pyplot", "pycocotools.coco", "pycocotools.cocoeval", "tiny")
+# Beside giantdet's own modules, what these and DeepSpeed import when they need it first.
+IMPORTS = ("torch", "torchvision", "timm", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+IMPORTS += ("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3")
+IMPORTS += ("torch.distributed.nn", "matplotlib.pyplot", "pycocotools.cocoeval", "tiny")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -65,12 +67,14 @@ class Nursery:
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
         self.connection, theirs = Pipe()
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             env=environment,
             cwd=REPO,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=self.said,
+            stderr=self.said,
             pass_fds=[theirs.fileno()],
             start_new_session=True,  # Ctrl-C is the tests' business
         )
@@ -87,12 +91,17 @@ class Nursery:
 
     def ask(self, question: Any) -> Any:
         """The number of a new process for an order, the exit code, or None, for the number of a process."""
-        self.connection.send(question)
-        return self.connection.recv()
+        try:
+            self.connection.send(question)
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.said.seek(0)
+            raise RuntimeError(f"the process that forks ranks has ended:\n{self.said.read()}") from None
 
     def close(self) -> None:
         self.connection.close()
         self.process.wait()
+        self.said.close()
 
 
 def _at_start(environment: dict[str, str]) -> dict[str, str]:
