@@ -81,6 +81,10 @@ class Nursery:
         theirs.close()
         atexit.register(self.close)
 
+    def is_ready(self) -> bool:
+        """Waits until it has imported all."""
+        return self.ask(None) is None
+
     def can_run(self, command: Sequence[str], environment: dict[str, str]) -> bool:
         """Would a fork be what a start is?"""
         is_script = command[0] == sys.executable and command[1].endswith(".py")
@@ -90,7 +94,7 @@ class Nursery:
         return Forked(self, self.ask(order))
 
     def ask(self, question: Any) -> Any:
-        """The number of a new process for an order, the exit code, or None, for the number of a process."""
+        """For an order the number of a new process, for that number the exit code, or None before the end."""
         try:
             self.connection.send(question)
             return self.connection.recv()
@@ -138,6 +142,9 @@ def _serve(connection: Connection) -> Order:
             question = connection.recv()
         except EOFError:
             sys.exit()
+        if question is None:
+            connection.send(None)
+            continue
         if isinstance(question, int):
             pid, status = os.waitpid(question, os.WNOHANG)
             connection.send(os.waitstatus_to_exitcode(status) if pid else None)
