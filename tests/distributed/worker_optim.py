@@ -51,7 +51,7 @@ def with_zero(run: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
         engine.step()
         ema.update()
         if saves:
-            checkpoints.save(step + 1, {"box": {"AP": AP[step]}})
+            checkpoints.save(step + 1, AP[step])
     checkpoints.close()
     before = local_tensors(engine, ema, copy=True)[0]
     found = {"lrs": lrs, "betas": betas, "parameters": weights(engine.module)}
