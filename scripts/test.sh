@@ -12,5 +12,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 echo "ruff check" && python -m ruff check .
 echo "ruff format" && python -m ruff format --check .
 echo "mypy" && python -m mypy
-# Two files at a time, in their order: most tests are one process. Those of one file share what they made.
-echo "pytest" && python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"
+# Two at a time: one process launches ranks, one launch after the other, the other runs all other files.
+echo "pytest" && python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 "$@"

@@ -13,8 +13,14 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
+RANKS = "distributed"  # the folder of tests that launch several ranks
 # What DeepSpeed compiles must not meet the lock of a killed run elsewhere.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions"))
+# Bytecode of what is imported, beside no sources: an environment that forbids it, as those of containers do,
+# makes every process compile torch, timm and DeepSpeed anew, which takes twice as long as all else.
+sys.dont_write_bytecode, sys.pycache_prefix = False, str(REPO / "runs/bytecode")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 # Always this environment's ninja: another version hashes commands differently and compiles all anew.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -62,6 +68,20 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(build_model(config.model, config.size, config.norm).state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(config.model_dump_json())
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: those of a file share what they made, and launches of ranks go one by one.
+
+    Ranks that share the cores with other ranks wait for one another more than they compute: two launches at
+    a time take longer than one after the other. They begin, since they take longest.
+    """
+    for item in items:
+        folder = item.path.parent
+        group = RANKS if folder.name == RANKS else str(item.path.relative_to(REPO))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent.name != RANKS)
 
 
 @pytest.hookimpl(wrapper=True)

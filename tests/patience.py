@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -38,6 +38,14 @@ class Patience:
         if abs(used - self.used) > WORKING * self.still:
             self.since, self.used = now, used
         return now - self.since > self.still or now > self.end
+
+
+def wait_until(condition: Callable[[], bool], pids: Iterable[int], what: str) -> None:
+    """AssertionError where the condition is not met and these processes stand still."""
+    patience = Patience(pids)
+    while not condition():
+        assert not patience.has_ended(), f"no {what}"
+        time.sleep(0.05)
 
 
 def cpu_seconds(pids: set[int]) -> float:

@@ -21,6 +21,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -30,9 +31,10 @@ REPO = Path(__file__).resolve().parents[1]
 # Read by the interpreter, by libc or by a library while it is imported: a later change comes too late.
 READ_AT_START = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "MALLOC_", "LD_", "LC_", "LANG", "TORCH_LOGS")
 READ_AT_START += ("DS_ACCELERATOR", "CUDA_")
-# Beside giantdet's own modules; torch._dynamo and pyplot are what a first step and a picture import.
-IMPORTS = ("torch", "torchvision", "timm", "deepspeed", "torch._dynamo", "torch.distributed.nn")
-IMPORTS += ("matplotlib.pyplot", "pycocotools.coco", "pycocotools.cocoeval", "tiny")
+# Beside giantdet's own modules, what these and DeepSpeed import when they need it first.
+IMPORTS = ("torch", "torchvision", "timm", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+IMPORTS += ("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3")
+IMPORTS += ("torch.distributed.nn", "matplotlib.pyplot", "pycocotools.cocoeval", "tiny")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -65,17 +67,23 @@ class Nursery:
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
         self.connection, theirs = Pipe()
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             env=environment,
             cwd=REPO,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=self.said,
+            stderr=self.said,
             pass_fds=[theirs.fileno()],
             start_new_session=True,  # Ctrl-C is the tests' business
         )
         theirs.close()
         atexit.register(self.close)
+
+    def is_ready(self) -> bool:
+        """Waits until it has imported all."""
+        return self.ask(None) is None
 
     def can_run(self, command: Sequence[str], environment: dict[str, str]) -> bool:
         """Would a fork be what a start is?"""
@@ -86,13 +94,18 @@ class Nursery:
         return Forked(self, self.ask(order))
 
     def ask(self, question: Any) -> Any:
-        """The number of a new process for an order, the exit code, or None, for the number of a process."""
-        self.connection.send(question)
-        return self.connection.recv()
+        """For an order the number of a new process, for that number the exit code, or None before the end."""
+        try:
+            self.connection.send(question)
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.said.seek(0)
+            raise RuntimeError(f"the process that forks ranks has ended:\n{self.said.read()}") from None
 
     def close(self) -> None:
         self.connection.close()
         self.process.wait()
+        self.said.close()
 
 
 def _at_start(environment: dict[str, str]) -> dict[str, str]:
@@ -129,6 +142,9 @@ def _serve(connection: Connection) -> Order:
             question = connection.recv()
         except EOFError:
             sys.exit()
+        if question is None:
+            connection.send(None)
+            continue
         if isinstance(question, int):
             pid, status = os.waitpid(question, os.WNOHANG)
             connection.send(os.waitstatus_to_exitcode(status) if pid else None)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+from tiny import REPO, environment, logs, run_together
 
 
 def bench(*arguments: str) -> str:
     command = [
         sys.executable,
-        str(REPO / "scripts" / "bench.py"),
+        str(REPO / "benchmarks" / "bench.py"),
         "--device",
         "cpu",
         "--threads",
         "1",
         *arguments,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=REPO)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    ended = run_together([(command, environment())], fresh=False)
+    assert ended[0].code == 0, logs(ended)
+    return ended[0].out
 
 
 def counts(output: str, side: str) -> dict[str, float]:
@@ -45,7 +43,7 @@ def test_both_sides_do_the_same_work() -> None:
 
 
 def test_refuses_what_torchvision_has_not() -> None:
-    command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--backbone", "convnext_atto"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPO)
-    assert result.returncode == 2
-    assert "--only giantdet" in result.stderr
+    command = [sys.executable, str(REPO / "benchmarks" / "bench.py"), "--backbone", "convnext_atto"]
+    (ended,) = run_together([(command, environment())], fresh=False)
+    assert ended.code == 2
+    assert "--only giantdet" in ended.err

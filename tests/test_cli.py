@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from tiny import REPO, Ended, environment, free_port, launch, logs, set_path, tiny_run
+from tiny import REPO, Ended, environment, free_port, launch, logs, run_together, set_path, tiny_run
 
 from giantdet import cli, commands
 from giantdet.config.load import load_run, parse_run
@@ -22,16 +21,8 @@ SCRIPT = REPO / "scripts/train.py"
 
 
 def _run(*command: object) -> Ended:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=environment(),
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    """A script in a process of its own, which is forked; a module in an interpreter of its own."""
+    return run_together([([sys.executable, *map(str, command)], environment())], fresh=False)[0]
 
 
 def _one_line(code: int, err: str, *parts: str) -> None:

@@ -164,6 +164,9 @@ def run_together(commands: Sequence[Command], fresh: bool = True) -> list[Ended]
     Without `fresh`, scripts are forked as in `launch`. One that fails ends the others after a moment.
     AssertionError where they hang.
     """
+    if not fresh:  # ranks begin together, and not one while the other's nursery imports
+        nurseries = [_nursery(number) for number in range(min(2, len(commands)))]
+        assert all(each.is_ready() for each in nurseries)
     with tempfile.TemporaryDirectory() as folder:
         files = [[Path(folder, f"{i}.{name}") for name in ("out", "err")] for i in range(len(commands))]
         processes = []

@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import environment, run_together
 
 from giantdet.config.types import AugmentConfig, DataConfig
 from giantdet.data.coco import CocoDataset
@@ -249,8 +249,8 @@ kept = loader._deliveries
 del loader
 print("here")
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (0, "here\n"), ended.stderr
+    (ended,) = run_together([([sys.executable, "-c", code], environment())])
+    assert (ended.code, ended.out) == (0, "here\n"), ended.err
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 1), (2, 2), (4, 2), (3, 4)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from pathlib import Path
 
@@ -16,22 +14,10 @@ WORKER = Path(__file__).with_name("worker_train.py")
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, demo_data: Path, tiny_export: Path) -> Path:
     """Folders `resume` and `world` with the runs of test_resume.py and test_world_size.py."""
-    # Processes of pytest-xdist have folders of their own in a common one.
-    several = "PYTEST_XDIST_WORKER" in os.environ
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if several else base) / "trained"
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first one makes them
-        if not folder.exists():
-            folder.mkdir()
-            _train(folder, demo_data, tiny_export)
-    return folder
-
-
-def _train(folder: Path, demo_data: Path, tiny_export: Path) -> None:
     import test_resume
     import test_world_size
 
+    folder = tmp_path_factory.mktemp("trained")
     resume, world = folder / "resume", folder / "world"
     resume.mkdir()
     world.mkdir()
@@ -43,6 +29,7 @@ def _train(folder: Path, demo_data: Path, tiny_export: Path) -> None:
             files += test_resume.write_second(resume, demo_data)
         ended = launch_ok(WORKER, ranks, *files)
         (folder / f"{number}.err").write_text(ended[0].err)
+    return folder
 
 
 @pytest.fixture(scope="session")

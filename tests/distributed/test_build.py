@@ -38,9 +38,7 @@ def measure(
     return found
 
 
-def test_no_rank_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # glibc gives large blocks back at once, so that the process's memory is what is alive in it.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+def test_no_rank_holds_the_model(tmp_path: Path) -> None:
     found = measure(tmp_path, zero_optimization__stage=3)
     assert found["deferred"] > 40 and found["whole"] > 80 * MEBI
     assert found["after"] < found["whole"] / 2 + 16 * MEBI

@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from patience import wait_until
 from safetensors.torch import load_file
 from tiny import Ended, environment, free_port, launch, logs, tiny_run
 
@@ -177,11 +177,11 @@ class Job:
         metrics = self.output / "metrics.jsonl"
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"no {what} in {seconds:.0f} s\n{self.log.read_text()}"
-            time.sleep(0.05)
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        try:
+            wait_until(condition, [self.process.pid], what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log.read_text()}") from None
 
     def processes(self, word: str) -> list[int]:
         """Of this job, those whose command line has the word; parents first."""

@@ -4,12 +4,11 @@ blocks, rotary embeddings; from real images to a sharded export, by the script t
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 from safetensors import safe_open
-from tiny import free_port
+from tiny import environment, free_port, logs, run_together
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "ds_configs/mask_rcnn_vitdet_dinov3_7b_64_adamw.json"
@@ -52,8 +51,8 @@ def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Pat
         ),
         *CUT,
     ]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ended = run_together([(list(map(str, command)), environment())], fresh=False)
+    assert ended[0].code == 0, logs(ended)
     report = json.loads((tmp_path / "run/report.json").read_text())
     config = json.loads((tmp_path / "run/config.json").read_text())
     backbone = config["giantdet"]["model"]["backbone"]

@@ -110,13 +110,12 @@ STEPS = [
 ]
 
 
-def test_memory_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_step(tmp_path: Path) -> None:
     """The most memory of a process in a real step on the CPU, to 15%.
 
     Not for resnet18 with checkpointing, whose step is so small that what convolutions allocate for
     themselves, which no tensor shows, is 16% of it (docs/plan.md).
     """
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     paths = {}
     for name, checkpointing in STEPS:
         backbone = {"name": name, "checkpoint_blocks": checkpointing}

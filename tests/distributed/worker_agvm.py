@@ -222,7 +222,8 @@ def flat(tensors: Any) -> Tensor:
 
 
 def result_of(case: dict[str, Any], _: Path) -> dict[str, Any]:
-    return {"deepspeed": under_deepspeed(case), "hand": by_hand(case)}
+    # Only the main rank's is looked at.
+    return {"deepspeed": under_deepspeed(case), "hand": by_hand(case) if comm.is_main() else []}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ had before. Where WEIGHTS is not "-" it also says which weights are not those of
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -26,11 +27,18 @@ from giantdet.layers.deferred import is_deferred
 
 WARM_UP = ["model.backbone.name=test_vit", "model.backbone.init_weights=null"]
 
+M_MMAP_THRESHOLD = -3
+
 
 def memory() -> int:
     """Bytes of this process that are no mapped file's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def give_back_at_once() -> None:
+    """From here on glibc gives large blocks back: the process's memory is what is alive in it."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
 
 
 class Peak(threading.Thread):
@@ -57,6 +65,7 @@ def build(run: RunConfig) -> tuple[MaskRcnn, int]:
 def main() -> None:
     path, weights, out = sys.argv[1:]
     comm.start()
+    give_back_at_once()
     torch.set_num_threads(1)
     run = resolve(load_run(path), comm.world_size(), 100, 4, has_gpu=False)
     # Once in small: what is imported and cached is nothing of the model's.

@@ -114,7 +114,9 @@ def by_hand(run: RunConfig, steps: int) -> dict[str, Any]:
 def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     by_itself, steps = case.pop("by_hand", False), case.pop("steps", STEPS)
     run = run_of(case, folder.parent)
-    return by_hand(run, steps) if by_itself else with_zero(run, folder, steps)
+    if by_itself:
+        return by_hand(run, steps) if comm.is_main() else {}  # only the main rank's is looked at
+    return with_zero(run, folder, steps)
 
 
 if __name__ == "__main__":

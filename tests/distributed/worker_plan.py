@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worker_build import Peak, memory
+from worker_build import Peak, give_back_at_once, memory
 
 from giantdet.architectures import total_loss
 from giantdet.architectures.mask_rcnn import mask_rcnn_losses
@@ -56,6 +56,7 @@ def host_gradients(engine: Any) -> int:
 
 def peak_of_a_step(run: Any, images: int) -> int:
     """Bytes beyond weights and gradients, of a plain model: each gradient is dropped as it comes."""
+    give_back_at_once()
     model = zero.build(run, images).train()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

@@ -171,7 +171,7 @@ def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     by_itself, backend = case.pop("by_hand", False), case.pop("backend", None)
     run = run_of(case, folder.parent)
     if by_itself:
-        return by_hand(run)
+        return by_hand(run) if comm.is_main() else {}  # only the main rank's is looked at
     torch._dynamo.reset()
     counters.clear()
     with patch("torch.compile", partial(torch.compile, backend=backend or "inductor")):
