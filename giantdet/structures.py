@@ -50,7 +50,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; asynchronous from pinned memory."""
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return self._replace(
             images_B3HW=move(self.images_B3HW),
             sizes_B2=move(self.sizes_B2),

@@ -150,7 +150,7 @@ def newest(folder: Path) -> Path:
     problems = []
     for path, _ in reversed(scan(folder)):
         if not (found := damage(path)):
-            return path
+            return Path(path)
         problems.append(f"{path.name}: {', '.join(found)}")
     raise InputError(f"{folder}: no whole checkpoint here; {'; '.join(problems) or 'none at all'}")
 
@@ -189,7 +189,9 @@ class SavedTensors:
 
     def buffer(self, name: str, rank: int | None = None) -> Tensor:
         """A buffer as a rank has written it; of no rank in particular, the mean over all."""
-        every = [file.get_tensor(f"buffer/{name}") for _, file in self._pieces[f"buffer/{name}"]]
+        every: list[Tensor] = [
+            file.get_tensor(f"buffer/{name}") for _, file in self._pieces[f"buffer/{name}"]
+        ]
         if rank is not None or not every[0].is_floating_point():
             return every[rank or 0]
         return (torch.stack(every).double().sum(0) / len(every)).to(every[0].dtype)

@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 def wish(text: str) -> PydanticCustomError:
     """The error of a field's validator whose message is "PATH must be TEXT, got VALUE"."""
-    return PydanticCustomError("wish", text.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    return PydanticCustomError("wish", text.replace("{", "{{").replace("}", "}}"))
 
 
 def _whole(value: Any) -> Any:

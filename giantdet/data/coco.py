@@ -64,7 +64,8 @@ class Objects:
             parts = [np.array([x0, y0, x1, y0, x1, y1, x0, y1])]
         else:
             parts = [data.coordinates[data.part_start[p] : data.part_start[p + 1]] for p in range(start, end)]
-        return mask_util.merge(mask_util.frPyObjects(parts, height, width))
+        merged: dict[str, Any] = mask_util.merge(mask_util.frPyObjects(parts, height, width))
+        return merged
 
     def masks(self) -> NDArray[np.bool_]:
         """All masks at full size, bool [N, h, w], decoded by pycocotools: for tests and drawings."""

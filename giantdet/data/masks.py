@@ -21,6 +21,8 @@ RLE strings are decoded here a window at a time, since pycocotools decodes whole
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_util
@@ -30,7 +32,7 @@ from giantdet.data.transforms import Geometry, clip_boxes, transform_boxes
 from giantdet.errors import DataError
 
 
-def frame_of(box_4: NDArray, side: int) -> NDArray[np.float32]:
+def frame_of(box_4: NDArray[Any], side: int) -> NDArray[np.float32]:
     """The frame xyxy of a box on the canvas; both axes follow the rule of the module's docstring."""
     low, high = np.floor(box_4[:2]), np.ceil(box_4[2:])
     length = high - low
@@ -41,7 +43,11 @@ def frame_of(box_4: NDArray, side: int) -> NDArray[np.float32]:
 
 
 def to_frame(
-    mask_hw: NDArray, geometry: Geometry, box_4: NDArray, side: int, origin_yx: tuple[int, int] = (0, 0)
+    mask_hw: NDArray[Any],
+    geometry: Geometry,
+    box_4: NDArray[Any],
+    side: int,
+    origin_yx: tuple[int, int] = (0, 0),
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Bitmap and frame of one mask.
 
@@ -66,22 +72,24 @@ def to_frame(
     return np.rint(values * 255).astype(np.uint8), frame
 
 
-def _means(values_NK: NDArray, lo_S: NDArray, hi_S: NDArray) -> NDArray:
+def _means(values_NK: NDArray[Any], lo_S: NDArray[Any], hi_S: NDArray[Any]) -> NDArray[Any]:
     """Means over intervals of axis 0, where row i covers [i, i + 1] and all is 0 beyond: [S, K]."""
     rows = len(values_NK)
     integral = np.zeros((rows + 1, values_NK.shape[1]), np.float32)
     np.cumsum(values_NK, axis=0, out=integral[1:])
 
-    def up_to(x_S: NDArray) -> NDArray:
+    def up_to(x_S: NDArray[Any]) -> NDArray[Any]:
         x_S = np.clip(x_S, 0, rows)
         i_S = np.minimum(x_S.astype(np.int64), rows - 1)
-        return integral[i_S] + (x_S - i_S).astype(np.float32)[:, None] * values_NK[i_S]
+        sums_SK: NDArray[Any] = integral[i_S] + (x_S - i_S).astype(np.float32)[:, None] * values_NK[i_S]
+        return sums_SK
 
-    return (up_to(hi_S) - up_to(lo_S)) / (hi_S - lo_S).astype(np.float32)[:, None]
+    means_SK: NDArray[Any] = (up_to(hi_S) - up_to(lo_S)) / (hi_S - lo_S).astype(np.float32)[:, None]
+    return means_SK
 
 
 def object_frame(
-    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray, side: int
+    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray[Any], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """`to_frame` of object n; the frame covers its mask where that is larger than its box on the canvas.
 

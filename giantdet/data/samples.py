@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +33,10 @@ class Sample(NamedTuple):
     original_hw: tuple[int, int]
     image_id: int
     k: int
-    boxes_N4: NDArray
-    labels_N: NDArray
+    boxes_N4: NDArray[Any]
+    labels_N: NDArray[Any]
     masks_NSS: NDArray[np.uint8]
-    frames_N4: NDArray
+    frames_N4: NDArray[Any]
     counts: dict[str, int]
     bad: tuple[str, ...]  # why images before this one could not be used
     semantic_HW: NDArray[np.uint8]  # [0, 0] where not asked for

@@ -7,7 +7,7 @@ detectron2's ResizeScale and FixedSizeCrop do it), and a horizontal flip. Evalua
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,9 @@ class Geometry(NamedTuple):
     def scale_yx(self) -> tuple[float, float]:
         return self.resized_hw[0] / self.source_hw[0], self.resized_hw[1] / self.source_hw[1]
 
-    def source_range(self, axis: int, lo: NDArray, hi: NDArray) -> tuple[NDArray, NDArray]:
+    def source_range(
+        self, axis: int, lo: NDArray[Any], hi: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Intervals [lo, hi] of the canvas along axis 0 (y) or 1 (x), as intervals of the original image."""
         lo, hi = lo + self.offset_yx[axis], hi + self.offset_yx[axis]
         if axis == 1 and self.flip:
@@ -118,7 +120,7 @@ def _onto(
     return canvas
 
 
-def transform_boxes(boxes_N4: NDArray, geometry: Geometry) -> NDArray[np.float64]:
+def transform_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:
     """Boxes xyxy of the original image on the canvas, not clipped."""
     (scale_y, scale_x), (top, left) = geometry.scale_yx, geometry.offset_yx
     x0, y0, x1, y1 = boxes_N4.astype(np.float64).T * np.array([scale_x, scale_y, scale_x, scale_y])[:, None]
@@ -127,15 +129,17 @@ def transform_boxes(boxes_N4: NDArray, geometry: Geometry) -> NDArray[np.float64
     return np.stack([x0 - left, y0 - top, x1 - left, y1 - top], axis=1)
 
 
-def clip_boxes(boxes_N4: NDArray, geometry: Geometry) -> NDArray:
+def clip_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
     """Boxes of the canvas, clipped to its part that holds image.
 
     A cropped object's box is the clipped box, not the box of the mask's rest, as in detectron2.
     """
     height, width = geometry.size_hw
-    return np.clip(boxes_N4, 0, np.array([width, height, width, height]))
+    clipped: NDArray[Any] = np.clip(boxes_N4, 0, np.array([width, height, width, height]))
+    return clipped
 
 
-def sides_ok(boxes_N4: NDArray) -> NDArray[np.bool_]:
+def sides_ok(boxes_N4: NDArray[Any]) -> NDArray[np.bool_]:
     """Which boxes have no side below `MIN_SIDE`."""
-    return (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_SIDE).all(axis=1)
+    ok_N: NDArray[np.bool_] = (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_SIDE).all(axis=1)
+    return ok_N

@@ -63,7 +63,7 @@ def wrap_blocks(config: BackboneConfig, body: nn.Module) -> None:
 
 def recompute(module: nn.Module) -> None:
     """Keep a module's inputs alone in training, and run its forward pass once more in the backward pass."""
-    module.forward = functools.partial(_recomputed, module, module.forward)  # type: ignore[method-assign]
+    module.forward = functools.partial(_recomputed, module, module.forward)
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ class _Tape(TorchDispatchMode):
     """Writes down what is done in place to the meta parameters it knows, by their storage."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[int, list[_Call]] = {}
         self.blank: set[int] = set()  # storages of torch.empty: their content is nothing to keep
 
@@ -78,7 +78,7 @@ class _Tape(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class MaskHead(nn.Module):
         normal_(self.masks, std=0.001)
 
     def forward(self, features: Tensor, label: Tensor) -> Tensor:
-        logits = self.masks(F.relu(self.upsample(self.convs(features))))
+        logits: Tensor = self.masks(F.relu(self.upsample(self.convs(features))))
         side = logits.shape[-1]
         return logits.gather(1, label[:, None, None, None].expand(-1, 1, side, side)).squeeze(1).float()
 

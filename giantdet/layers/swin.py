@@ -28,19 +28,22 @@ def _pad_to_windows(x_BHWC: Tensor, window: tuple[int, int]) -> Tensor:
 class _PadFirstBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         padded = _pad_to_windows(x, self.window_size)
-        return super()._attn(padded)[:, : x.shape[1], : x.shape[2]]
+        attended: Tensor = super()._attn(padded)  # type: ignore[no-untyped-call]
+        return attended[:, : x.shape[1], : x.shape[2]]
 
 
 class _PadFirstV2Block(SwinTransformerV2Block):
     def _attn(self, x: Tensor) -> Tensor:
         padded = _pad_to_windows(x, self.window_size)
-        return super()._attn(padded)[:, : x.shape[1], : x.shape[2]]
+        attended: Tensor = super()._attn(padded)  # type: ignore[no-untyped-call]
+        return attended[:, : x.shape[1], : x.shape[2]]
 
 
 class _PadFirstV2CrBlock(SwinTransformerV2CrBlock):
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
         padded = _pad_to_windows(x, self.window_size)
-        return super()._shifted_window_attn(padded)[:, : x.shape[1], : x.shape[2]]
+        attended: Tensor = super()._shifted_window_attn(padded)  # type: ignore[no-untyped-call]
+        return attended[:, : x.shape[1], : x.shape[2]]
 
 
 _PAD_FIRST: dict[type, type] = {

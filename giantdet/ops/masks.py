@@ -50,7 +50,7 @@ def mask_targets(
     end_K2 = torch.maximum((boxes_K4[:, 2:] - frames_K4[:, :2]) / cell_K2, corner_K2)
     which_K1 = torch.arange(row_K.shape[0], dtype=torch.float32, device=row_K.device)[:, None]
     rois_K5 = torch.cat([which_K1, corner_K2, end_K2], dim=1)
-    targets = torchvision.ops.roi_align(masks_K1SS, rois_K5, size, 1.0, 0, aligned)
+    targets: Tensor = torchvision.ops.roi_align(masks_K1SS, rois_K5, size, 1.0, 0, aligned)
     targets_BPSS = targets.view(batch, -1, size, size)
     return (targets_BPSS >= 0.5).to(torch.float32) if binarize else targets_BPSS
 

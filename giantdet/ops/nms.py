@@ -65,7 +65,10 @@ def nms_mask(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_thresho
     one) overlaps it with IoU > `iou_threshold`. What is not valid is not kept and suppresses nothing. The
     operator `giantdet::nms_mask` under it is opaque to `torch.compile`, which passes with `fullgraph=True`.
     """
-    return _nms_mask(boxes_GK4.detach().float(), scores_GK.detach().float(), valid_GK, iou_threshold)
+    keep_GK: Tensor = _nms_mask(
+        boxes_GK4.detach().float(), scores_GK.detach().float(), valid_GK, iou_threshold
+    )
+    return keep_GK
 
 
 def class_nms_mask(

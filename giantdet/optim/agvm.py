@@ -74,7 +74,7 @@ class Agvm:
         self.variances: Variances = {}
         self.estimator = estimator_of(engine, modules, self.config)
         self._active: dict[str, float] = {}
-        self._hooks = [p.register_hook(self._reader(p)) for p in modules]  # type: ignore[no-untyped-call]
+        self._hooks = [p.register_hook(self._reader(p)) for p in modules]
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
