@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 def bench(*arguments: str) -> str:
     command = [
         sys.executable,
-        str(REPO / "scripts" / "bench.py"),
+        str(REPO / "benchmarks/bench.py"),
         "--device",
         "cpu",
         "--threads",
@@ -45,7 +45,7 @@ def test_both_sides_do_the_same_work() -> None:
 
 
 def test_refuses_what_torchvision_has_not() -> None:
-    command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--backbone", "convnext_atto"]
+    command = [sys.executable, str(REPO / "benchmarks/bench.py"), "--backbone", "convnext_atto"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPO)
     assert result.returncode == 2
     assert "--only giantdet" in result.stderr
