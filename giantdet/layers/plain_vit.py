@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
 from torch import Tensor
 
@@ -119,7 +120,7 @@ class PlainViT(Float32Buffers, Backbone):
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         body = self.body
         x = body.patch_embed(images_B3HW)  # [B, H, W, C]
-        batch, height, width, channels = x.shape
+        batch, height, width, _ = x.shape
         x = body.norm_pre(self._add_positions(x))
         (rope_global, rope_window), mask = self._rotations(), self._attention_mask(x)
         windowed = False
@@ -129,7 +130,7 @@ class PlainViT(Float32Buffers, Backbone):
                 if is_global:
                     x = from_windows(x, self.window, batch, height, width).flatten(1, 2)
                 else:
-                    x = to_windows(x.reshape(batch, height, width, channels), self.window)
+                    x = to_windows(rearrange(x, "b (h w) c -> b h w c", h=height), self.window)
                 windowed = not is_global
             extra: dict[str, Any] = {}
             if (rope := rope_window if windowed else rope_global) is not None:
@@ -140,19 +141,21 @@ class PlainViT(Float32Buffers, Backbone):
         x = body.norm(x)
         if not self.window:
             x = x[:, self.num_prefix_tokens :]
-        return [x.reshape(batch, height, width, channels).permute(0, 3, 1, 2).contiguous()]
+        return [rearrange(x, "b (h w) c -> b c h w", h=height).contiguous()]
 
     def _add_positions(self, x_BHWC: Tensor) -> Tensor:
         """Tokens [B, (prefix +) H * W, C] with absolute positions, where the model has them."""
         body = self.body
         if not self.window:
-            tokens = body._pos_embed(x_BHWC)
-            return tokens[0] if isinstance(tokens, tuple) else tokens
+            made = body._pos_embed(x_BHWC)
+            placed: Tensor = made[0] if isinstance(made, tuple) else made
+            return placed
         tokens = x_BHWC.flatten(1, 2)
         if body.pos_embed is not None:
             first = 0 if body.no_embed_class else self.num_prefix_tokens
             tokens = tokens + body.pos_embed[:, first:]
-        return body.pos_drop(tokens)
+        dropped: Tensor = body.pos_drop(tokens)
+        return dropped
 
     def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
         """Of global and of windowed blocks: [N, D], or [depth, heads, N, D] where they are learnt."""
@@ -182,17 +185,23 @@ def global_block_indices(depth: int, count: int) -> frozenset[int]:
 
 def to_windows(x_BHWC: Tensor, window: int) -> Tensor:
     """[B * windows, window * window, C], image by image and row by row; zeros to the right and below."""
-    height, width, channels = x_BHWC.shape[1:]
+    height, width = x_BHWC.shape[1:3]
     x = F.pad(x_BHWC, (0, 0, 0, -width % window, 0, -height % window))
-    x = x.unflatten(1, (-1, window)).unflatten(3, (-1, window)).transpose(2, 3)
-    return x.reshape(-1, window * window, channels)
+    return rearrange(x, "b (rows y) (columns x) c -> (b rows columns) (y x) c", y=window, x=window)
 
 
 def from_windows(x_WNC: Tensor, window: int, batch: int, height: int, width: int) -> Tensor:
     """[B, H, W, C], the inverse of `to_windows`, padding cut off."""
     rows, columns = -(-height // window), -(-width // window)
-    x = x_WNC.reshape(batch, rows, columns, window, window, -1).transpose(2, 3)
-    return x.reshape(batch, rows * window, columns * window, -1)[:, :height, :width]
+    x = rearrange(
+        x_WNC,
+        "(b rows columns) (y x) c -> b (rows y) (columns x) c",
+        b=batch,
+        rows=rows,
+        columns=columns,
+        y=window,
+    )
+    return x[:, :height, :width]
 
 
 def _block_of(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from giantdet.config.architectures.common import RpnConfig
@@ -76,7 +77,7 @@ class RpnHead(nn.Module):
         count = cells_BNC.shape[1]
         first_B11 = torch.arange(batch, device=index_BR.device)[:, None, None] * count
         patches = F.embedding(around_BRX + first_B11, cells_BNC.flatten(0, 1))
-        objectness, deltas = self.predict(patches.view(-1, 3, 3, channels).permute(0, 3, 1, 2))
+        objectness, deltas = self.predict(rearrange(patches, "b r (y x) c -> (b r) c y x", y=3))
         which_K = (index_BR % anchors_per_cell).flatten()
         deltas_K4 = gather_slots(deltas, which_K[:, None]).squeeze(1)
         return objectness.gather(1, which_K[:, None]).view_as(index_BR), deltas_K4.view(*index_BR.shape, 4)
@@ -84,8 +85,8 @@ class RpnHead(nn.Module):
     def predict(self, padded: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of a map with a border of one cell already around it."""
         hidden = F.relu(self.conv(padded))
-        objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(*objectness.shape, 4)
+        objectness = rearrange(self.objectness(hidden), "b k h w -> b (h w k)")
+        deltas = rearrange(self.deltas(hidden), "b (k d) h w -> b (h w k) d", d=4)
         return objectness.float(), deltas.float()
 
 

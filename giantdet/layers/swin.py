@@ -35,7 +35,7 @@ class _PadFirstBlock(SwinTransformerBlock):
 class _PadFirstV2Block(SwinTransformerV2Block):
     def _attn(self, x: Tensor) -> Tensor:
         padded = _pad_to_windows(x, self.window_size)
-        attended: Tensor = super()._attn(padded)  # type: ignore[no-untyped-call]
+        attended: Tensor = super()._attn(padded)
         return attended[:, : x.shape[1], : x.shape[2]]
 
 

@@ -16,7 +16,7 @@ from tiny import MODEL, launch_ok
 
 WORKER = Path(__file__).with_name("worker_zero.py")
 BLOCKS = "giantdet__model__backbone__checkpoint_blocks"
-# The graphs that a compiler gets, run as they are: inductor's code is for tests/models/test_blocks.py.
+# The graphs that a compiler gets, run as they are: inductor's code is for tests/layers/test_blocks.py.
 COMPILE = {"giantdet__model__backbone__compile_blocks": True, "backend": "aot_eager"}
 ACCUMULATE, CLIP = {"gradient_accumulation_steps": 2}, {"gradient_clipping": 0.5}
 

@@ -5,7 +5,7 @@ predictors scaled until scores and deltas spread: thousands of proposals, a hund
 
 Where detectron2's conventions (our defaults) differ on purpose, the last two tests measure it: unrounded
 anchors and strides, none centred in the padding, RoIAlign's half pixel. Of the losses (L1 instead of smooth
-L1, normalisers) `tests/models/test_losses.py` has both conventions.
+L1, normalisers) `tests/architectures/test_losses.py` has both conventions.
 """
 
 from __future__ import annotations
