@@ -63,7 +63,7 @@ def main() -> None:
     )
     first = read_metrics(output / "metrics.jsonl")
     resumed = train(options, ranks, [*settings, f"train.steps={options.steps + MORE}"], [])
-    assert f"going on after step {options.steps} " in resumed, "the second start did not resume"
+    assert f"resuming after step {options.steps} " in resumed, "the second start did not resume"
     lines = read_metrics(output / "metrics.jsonl")
     assert lines[: len(first)] == first and len(lines) == len(first) + MORE
     predicted = predict(options, output)

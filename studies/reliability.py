@@ -218,7 +218,7 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
         "steps": steps,
         "kills": done,
         "starts": starts + 1,
-        "went_on_after": [part.split(" ")[0] for part in log.split("going on after step ")[1:]],
+        "went_on_after": [part.split(" ")[0] for part in log.split("resuming after step ")[1:]],
         "exit_code": code,
         "tensors": len(one),
         "different": different,

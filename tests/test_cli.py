@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny import REPO, Ended, environment, free_port, launch, logs, run_together, set_path, tiny_run
 
-from giantdet import cli, commands
+from giantdet import cli, commands, errors
 from giantdet.config.load import load_run, parse_run
 from giantdet.errors import LostContactError
 
@@ -100,9 +100,42 @@ def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError
 
     monkeypatch.setattr(commands, "run_configs", broken)
-    # The innermost frame is this test's, not giantdet's.
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["configs"])
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError whose last frame lies in giantdet, but which is none of its errors."""
+    source = compile("a, b = [1, 2, 3]", commands.__file__, "exec")
+
+    def broken(options: Any) -> None:
+        exec(source, {"__name__": "giantdet.commands"})
+
+    monkeypatch.setattr(commands, "run_configs", broken)
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        cli.main(["configs"])
+
+
+def test_errors_carry_their_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = {
+        errors.InputError: 2,
+        errors.ConfigError: 2,
+        errors.DataError: 2,
+        errors.DivergedError: 3,
+        errors.LostContactError: 4,
+        errors.StoppedError: 5,
+    }
+    for kind, code in codes.items():
+
+        def raising(options: Any, kind: type[errors.GiantdetError] = kind) -> None:
+            raise kind("in one line")
+
+        monkeypatch.setattr(commands, "run_configs", raising)
+        assert cli.main(["configs"]) == code
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.endswith("in one line\n") and "Traceback" not in err
 
 
 def test_script_in_one_process(demo_data: Path, tmp_path: Path) -> None:

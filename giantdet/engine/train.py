@@ -125,7 +125,7 @@ def prepare(run: RunConfig) -> Training:
     checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema)
     first_step = checkpoints.resume() if config.train.resume else 0
     if first_step and comm.is_main():
-        print(f"going on after step {first_step} from {checkpoints.folder}", flush=True)
+        print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
     return Training(resolved, device, dataset, validation, model, engine, agvm, ema, checkpoints, first_step)
 
 
@@ -194,7 +194,7 @@ def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scor
         if stopping:
             checkpoints.close()
             raise StoppedError(
-                f"{stop_reason()} after step {step}; the same command goes on from {checkpoints.folder}"
+                f"{stop_reason()} after step {step}; the same command resumes from {checkpoints.folder}"
             )
     metrics.close()
     batches.close()

@@ -15,6 +15,7 @@ from torchvision.ops import roi_align
 from giantdet.config.types import AugmentConfig, DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
+from giantdet.data.loader import train_loader
 from giantdet.data.masks import decode_window, frame_of, object_frame, rle_counts, to_frame
 from giantdet.data.transforms import (
     Geometry,
@@ -22,8 +23,10 @@ from giantdet.data.transforms import (
     draw_geometry,
     transform_boxes,
     transform_image,
+    transform_semantic,
 )
 from giantdet.errors import DataError
+from giantdet.structures import IGNORE
 
 
 def full_coverage(mask_hw: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.float64]:
@@ -219,3 +222,51 @@ def test_error_of_frames_on_real_masks(shared: Path, name: str) -> None:
         iou, cells_wrong = np.array(values).T
         print(f"{name}: {len(values)}, IoU {iou.mean():.4f} {iou.min():.4f}, wrong {cells_wrong.mean():.5f}")
         assert iou.mean() >= mean - 0.003 and iou.min() >= least - 0.01 and cells_wrong.mean() <= wrong * 1.5
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_semantic_map_follows_the_image(geometry: Geometry) -> None:
+    """Every class's pixels lie where that class's mask covers the canvas; the padding is ignored."""
+    classes_HW = np.random.default_rng(0).integers(0, 4, (5, 8), dtype=np.uint8).repeat(6, 0).repeat(5, 1)
+    found = transform_semantic(classes_HW, geometry, (80, 110))
+    height, width = geometry.size_hw
+    assert found.dtype == np.uint8
+    assert (found[height:] == IGNORE).all() and (found[:, width:] == IGNORE).all()
+    inside = found[:height, :width]
+    for c in range(4):
+        coverage = full_coverage(classes_HW == c, geometry)
+        assert (inside[coverage > 0.999] == c).all()
+        assert (inside[coverage < 0.001] != c).all()
+
+
+class WithMaps(CocoDataset):
+    """The demo set with a semantic map an image: the number of its rows and columns, modulo 5."""
+
+    def semantic_map(self, i: int) -> NDArray[np.uint8]:
+        height, width = self.sizes_hw[i]
+        return ((np.arange(height)[:, None] + np.arange(width)) % 5).astype(np.uint8)
+
+
+def test_a_batch_has_the_targets_that_are_asked_for(demo_data: Path) -> None:
+    config = DataConfig(size=(64, 96), short_side=64, max_objects=3, mask_frame=14, workers=0)
+    dataset = WithMaps(demo_data / "train.json", demo_data / "train")
+    shapes = {
+        frozenset({"boxes"}): (3, 0, (0, 0)),
+        frozenset({"boxes", "masks"}): (3, 14, (0, 0)),
+        frozenset({"semantic"}): (0, 0, (64, 96)),
+        frozenset({"boxes", "masks", "semantic"}): (3, 14, (64, 96)),
+    }
+    for wanted, (slots, side, canvas) in shapes.items():
+        targets = next(train_loader(dataset, config, 2, targets=wanted)).targets
+        assert targets.boxes_BM4.shape == (2, slots, 4)
+        assert targets.masks_BMSS.shape == (2, slots, side, side)
+        assert targets.semantic_BHW.shape == (2, *canvas)
+    assert set(targets.semantic_BHW[:, :64, :64].unique().tolist()) == {0, 1, 2, 3, 4}
+    assert (targets.semantic_BHW[:, :, 64:] == IGNORE).all()
+
+
+def test_missing_maps_are_an_error(demo_data: Path) -> None:
+    config = DataConfig(size=(64, 64), short_side=64, workers=0)
+    dataset = CocoDataset(demo_data / "train.json", demo_data / "train")
+    with pytest.raises(DataError, match="no semantic maps, which the model needs"):
+        next(train_loader(dataset, config, 1, targets=frozenset({"semantic"})))

@@ -250,7 +250,7 @@ def test_a_run_that_everything_comes_to(start: Callable[[str], Job]) -> None:
         job.reach(step + 3)
         fault(job)
         assert job.processes("train.py") == [] and scan(job.output / "checkpoints")
-        assert ("going on after step" in job.log.read_text()) == (step > 0)
+        assert ("resuming after step" in job.log.read_text()) == (step > 0)
         step = job.steps()
     job = start("faults")
     job.reach(step + 2)
@@ -266,7 +266,7 @@ def stops_with_a_checkpoint(job: Job) -> None:
     ended = job.wait()
     assert ended.code != 0
     stopped = [line for line in ended.out.splitlines() if "giantdet: stopped:" in line]
-    assert len(stopped) == 1 and "the same command goes on from" in stopped[0], ended.out
+    assert len(stopped) == 1 and "the same command resumes from" in stopped[0], ended.out
     step = int(stopped[0].split("after step ")[1].split(";")[0])
     assert checkpoints(job.output)[-1].name == f"step_{step}" and job.steps() == step < STEPS
 

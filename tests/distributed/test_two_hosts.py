@@ -95,7 +95,7 @@ def test_network_cut_ends_both_sides_and_the_supervisor_goes_on(
     assert left.returncode == 1, "host2 ended by itself"
     second = max(ranks.iterdir()).read_text()
     assert "batch 8 = 4 images x 2 accumulated x 1 ranks" in second
-    assert "going on after step " in second, "from a checkpoint of two ranks"
+    assert "resuming after step " in second, "from a checkpoint of two ranks"
     assert (run / "export/model.safetensors").is_file()
 
 

@@ -13,11 +13,17 @@ import pytest
 import torch
 from pycocotools import mask as mask_util
 
+from giantdet.config.conventions import CONVENTIONS
+from giantdet.config.types import DataConfig
+from giantdet.data.coco import CocoDataset
+from giantdet.data.loader import BOXES_AND_MASKS, eval_loader
 from giantdet.data.truth import ground_truth
+from giantdet.engine.evaluate import evaluate as evaluate_model
 from giantdet.engine.predict import no_targets
 from giantdet.evaluation import coco as evaluate
+from giantdet.evaluation import primary_score
 from giantdet.evaluation.coco import COCO_NUMBERS, coco_scores, evaluate_results, score_table, to_coco
-from giantdet.structures import Batch, Detections
+from giantdet.structures import Batch, Detections, Outputs
 
 
 @pytest.fixture
@@ -141,3 +147,48 @@ def test_perfect_masks_score_one(tmp_path: Path) -> None:
     scores = evaluate_results(tmp_path / "truth.json", to_coco(detections, _batch(), [3, 5, 9]), masks=True)
     assert scores["box"]["AP"] == pytest.approx(1.0)
     assert scores["mask"]["AP"] == pytest.approx(1.0)
+
+
+def test_evaluators_score_what_the_model_predicts(demo_data: Path, tmp_path: Path) -> None:
+    """A model that knows the truth: masks count where the model has them, and decide the primary number."""
+    dataset = CocoDataset(demo_data / "val.json", demo_data / "val")
+    config = DataConfig(size=(64, 64), short_side=64, workers=0, mask_frame=64)
+    truth = {
+        int(batch.image_ids_B[0]): batch.targets
+        for batch in eval_loader(dataset, config, 1, targets=BOXES_AND_MASKS)
+    }
+
+    def model(batch: Batch) -> Outputs:
+        t = truth[int(batch.image_ids_B[0])]
+        side = 28
+        whole = torch.ones(*t.valid_BM.shape, side, side)
+        return Outputs(Detections(t.boxes_BM4, t.valid_BM * 0.9, t.labels_BM, t.valid_BM, whole))
+
+    found = {}
+    for tasks in (("box",), ("box", "mask")):
+        found[tasks] = evaluate_model(
+            model,
+            dataset,
+            config,
+            1,
+            torch.device("cpu"),
+            tasks=tasks,
+            category_ids=dataset.category_ids,
+            conventions=CONVENTIONS["detectron2"],
+            results=tmp_path / "results.json",
+        )
+    assert set(found["box",].scores) == {"box"} and found["box",].primary == pytest.approx(1.0)
+    both = found["box", "mask"]
+    assert set(both.scores) == {"box", "mask"}
+    # Boxes are right; the masks are whole boxes, which only rectangles fill.
+    assert both.scores["box"]["AP"] == pytest.approx(1.0)
+    assert both.primary == both.scores["mask"]["AP"] < 0.9
+    assert "mask" in both.table and len(json.loads((tmp_path / "results.json").read_text())) > 5
+
+
+def test_primary_number() -> None:
+    scores = {"box": {"AP": 0.3}, "mask": {"AP": 0.2}}
+    numbers = {"box": "AP", "mask": "AP"}
+    assert primary_score(scores, ("box", "mask"), numbers) == 0.2
+    assert primary_score({"box": {"AP": 0.3}}, ("box", "mask"), numbers) == 0.3
+    assert primary_score({}, ("box", "mask"), numbers) is None
