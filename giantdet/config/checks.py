@@ -151,8 +151,10 @@ def _wish(kind: str, context: Mapping[str, Any], message: str) -> str:
 
 
 def _be(wishes: list[str]) -> str:
-    # Of a number below its limit the other alternatives of a union say nothing.
-    return "not be negative" if {"at least 0", "at least 0.0"} & set(wishes) else f"be {' or '.join(wishes)}"
+    # A number beyond a limit was meant to be a number: the other alternatives of a union say nothing.
+    limits = [wish for wish in wishes if wish.startswith(("at least", "at most", "greater", "less"))]
+    text = f"be {' or '.join(limits or wishes)}"
+    return "not be negative" if text in ("be at least 0", "be at least 0.0") else text
 
 
 def _hint(section: type[Section], names: list[str], architecture: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -22,6 +23,8 @@ def wish(text: str) -> PydanticCustomError:
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise wish("an integer")  # of a size that a JSON reader elsewhere may hold
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
