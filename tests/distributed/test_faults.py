@@ -16,7 +16,7 @@ import pytest
 import torch
 from patience import wait_until
 from safetensors.torch import load_file
-from tiny import Ended, environment, free_port, launch, logs, tiny_run
+from tiny import Ended, environment, free_port, launch, launch_ok, logs, tiny_run
 
 from giantdet.checkpoint.files import scan
 from giantdet.config.types import DataConfig
@@ -215,23 +215,11 @@ def parent(pid: int) -> int:
 
 
 @pytest.fixture
-def start(tmp_path: Path, demo_data: Path) -> Iterator[Callable[[str], Job]]:
-    """Starts a run by its name, or goes on with it."""
+def start(tmp_path: Path) -> Iterator[Callable[[Path], Job]]:
+    """Starts a run, or goes on with it."""
     started: list[Job] = []
 
-    def job(name: str) -> Job:
-        path = tmp_path / f"{name}.json"
-        if not path.exists():
-            write(
-                tmp_path,
-                name,
-                demo_data,
-                zero_optimization__stage=2,
-                giantdet__train__steps=STEPS,
-                giantdet__train__save_every=5,
-                giantdet__data__workers=1,
-                giantdet__norm={"type": "local"},
-            )
+    def job(path: Path) -> Job:
         started.append(Job(path, tmp_path))
         return started[-1]
 
@@ -240,19 +228,26 @@ def start(tmp_path: Path, demo_data: Path) -> Iterator[Callable[[str], Job]]:
         one.close()
 
 
-def test_a_run_that_everything_comes_to(start: Callable[[str], Job]) -> None:
+def test_a_run_that_everything_comes_to(
+    start: Callable[[Path], Job], demo_data: Path, tmp_path: Path
+) -> None:
     """One fault after the other, and the same command again: at the end the weights of a run without any."""
-    quiet = start("quiet").wait()
-    assert quiet.code == 0, quiet.out
+    settings = {"zero_optimization__stage": 2, "giantdet__norm": {"type": "local"}}
+    settings |= {"giantdet__train__steps": STEPS, "giantdet__train__save_every": 5}
+    quiet, faults = (
+        write(tmp_path, name, demo_data, **settings, giantdet__data__workers=1)
+        for name in ("quiet", "faults")
+    )
+    launch_ok(SCRIPT, 2, "--deepspeed_config", quiet)
     step = 0
     for fault in (a_signal_to_a_rank, a_signal_to_the_launcher, the_launcher_is_killed, a_rank_is_killed):
-        job = start("faults")
+        job = start(faults)
         job.reach(step + 3)
         fault(job)
         assert job.processes("train.py") == [] and scan(job.output / "checkpoints")
         assert ("resuming after step" in job.log.read_text()) == (step > 0)
         step = job.steps()
-    job = start("faults")
+    job = start(faults)
     job.reach(step + 2)
     a_data_worker_is_killed(job)
     runs = [job.output.with_name(name) for name in ("quiet", "faults")]

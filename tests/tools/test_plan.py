@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import MODEL, launch_ok, tiny_run
+from tiny import MODEL, REPO, launch_ok, tiny_run
 
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
@@ -19,8 +19,7 @@ from giantdet.tools.count import Count, count, meta_model
 from giantdet.tools.measure import largest, start
 from giantdet.tools.plan import Plan, make_plan, report
 
-WORKER = Path(__file__).with_name("worker_plan.py")
-REPO = Path(__file__).resolve().parents[2]
+WORKER = REPO / "tests/distributed/worker_plan.py"
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-4}},
     "SGD": {"type": "SGD", "params": {"lr": 1e-4, "momentum": 0.9}},
