@@ -1,15 +1,15 @@
-"""Seconds of a training step, side by side with torchvision's Mask R-CNN of the same network.
+"""Measure the time of a training step and compare it with torchvision's Mask R-CNN of the same network.
 
 python benchmarks/bench.py --threads 2                                                  # the CPU setting
 python benchmarks/bench.py --size 1024 --batch 8 --dtype bfloat16     # the setting of one GPU
-python benchmarks/bench.py --only giantdet --backbone swin_tiny_patch4_window7_224      # whatever timm has
+python benchmarks/bench.py --only giantdet --backbone swin_tiny_patch4_window7_224      # any timm backbone
 
-Both sides take the same pixels, boxes, masks, initial weights, threads, optimizer (SGD with momentum) and
-number of RoIs, with all parameters trainable and batch norms constant, in turn: A B, A B, ... A pair's ratio
-is then that of two neighbouring moments, and their median stands a machine that others use too. Plain
-PyTorch: what DeepSpeed adds is not in here. Fixed shapes pay for every mask slot, used or not, and
-torchvision for its real positives; both counts are printed, and ours must be at least torchvision's.
-On a GPU each part ends with a synchronisation; bfloat16 is bf16 weights here and autocast at torchvision.
+Both sides use the same pixels, boxes, masks, initial weights, threads, optimizer (SGD with momentum) and
+number of RoIs, with all parameters trainable and constant batch norms. They take turns: A B, A B, ... Each
+ratio is of two neighbouring steps, and the median of the ratios is reliable even on a shared machine. Plain
+PyTorch, without DeepSpeed. giantdet computes every mask slot, used or not, torchvision only its real
+positives; both counts are printed, and ours must be at least torchvision's. On a GPU each part ends with a
+synchronisation; bfloat16 means bf16 weights for giantdet and autocast for torchvision.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ LEARNING_RATE = 1e-5  # the weights hardly move: all steps do the same work
 
 
 class Side(NamedTuple):
-    """One of the two that are compared."""
+    """One of the two implementations that are compared."""
 
     name: str
-    step: Callable[[], dict[str, float]]  # trains one step; seconds of each part
-    counts: dict[str, float]  # filled by the step: RoIs an image
+    step: Callable[[], dict[str, float]]  # train one step, return the seconds of each part
+    counts: dict[str, float]  # filled by the step: RoIs per image
 
 
 def torchvision_model(size: int) -> MaskRCNN:
-    """`maskrcnn_resnet50_fpn` with random weights, constant batch norms and `trainable_backbone_layers=5`.
+    """Return `maskrcnn_resnet50_fpn` with random weights, constant batch norms, all layers trainable.
 
-    The residual branches are weakened, as the constants of trained weights do; with constants of 1 the maps
-    grow 256-fold over the network and boxes leave the image.
+    The residual branches are scaled down, as in trained weights; with constants of 1 the maps grow 256-fold
+    over the network and boxes leave the image.
     """
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(
@@ -69,7 +69,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Clock:
-    """Seconds of consecutive parts; on a GPU each ends when its work is done."""
+    """Times consecutive parts in seconds; on a GPU a part ends when its kernels are done."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -144,7 +144,7 @@ def torchvision_side(scene: Scene, args: argparse.Namespace, model: MaskRCNN) ->
     model.roi_heads.mask_head.register_forward_pre_hook(count_masks)
 
     def step() -> dict[str, float]:
-        torch.backends.cudnn.benchmark = False  # its mask head has another shape in every step
+        torch.backends.cudnn.benchmark = False  # the shapes in its mask head change in every step
         clock = Clock(device)
         images = [image.to(device) for image in images_on_host]
         targets = [{k: v.to(device) for k, v in target.items()} for target in targets_on_host]
@@ -182,21 +182,33 @@ def describe_machine(device: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Seconds of a training step, beside torchvision's.")
+    parser = argparse.ArgumentParser(
+        description="Measure the time of a training step, compared with torchvision's."
+    )
     parser.add_argument("--size", type=int, default=512, help="side of the square images, a multiple of 64")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--objects", type=int, default=8, help="objects an image")
-    parser.add_argument("--max-objects", type=int, default=100, help="our ground-truth slots an image")
-    parser.add_argument("--rois", type=int, default=512, help="RoIs an image in the box head, on both sides")
-    parser.add_argument("--mask-slots", type=int, default=32, help="our mask slots an image; a run has 64")
+    parser.add_argument("--objects", type=int, default=8, help="objects per image")
+    parser.add_argument(
+        "--max-objects", type=int, default=100, help="giantdet's ground-truth slots per image"
+    )
+    parser.add_argument("--rois", type=int, default=512, help="RoIs per image in the box head, on both sides")
+    parser.add_argument(
+        "--mask-slots", type=int, default=32, help="giantdet's mask slots per image; a run has 64"
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 leaves torch's choice")
-    parser.add_argument("--backbone", default="resnet50", help="timm's name; other than resnet50: ours only")
-    parser.add_argument("--agvm", action="store_true", help="instead: what AGVM adds, see bench_agvm.py")
-    parser.add_argument("--stage", type=int, default=2, help="ZeRO stage of --agvm")
-    parser.add_argument("--estimator", default="", help="of --agvm: the estimators whose names hold this")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument(
+        "--backbone", default="resnet50", help="timm's name; for any but resnet50 give --only giantdet"
+    )
+    parser.add_argument(
+        "--agvm", action="store_true", help="measure the cost of AGVM instead, see bench_agvm.py"
+    )
+    parser.add_argument("--stage", type=int, default=2, help="ZeRO stage for --agvm")
+    parser.add_argument(
+        "--estimator", default="", help="for --agvm: only estimators whose names contain this text"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=["giantdet", "torchvision"], default=None)
     args = parser.parse_args()
@@ -205,7 +217,7 @@ def parse() -> argparse.Namespace:
     if not 0 < args.objects <= args.max_objects:
         parser.error("--objects must be from 1 to --max-objects")
     if args.backbone != "resnet50" and args.only != "giantdet":
-        parser.error(f"torchvision has no '{args.backbone}' here: add --only giantdet")
+        parser.error(f"torchvision has no '{args.backbone}': add --only giantdet")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args

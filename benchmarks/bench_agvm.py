@@ -1,8 +1,9 @@
-"""What AGVM adds to a training step under DeepSpeed; started as `bench.py --agvm`.
+"""Measure what AGVM adds to a training step under DeepSpeed; started as `bench.py --agvm`.
 
 deepspeed --num_accelerators 2 benchmarks/bench.py --agvm --size 256 --threads 1
 
-A step that measures and one without AGVM take turns on the same engine; over an interval of 10 steps AGVM
+Steps with a measurement and steps without AGVM take turns on the same engine. Over an interval of 10 steps
+AGVM costs a tenth of the difference.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def start(args: argparse.Namespace, optimizer: str) -> Any:
 
 
 def seconds(engine: Any, batch: Batch, agvm: Agvm | None) -> float:
-    """One whole step."""
+    """Return the seconds of one whole step."""
     comm.barrier()
     started = _now(engine.device)
     losses = mask_rcnn_losses(engine(batch), CONVENTIONS["detectron2"])
@@ -68,7 +69,7 @@ def seconds(engine: Any, batch: Batch, agvm: Agvm | None) -> float:
 
 
 def peak_of(step: Callable[[], object], device: torch.device) -> int:
-    """Largest memory while a step runs, bytes: the allocator's on a GPU, the process's on a CPU."""
+    """Return the peak memory of a step in bytes: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()

@@ -1,11 +1,11 @@
-"""Seconds that batch norms take, forward and backward: CGBN beside torch's BatchNorm2d and SyncBatchNorm.
+"""Measure batch norms, forward and backward: CGBN, compared with torch's BatchNorm2d and SyncBatchNorm.
 
 python benchmarks/bench_bn.py                                       # one process
-deepspeed --num_accelerators 2 benchmarks/bench_bn.py               # over ranks (torchrun and srun do too)
+deepspeed --num_accelerators 2 benchmarks/bench_bn.py               # over ranks (or torchrun, srun)
 
 The inputs are those of all batch norms of ResNet-50, once for each layer, on `--images` images of `--size`
-pixels a rank. The kinds take turns in every repetition; a ratio is of neighbouring measurements, and the
-median of the ratios counts. In one process, `exchanging` goes through the collectives of a group of one.
+pixels per rank. The kinds take turns in every repetition; a ratio compares neighbouring measurements, and the
+median of the ratios is the result. In one process, `exchanging` uses the collectives of a group of one.
 SyncBatchNorm needs a GPU.
 """
 
@@ -26,7 +26,7 @@ from giantdet.layers.cgbn import CrossGpuBatchNorm
 
 
 def shapes_of_resnet50(images: int, size: int) -> Counter[tuple[int, ...]]:
-    """How often each shape enters a batch norm."""
+    """Return how often each input shape of a batch norm occurs."""
     with torch.device("meta"):
         model = timm.create_model("resnet50").eval()
     found: Counter[tuple[int, ...]] = Counter()
@@ -38,7 +38,7 @@ def shapes_of_resnet50(images: int, size: int) -> Counter[tuple[int, ...]]:
 
 
 def kinds(channels: int, device: torch.device) -> dict[str, nn.Module]:
-    """What is compared; the first is what ratios are taken to."""
+    """Return the norms that are compared; the first is the reference of the ratios."""
     world = comm.world_size()
     norms: dict[str, nn.Module] = {"BatchNorm2d": nn.BatchNorm2d(channels)}
     if world == 1:
@@ -52,7 +52,7 @@ def kinds(channels: int, device: torch.device) -> dict[str, nn.Module]:
 
 
 def seconds(norm: nn.Module, x: Tensor, dy: Tensor) -> float:
-    """One forward and backward."""
+    """Return the seconds of one forward and backward."""
     comm.barrier()
     started = now(x.device)
     norm(x).backward(dy)
@@ -69,10 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=2, help="a rank")
+    parser.add_argument("--images", type=int, default=2, help="per rank")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--contiguous", action="store_true", help="instead of channels last")
+    parser.add_argument(
+        "--contiguous", action="store_true", help="contiguous inputs instead of channels last"
+    )
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

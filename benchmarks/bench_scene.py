@@ -1,4 +1,4 @@
-"""What the benches train on: random images and objects, in both sides' form, and the model's settings."""
+"""Inputs of the benchmarks: random images and objects in the form of both sides, and the model's settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES = 90
 
 
 class Scene(NamedTuple):
-    """Random images and the objects on them, before either side's form."""
+    """Random images and the objects on them, independent of either side's input format."""
 
     images_B3HW: Tensor  # uint8
     boxes_BN4: Tensor
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
 
 
 def make_scene(size: int, batch: int, objects: int, seed: int = 0) -> Scene:
-    """Blurred noise with filled ellipses of a sixteenth to a half of the image's side."""
+    """Return blurred noise with filled ellipses of a sixteenth to a half of the image's side."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -50,7 +50,7 @@ def make_scene(size: int, batch: int, objects: int, seed: int = 0) -> Scene:
 
 
 def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
-    """The scene as our loader would give it: `slots` objects an image, masks in frames of `frame` cells."""
+    """Return the scene as giantdet's loader would: `slots` objects an image, masks `frame` cells wide."""
     batch, objects = scene.labels_BN.shape
     size = scene.images_B3HW.shape[-1]
     geometry = Geometry((size, size), (size, size), (0, 0), (size, size), flip=False)
@@ -84,7 +84,7 @@ def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
 
 
 def torchvision_inputs(scene: Scene) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The scene as torchvision's detectors take it: images in [0, 1], one dict an image, labels from 1."""
+    """Return the scene as torchvision's detectors take it: images in [0, 1], labels from 1."""
     targets = [
         {"boxes": boxes, "labels": labels + 1, "masks": masks}
         for boxes, labels, masks in zip(scene.boxes_BN4, scene.labels_BN, scene.bitmaps_BNHW, strict=True)
@@ -93,7 +93,7 @@ def torchvision_inputs(scene: Scene) -> tuple[list[Tensor], list[dict[str, Tenso
 
 
 def model_config(args: argparse.Namespace) -> MaskRcnnConfig:
-    """torchvision's settings where there are two opinions, so that both do the same work."""
+    """Return the model's settings, torchvision's where the two differ, so that both do the same work."""
     return MaskRcnnConfig.model_validate(
         {
             "num_classes": CLASSES,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to detections: sets up, makes a small data set, trains a Mask R-CNN on it with two
-# processes under the deepspeed launcher, and uses the exported model. About ten minutes on 2 cores.
+# Set up, make a small data set, train a Mask R-CNN on it with two processes under the deepspeed launcher,
+# then evaluate and predict with the exported model. About ten minutes on 2 cores.
 #   scripts/demo.sh [key=value ...]     overrides of ds_configs/demo.json, for example train.steps=50
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +17,7 @@ fi
 
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     processes=2
-    # Two processes on the cores there are, and the loader's workers beside them.
+    # Two processes share the cores, with the loader's workers beside them.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > 1 ? $(nproc) / 2 : 1))}"
 else
     gpus=$(nvidia-smi -L | wc -l)

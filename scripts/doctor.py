@@ -1,4 +1,4 @@
-"""`giantdet doctor` for every launcher: is all well with the hosts and between them?
+"""Check the hosts of a run and the network between them: `giantdet doctor` under any launcher.
 
 deepspeed --hostfile hosts scripts/doctor.py [--output FOLDER]
 torchrun --nproc_per_node 8 scripts/doctor.py

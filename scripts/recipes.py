@@ -1,6 +1,7 @@
-"""Writes docs/recipes.md from the recipes in ds_configs/: python scripts/recipes.py
+"""Write docs/recipes.md from the recipes in ds_configs/: python scripts/recipes.py
 
-A test holds the page current. Learning rates and lengths are those of COCO train2017 at the recipe's GPUs.
+A test checks that the page is current. Learning rates and lengths are those of COCO train2017 on the
+recipe's GPUs.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ RECIPES, PAGE = REPO / "ds_configs", REPO / "docs/recipes.md"
 
 HEAD = """# Recipes
 
-Every file of `ds_configs/` is a whole run. This page is made from them by `python scripts/recipes.py`.
+You can start any file of `ds_configs/` as a whole run, or change it by overrides:
 
-**Which one?** Look for your number of GPUs, or a larger one: a recipe keeps its batch on fewer GPUs by
-gradient accumulation and then trains the same, only slower (`tests/distributed/test_optim.py` holds the
-losses of 4, 2 and 1 ranks to 1e-5). What does change are batch norms: with `"norm": "cgbn"` fewer ranks
-have fewer images to normalise together, as accumulated micro-batches are normalised each by itself; the
-start of a run says how many. Any number of GPUs goes whose product with the images of a micro-batch divides
-the batch. For another batch, override it: `train_batch_size=128`. Where a recipe has `lr_scaling`, its
-learning rate follows, and lengths in epochs stay what they are.
+```bash
+deepspeed scripts/train.py --deepspeed_config ds_configs/X.json train_batch_size=128
+giantdet train --config ds_configs/X.json --print-config    # everything resolved
+giantdet plot --schedule ds_configs/X.json                  # draws the learning rate
+```
 
-**What is proven?** The demo and the fine-tuning recipe were run, on CPUs. All others were not: the numbers in
-their last column are those of the work they follow, and "memory not measured" means that the images a GPU may
-have to go down. `giantdet plot --schedule ds_configs/X.json` draws a learning rate, `giantdet train --config
-ds_configs/X.json --print-config` prints everything resolved.
+**Which one?** Look for your number of GPUs, or a larger one: on fewer GPUs a recipe keeps its batch by
+gradient accumulation and trains the same, only slower (`tests/distributed/test_optim.py` compares the losses
+of 4, 2 and 1 ranks to 1e-5). Only batch norms differ: with `"norm": "cgbn"` fewer ranks normalise fewer
+images together, as each accumulated micro-batch is normalised separately; a run says at its start how many.
+Any number of GPUs works whose product with the images of a micro-batch divides the batch. If you override the
+batch, the learning rate follows where a recipe has `lr_scaling`, and lengths in epochs stay the same.
+
+**What is proven?** The demo and the fine-tuning recipe were run, on CPUs. The others were not: their expected
+results are those of the work that they follow, and "memory not measured" means that you may have to lower the
+images per GPU. `python scripts/recipes.py` writes this page.
 """
 
 
@@ -40,7 +45,7 @@ def main() -> None:
 
 
 def render() -> str:
-    """The text of docs/recipes.md."""
+    """Return the text of docs/recipes.md."""
     runs = [load_run(path) for path in sorted(RECIPES.glob("*.json"))]
     runs.sort(key=lambda run: (about(run)["gpus"], run.path.stem if run.path else ""))
     lines = [
@@ -49,7 +54,7 @@ def render() -> str:
         "| GPUs | recipe | batch | optimizer, LR | AGVM | ZeRO | length | time |",
         "|---|---|---|---|---|---|---|---|",
         *(row(run) for run in runs),
-        "\n## What each one is\n",
+        "\n## The recipes\n",
     ]
     return "\n".join([*lines, *(entry(run) for run in runs)])
 

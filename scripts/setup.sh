@@ -1,12 +1,12 @@
-# Sourced by the other scripts: afterwards `python` has giantdet and all it needs, and runs without
-# a GPU where there is none. Takes the active environment if it is complete, or else makes .venv.
+# Sourced by the other scripts: afterwards `python` has giantdet and its dependencies, and runs on the CPU
+# if there is no GPU. Uses the active environment if it is complete, otherwise makes .venv.
 # GIANTDET_PYTHON names the Python to make .venv with (default: the newest python3 on the PATH).
 
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _say() { echo "setup: $*" >&2; }
 
-# Is this Python's giantdet this checkout, with the tools of the tests?
+# Succeeds if this Python has giantdet from this checkout, its dependencies and the test tools.
 _complete() {
     (cd / && "$1" - "$_root") >/dev/null 2>&1 <<'PY'
 import importlib.util as util, os, sys
@@ -54,8 +54,8 @@ _setup() {
         # shellcheck disable=SC1091
         . "$_root/.venv/bin/activate"
         if ! _complete "$_root/.venv/bin/python"; then
-            _say "installing giantdet and what it needs into .venv (PyTorch is large: minutes)"
-            # Bytecode is made of what is imported, not of gigabytes that never are.
+            _say "installing giantdet and its dependencies into .venv (PyTorch is large: this takes minutes)"
+            # --no-compile: Python compiles what it imports; most of these gigabytes never are.
             if ! (cd "$_root" && python -m pip install --disable-pip-version-check --no-compile -q -e ".[dev]"); then
                 _say "error: pip could not install giantdet; its message is above"
                 return 1
@@ -64,7 +64,7 @@ _setup() {
         _say "using $_root/.venv"
     fi
 
-    # Where there is no GPU DeepSpeed says so only if told.
+    # Without a GPU DeepSpeed uses the CPU only if told to.
     if [ -z "${DS_ACCELERATOR:-}" ] && [[ "$(nvidia-smi -L 2>/dev/null || true)" != *GPU* ]]; then
         export DS_ACCELERATOR=cpu
         _say "no NVIDIA GPU: running on the CPU"
@@ -73,7 +73,7 @@ _setup() {
         _say "error: no C++ compiler (c++, g++ or \$CXX); DeepSpeed compiles the Adam of GPUs and of offload"
         return 1
     fi
-    # Not the shared default: a run that is killed while compiling leaves a lock on which others hang.
+    # Not the shared default: a run that is killed while compiling leaves a lock on which other runs hang.
     export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$_root/runs/torch_extensions}"
     mkdir -p "$TORCH_EXTENSIONS_DIR"
 }

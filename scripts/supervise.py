@@ -1,12 +1,12 @@
-"""Starts `deepspeed --hostfile`, and after a fault starts it again with the hosts that still answer.
+"""Start `deepspeed --hostfile`, and restart it after a failure with the hosts that still answer.
 
 python scripts/supervise.py --hostfile hosts --min_nodes 2 \\
     scripts/train.py --deepspeed_config ds_configs/X.json
 
-Options of the launcher come before the script, after `--`. Runs go on from their newest checkpoint by
-themselves. A run that is done, was given bad input (exit code 2) or diverged (3) is not started again. The
+Options of the launcher come before the script, after `--`. Runs resume from their newest checkpoint by
+themselves. A run that is done, was given bad input (exit code 2) or diverged (3) is not restarted. The
 supervisor runs on a host that reaches the others by ssh; to end the run, end the supervisor. Hosts that are
-back by the next fault are taken in again.
+back at the next failure are used again.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ from pathlib import Path
 from types import FrameType
 
 FINAL = {0: "is done", 2: "was given bad input", 3: "diverged"}
-# Without these ssh waits for a quarter of an hour for a host that was cut off. As ssh takes the first of two,
-# PDSH_SSH_ARGS_APPEND may say otherwise.
+# Without these, ssh waits a quarter of an hour for a host that was cut off. ssh uses the first of two
+# values, so PDSH_SSH_ARGS_APPEND can override them.
 KEEP_ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--hostfile", type=Path, required=True, help="lines of `name slots=8`")
-    parser.add_argument("--min_nodes", type=int, default=1, help="give up with fewer; default: 1")
-    parser.add_argument("--max_restarts", type=int, default=10, help="default: 10")
-    parser.add_argument("--ssh_port", type=int, help="of all hosts; default: ssh's")
-    parser.add_argument("--answer_seconds", type=int, default=10, help="a host has to answer; default: 10")
+    parser.add_argument(
+        "--hostfile", type=Path, required=True, help="file with one line `name slots=8` per host"
+    )
+    parser.add_argument("--min_nodes", type=int, default=1, help="give up if fewer hosts answer; default: 1")
+    parser.add_argument("--max_restarts", type=int, default=10, help="give up after as many; default: 10")
+    parser.add_argument("--ssh_port", type=int, help="ssh port of all hosts; default: ssh's")
+    parser.add_argument(
+        "--answer_seconds", type=int, default=10, help="wait so long for a host to answer; default: 10"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="[-- launcher options] script [arguments]")
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -66,22 +70,22 @@ def main() -> int:
 
 
 def read_hosts(path: Path) -> dict[str, str]:
-    """Lines of a hostfile by the name of their host, in their order."""
+    """Return the lines of a hostfile by host name, in order."""
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
     return {line.split()[0]: line for line in lines if line}
 
 
 def launch(lines: list[str], main_host: str, ssh_port: int | None, command: list[str]) -> int:
-    """Run the launcher on the hosts of these lines until it ends; its exit code.
+    """Run the launcher on the hosts of these lines until it ends; return its exit code.
 
-    SIGINT and SIGTERM go on to the launcher, which ends the ranks, and end this process after it.
+    SIGINT and SIGTERM are passed to the launcher, which ends the ranks; then this process exits.
     """
     with tempfile.TemporaryDirectory() as folder:
         hostfile = Path(folder) / "hostfile"
         hostfile.write_text("\n".join(lines) + "\n")
         port = [] if ssh_port is None else ["--ssh_port", str(ssh_port)]
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *port]
-        # force_multi: with one host left the launcher would start it here, whichever host it is.
+        # force_multi: with one remaining host the launcher would start the ranks on this host instead.
         launcher += ["--force_multi", "--master_addr", main_host]
         arguments = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {KEEP_ALIVE}".strip()
         process = subprocess.Popen(
@@ -100,7 +104,7 @@ def launch(lines: list[str], main_host: str, ssh_port: int | None, command: list
 
 
 def answer(hosts: dict[str, str], options: argparse.Namespace) -> list[str]:
-    """The hosts that answer to ssh, in their order."""
+    """Return the hosts that answer to ssh, in order."""
     port = [] if options.ssh_port is None else ["-p", str(options.ssh_port)]
     quick = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={options.answer_seconds}"]
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that must hold: format, lint, types, tests. Arguments go to pytest.
-#   scripts/test.sh                      all of it
-#   scripts/test.sh tests/config -k auto one corner
+# Check format, lint, types and tests. Arguments go to pytest.
+#   scripts/test.sh                       everything
+#   scripts/test.sh tests/config -k auto  some of the tests
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/setup.sh
 
-# One thread a process: the tests start several, and small tensors gain nothing from more.
+# One thread per process: the tests start several processes, and small tensors gain nothing from more threads.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "ruff check" && python -m ruff check .

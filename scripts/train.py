@@ -1,4 +1,4 @@
-"""Entry point of training for every launcher.
+"""Train a detector: the entry point for every launcher.
 
 deepspeed scripts/train.py --deepspeed_config ds_configs/X.json [key=value ...]
 torchrun --nproc_per_node 8 scripts/train.py --deepspeed_config ds_configs/X.json

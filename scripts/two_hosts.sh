@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Two hosts on one machine, to try launches over a network: host1 (192.0.2.1) and host2 (192.0.2.2), each with
-# its own network, process and host name space and an sshd on port 2222; the network interface is eth0 in both.
-# Files are shared, as on a cluster. Outside of DIR nothing is changed, and all ends with this script.
-#   scripts/two_hosts.sh up DIR                 makes them, says "ready", stays until it is stopped (Ctrl-C)
+# Make two hosts on one machine, to test launches over a network: host1 (192.0.2.1) and host2 (192.0.2.2), each with
+# its own network, process and host name namespaces and an sshd on port 2222; the network interface is eth0 in both.
+# Files are shared, as on a cluster. Nothing outside of DIR is changed, and both hosts end with this script.
+#   scripts/two_hosts.sh up DIR                 makes them, prints "ready", stays until it is stopped (Ctrl-C)
 #   scripts/two_hosts.sh on DIR host1 COMMAND   runs a command on a host that is up
-#   scripts/two_hosts.sh check                  can they be made here? If not, says in a line why, exit code 1
-#   scripts/two_hosts.sh install                installs with apt-get what `check` may miss (needs root)
-# DIR/hostfile and DIR/deepspeed_env are for DeepSpeed's launcher, and docs/launch.md has a launch. Needs root:
-# for ip link set, mounts and sshd.
+#   scripts/two_hosts.sh check                  exit code 0 if they can be made here, else 1 and the reason
+#   scripts/two_hosts.sh install                installs the tools that `check` misses by apt-get (needs root)
+# DIR/hostfile and DIR/deepspeed_env are for DeepSpeed's launcher; docs/launch.md shows a launch. Needs root for
+# ip link set, mounts and sshd.
 set -euo pipefail
 
 _say() { echo "two_hosts: $*" >&2; }
@@ -28,7 +28,7 @@ check() {
     if [ "$(id -u)" != 0 ]; then
         _say "hosts cannot be made: only root can"
     elif [ -n "$missing" ]; then
-        _say "hosts cannot be made: no $missing here; scripts/two_hosts.sh install"
+        _say "hosts cannot be made: $missing not found; run scripts/two_hosts.sh install"
     elif ! unshare "${_spaces[@]}" ip link add eth0 type veth peer name eth1 2>/dev/null; then
         _say "hosts cannot be made: this machine allows no network namespaces (in a container: --privileged)"
     else
@@ -44,12 +44,12 @@ install() {
         return 1
     fi
     _say "installing openssh-server, pdsh and iproute2"
-    apt-get update -qq || true # old lists may do
+    apt-get update -qq || true # old package lists may be enough
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
         openssh-client openssh-server pdsh iproute2 util-linux >/dev/null
 }
 
-# What a host's first process does; its proc is still the machine's, so its number is the machine's too.
+# Run as a host's first process. /proc is still the machine's here, so the number read is the machine's, too.
 _host() {
     local dir="$1" name="$2" number
     exec 2>"$dir/$name.log"
@@ -62,7 +62,7 @@ _host() {
     mount --bind "$dir/ssh_config" /etc/ssh/ssh_config
     ip link set lo up
     "$(command -v sshd)" -D -e -f "$dir/sshd_config" &
-    sleep infinity & # the host stays when all else on it is killed
+    sleep infinity & # keeps the host up when everything else on it is killed
     echo "$number" >"$dir/$name.new"
     mv "$dir/$name.new" "$dir/$name.pid"
     wait
@@ -74,7 +74,7 @@ _files() {
     ssh-keygen -q -t ed25519 -N "" -f "$dir/user_key"
     printf '%s\n' "127.0.0.1 localhost" "192.0.2.1 host1" "192.0.2.2 host2" >"$dir/hosts"
     printf '%s\n' "host1 slots=1" "host2 slots=1" >"$dir/hostfile"
-    # A host that is cut off is noticed after 6 seconds, where ssh alone would wait for a quarter of an hour.
+    # ssh notices a host that is cut off after 6 seconds, instead of a quarter of an hour.
     cat >"$dir/ssh_config" <<EOF
 Host *
     Port 2222
@@ -96,7 +96,7 @@ StrictModes no
 UsePAM no
 PidFile none
 EOF
-    # The launcher hands on little more than PYTHONPATH by itself. PATH: for the compiler of DeepSpeed's ops.
+    # The launcher passes on little more than PYTHONPATH. PATH is for the compiler of DeepSpeed's ops.
     cat >"$dir/deepspeed_env" <<EOF
 GLOO_SOCKET_IFNAME=eth0
 NCCL_SOCKET_IFNAME=eth0
@@ -112,7 +112,7 @@ on() {
     local dir="$1" name="$2"
     shift 2
     if [ ! -f "$dir/$name.pid" ]; then
-        _say "error: no $name is up in $dir"
+        _say "error: $name is not up in $dir"
         return 1
     fi
     exec nsenter --target "$(cat "$dir/$name.pid")" --net --pid --mount --uts --wd="$PWD" -- "$@"
@@ -125,7 +125,7 @@ _wait_for() {
         "$@" 2>/dev/null && return 0
         sleep 0.1
     done
-    _say "error: $what not there after $tries tries"
+    _say "error: $what is not there after $tries tries"
     return 1
 }
 
@@ -133,7 +133,7 @@ _down() {
     trap - EXIT INT TERM
     local name
     for name in host1 host2; do
-        # Its first process ends all others of the host, and the network goes with them.
+        # The end of its first process ends all others of the host and its network.
         [ ! -f "$_dir/$name.pid" ] || kill -KILL "$(cat "$_dir/$name.pid")" 2>/dev/null || true
     done
     wait
@@ -145,7 +145,7 @@ up() {
     mkdir -p "$1"
     _dir="$(readlink -f "$1")"
     if [ -f "$_dir/host1.pid" ]; then
-        _say "error: hosts are up in $_dir already, or ended badly: then remove the folder"
+        _say "error: hosts are already up in $_dir, or were not ended properly: then remove the folder"
         return 1
     fi
     umask 077
@@ -154,7 +154,7 @@ up() {
     trap 'exit 143' INT TERM
     local name
     for name in host1 host2; do
-        # Even if this script is killed, its hosts end with it.
+        # The hosts end with this script even if it is killed.
         setpriv --pdeathsig KILL unshare "${_spaces[@]}" bash "$_script" _host "$_dir" "$name" 2>/dev/null &
     done
     _wait_for "$_dir/host1.pid" test -f "$_dir/host1.pid"

@@ -1,10 +1,10 @@
-"""MegDet's study of the BN size, at the scale of a desk: AP over the number of images normalised together.
+"""Repeat MegDet's study of the BN size at small scale: AP over the number of images normalised together.
 
 python studies/bn_study.py DATA [key=value ...] --output runs/bn_study --plot docs/bn-study.png
 
 DATA is a COCO-format folder (annotations/instances_{train,val}.json, images/). For every seed and BN size
-one run of 8 ranks with 2 images each, the paper's images a GPU: the batch is 16, and only the number of
-ranks that share their batch norms changes. Runs that are finished are not repeated. Prints a Markdown table.
+there is one run of 8 ranks with 2 images each, as per GPU in the paper: the batch is 16, and only the number
+of ranks that share their batch norms changes. Finished runs are not repeated. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run's JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's JSON")
     parser.add_argument("--output", type=Path, default=Path("runs/bn_study"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, size: int, seed: int, folder: Path) -> None:
-    """Train one detector under the deepspeed launcher; its output goes to FOLDER.log."""
+    """Train one detector under the deepspeed launcher; log to FOLDER.log."""
     data = options.data.resolve()
     settings = SETTINGS | {
         "norm.bn_size": size,
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, size: int, seed: int, folder: Path) -> None
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Scores, losses by step, and the mean loss of the last fifth of the steps."""
+    """Return scores, losses by step, and the mean loss of the last fifth of the steps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     late = [loss for step, loss in losses if step > 0.8 * losses[-1][0]]
@@ -105,7 +105,7 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
 
 
 def variance_table(options: argparse.Namespace) -> str:
-    """Each module's gradient variance, mean of all measurements and seeds, for runs with AGVM."""
+    """Return a table of each module's gradient variance, mean of measurements and seeds (AGVM runs)."""
     rows: dict[int, dict[str, float]] = {}
     for size in options.sizes:
         folders = [options.output / f"bn{size}_seed{seed}" for seed in options.seeds]
@@ -124,7 +124,7 @@ def spread(values: list[float]) -> str:
 
 
 def plot(results: dict[int, list[dict[str, Any]]], path: Path) -> None:
-    """Left: AP of each seed and their mean over the BN size. Right: the loss, mean of the seeds."""
+    """Draw AP over the BN size (left), each seed and the mean, and the mean loss over the steps (right)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +140,7 @@ def plot(results: dict[int, list[dict[str, Any]]], path: Path) -> None:
     left.plot(sizes, [statistics.fmean(r["AP"] for r in runs) for runs in results.values()], color="tab:blue")
     left.set_xscale("log", base=2)
     left.set_xticks(sizes, [str(size) for size in sizes])
-    left.set(xlabel="images normalised together", ylabel="box AP, a dot a seed")
+    left.set(xlabel="images normalised together", ylabel="box AP, one dot per seed")
     right.set(xlabel="step", ylabel="training loss, mean of the seeds")
     right.legend()
     figure.savefig(path, dpi=110)

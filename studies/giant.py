@@ -1,12 +1,12 @@
-"""A giant's whole way on the machine at hand: train, stop, resume, export, predict; and how fast it was.
+"""Test a large model end to end on this machine: train, stop, resume, export, predict, report the speed.
 
     python studies/giant.py ds_configs/mask_rcnn_vitdet_dinov2g_64_adamw.json \\
         --annotations instances_train.json --images train/ --output runs/giant [key=value ...]
 
-Every command is the one that users give. Starts from random weights (no downloads) with a short warmup, and
-ends with report.json: losses, images a second, FLOPs a second as a share of what matrix products of the same
-precision reach here, peak memory. FLOPs are those of forward and backward without recomputation. On a CPU cut
-the width: model.backbone.timm_args='{"embed_dim": 64, "num_heads": 4}'.
+Every command is one that users would run. Starts from random weights (no downloads) with a short warmup, and
+writes report.json: losses, images a second, FLOPs a second as a share of the rate of matrix products of the
+same precision on this machine, peak memory. FLOPs are those of forward and backward without recomputation. On
+a CPU reduce the width: model.backbone.timm_args='{"embed_dim": 64, "num_heads": 4}'.
 """
 
 from __future__ import annotations
@@ -105,16 +105,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, help="folder of its images")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--micro-batch", type=int, default=1, help="images a rank")
+    parser.add_argument("--micro-batch", type=int, default=1, help="images per rank")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--ranks", type=int, help="default: all GPUs, or one CPU process")
-    parser.add_argument("--port", type=int, default=29_700, help="of the launcher")
-    parser.add_argument("--profile", action="store_true", help="record some steps of the first run")
+    parser.add_argument("--port", type=int, default=29_700, help="port of the launcher")
+    parser.add_argument("--profile", action="store_true", help="record a few steps of the first run")
     return parser.parse_intermixed_args()
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of one large matrix product: the best of some seconds."""
+    """Return the FLOPs a second of one large matrix product, the best of 8 measurements."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = 0.0
@@ -135,7 +135,7 @@ def train(options: argparse.Namespace, ranks: int, settings: list[str], more: li
 
 
 def predict(options: argparse.Namespace, output: Path) -> int:
-    """Of the first images of the data set, in a process of its own; the number of pictures drawn."""
+    """Predict the first images of the data set in a separate process; return the number of pictures drawn."""
     images = json.loads(options.annotations.read_text())["images"][:2]
     files = [str(options.images / image["file_name"]) for image in images]
     folder = output / "predictions"
@@ -145,7 +145,7 @@ def predict(options: argparse.Namespace, output: Path) -> int:
 
 
 def command(words: list[str]) -> str:
-    """Run python with these words; returns what it printed."""
+    """Run python with these arguments and return what it printed."""
     environment = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     ended = subprocess.run(
         [sys.executable, *words], env=environment, text=True, capture_output=True, check=False

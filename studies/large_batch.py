@@ -1,12 +1,12 @@
-"""Large batches at the scale of a desk: AP over the batch size for five ways to scale the learning rate.
+"""Compare six ways to scale the learning rate with the batch, at small scale: AP over the batch size.
 
 python studies/large_batch.py DATA --weights WEIGHTS --output runs/large_batch --plot docs/large-batch.png
 python studies/large_batch.py DATA --weights WEIGHTS --output runs/large_batch --tune
 
 DATA is a COCO-format folder (annotations/instances_{train,val}.json, images/), WEIGHTS a file with ImageNet
-weights of tf_efficientnet_lite0. Every run sees the same number of images in the same order; the batch is
-made by accumulation in one process. The learning rates of batch 32 are tuned (--tune), those of the other
-batches follow from the arm's rule. Runs that are finished are not repeated. Prints Markdown tables.
+weights of tf_efficientnet_lite0. Every run sees the same number of images in the same order; one process
+accumulates the batch. The learning rates of batch 32 are tuned (--tune), those of the other batches follow
+from the arm's rule. Finished runs are not repeated. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-EXIT_DIVERGED = 3  # of giantdet train
+EXIT_DIVERGED = 3  # exit code of giantdet train
 REPO = Path(__file__).resolve().parents[1]
 BATCHES, REFERENCE = (4, 32, 64, 128), 32
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -30,14 +30,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"betas": [0.9, 0.999], "weight_decay": 0.05},
     "Lamb": {"betas": [0.9, 0.999], "weight_decay": 0.01},
 }
-# At the reference batch, the best of --tune.
+# At the reference batch: the best of --tune.
 LEARNING_RATES = {"SGD": 0.02, "AdamW": 1.6e-3, "Lamb": 4e-3}
 CANDIDATES = {
     "SGD": (0.005, 0.01, 0.02, 0.04),
     "AdamW": (4e-4, 8e-4, 1.6e-3, 3.2e-3),
     "Lamb": (2e-3, 4e-3, 8e-3),
 }
-# Arm: what the table calls it, optimizer, power of the batch in the LR, with AGVM.
+# Arm: its name in the table, optimizer, power of the batch in the LR, whether with AGVM.
 ARMS: dict[str, tuple[str, str, float, bool]] = {
     "linear": ("SGD, linear scaling", "SGD", 1.0, False),
     "sqrt": ("SGD, sqrt scaling", "SGD", 0.5, False),
@@ -74,10 +74,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=3840, help="that a run sees, repetitions included")
-    parser.add_argument("--parallel", type=int, default=2, help="runs side by side, one core each")
+    parser.add_argument(
+        "--images", type=int, default=3840, help="images that a run sees, repetitions included"
+    )
+    parser.add_argument("--parallel", type=int, default=2, help="concurrent runs, one core each")
     parser.add_argument("--tune", action="store_true", help="try learning rates at the reference batch")
-    parser.add_argument("--read", action="store_true", help="tables of the runs that there are; no training")
+    parser.add_argument("--read", action="store_true", help="print the tables of existing runs; no training")
     parser.add_argument("--plot", type=Path, help="draw the figure here")
     options = parser.parse_args()
     if options.tune:
@@ -88,7 +90,7 @@ def main() -> None:
         for seed in options.seeds
         for batch in options.batches
         for arm in options.arms
-        if (arm, batch) != ("linear", REFERENCE)  # every rule gives the same there
+        if (arm, batch) != ("linear", REFERENCE)  # all rules agree there
     ]
     if not options.read:
         with ThreadPoolExecutor(options.parallel) as pool:
@@ -105,7 +107,7 @@ def main() -> None:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """AP at the reference batch over the learning rate, seed 100: a seed that the study does not use."""
+    """Print AP over the learning rate at the reference batch, with seed 100, which the study does not use."""
     jobs = [(name, lr) for name, lrs in CANDIDATES.items() for lr in lrs]
     folders = {job: options.output / f"tune_{job[0]}_{job[1]:g}" for job in jobs}
     with ThreadPoolExecutor(options.parallel) as pool:
@@ -131,7 +133,7 @@ def train_arm(options: argparse.Namespace, arm: str, batch: int, seed: int) -> N
 def train(
     options: argparse.Namespace, folder: Path, batch: int, seed: int, optimizer: str, lr: float, agvm: bool
 ) -> None:
-    """One run in one process; its output goes to FOLDER.log."""
+    """Train one run in one process; log to FOLDER.log."""
     if (folder / "scores.json").exists() or (folder / "diverged").exists():
         return
     steps = options.images // batch
@@ -169,7 +171,7 @@ def train(
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """AP, and AGVM's values by images seen; None for a run that diverged or is not there."""
+    """Return AP and AGVM's values by images seen, or None for a run that diverged or does not exist."""
     if not (folder / "scores.json").exists():
         return None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -183,7 +185,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def table(results: dict[tuple[str, int], list[dict[str, Any]]], options: argparse.Namespace) -> str:
-    """AP, mean and standard deviation over the seeds that stayed finite; how many did not."""
+    """Return a table of AP: mean and standard deviation over the finite seeds, and how many diverged."""
     lines = [f"| | {' | '.join(f'batch {b}' for b in options.batches)} |"]
     lines.append("|---" * (len(options.batches) + 1) + "|")
     for arm in options.arms:
@@ -202,7 +204,7 @@ def table(results: dict[tuple[str, int], list[dict[str, Any]]], options: argpars
 
 
 def factor_table(results: dict[tuple[str, int], list[dict[str, Any]]], options: argparse.Namespace) -> str:
-    """AGVM's factors at the end of a run, mean of the seeds."""
+    """Return a table of AGVM's factors at the end of a run, mean of the seeds."""
     lines: list[str] = []
     for arm in [arm for arm in options.arms if ARMS[arm][3]]:
         names = [key for key in results[arm, options.batches[0]][0] if key.endswith("/factor")]
@@ -220,7 +222,7 @@ def factor_table(results: dict[tuple[str, int], list[dict[str, Any]]], options: 
 
 
 def plot(results: dict[tuple[str, int], list[dict[str, Any]]], options: argparse.Namespace) -> None:
-    """AP over the batch; variance of each module over the images seen, for the AGVM arms and each batch."""
+    """Draw AP over the batch, and each module's variance over the images seen for AGVM's arms and batches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,7 +240,7 @@ def plot(results: dict[tuple[str, int], list[dict[str, Any]]], options: argparse
         axis.plot(options.batches, means, color=f"C{i}", label=ARMS[arm][0])
     axis.set_xscale("log", base=2)
     axis.set_xticks(options.batches, [str(batch) for batch in options.batches])
-    axis.set(xlabel="batch size", ylabel="box AP, a dot a seed")
+    axis.set(xlabel="batch size", ylabel="box AP, one dot per seed")
     axis.legend(fontsize=8)
     for arm, row in zip(arms, rows, strict=True):
         axes = row.subplots(1, len(options.batches), sharey=True)

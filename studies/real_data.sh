@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of docs/real-data.md, from data that is already on this disk.
+# Run the experiments of docs/real-data.md, from data that is already on this disk.
 #   studies/real_data.sh DATA fruits_nuts|coco_panoptic200 [key=value ...]
 # DATA holds fruits_nuts/, coco_panoptic200/ (annotations/instances_{train,val}.json, images/) and
 # weights/resnet50_msra/resnet50_msra_stride1x1_fp16.safetensors.

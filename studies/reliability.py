@@ -1,7 +1,7 @@
-"""Long trials of what docs/reliability.md says: many steps, many kills. Minutes each, on CPUs.
+"""Run the long trials of docs/reliability.md: many steps, many kills. Each takes minutes on CPUs.
 
-python studies/reliability.py soak --steps 2000    # memory, file handles, step time of 2 ranks
-python studies/reliability.py kills --times 20     # killed at random moments and resumed: the same weights?
+python studies/reliability.py soak --steps 2000    # memory, file handles and step time of 2 ranks
+python studies/reliability.py kills --times 20     # kill at random moments, resume, compare the weights
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ SMALL = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("trial", choices=["soak", "kills"])
-    parser.add_argument("--steps", type=int, default=2000, help="of the run; default: 2000")
-    parser.add_argument("--times", type=int, default=20, help="kills; default: 20")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--steps", type=int, default=2000, help="length of the run; default: 2000")
+    parser.add_argument("--times", type=int, default=20, help="number of kills; default: 20")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage; default: 2")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ class Job:
             )
 
     def find(self, word: str) -> list[int]:
-        """Processes of this run whose command line has the word."""
+        """Return the processes of this run whose command line contains the word."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
@@ -104,7 +104,7 @@ class Job:
         return [pid for pid in self.find("--local_rank") if parent(pid) in launchers]
 
     def step(self) -> int:
-        """The last one that was logged; 0 before."""
+        """Return the last logged step, 0 if there is none."""
         metrics = self.output / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("}") else 0
@@ -124,7 +124,7 @@ def parent(pid: int) -> int:
 
 
 def soak(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, Any]:
-    """Means of the run's first and last fifth, after a tenth that warms up."""
+    """Return means over the run's first fifth, after a tenth that warms up, and its last."""
     every = max(1, options.steps // 20)
     stage = f"zero_optimization.stage={options.stage}"
     job = Job(
@@ -165,7 +165,7 @@ def soak(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, Any
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory that are the process's own."""
+    """Return the bytes of the process's own resident memory."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -173,7 +173,7 @@ def resident(pid: int) -> int:
 
 
 def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, Any]:
-    """SIGKILL to a rank, or to the launcher and all below it, at random moments of one run."""
+    """Send SIGKILL to a rank, or to the launcher and all its children, at random moments of one run."""
     import torch
     from safetensors.torch import load_file
 
@@ -188,7 +188,7 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
         while not job.ranks() and job.process.poll() is None:
             time.sleep(0.05)
         steps_more, seconds = rng.randint(0, 12), rng.uniform(0.0, 1.0)
-        begun = first = None  # the step that this start goes on from is known with its first line
+        begun = first = None  # the step that this start resumes from is known with its first line
         while steps_more and job.process.poll() is None:
             now = job.step()
             begun = now if begun is None else begun
@@ -198,7 +198,7 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
             time.sleep(0.01)
         time.sleep(seconds)
         if job.process.poll() is not None:
-            break  # it came to its end first
+            break  # it ended before the kill
         victim = rng.choice(["rank 0", "rank 1", "everything"])
         ranks = job.ranks()
         targets = job.find("train.output") if victim == "everything" else ranks[int(victim[-1]) :][:1]
