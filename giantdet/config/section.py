@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -22,7 +23,12 @@ def wish(text: str) -> PydanticCustomError:
 
 
 def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    # JSON's integers have no limit, but batches and steps are divided as floats.
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise wish("an integer")
+    return value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
