@@ -68,18 +68,16 @@ def row(run: RunConfig) -> str:
     assert run.path is not None
     gpus = about(run)["gpus"]
     found = resolve(run, gpus, COCO_IMAGES, 80)
-    deepspeed, train = found.deepspeed, found.giantdet.train
-    micro, batch = deepspeed["train_micro_batch_size_per_gpu"], deepspeed["train_batch_size"]
-    optimizer = deepspeed["optimizer"]
+    train, batch, optimizer = found.giantdet.train, found.batch, found.optimizer
     epochs = run.giantdet.train.epochs
     length = f"{train.steps:,} steps" if epochs is None else f"{epochs:g} epochs, {train.steps:,} steps"
     cells = [
         gpus,
         f"[{run.path.stem}](#{run.path.stem})",
-        f"{batch} = {gpus} x {micro}",
-        f"{optimizer['type']}, {optimizer['params']['lr']:.3g}",
+        f"{batch.total} = {gpus} x {batch.micro}",
+        f"{optimizer.name}, {optimizer.lr:.3g}",
         "yes" if found.giantdet.agvm.enabled else "",
-        deepspeed["zero_optimization"]["stage"],
+        found.stage,
         length,
         about(run)["time"],
     ]

@@ -79,7 +79,7 @@ def main() -> None:
         "ranks": ranks,
         "device": torch.cuda.get_device_name() if has_gpu else "CPU",
         "precision": str(dtype).removeprefix("torch."),
-        "zero_stage": run.deepspeed["zero_optimization"]["stage"],
+        "zero_stage": run.stage,
         "losses": [round(loss, 4) for loss in losses],
         "loss_first_5": fmean(losses[:5]),
         "loss_last_5": fmean(losses[-5:]),

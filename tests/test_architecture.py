@@ -107,6 +107,18 @@ def test_collectives_live_in_one_file() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_deepspeeds_half_is_read_through_types() -> None:
+    """Outside config/ there are no look-ups by key, whose defaults would repeat those of the sections."""
+    wrong = [
+        f"{name}:{node.lineno} {ast.unparse(node)}"
+        for name, tree in trees()
+        if not name.startswith("config/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "deepspeed"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 # Names of parts, which belong to the architectures, the layers and their sections of the JSON alone.
 PARTS = re.compile(r"\b(rpn|box_head|mask_head|semantic_head|fpn)\b")
 KNOW_PARTS = ("architectures/", "layers/", "config/architectures/")

@@ -150,11 +150,17 @@ def _wish(kind: str, context: Mapping[str, Any], message: str) -> str:
     return _WORDS.get(kind) or limits.get(kind) or message.replace("Input should be ", "")
 
 
+_LIMITS = ("at least ", "at most ", "greater than ", "less than ")
+
+
 def _be(wishes: list[str]) -> str:
-    # A number beyond a limit was meant to be a number: the other alternatives of a union say nothing.
-    limits = [wish for wish in wishes if wish.startswith(("at least", "at most", "greater", "less"))]
-    text = f"be {' or '.join(limits or wishes)}"
-    return "not be negative" if text in ("be at least 0", "be at least 0.0") else text
+    # A number out of range was meant as a number: the other alternatives of a union do not help.
+    limits = [wish for wish in wishes if wish.startswith(_LIMITS)]
+    return (
+        "not be negative"
+        if limits in (["at least 0"], ["at least 0.0"])
+        else f"be {' or '.join(limits or wishes)}"
+    )
 
 
 def _hint(section: type[Section], names: list[str], architecture: str | None) -> str:
@@ -165,7 +171,9 @@ def _hint(section: type[Section], names: list[str], architecture: str | None) ->
     siblings: Any = keys_of(section, architecture)
     for name in names[:-1]:
         siblings = siblings[name]
-    return nearest(names[-1], siblings) or nearest(".".join(names), all_paths())
+    hint = nearest(names[-1], siblings)
+    # In DeepSpeed's half the nearest of all paths would be the block that the key is in.
+    return hint or (nearest(".".join(names), all_paths()) if section is GiantdetConfig else "")
 
 
 def _has(keys: Any, names: list[str]) -> bool:
@@ -182,9 +190,8 @@ def _has(keys: Any, names: list[str]) -> bool:
 def check_deepspeed(raw: dict[str, Any]) -> DeepSpeedConfig:
     """DeepSpeed's half as types. Raises ConfigError."""
     for block in ("optimizer", "scheduler"):
-        content = raw.get(block, {} if block == "optimizer" else None)
-        if content is not None:
-            plugin(block, content)
+        if block == "optimizer" or block in raw:
+            plugin(block, raw.get(block, {}))
     config = validate(DeepSpeedConfig, raw)
     on = [name for name in ("bf16", "fp16", "torch_autocast") if getattr(config, name).enabled]
     if len(on) > 1:

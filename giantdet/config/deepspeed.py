@@ -36,7 +36,15 @@ class AutoSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_auto(cls, value: Any) -> Any:
-        return {k: v for k, v in value.items() if v != "auto"} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {key: inner for key, inner in value.items() if inner != "auto" or not cls._may_be_auto(key)}
+
+    @classmethod
+    def _may_be_auto(cls, key: str) -> bool:
+        """Whether "auto" is a value of the key. Unknown keys and whole blocks are kept and then refused."""
+        field = cls.model_fields.get(key)
+        return field is not None and not isinstance(field.default, Section)
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -78,9 +86,9 @@ class OffloadOptimizerConfig(AutoSection):
 class LeafModuleConfig(AutoSection):
     """See `DeepSpeedConfig`."""
 
-    classes: list[Any] | None = None
-    names: list[Any] | None = None
-    name_suffixes: list[Any] | None = None
+    classes: list[Any] = Field(default=[])
+    names: list[Any] = Field(default=[])
+    name_suffixes: list[Any] = Field(default=[])
 
 
 class ZeroConfig(AutoSection):
@@ -195,7 +203,7 @@ class CommsLoggerConfig(AutoSection):
 
     enabled: bool = False
     prof_all: bool = True
-    prof_ops: list[Any] | None = None
+    prof_ops: list[Any] = Field(default=[])
     verbose: bool = False
     debug: bool = False
 
@@ -318,7 +326,7 @@ class DeepSpeedConfig(Section):
     gradient_clipping: NonNegative | Auto = "auto"
     prescale_gradients: bool = False
     gradient_predivide_factor: float = 1.0
-    gradient_allreduce_op: Literal["mean", "sum"] | None = None
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
     communication_data_type: Dtype | None = None
     disable_allgather: bool = False
     bf16: Bf16Config = Bf16Config()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from giantdet.config.section import NonNegative, Section, wish
+from giantdet.config.section import NonNegative, Section, Whole, wish
 
 
 def _betas(value: Any) -> tuple[float, float]:
@@ -133,7 +133,7 @@ class Muon(OptimizerConfig):
     momentum: NonNegative = 0.95
     nesterov: bool = False
     betas: Betas = (0.9, 0.95)
-    ns_steps: int = 5
+    ns_steps: Whole = 5
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
 
 

@@ -23,9 +23,12 @@ def wish(text: str) -> PydanticCustomError:
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    # JSON's integers have no limit, but batches and steps are divided as floats.
     if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise wish("an integer")  # of a size that a JSON reader elsewhere may hold
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        raise wish("an integer")
+    return value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
