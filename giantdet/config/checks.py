@@ -156,11 +156,9 @@ _LIMITS = ("at least ", "at most ", "greater than ", "less than ")
 def _be(wishes: list[str]) -> str:
     # A number out of range was meant as a number: the other alternatives of a union do not help.
     limits = [wish for wish in wishes if wish.startswith(_LIMITS)]
-    return (
-        "not be negative"
-        if limits in (["at least 0"], ["at least 0.0"])
-        else f"be {' or '.join(limits or wishes)}"
-    )
+    if limits in (["at least 0"], ["at least 0.0"]):
+        return "not be negative"
+    return f"be {' or '.join(limits or wishes)}"
 
 
 def _hint(section: type[Section], names: list[str], architecture: str | None) -> str:
