@@ -1,4 +1,4 @@
-"""The `giantdet` command: its arguments. What each command does is in commands.py."""
+"""The `giantdet` command: its arguments. commands.py implements the commands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         comm = sys.modules.get("giantdet.distributed.comm")
         if comm is None or not comm.is_lost_contact(error):
             raise
-        # Each rank says it, as each may know another part of it; after the progress bar, on its own line.
+        # Each rank prints, as each may know another part of the reason; on its own line, after the progress
+        # bar.
         print(f"\ngiantdet: stopped: {comm.describe_lost_contact(error)}", file=sys.stderr, flush=True)
         return LostContactError.exit_code
     finally:
@@ -52,9 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(message: str) -> None:
-    """To stderr, once: of many ranks that stop for one reason, the main rank says it.
+    """Print to stderr, once: if many ranks stop for one reason, only the main rank prints it.
 
-    Before the ranks know one another, it is the first of each machine: files may be missing on one alone.
+    Before the ranks are connected, the first rank of each machine prints: a file may be missing on one
+    machine only.
     """
     if "giantdet.distributed.comm" in sys.modules:
         comm = sys.modules["giantdet.distributed.comm"]
@@ -75,30 +77,35 @@ def build_parser() -> argparse.ArgumentParser:
     train = subparsers.add_parser(
         "train",
         help="train (one process; start many with deepspeed, torchrun or srun and scripts/train.py)",
-        description="Train as a JSON says. With many processes: deepspeed scripts/train.py ...",
+        description="Train the run of a JSON. With many processes: deepspeed scripts/train.py ...",
     )
     add_run_arguments(train)
     train.set_defaults(command=commands.run_train)
 
-    evaluate = subparsers.add_parser("eval", help="COCO scores of an export on a data set")
+    evaluate = subparsers.add_parser("eval", help="score an exported model on a data set")
     evaluate.add_argument("export", type=Path, help="folder with model.safetensors and config.json")
     evaluate.add_argument("--annotations", required=True, help="COCO instances JSON")
     evaluate.add_argument("--images", required=True, help="folder of its images")
-    evaluate.add_argument("--batch-size", type=_at_least(1), default=1)
-    evaluate.add_argument("--workers", type=_at_least(0), default=2)
-    evaluate.add_argument("--results", type=Path, help="write COCO results JSON here")
+    evaluate.add_argument("--batch-size", type=_at_least(1), default=1, help="images at a time; default: 1")
+    evaluate.add_argument("--workers", type=_at_least(0), default=2, help="loader processes; default: 2")
+    evaluate.add_argument(
+        "--results", type=Path, help="also write the detections to this file, as COCO results JSON"
+    )
     evaluate.set_defaults(command=commands.run_eval)
 
     predict = subparsers.add_parser("predict", help="detect objects in image files")
     predict.add_argument("export", type=Path, help="folder with model.safetensors and config.json")
     predict.add_argument("images", nargs="+", type=Path, help="image files or folders of them")
     predict.add_argument(
-        "--output", type=Path, default=Path("predictions"), help="overlays and results.json go here"
+        "--output",
+        type=Path,
+        default=Path("predictions"),
+        help="folder for overlays and results.json; default: predictions",
     )
-    predict.add_argument("--threshold", type=float, default=0.5, help="lowest score to show")
+    predict.add_argument("--threshold", type=float, default=0.5, help="lowest score to show; default: 0.5")
     predict.set_defaults(command=commands.run_predict)
 
-    export = subparsers.add_parser("export", help="write safetensors from a run's newest checkpoint")
+    export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")
     export.add_argument("run", type=Path, help="folder of the run (train.output)")
     export.add_argument("--output", type=Path, help="default: RUN/export")
     export.add_argument(
@@ -108,62 +115,81 @@ def build_parser() -> argparse.ArgumentParser:
 
     precise = subparsers.add_parser(
         "precise-bn",
-        help="estimate the running statistics of a run's batch norms anew",
-        description="Estimate the running statistics of the batch norms in a run's export anew, over batches "
-        "of its training data, and write another export.",
+        help="estimate the running statistics of a run's batch norms again",
+        description="Estimate the running statistics of the batch norms in a run's export again, over "
+        "batches of its training data, and write another export.",
     )
     precise.add_argument("run", type=Path, help="folder of the run (train.output)")
-    precise.add_argument("--batches", type=_at_least(1), default=200, help="a process; default: 200")
+    precise.add_argument(
+        "--batches", type=_at_least(1), default=200, help="batches per process; default: 200"
+    )
     precise.add_argument(
         "--batch-size", type=_at_least(1), help="default: the images that training normalised together"
     )
     precise.add_argument("--output", type=Path, help="default: RUN/export_precise_bn")
     precise.set_defaults(command=commands.run_precise_bn)
 
-    plot = subparsers.add_parser("plot", help="draw the losses of a run, and what AGVM measured and did")
+    plot = subparsers.add_parser("plot", help="draw the losses of a run and AGVM's measurements")
     plot.add_argument("run", type=Path, nargs="?", help="folder of the run (train.output)")
-    plot.add_argument("--output", type=Path, help="folder of the pictures; default: RUN")
-    plot.add_argument("--schedule", type=Path, metavar="JSON", help="draw the LR that a run's JSON says")
-    plot.add_argument("--gpus", type=_at_least(1), default=1, help="for --schedule; default: 1")
-    coco = f"of an epoch, for --schedule; default: {COCO_IMAGES}, COCO train2017's with objects"
+    plot.add_argument("--output", type=Path, help="folder for the pictures; default: RUN")
+    plot.add_argument(
+        "--schedule", type=Path, metavar="JSON", help="draw the LR schedule of this JSON instead"
+    )
+    plot.add_argument(
+        "--gpus", type=_at_least(1), default=1, help="number of GPUs, for --schedule; default: 1"
+    )
+    coco = f"images per epoch, for --schedule; default: {COCO_IMAGES}, COCO train2017's with objects"
     plot.add_argument("--images", type=_at_least(1), default=COCO_IMAGES, help=coco)
     plot.set_defaults(command=commands.run_plot)
 
     plan = subparsers.add_parser(
         "plan",
-        help="memory, communication and time of a run on a cluster",
-        description="Memory of a rank, communication and time of a step, by ZeRO stage and checkpointing.",
+        help="compute memory, communication and time of a run on a cluster",
+        description="Print the memory per rank and the communication and time per step, for each ZeRO stage "
+        "with blocks kept or recomputed.",
     )
     plan.add_argument("config", type=Path, help="the run's JSON, see ds_configs/")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the JSON")
-    plan.add_argument("--gpus", type=_at_least(1), required=True)
-    plan.add_argument("--gpu", default="h100", help="a100-40, a100, h100, h200, b200; default: h100")
-    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU, for one that is not in the list")
-    plan.add_argument("--tflops", type=float, help="dense bf16 peak of a GPU, for one not in the list")
+    plan.add_argument("--gpus", type=_at_least(1), required=True, help="number of GPUs")
     plan.add_argument(
-        "--bandwidth", type=float, default=50.0, metavar="GB/S", help="of each GPU to others; default: 50"
+        "--gpu", default="h100", help="GPU type: a100-40, a100, h100, h200, b200; default: h100"
     )
-    plan.add_argument("--efficiency", type=float, default=0.4, help="share of the peak; default: 0.4")
-    plan.add_argument("--images", type=_at_least(1), default=COCO_IMAGES, help=f"default: {COCO_IMAGES}")
+    plan.add_argument("--memory", type=float, metavar="GB", help="memory per GPU, for a type not in the list")
+    plan.add_argument("--tflops", type=float, help="dense bf16 peak per GPU, for a type not in the list")
+    plan.add_argument(
+        "--bandwidth",
+        type=float,
+        default=50.0,
+        metavar="GB/S",
+        help="bandwidth of each GPU to the other GPUs; default: 50",
+    )
+    plan.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of the peak that is reached; default: 0.4"
+    )
+    plan.add_argument(
+        "--images", type=_at_least(1), default=COCO_IMAGES, help=f"images per epoch; default: {COCO_IMAGES}"
+    )
     plan.add_argument(
         "--measure",
         action="store_true",
-        help="then find the largest micro-batch by trying, on this machine's GPUs; --memory bounds a try",
+        help="also find the largest micro-batch by trying, on this machine's GPUs; --memory limits each try",
     )
     plan.set_defaults(command=commands.run_plan)
 
     doctor = subparsers.add_parser(
         "doctor",
         help="check versions, accelerators, network between ranks, file system and limits",
-        description="Check this machine, or with scripts/doctor.py under a launcher all hosts and what is "
-        "between them. Exit code 1 if something is bad.",
+        description="Check this machine or, with scripts/doctor.py under a launcher, all hosts and the "
+        "network between them. Exit code 1 if a check is BAD.",
     )
     doctor.add_argument(
-        "--output", type=Path, default=Path("runs"), help="where runs will write; default: runs"
+        "--output", type=Path, default=Path("runs"), help="folder that runs will write to; default: runs"
     )
-    doctor.add_argument("--mebibytes", type=_at_least(1), default=64, help="of the all-reduce; default: 64")
     doctor.add_argument(
-        "--timeout-minutes", type=float, default=2.0, help="to wait for other ranks; default: 2"
+        "--mebibytes", type=_at_least(1), default=64, help="size of the timed all-reduce; default: 64"
+    )
+    doctor.add_argument(
+        "--timeout-minutes", type=float, default=2.0, help="how long to wait for other ranks; default: 2"
     )
     doctor.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     doctor.set_defaults(command=commands.run_doctor)
@@ -177,12 +203,16 @@ def build_parser() -> argparse.ArgumentParser:
     configs.add_argument("folder", nargs="?", type=Path, default=Path("ds_configs"))
     configs.set_defaults(command=commands.run_configs)
 
-    demo = subparsers.add_parser("make-demo-data", help="make the small data set of scripts/demo.sh")
-    demo.add_argument("folder", type=Path)
-    demo.add_argument("--train-images", type=_at_least(1), default=2000)
-    demo.add_argument("--val-images", type=_at_least(1), default=200)
-    demo.add_argument("--size", type=_at_least(16), default=128, help="side of the square images in pixels")
-    demo.add_argument("--seed", type=int, default=0)
+    demo = subparsers.add_parser(
+        "make-demo-data", help="make the small data set that scripts/demo.sh trains on"
+    )
+    demo.add_argument("folder", type=Path, help="folder to write it to")
+    demo.add_argument("--train-images", type=_at_least(1), default=2000, help="default: 2000")
+    demo.add_argument("--val-images", type=_at_least(1), default=200, help="default: 200")
+    demo.add_argument(
+        "--size", type=_at_least(16), default=128, help="side of the square images in pixels; default: 128"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
     demo.set_defaults(command=commands.run_demo_data)
     return parser
 
@@ -197,7 +227,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of training, under any launcher."""
+    """Add the arguments of training under any launcher."""
     parser.add_argument(
         "--deepspeed_config", "--config", required=True, help="the run's JSON, see ds_configs/"
     )
@@ -205,15 +235,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="dotted overrides: train.steps=100 zero_optimization.stage=3",
+        help="overrides of the JSON by dotted path: train.steps=100 zero_optimization.stage=3",
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="record a few steps: a trace and the ten most expensive operators, in OUTPUT/profile/",
+        help="record a few steps: writes a trace and the ten most expensive operators to OUTPUT/profile/",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved JSON and stop")
-    # Launchers pass the local rank in either spelling; the environment says it too.
+    # Launchers pass the local rank in either spelling; it is also in the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 

@@ -1,12 +1,12 @@
-"""What a checkpoint is on disk: its files, its manifest, how damage is found, how tensors are read again.
+"""Checkpoints on disk: files, manifest, detection of damage, reading of tensors.
 
     step_N/
-      rank_00000.safetensors ...  what a rank alone holds: fragments [first, last) of flattened tensors, as
+      rank_00000.safetensors ...  what only this rank holds: fragments [first, last) of flattened tensors, as
                                   KIND/PARAMETER (weight, exp_avg, ..., ema, buffer), `first` in the metadata
-      state.json                  counters, parameter groups, AGVM, shapes: small, and the same for all ranks
+      state.json                  counters, parameter groups, AGVM, shapes: small and equal on all ranks
       manifest.json               size and CRC-32 of each file, and of itself; written last
 
-A folder gets its name when all of it is on disk (`saver.py`), before it ends in `.partial`.
+A folder gets its name when all of it is on disk (`saver.py`); until then its name ends in `.partial`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _NAME = re.compile(r"step_\d+(\.replaced)?")
 _CHUNK = 2**24  # bytes
 
 
-# Writing. All of it raises OSError with the file's name.
+# Writing. All functions raise OSError with the file's name.
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], firsts: dict[str, int]) -> None:
     try:
         save_file(tensors, path, metadata={key: str(first) for key, first in firsts.items()})
-    except SafetensorError as error:  # knows the system's number in its text only
+    except SafetensorError as error:  # has the system's error number only in its text
         number = re.search(r"os error (\d+)", str(error))
         reason = str(error) if number is None else os.strerror(int(number[1]))
         raise OSError(int(number[1]) if number else 0, reason, str(path)) from error
@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,7 +63,7 @@ def sync(path: Path) -> None:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size and checksum: the manifest's entry of a file."""
+    """Return the manifest's entry of a file: size and checksum."""
     size = checksum = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -73,7 +73,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def manifest_text(content: dict[str, Any]) -> str:
-    """The manifest's file: `content`, and the checksum of that."""
+    """Return the text of the manifest: `content` and its checksum."""
     inner = {key: value for key, value in content.items() if key != "crc32"}
     checksum = zlib.crc32(json.dumps(inner).encode())
     return json.dumps(inner | {"crc32": f"{checksum:08x}"}, indent=1) + "\n"
@@ -83,7 +83,7 @@ def manifest_text(content: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError where it is missing or not as it was written."""
+    """Read the manifest of a checkpoint. Raises ValueError if it is missing or has changed."""
     try:
         text = (folder / MANIFEST).read_bytes().decode()
         content: dict[str, Any] = json.loads(text)
@@ -99,14 +99,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, by its manifest; [] if nothing is.
+    """Return what is wrong with a checkpoint, by its manifest; [] if nothing is.
 
-    Of `parts` callers each checks its share of the files. Raises ValueError for a checkpoint of before.
+    Each of `parts` callers checks its share of the files. Raises ValueError for a checkpoint of an earlier
+    version.
     """
     if list(folder.glob("*_model_states.pt")) and not (folder / MANIFEST).exists():
         raise InputError(
             f"{folder}: saved by an earlier giantdet in DeepSpeed's own files, which giantdet {__version__} "
-            "does not read; name another train.output, or start afresh with train.resume=false"
+            "does not read; give another train.output, or start from the beginning with train.resume=false"
         )
     try:
         files = read_manifest(folder)["files"]
@@ -129,9 +130,9 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def scan(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
-    """The checkpoints in `folder` with their manifests, oldest first by the images they have seen.
+    """Return the checkpoints in `folder` with their manifests, sorted by the images they have seen.
 
-    Those whose manifest cannot be read come last, with None.
+    Those without a readable manifest come last, with None.
     """
     found: list[tuple[Path, dict[str, Any] | None]] = []
     for path in folder.glob("step_*"):
@@ -146,7 +147,7 @@ def scan(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
 
 
 def newest(folder: Path) -> Path:
-    """The newest checkpoint without damage. Raises ValueError where there is none."""
+    """Return the newest checkpoint without damage. Raises ValueError if there is none."""
     problems = []
     for path, _ in reversed(scan(folder)):
         if not (found := damage(path)):
@@ -163,14 +164,14 @@ class SavedTensors:
         self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
         if self.state["format"] != FORMAT:
             raise InputError(
-                f"{folder}: of format {self.state['format']}, giantdet {__version__} reads {FORMAT} alone"
+                f"{folder}: is of format {self.state['format']}, giantdet {__version__} reads {FORMAT} only"
             )
         self._pieces: dict[str, list[tuple[int, Any]]] = {}
         for name in sorted(read_manifest(folder)["files"]):
             if name != STATE:
                 file: Any = safe_open(folder / name, "pt")
                 firsts = file.metadata() or {}
-                for key in file.keys():  # noqa: SIM118 (safetensors' files are no dicts)
+                for key in file.keys():  # noqa: SIM118 (safetensors' files are not dicts)
                     self._pieces.setdefault(key, []).append((int(firsts.get(key, 0)), file))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
@@ -183,12 +184,12 @@ class SavedTensors:
         return kind in self.kinds.get(name, ())
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A tensor that one rank has written as it is: a single value."""
+        """Return a tensor that one rank wrote whole: a single value."""
         tensor: Tensor = self._pieces[f"{kind}/{name}"][0][1].get_tensor(f"{kind}/{name}")
         return tensor
 
     def buffer(self, name: str, rank: int | None = None) -> Tensor:
-        """A buffer as a rank has written it; of no rank in particular, the mean over all."""
+        """Return a buffer as `rank` wrote it; without a rank, the mean over all ranks."""
         every: list[Tensor] = [
             file.get_tensor(f"buffer/{name}") for _, file in self._pieces[f"buffer/{name}"]
         ]
@@ -197,7 +198,7 @@ class SavedTensors:
         return (torch.stack(every).double().sum(0) / len(every)).to(every[0].dtype)
 
     def read(self, kind: str, name: str, first: int, last: int) -> Tensor:
-        """Elements [first, last) of a flattened tensor. ValueError where some are missing."""
+        """Return elements [first, last) of a flattened tensor. Raises ValueError if some are missing."""
         key = f"{kind}/{name}"
         pieces = self._pieces.get(key, [])
         parts, position = [], first

@@ -1,8 +1,8 @@
 """Save and resume a run, at every ZeRO stage, on any number of ranks.
 
-Each rank writes one file of its own into `step_N.partial`; when all have reached the disk, the main rank adds
-the manifest and gives the folder its name (`files.py` has the layout, `state.py` the content). A run that is
-killed at any moment leaves whole checkpoints, and perhaps a `.partial` folder that the next save removes.
+Each rank writes its own file into `step_N.partial`; when all are on the disk, the main rank adds the manifest
+and renames the folder (`files.py` has the layout, `state.py` the content). A run that is killed at any moment
+leaves only whole checkpoints, and perhaps a `.partial` folder that the next save removes.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class _Pending(NamedTuple):
 
     step: int
     folder: Path
-    about: dict[str, Any]  # of the manifest
+    about: dict[str, Any]  # for the manifest
     files: Future[dict[str, Any]]
 
 
 class Checkpoints:
     """The checkpoints of a run. All ranks call each method together.
 
-    Raises ValueError where a checkpoint does not fit the run.
+    Raises ValueError if a checkpoint does not fit the run.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Checkpoints:
         ema: WeightEma | None = None,
     ) -> None:
         self.engine, self.folder, self.config, self.agvm, self.ema = engine, folder, config, agvm, ema
-        self.failed = 0  # saves
+        self.failed = 0  # number of failed saves
         self.best: float | None = None
         self._error: OSError | None = None  # of the last save
         self._pending: _Pending | None = None
@@ -74,9 +74,9 @@ class Checkpoints:
     # Saving
 
     def save(self, step: int, score: float | None = None) -> None:
-        """Write `step_N`; `score` is that of an evaluation just made. A failure is a warning, see `close`.
+        """Write `step_N`; `score` is that of the latest evaluation. A failure is a warning, see `close`.
 
-        With `train.async_save` this returns when the state is copied to the CPU's memory.
+        With `train.async_save` this returns as soon as the state is copied to the CPU's memory.
         """
         self.finish()
         partial = self.folder / f"step_{step}{PARTIAL}"
@@ -92,18 +92,18 @@ class Checkpoints:
             self.finish()
 
     def _require_finite(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Raise DivergedError rather than save a state that no run can go on from."""
+        """Raise DivergedError instead of saving a state from which no run can continue."""
         spoilt = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
         if comm.any_rank(bool(spoilt)):
             names = comm.gather_objects(spoilt[:1])
             first = comm.broadcast_object(next((name for found in names for name in found), ""))
             raise DivergedError(
                 f"after step {step} the {first.replace('/', ' of ', 1)} is not finite: no checkpoint of it; "
-                "lower the learning rate, and go on from an earlier one"
+                "lower the learning rate, and resume from an earlier one"
             )
 
     def finish(self, wait: bool = True) -> None:
-        """Complete the save that is being written, if there is one: from here on a resumed run can use it."""
+        """Complete the pending save, if there is one; then a resumed run can use it."""
         pending = self._pending
         if pending is None or (not wait and comm.any_rank(not pending.files.done())):
             return
@@ -131,22 +131,22 @@ class Checkpoints:
             shutil.rmtree(pending.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """The end of the run. Raises OSError where the last save has failed."""
+        """End the run's saving. Raises OSError if the last save failed."""
         self.finish()
         self._writer.shutdown()
         if self._error is not None:
             raise self._error
 
     def is_best(self, score: float | None) -> bool:
-        """Whether an evaluation's score is the best so far, and to be kept."""
+        """Return whether an evaluation's score is the best so far, and its checkpoint is kept."""
         return self.config.keep_best and score is not None and (self.best is None or score > self.best)
 
     def counters(self) -> dict[str, int]:
-        """For the log."""
+        """Return the counts for the log."""
         return {"failed_saves": self.failed} if self.failed else {}
 
     def _succeeds(self, action: Callable[[], None]) -> bool:
-        """Let the main rank act on the disk; on all ranks, whether it could. Of a failure it warns."""
+        """Run `action` on the main rank, warn if it fails; return on all ranks whether it succeeded."""
         failure = None
         if comm.is_main():
             try:
@@ -162,18 +162,20 @@ class Checkpoints:
         return self._error is None
 
     def _make_room(self, partial: Path) -> None:
-        """A new folder, and none of those that a killed run has left."""
+        """Make the new folder, and remove those that a killed run has left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(left)
         partial.mkdir()
 
     def _commit(self, pending: _Pending, files: dict[str, Any]) -> None:
-        """Write the manifest and give the folder its name."""
+        """Write the manifest and rename the folder."""
         write_text(pending.folder / MANIFEST, manifest_text(pending.about | {"files": files}))
         sync(pending.folder)
         target = self.folder / f"step_{pending.step}"
-        if target.exists():  # of another batch, or damaged; aside it still counts as a checkpoint
+        if (
+            target.exists()
+        ):  # of another batch, or damaged; under the other name it still counts as a checkpoint
             aside = target.with_name(f"{target.name}.replaced")
             shutil.rmtree(aside, ignore_errors=True)
             target.rename(aside)
@@ -181,10 +183,10 @@ class Checkpoints:
         sync(self.folder)
 
     def _remove_old(self, newest: Path, images: int) -> None:
-        """Remove all but the newest `train.keep`, and the best of those that were evaluated.
+        """Remove all but the newest `train.keep` and the best of those that were evaluated.
 
-        What has seen more images than the newest is damaged, or a state that `train.resume=false` went back
-        behind: it goes too.
+        A checkpoint that has seen more images than the newest is damaged, or from before a start with
+        `train.resume=false`: it is removed, too.
         """
         found = scan(self.folder)
         valid = [
@@ -196,7 +198,7 @@ class Checkpoints:
             kept.add(max(scored)[1])
         for path, _ in found:
             if path not in kept:
-                try:  # under a name that does not count first: a removal may be cut short, too
+                try:  # first renamed to one that does not count: a removal may be interrupted, too
                     path.rename(gone := path.with_name(f"{path.name}{PARTIAL}"))
                     shutil.rmtree(gone)
                 except OSError as error:
@@ -205,10 +207,10 @@ class Checkpoints:
     # Resuming
 
     def resume(self) -> int:
-        """Load the newest checkpoint that is whole; returns the number of steps done, 0 without a checkpoint.
+        """Load the newest whole checkpoint; return the number of steps done, 0 without a checkpoint.
 
-        With another global batch, the steps that make as many images. LR, schedule and weight decay are the
-        run's own and not those of the checkpoint: what the JSON says.
+        With another global batch that is the number of steps with as many images. LR, schedule and weight
+        decay come from the run's JSON, not from the checkpoint.
         """
         path = self._newest()
         if path is None:
@@ -234,14 +236,14 @@ class Checkpoints:
                 logger.warning("%s is left out: %s", path, "; ".join(problems))
         if found:
             raise InputError(
-                f"{self.folder}: none of its {len(found)} checkpoints is whole; bring one back, or start "
-                "afresh with train.resume=false"
+                f"{self.folder}: none of its {len(found)} checkpoints is whole; restore one, or start "
+                "from the beginning with train.resume=false"
             )
         return None
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], firsts: dict[str, int], state: str) -> dict[str, Any]:
-    """Write and sync this rank's files; returns their entries in the manifest. Raises OSError."""
+    """Write and sync this rank's files; return their entries in the manifest. Raises OSError."""
     paths = [folder / f"rank_{comm.rank():05d}.safetensors"]
     write_tensors(paths[0], tensors, firsts)
     if comm.is_main():

@@ -1,8 +1,9 @@
-"""What a checkpoint holds of an engine, and how another engine takes it up.
+"""The content of a checkpoint: what is saved of an engine, and how another engine loads it.
 
-Fragments of parameters by name, and not DeepSpeed's flat buffers: so it loads at another world size, ZeRO
-stage or precision. What a resumed run continues is the stream of images; data order and random numbers are
-pure functions of the step (`data/loader.py`, `engine/train.py`); LR, schedule and decay are its JSON's.
+Fragments of parameters are saved by name, not as DeepSpeed's flat buffers, so a checkpoint loads at another
+world size, ZeRO stage or precision. A resumed run continues the stream of images; data order and random
+numbers are pure functions of the step (`data/loader.py`, `engine/train.py`); LR, schedule and decay come from
+its JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from giantdet.optim.fragments import create_states, fragments, local_share, publ
 
 logger = logging.getLogger("giantdet")
 
-# Of a loss scaler, of which DeepSpeed has two kinds.
+# Attributes of DeepSpeed's two kinds of loss scaler.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -35,9 +36,9 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def local_tensors(
     engine: Engine, ema: WeightEma | None, copy: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """What this rank saves, as KIND/PARAMETER, and at which element of the parameter each tensor begins.
+    """Return the tensors that this rank saves, by KIND/PARAMETER, and the first element of each.
 
-    In the CPU's memory: views where they are there already, unless `copy`.
+    They are in the CPU's memory: views of tensors that are already there, unless `copy`.
     """
     tensors: dict[str, Tensor] = {}
     firsts: dict[str, int] = {}
@@ -63,12 +64,12 @@ def local_tensors(
         for name, share in ema.shares.items():
             put("ema", name, share_of(ema.parameters[name])[0], share)
     for name, buffer in persistent_buffers(engine.module).items():
-        put("buffer", name, 0, buffer)  # running statistics are each rank's own
+        put("buffer", name, 0, buffer)  # each rank has its own running statistics
     return tensors, firsts
 
 
 def describe_state(engine: Engine, step: int, agvm: Agvm | None, ema: WeightEma | None) -> dict[str, Any]:
-    """All that is no tensor, for JSON. All ranks call it."""
+    """Return all state that is not a tensor, for JSON. All ranks call it."""
     import deepspeed
 
     scaler, groups = _loss_scaler(engine), engine.basic_optimizer.param_groups
@@ -101,7 +102,7 @@ def describe_state(engine: Engine, step: int, agvm: Agvm | None, ema: WeightEma 
 
 
 def check_fit(engine: Engine, saved: SavedTensors) -> None:
-    """Raise ValueError unless the checkpoint is of this model, in these parameter groups."""
+    """Raise ValueError unless the checkpoint has this model's parameters and parameter groups."""
     groups = {group["name"] for group in engine.basic_optimizer.param_groups}
     if different := sorted(groups ^ set(saved.state["groups"])):
         where = "the run" if different[0] in groups else "the checkpoint"
@@ -121,9 +122,9 @@ def check_fit(engine: Engine, saved: SavedTensors) -> None:
 
 @torch.no_grad()
 def load_tensors(engine: Engine, saved: SavedTensors, ema: WeightEma | None) -> None:
-    """Weights, optimizer's state, buffers, averages: each rank reads what it holds. All ranks call it.
+    """Load weights, optimizer's state, buffers and averages: each rank reads its part. All ranks call it.
 
-    Raises ValueError for another optimizer's state.
+    Raises ValueError for the state of another optimizer.
     """
     optimizer = engine.basic_optimizer
     if hasattr(engine.optimizer, "checkpoint_event_prologue"):
@@ -136,7 +137,9 @@ def load_tensors(engine: Engine, saved: SavedTensors, ema: WeightEma | None) -> 
             fragment.weights().copy_(saved.read("weight", name, fragment.first, fragment.last))
             elements, values = fragment.state(optimizer)
             there = saved.kinds[name] - {"weight", "ema"}
-            if there and there != elements.keys() | values.keys():  # nothing there: never had a gradient
+            if (
+                there and there != elements.keys() | values.keys()
+            ):  # empty: the parameter never had a gradient
                 raise InputError(
                     f"{saved.folder}: saved by {saved.state['optimizer']} with {sorted(there)}, "
                     f"the run's {type(optimizer).__name__} has {sorted([*elements, *values])}"
@@ -163,7 +166,7 @@ def _load_averages(ema: WeightEma, saved: SavedTensors) -> None:
     if saved.state["ema_steps"] is None:
         ema.restart()
         if comm.is_main():
-            logger.warning("%s holds no averages of the weights: they begin here", saved.folder)
+            logger.warning("%s has no averages of the weights: averaging starts here", saved.folder)
         return
     ema.steps = saved.state["ema_steps"]
     for name, share in ema.shares.items():
@@ -171,9 +174,9 @@ def _load_averages(ema: WeightEma, saved: SavedTensors) -> None:
 
 
 def load_counters(engine: Engine, saved: SavedTensors) -> int:
-    """Set the engine's counters, schedule and loss scale; returns the number of steps done.
+    """Set the engine's counters, schedule and loss scale; return the number of steps done.
 
-    With another global batch those are the whole batches in the images seen.
+    With another global batch that is the number of whole batches in the images seen.
     """
     state, batch = saved.state, engine.train_batch_size()
     step, rest = divmod(state["images"], batch)
@@ -201,7 +204,7 @@ def _shape(p: Any) -> torch.Size:
 
 
 def _loss_scaler(engine: Engine) -> Any:
-    """What scales the loss in fp16; None in other precisions."""
+    """Return the loss scaler of fp16, None in other precisions."""
     if not engine.fp16_enabled():
         return None
     optimizer = engine.optimizer
@@ -209,7 +212,7 @@ def _loss_scaler(engine: Engine) -> Any:
 
 
 def _assign(state: dict[str, Any], key: str, value: float) -> None:
-    """Set a single value in the form that the optimizer has it in: a tensor, an integer, a flag."""
+    """Set a single value in the optimizer's own type: a tensor, an integer, a flag."""
     if isinstance(state[key], Tensor):
         state[key].fill_(value)
     else:

@@ -53,7 +53,7 @@ class Objects:
         return len(self.labels_N)
 
     def rle(self, n: int) -> dict[str, Any]:
-        """Compressed RLE of object n over the whole image; without a segmentation, its filled box."""
+        """Return object n's compressed RLE over the whole image; without a segmentation, its filled box."""
         data, row = self.dataset, self.first + n
         height, width = self.size_hw
         kind, (start, end) = data.segment_kind[row], data.segments_K2[row]
@@ -68,7 +68,7 @@ class Objects:
         return merged
 
     def masks(self) -> NDArray[np.bool_]:
-        """All masks at full size, bool [N, h, w], decoded by pycocotools: for tests and drawings."""
+        """Return all masks at full size, bool [N, h, w], decoded by pycocotools: for tests and drawings."""
         masks = [mask_util.decode(self.rle(n)).astype(bool) for n in range(len(self))]
         return np.stack(masks) if masks else np.zeros((0, *self.size_hw), bool)
 
@@ -77,12 +77,12 @@ class CocoDataset:
     """A COCO instances JSON and its image folder.
 
     Args:
-        annotations: COCO instances JSON; boxes without `segmentation` are fine (`has_masks` is False then).
+        annotations: COCO instances JSON; objects without `segmentation` are boxes (`has_masks` is False).
         images: folder that the `file_name`s are relative to.
 
-    Records that cannot be used are skipped, counted by kind in `skipped` and named in one warning each
-    kind; `giantdet validate-data` lists them all. Raises `DataError` (a `ValueError`) where nothing can be
-    done: no such file, invalid JSON, a missing list, no image, no category.
+    Records that cannot be used are skipped, counted by kind in `skipped` and named in one warning per kind;
+    `giantdet validate-data` lists them all. Raises `DataError` (a `ValueError`) if the whole file cannot be
+    used: no such file, invalid JSON, a missing list, no image, no category.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path) -> None:
@@ -92,7 +92,7 @@ class CocoDataset:
         self.skipped: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         gc_was_on = gc.isenabled()
-        gc.disable()  # a million dicts in a row: the collector would walk them again and again
+        gc.disable()  # the collector would walk a million new dicts again and again
         try:
             content = read_instances(annotations)
             self._read_categories(content["categories"])
@@ -186,7 +186,7 @@ class CocoDataset:
         self.has_masks = self.without_mask == 0 and len(self.labels_K) > 0
 
     def _segment(self, record: Any, size: tuple[int, int]) -> tuple[int | None, Any]:
-        """Kind and packed form of a segmentation; kind None if the object must be skipped."""
+        """Return the kind and packed form of a segmentation; kind None if the object must be skipped."""
         usable, faults = segment(record.get("segmentation"), size)
         for fault in faults:
             self._skip(fault, "annotation", record)
@@ -210,15 +210,15 @@ class CocoDataset:
 
     @property
     def nonempty(self) -> NDArray[np.int64]:
-        """Indices of the images that have an object."""
+        """The indices of the images that have an object."""
         return np.flatnonzero(np.diff(self.object_start))
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
-        """Indices of the images to train on: all, or those that have an object."""
+        """Return the indices of the images to train on: all, or those that have an object."""
         return self.nonempty if filter_empty else np.arange(len(self))
 
     def objects(self, i: int) -> Objects:
-        """The objects of image i, in the file's order."""
+        """Return the objects of image i, in the file's order."""
         rows = slice(int(self.object_start[i]), int(self.object_start[i + 1]))
         size = (int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1]))
         return Objects(
@@ -226,20 +226,20 @@ class CocoDataset:
         )
 
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
-        """None: an instances JSON has no semantic maps."""
+        """Return None: an instances JSON has no semantic maps."""
         return None
 
     def path(self, i: int) -> Path:
         return self.root / str(self.file_names[i])
 
     def read_image(self, i: int) -> NDArray[np.uint8]:
-        """Image i as RGB uint8 [h, w, 3], the size that its record says.
+        """Return image i as RGB uint8 [h, w, 3], in the size of its record.
 
         EXIF rotation is applied if the record's size is that of the rotated image (as label tools and
-        browsers show it), and left out if only the stored size fits (as in COCO itself). If both fit, for
-        a square or a half turn, it is applied, as detectron2 does. Alpha is dropped and the colours below
-        it are kept; grey, palette and CMYK images become RGB; 16-bit grey is scaled to 8 bits.
-        Raises `DataError` that names the file if it cannot be read or has another size.
+        browsers show it), and ignored if only the stored size fits (as in COCO itself). If both fit, for a
+        square or a half turn, it is applied, as in detectron2. Alpha is dropped, the colours under it are
+        kept; grey, palette and CMYK images become RGB; 16-bit grey is scaled to 8 bits.
+        Raises `DataError`, which names the file, if it cannot be read or has another size.
         """
         path, size = self.path(i), (int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1]))
         try:
@@ -251,12 +251,12 @@ class CocoDataset:
             raise DataError(f"{path}: {error.strerror or error}") from error
         except MemoryError:
             raise
-        except Exception as error:  # PIL's plugins raise what they like on broken files
+        except Exception as error:  # PIL's plugins raise any exception on broken files
             raise DataError(f"{path}: {type(error).__name__} {error}") from error
 
 
 def orient(image: Image.Image, size_hw: tuple[int, int]) -> Image.Image:
-    """`image` with EXIF rotation if that gives `size_hw`, as it is if that does; else `DataError`."""
+    """Return `image`, rotated by EXIF if that gives `size_hw`, else as it is; otherwise `DataError`."""
     stored = (image.height, image.width)
     orientation = image.getexif().get(_ORIENTATION, 1)
     rotated = stored[::-1] if orientation in (5, 6, 7, 8) else stored
@@ -268,8 +268,8 @@ def orient(image: Image.Image, size_hw: tuple[int, int]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB; see `CocoDataset.read_image`."""
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, which some PNG and TIFF files of 16 bits give
+    """Convert any PIL mode to RGB; see `CocoDataset.read_image`."""
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, the modes of 16-bit PNG and TIFF files
         wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
         image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of a data set, whatever format it has on disk."""
+"""The interface that training and evaluation use for a data set of any format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ImageObjects(Protocol):
 
     @property
     def boxes_N4(self) -> NDArray[np.float32]:
-        """xyxy, clipped to the image."""
+        """Boxes xyxy, clipped to the image."""
         ...
 
     @property
@@ -28,18 +28,18 @@ class ImageObjects(Protocol):
 
     @property
     def ids_N(self) -> NDArray[np.int64]:
-        """The data set's own numbers of the objects, for messages."""
+        """The data set's own ids of the objects, for messages."""
         ...
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Of the image."""
+        """(height, width) of the image."""
         ...
 
     def __len__(self) -> int: ...
 
     def rle(self, n: int) -> dict[str, Any]:
-        """COCO's compressed RLE of object n over the whole image."""
+        """Return COCO's compressed RLE of object n over the whole image."""
         ...
 
 
@@ -47,7 +47,7 @@ class Dataset(Protocol):
     """Images with their classes, objects and semantic maps, by index."""
 
     annotations: Path
-    """The file that describes it, for messages."""
+    """The file that describes the data set, for messages."""
     class_names: list[str]
     category_ids: list[int]
     """The data set's own id of each class."""
@@ -60,37 +60,37 @@ class Dataset(Protocol):
     def num_classes(self) -> int: ...
 
     def __len__(self) -> int:
-        """Number of images, with or without objects."""
+        """Return the number of images, with or without objects."""
         ...
 
     def path(self, i: int) -> Path:
-        """The file of image i."""
+        """Return the file of image i."""
         ...
 
     def read_image(self, i: int) -> NDArray[np.uint8]:
-        """Image i, RGB uint8 [h, w, 3]. Raises DataError where it cannot be read."""
+        """Return image i, RGB uint8 [h, w, 3]. Raises DataError if it cannot be read."""
         ...
 
     def objects(self, i: int) -> ImageObjects:
-        """The objects of image i."""
+        """Return the objects of image i."""
         ...
 
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
-        """The class of each pixel of image i, uint8 [h, w] with `structures.IGNORE`, or None without maps."""
+        """Return each pixel's class in image i, uint8 [h, w] with `structures.IGNORE`; None without maps."""
         ...
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
-        """Indices of the images to train on: all, or those that have something to learn."""
+        """Return the indices of the images to train on: all, or those with something to learn."""
         ...
 
 
 def open_dataset(config: DatasetConfig) -> Dataset:
-    """The data set that a section of `data` describes. Raises DataError where it cannot be used."""
+    """Open the data set of a section of `data`. Raises DataError if it cannot be used."""
     return CocoDataset(config.annotations, config.images)
 
 
 def check_categories(dataset: Dataset, known: list[int], whose: str | Path) -> None:
-    """Raise DataError where the data set has categories that are not among those of a model's classes."""
+    """Raise DataError if the data set has categories that are not among a model's classes."""
     if unknown := set(dataset.category_ids) - set(known):
         raise DataError(
             f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "

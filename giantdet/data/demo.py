@@ -1,8 +1,8 @@
-"""A small instance segmentation set, made on the fly: shapes of four classes on textured ground.
+"""A generated instance segmentation data set: shapes of four classes on a textured background.
 
-For trying the whole system without a download. Circles, rectangles, triangles and stars of any colour,
-a little turned, 18 to 40 % of the image's side, cover one another; some images hold crowds of small ones
-(14 to 18 %), one in twenty holds nothing.
+It tests the whole system without a download. Circles, rectangles, triangles and stars of any colour, slightly
+rotated, 18 to 40 % of the image's side, overlap; some images contain crowds of small ones (14 to 18 %), one
+in twenty is empty.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pycocotools import mask as mask_util
 
 # Ids with gaps, as COCO's have.
 CATEGORIES = {1: "circle", 3: "rectangle", 4: "triangle", 7: "star"}
-_EMPTY, _CROWDED = 0.05, 0.2  # shares of the images
+_EMPTY, _CROWDED = 0.05, 0.2  # fractions of the images
 _MIN_VISIBLE, _MIN_PIXELS = 0.3, 16
 _TURN = 0.25  # radians, either way
 
@@ -26,8 +26,8 @@ _TURN = 0.25  # radians, either way
 def make_demo(folder: str | Path, train_images: int, val_images: int, size: int = 128, seed: int = 0) -> None:
     """Write train.json, val.json, train/ and val/ into `folder`: COCO format, square images of `size` pixels.
 
-    Image n of a split is a function of (seed, split, n) alone. Visible masks only: what a later shape
-    covers is not the earlier one's. Shapes that are whole are polygons, the others compressed RLE.
+    Image n of a split depends only on (seed, split, n). Masks contain visible pixels only: later shapes cover
+    earlier ones. Unoccluded shapes are polygons, the others compressed RLE.
     """
     for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
         directory = Path(folder) / name
@@ -37,7 +37,7 @@ def make_demo(folder: str | Path, train_images: int, val_images: int, size: int 
         for n in range(count):
             rng = np.random.default_rng((seed, split, n))
             pixels, objects = _draw(rng, size)
-            # ids start at 1 and differ between the splits, to show mix-ups
+            # ids start at 1 and differ between the splits, so that confusing them is noticed
             image_id = split * 10**6 + n + 1
             file_name = f"{n:06d}.{'png' if n % 2 else 'jpg'}"
             Image.fromarray(pixels).save(directory / file_name, quality=92)
@@ -50,7 +50,7 @@ def make_demo(folder: str | Path, train_images: int, val_images: int, size: int 
 
 
 def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
-    """One image and the fields of its visible objects."""
+    """Return one image and the fields of its visible objects."""
     ground = _ground(rng, size)
     canvas = ground.copy()
     shapes: list[tuple[int, float, float, float]] = []  # category, centre x and y, radius
@@ -69,7 +69,7 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[
     for n, (kind, x, y, radius) in enumerate(shapes):
         outline = _outline(rng, kind) * radius + (x, y)
         outlines.append(outline.round(2))
-        # pycocotools fills the polygon, so that image and annotation agree to the pixel
+        # pycocotools fills the polygon, so that image and annotation agree in every pixel
         rle = mask_util.frPyObjects([outlines[-1].ravel()], size, size)[0]
         mask = mask_util.decode(rle).astype(bool)
         areas.append(int(mask.sum()))
@@ -96,7 +96,7 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[
 
 
 def _outline(rng: np.random.Generator, kind: int) -> NDArray[np.float64]:
-    """Corners of a shape of radius about 1 around 0, turned a little at random: [n, 2]."""
+    """Return the corners [n, 2] of a shape of radius about 1 around 0, slightly rotated at random."""
     if CATEGORIES[kind] == "circle":
         angle, radius = np.arange(24) / 24 * 2 * np.pi, np.ones(24)
     elif CATEGORIES[kind] == "rectangle":
@@ -111,7 +111,7 @@ def _outline(rng: np.random.Generator, kind: int) -> NDArray[np.float64]:
 
 
 def _colour(rng: np.random.Generator, ground: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A colour that stands out from the ground: at least 80 away in RGB."""
+    """Return a colour that differs from the background by at least 80 in RGB."""
     while True:
         colour = rng.uniform(20, 235, 3)
         if np.linalg.norm(colour - ground) > 80:
@@ -119,7 +119,7 @@ def _colour(rng: np.random.Generator, ground: NDArray[np.float64]) -> NDArray[np
 
 
 def _ground(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
-    """Coloured blotches of two sizes under noise, [size, size, 3]."""
+    """Return a background of coloured blotches of two sizes under noise, [size, size, 3]."""
     ground = rng.uniform(40, 215, 3) + np.zeros((size, size, 3))
     for cells, strength in ((4, 18.0), (16, 8.0)):
         coarse = rng.normal(0, strength, (cells, cells, 3))

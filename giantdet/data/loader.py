@@ -1,11 +1,11 @@
-"""From ragged images to batches of fixed shape, in an order that any run can take up at any step.
+"""Load images into batches of fixed shape, in an order that a run can resume at any step.
 
 The training stream is an endless sequence of samples k = 0, 1, 2, ... Sample k is a pure function of
 (seed, k): which image, how it is scaled and flipped. Micro-step t of rank r of W with B images a
 micro-batch holds the samples [(t W + r) B, (t W + r) B + B). So the stream is the same for any number of
-workers, ranks of equal W x B see the same global batches, and seeking costs nothing.
+workers, ranks of equal W x B see the same global batches, and seeking is free.
 
-Nothing is lost in silence: objects beyond the M slots, objects below a pixel and unreadable images are
+Nothing is dropped silently: objects beyond the M slots, objects below a pixel and unreadable images are
 counted in `Loader.counters`, and named in warnings of the logger "giantdet".
 """
 
@@ -37,18 +37,18 @@ from giantdet.structures import IGNORE, Batch
 MAX_BAD_IN_A_ROW = 50
 MAX_RESTARTS = 3
 BOXES_AND_MASKS = frozenset({"boxes", "masks"})
-_AUGMENT = 1  # second word of the augmentation's seeds; the permutations have 0
+_AUGMENT = 1  # second word of the augmentation's seeds; the permutations use 0
 _EXPLAIN = {
-    "dropped_objects": "objects beyond max_objects, the smallest of their images, are left out",
-    "tiny_objects": "objects that are narrower than a pixel after scaling are left out",
+    "dropped_objects": "objects beyond max_objects, the smallest of each image, are left out",
+    "tiny_objects": "objects narrower than a pixel after scaling are left out",
     "replaced_images": "images that cannot be used were replaced by the next of the stream",
-    "unreadable_images": "images that cannot be used are evaluated as if nothing had been found",
-    "worker_restarts": "workers that died were started anew",
+    "unreadable_images": "images that cannot be used are evaluated as images without detections",
+    "worker_restarts": "workers that died were restarted",
 }
 
 
 class Delivery(NamedTuple):
-    """What workers send. An error travels as text, since torch wraps a worker's exceptions in a traceback."""
+    """What workers send. An error is sent as text, since torch wraps a worker's exceptions in a traceback."""
 
     batch: Batch | None
     counts: dict[str, int]
@@ -62,12 +62,12 @@ def _permutation(epoch: int, n: int, seed: int) -> NDArray[np.int64]:
 
 
 def sample_index(k: int, n: int, seed: int, shuffle: bool = True) -> int:
-    """Which of n images is sample k: every image once an epoch, in a new order each epoch."""
+    """Return which of n images sample k is: every image once per epoch, in a new order each epoch."""
     return int(_permutation(k // n, n, seed)[k % n]) if shuffle else k % n
 
 
 class _Stream(TorchDataset[Sample]):
-    """Base of both streams: lists of sample numbers to deliveries."""
+    """Base of both streams: turns lists of sample numbers into deliveries."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, targets: frozenset[str]) -> None:
         self.dataset, self.config, self.targets = dataset, config, targets
@@ -77,7 +77,7 @@ class _Stream(TorchDataset[Sample]):
         raise NotImplementedError
 
     def __getitems__(self, numbers: list[int]) -> Delivery:
-        """torch's fetcher calls this with one batch's sample numbers."""
+        """Make the delivery of one batch's sample numbers; called by torch's fetcher."""
         try:
             samples = [self[k] for k in numbers]
         except DataError as error:
@@ -91,7 +91,7 @@ class _Stream(TorchDataset[Sample]):
 
 
 class TrainStream(_Stream):
-    """Sample k of the training stream; see the module's docstring."""
+    """The training stream; the module's docstring defines sample k."""
 
     def __init__(
         self, dataset: Dataset, config: DataConfig, seed: int, targets: frozenset[str] = BOXES_AND_MASKS
@@ -103,11 +103,11 @@ class TrainStream(_Stream):
             raise DataError(f"no image of {dataset.annotations} has an object; there is nothing to train on")
 
     def __len__(self) -> int:
-        """Samples an epoch."""
+        """Return the number of samples per epoch."""
         return len(self.indices)
 
     def __getitem__(self, k: int) -> Sample:
-        """Sample k. A bad image gives way to that of sample k + 1, k + 2, ... with k's random numbers."""
+        """Return sample k. The image of k + 1, k + 2, ... replaces a bad one, with k's random numbers."""
         bad: list[str] = []
         for j in range(k, k + MAX_BAD_IN_A_ROW):
             i = int(self.indices[sample_index(j, len(self), self.seed)])
@@ -121,13 +121,13 @@ class TrainStream(_Stream):
                 bad.append(str(error) if path in str(error) else f"{path}: {error}")
                 continue
             return sample._replace(counts=sample.counts | {"replaced_images": len(bad)}, bad=tuple(bad))
-        # One of them that does not depend on the rank, if all of the data set are bad: ranks say it once.
+        # If the whole data set is bad, all ranks name the same example, and the error is printed once.
         annotations = self.dataset.annotations
         raise DataError(f"{annotations}: {MAX_BAD_IN_A_ROW} images in a row cannot be used, e.g. {min(bad)}")
 
 
 class EvalStream(_Stream):
-    """Sample k is image k; numbers from the data set's length on fill up the last batches."""
+    """The evaluation stream: sample k is image k; numbers beyond the data set fill up the last batches."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, targets: frozenset[str]) -> None:
         super().__init__(dataset, config, targets)
@@ -144,7 +144,7 @@ class EvalStream(_Stream):
             return self._nothing(k)._replace(counts={"unreadable_images": 1}, bad=(str(error),))
 
     def _nothing(self, k: int) -> Sample:
-        """A black image that fills the canvas, with the id -1 and no object."""
+        """Return a black image that fills the canvas, with the id -1 and no object."""
         size = self.config.size
         none = np.zeros((0, 4), np.float32)
         masks = np.zeros((0, self.side, self.side), np.uint8)
@@ -165,7 +165,7 @@ class EvalStream(_Stream):
 
 
 class RankSampler(Sampler[list[int]]):
-    """Sample numbers of one rank's micro-batches from micro-step `start` up to `stop` (None: endless)."""
+    """Yields sample numbers of one rank's micro-batches, micro-steps `start` to `stop` (None: endless)."""
 
     def __init__(self, batch: int, rank: int, world: int, start: int = 0, stop: int | None = None) -> None:
         self.batch, self.rank, self.world, self.start, self.stop = batch, rank, world, start, stop
@@ -178,9 +178,9 @@ class RankSampler(Sampler[list[int]]):
             step += 1
 
 
-# Workers ignore SIGTERM, with which multiprocessing would end them when Python exits, and it would wait for
-# them for ever. So torch's iterators are ended by us, by this function of `atexit` at the latest: a loader
-# that was dropped is gone by then, but the traceback of an exception may still hold its iterator.
+# Workers ignore SIGTERM, by which multiprocessing ends them when Python exits, so it would wait for them for
+# ever. Therefore this module ends torch's iterators, at the latest in this `atexit` function: a loader that
+# was dropped is gone by then, but the traceback of an exception may still hold its iterator.
 _iterators: set[Any] = set()
 
 
@@ -199,7 +199,7 @@ def _end(deliveries: Any) -> None:
 
 
 class Loader:
-    """Iterator of `Batch`; `counters` adds up what had to be left out of the batches handed over so far."""
+    """Iterator of `Batch`; `counters` counts what was left out of the batches delivered so far."""
 
     def __init__(self, stream: _Stream, sampler: RankSampler, pin_memory: bool) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(_EXPLAIN, 0))
@@ -210,7 +210,7 @@ class Loader:
         self._start()
 
     def _start(self) -> None:
-        """Make torch's iterator, from the first batch that was not handed over yet."""
+        """Make torch's iterator, from the first batch that was not delivered yet."""
         sampler = self._sampler
         sampler = RankSampler(
             sampler.batch, sampler.rank, sampler.world, sampler.start + self._delivered, sampler.stop
@@ -223,15 +223,15 @@ class Loader:
                 collate_fn=_as_is,
                 worker_init_fn=_init_worker,
                 pin_memory=self._pin_memory,
-                # torch draws a base seed for its workers: from a generator of its own, so that the
-                # global random state does not depend on whether and when loaders are made
+                # torch draws a base seed for its workers. A separate generator keeps the global random state
+                # independent of whether and when loaders are made.
                 generator=torch.Generator().manual_seed(0),
             )
         )
         _iterators.add(self._deliveries)
         weakref.finalize(self, _end, self._deliveries)
         if threading.current_thread() is threading.main_thread():
-            # torch would raise a worker's death wherever the main thread happens to be, in a backward say.
+            # Otherwise torch raises a worker's death wherever the main thread is, for example in a backward.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def __iter__(self) -> Loader:
@@ -253,9 +253,9 @@ class Loader:
         return delivery.batch
 
     def _next_delivery(self) -> Delivery:
-        """The next of the workers'. Where one has died, all are started anew: nothing of the stream is lost.
+        """Return the workers' next delivery. If one has died, all are restarted; no sample is lost.
 
-        RuntimeError after MAX_RESTARTS times.
+        Raises RuntimeError after MAX_RESTARTS restarts.
         """
         while True:
             try:
@@ -263,13 +263,13 @@ class Loader:
                 self._delivered += 1
                 return delivery
             except (ConnectionError, EOFError, RuntimeError) as error:
-                # The former is what a death looks like while a batch is on its way; torch words the rest.
+                # ConnectionError, EOFError: a worker died while it sent a batch. Else torch's RuntimeError.
                 if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 if self._restarts == MAX_RESTARTS:
                     raise RuntimeError(
-                        f"data loader workers died {MAX_RESTARTS + 1} times; were they killed for want of "
-                        "memory? Fewer data.workers take less"
+                        f"data loader workers died {MAX_RESTARTS + 1} times; if memory ran out, set fewer "
+                        "data.workers"
                     ) from error
                 self._restarts += 1
                 self.counters["worker_restarts"] += 1
@@ -278,7 +278,7 @@ class Loader:
                 self._start()
 
     def close(self) -> None:
-        """End the workers. Leaving the last reference does the same."""
+        """End the workers. Dropping the last reference does the same."""
         deliveries, self._deliveries = self._deliveries, iter(())
         _end(deliveries)
 
@@ -294,10 +294,10 @@ def train_loader(
     pin_memory: bool = False,
     targets: frozenset[str] = BOXES_AND_MASKS,
 ) -> Loader:
-    """Endless training batches of one rank, from micro-step `start_micro_step` on.
+    """Return the endless training batches of one rank, from micro-step `start_micro_step` on.
 
-    Only the `targets` that are named ("boxes", "masks", "semantic") are made: without masks S is 0. Raises
-    `DataError` if there is nothing to train on, or, while iterating, if `MAX_BAD_IN_A_ROW` images in a row
+    Only the given `targets` ("boxes", "masks", "semantic") are made: without masks S is 0. Raises `DataError`
+    if there is nothing to train on, or, while iterating, if `MAX_BAD_IN_A_ROW` images in a row
     cannot be used.
     """
     stream = TrainStream(dataset, config, seed, targets)
@@ -313,11 +313,11 @@ def eval_loader(
     pin_memory: bool = False,
     targets: frozenset[str] = frozenset(),
 ) -> Loader:
-    """Every image once over all ranks, in `loader.steps` batches that are the same number on each rank.
+    """Return a loader of every image once over all ranks, in `loader.steps` batches on each rank.
 
-    Slots that only fill up hold a black image as large as the canvas, with the id -1; so do unreadable
-    images, which therefore count as missed. Without `targets`, M and S are 0: the ground truth of an
-    evaluation is the annotation file.
+    Filler slots hold a black image of the canvas' size with the id -1; so do unreadable images, which
+    therefore count as missed. Without `targets`, M and S are 0: the ground truth of an evaluation is the
+    annotation file.
     """
     steps = -(-len(dataset) // (batch * world))
     stream = EvalStream(dataset, config, targets)
@@ -329,6 +329,6 @@ def _as_is(delivery: Any) -> Any:
 
 
 def _init_worker(worker: int) -> None:
-    """Stop signals are the training loop's to handle; workers end with their loader."""
+    """Ignore stop signals, which the training loop handles; workers end with their loader."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,22 +1,21 @@
 """Masks as small bitmaps in the frame of their own box.
 
-An object's mask travels as S x S cells of uint8 coverage over a window of the canvas, the frame,
-instead of as a full image. If the object is at most S - 2 pixels long along an axis, the frame is S
-pixels long there and whole-numbered, so that a cell is a pixel; a longer object gets longer cells.
-There is a margin of at least one cell on every side. A target of the mask head is then one RoIAlign
-in the frame's coordinates.
+An object's mask is stored as S x S cells of uint8 coverage over a window of the canvas, the frame, not as
+a full image. If the object is at most S - 2 pixels long along an axis, the frame is S pixels long there and
+starts at a whole pixel, so that a cell is a pixel; a longer object gets longer cells. There is a margin of at
+least one cell on every side. A target of the mask head is then one RoIAlign in the frame's coordinates.
 
-RoIAlign on a full bitmap repeats the bitmap's border for the half pixel around it, so cells outside
-the image repeat the border here, too: what is inside the image does not show where the frame ends.
+RoIAlign on a full bitmap repeats the bitmap's border for the half pixel around it, so cells outside the
+image repeat the border here, too.
 
-Error against full bitmaps (`tests/data/test_geometry.py` holds it), S = 112, images at 800 px short
+Error against full bitmaps (tested in `tests/data/test_geometry.py`), S = 112, images at 800 px short
 side, objects of coco_panoptic200 / dsb2018_nuclei / fruits_nuts, bitmaps of exact coverage: mean IoU of
-the masks 0.9955 / 0.9993 / 0.9962, least 0.979 / 0.989 / 0.993; wrong cells of the 28 x 28 targets of
+the masks 0.9955 / 0.9993 / 0.9962, minimum 0.979 / 0.989 / 0.993; wrong cells of the 28 x 28 targets of
 their boxes 0.07 / 0.07 / 0.03 %. Against bitmaps that were scaled to the nearest pixel, as detectron2
-does, 0.8 / 1.2 / 0.3 % of the cells differ, nearly all of it the error of nearest scaling.
-At scale 1 and up to S - 2 pixels the bitmap is the mask, pixel by pixel.
+does, 0.8 / 1.2 / 0.3 % of the cells differ, nearly all because of the nearest scaling.
+At scale 1 and up to S - 2 pixels the bitmap equals the mask, pixel by pixel.
 
-RLE strings are decoded here a window at a time, since pycocotools decodes whole images only.
+This module decodes RLE strings window by window, since pycocotools decodes whole images only.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from giantdet.errors import DataError
 
 
 def frame_of(box_4: NDArray[Any], side: int) -> NDArray[np.float32]:
-    """The frame xyxy of a box on the canvas; both axes follow the rule of the module's docstring."""
+    """Return the frame xyxy of a box on the canvas, by the rule of the module's docstring for each axis."""
     low, high = np.floor(box_4[:2]), np.ceil(box_4[2:])
     length = high - low
     margin = (side - length) // 2
@@ -49,7 +48,7 @@ def to_frame(
     side: int,
     origin_yx: tuple[int, int] = (0, 0),
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Bitmap and frame of one mask.
+    """Return the bitmap and frame of one mask.
 
     Args:
         mask_hw: the mask in pixels of the original image, or a part of it that contains all of it.
@@ -73,7 +72,7 @@ def to_frame(
 
 
 def _means(values_NK: NDArray[Any], lo_S: NDArray[Any], hi_S: NDArray[Any]) -> NDArray[Any]:
-    """Means over intervals of axis 0, where row i covers [i, i + 1] and all is 0 beyond: [S, K]."""
+    """Return means [S, K] over intervals of axis 0; row i covers [i, i + 1], beyond the rows is 0."""
     rows = len(values_NK)
     integral = np.zeros((rows + 1, values_NK.shape[1]), np.float32)
     np.cumsum(values_NK, axis=0, out=integral[1:])
@@ -91,7 +90,7 @@ def _means(values_NK: NDArray[Any], lo_S: NDArray[Any], hi_S: NDArray[Any]) -> N
 def object_frame(
     objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray[Any], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """`to_frame` of object n; the frame covers its mask where that is larger than its box on the canvas.
+    """Return `to_frame` of object n; the frame covers its mask even if that is larger than its box.
 
     Raises `DataError` if the RLE is broken.
     """
@@ -107,7 +106,7 @@ def object_frame(
 
 
 def rle_counts(string: bytes) -> NDArray[np.int64]:
-    """Run lengths, zeros first, of COCO's compressed RLE string (`rleFrString` of pycocotools' maskApi.c).
+    """Return the run lengths, zeros first, of COCO's compressed RLE string (pycocotools' `rleFrString`).
 
     A number is little-endian in 5-bit digits, one character each, offset 48; bit 5 says that more
     follow, bit 4 of the last is the sign; from the fourth number on it is the difference to the
@@ -129,17 +128,17 @@ def rle_counts(string: bytes) -> NDArray[np.int64]:
 
 
 def adds_up(runs: NDArray[np.int64], size_hw: tuple[int, int]) -> bool:
-    """Are these run lengths those of an image of this size?"""
+    """Return whether these run lengths fill an image of this size."""
     return len(runs) > 0 and int(runs.min()) >= 0 and int(runs.sum()) == size_hw[0] * size_hw[1]
 
 
 def decode_window(
     string: bytes, size_hw: tuple[int, int], window_yxyx: tuple[int, int, int, int], name: int = 0
 ) -> NDArray[np.uint8]:
-    """A window (y0, x0, y1, x1) inside the image of a compressed RLE as uint8 0/1 [y1 - y0, x1 - x0].
+    """Decode a window (y0, x0, y1, x1) of a compressed RLE's image to uint8 0/1 [y1 - y0, x1 - x0].
 
-    Runs go down the columns, so the columns of the window are cut out of the runs, and nothing of the
-    size of the image is made. Raises `DataError`, with the annotation id `name`, if the runs do not
+    Runs go down the columns, so the columns of the window are cut out of the runs; no array of the image's
+    size is made. Raises `DataError`, with the annotation id `name`, if the runs do not
     add up to the image.
     """
     height, width = size_hw

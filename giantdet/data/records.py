@@ -1,7 +1,7 @@
-"""Checks of single COCO records, shared by reading (`coco.py` skips and counts) and `validate.py` (reports).
+"""Check single COCO records, for `coco.py` (skips and counts) and `validate.py` (reports).
 
-A fault is `(kind, text)`: the kind is what faults are counted by, the text says what is wrong with
-this record. Format: https://cocodataset.org/#format-data.
+A fault is `(kind, text)`: faults are counted by kind, the text says what is wrong with this record.
+Format: https://cocodataset.org/#format-data.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ logger = logging.getLogger("giantdet")
 Fault = tuple[str, str]
 Size = tuple[int, int]  # height, width
 _KEYS = ("images", "annotations", "categories")
-_MAX_NAME = 4096  # Linux's PATH_MAX; file names lie in one array, in which each takes the room of the longest
-# Corners of a polygon may lie outside the image, but pycocotools walks along its sides pixel by pixel: a
-# coordinate of 1e8 makes it end the process.
+_MAX_NAME = 4096  # Linux's PATH_MAX; file names are in one array, where each takes the space of the longest
+# Corners of a polygon may be outside the image, but pycocotools walks along its sides pixel by pixel: a
+# coordinate of 1e8 makes it kill the process.
 _MAX_COORDINATE = 100_000
-# Of COCO's strings: digits "0" to "o", of which those from "P" on are followed by another. pycocotools reads
-# and writes past its memory for any other.
+# COCO's strings consist of digits "0" to "o"; those from "P" on are followed by another. For any other string
+# pycocotools reads and writes out of bounds.
 _RLE_STRING = re.compile("[0-o]*[0-O]")
 
 
 def read_instances(path: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """The three lists of a COCO instances JSON, or `DataError`. Non-objects in the lists stay in."""
+    """Return the three lists of a COCO instances JSON, with bad records, or raise `DataError`."""
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"cannot read the annotations {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # also a wrong encoding; lists in lists in lists
+    except (ValueError, RecursionError) as error:  # also a wrong encoding; deeply nested lists
         raise DataError(f"annotations {path} are not valid JSON: {error}") from error
     for key in _KEYS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -53,20 +53,20 @@ def read_instances(path: str | Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def is_id(value: Any) -> bool:
-    """An id is an integer (not a bool) that fits 64 bits and is not negative: -1 marks empty slots."""
+    """Return whether the value is an id: a non-negative 64-bit integer, not a bool; -1 marks empty slots."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """A number of at least 0 that a float holds; a bool is one, as in pycocotools."""
+    """Return whether the value is a number from 0 that a float holds; a bool is, as in pycocotools."""
     return isinstance(value, int | float) and 0 <= value < 2**53
 
 
 def escapes(file_name: str) -> bool:
-    """True if the name leads out of the image folder.
+    """Return whether the name leads out of the image folder.
 
-    By the name alone: a symbolic link, of the folder or of a file in it, is followed wherever it leads.
-    Links are made by the owner of the disk, and data sets often consist of them; a name comes with a JSON.
+    Only the name is checked: symbolic links, of the folder or of a file in it, are followed wherever they
+    lead. Data sets often consist of links, made by the owner of the disk; a name comes with a JSON.
     """
     return os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == os.pardir
 
@@ -80,7 +80,7 @@ def category_fault(record: Any, seen: Container[int]) -> Fault | None:
 
 
 def category_name(record: Mapping[str, Any]) -> str:
-    """A category's name, or its id where it has none."""
+    """Return a category's name, or its id if it has none."""
     return str(record["id"] if record.get("name") is None else record["name"])
 
 
@@ -103,7 +103,7 @@ def image_fault(record: Any, seen: Container[int]) -> Fault | None:
 
 
 def object_fault(record: Any, sizes: Mapping[int, Size], categories: Container[int]) -> Fault | None:
-    """What makes an annotation unusable as a box: ids and the box. Overhanging boxes are usable (clipped)."""
+    """Return why an annotation is unusable as a box (ids, box) or None. Overhanging boxes are clipped."""
     if not isinstance(record, dict):
         return "bad annotation", f"{str(record)[:80]} is not an object"
     image_id: Any = record.get("image_id")
@@ -128,9 +128,10 @@ def object_fault(record: Any, sizes: Mapping[int, Size], categories: Container[i
 
 
 def segment(segmentation: Any, size: Size) -> tuple[Any, list[Fault]]:
-    """The usable part of an annotation's `segmentation`, and the faults of the rest.
+    """Return the usable part of an annotation's `segmentation`, and the faults of the rest.
 
-    An RLE as it is, a list of polygons, or the empty list where there is none; None if nothing is usable.
+    The part is the RLE itself, a list of polygons, an empty list without a segmentation, or None if nothing
+    is usable.
     """
     if segmentation is None or segmentation == []:
         return [], []
@@ -144,7 +145,7 @@ def segment(segmentation: Any, size: Size) -> tuple[Any, list[Fault]]:
 
 
 def polygon_fault(part: Any) -> Fault | None:
-    """Faults of one polygon of a `segmentation` list: no numbers, far away, odd length, under 3 points."""
+    """Return the fault of one polygon: not numbers, far away, odd length, under 3 points; or None."""
     try:
         finite = math.isfinite(sum(part))
     except (TypeError, OverflowError):
@@ -154,12 +155,12 @@ def polygon_fault(part: Any) -> Fault | None:
     if part and max(max(part), -min(part)) > _MAX_COORDINATE:
         return "bad polygon", f"a polygon has a coordinate beyond {_MAX_COORDINATE} pixels"
     if len(part) < 6 or len(part) % 2:
-        return "bad polygon", f"a polygon has {len(part)} coordinates; 3 points are the least"
+        return "bad polygon", f"a polygon has {len(part)} coordinates; a polygon needs at least 3 points"
     return None
 
 
 def rle_fault(segmentation: Mapping[str, Any], size: Size) -> Fault | None:
-    """Faults of an RLE's frame. Whether a compressed string holds the right sum shows when it is decoded."""
+    """Return the fault of an RLE or None. The sum of a compressed string is checked when it is decoded."""
     counts = segmentation.get("counts")
     if segmentation.get("size") != list(size):
         return "RLE of wrong size", f"RLE size {segmentation.get('size')} is not the image's {list(size)}"

@@ -1,4 +1,4 @@
-"""One image on the canvas with its objects, and several of them as a batch of fixed shape."""
+"""Samples: one image on the canvas with its objects; and their collation to a batch of fixed shape."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_MAP: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
 
 
 class Sample(NamedTuple):
-    """One image on the canvas, its objects still ragged."""
+    """One image on the canvas with any number of objects."""
 
     image_HW3: NDArray[np.uint8]
     size_hw: tuple[int, int]
@@ -39,15 +39,15 @@ class Sample(NamedTuple):
     frames_N4: NDArray[Any]
     counts: dict[str, int]
     bad: tuple[str, ...]  # why images before this one could not be used
-    semantic_HW: NDArray[np.uint8]  # [0, 0] where not asked for
+    semantic_HW: NDArray[np.uint8]  # [0, 0] if not requested
 
 
 def make_sample(
     dataset: Dataset, i: int, k: int, config: DataConfig, geometry: Geometry, targets: frozenset[str]
 ) -> Sample:
-    """Image i of the data set under `geometry`, with those `targets` ("boxes", "masks", "semantic") alone.
+    """Return image i of the data set under `geometry`, with `targets` of "boxes", "masks", "semantic".
 
-    Raises `DataError` if the image, a mask or a map is broken, or where a map is asked for and there is none.
+    Raises `DataError` if the image, a mask or a map is broken, or a requested map does not exist.
     """
     image = transform_image(dataset.read_image(i), geometry, config.size)
     objects = dataset.objects(i)
@@ -90,7 +90,7 @@ def _semantic(dataset: Dataset, i: int, config: DataConfig, geometry: Geometry) 
 
 
 def collate(samples: list[Sample], slots: int, side: int) -> Batch:
-    """Samples of at most `slots` objects as one batch: M = slots, S = side."""
+    """Return samples of at most `slots` objects as one batch: M = slots, S = side."""
     size, (height, width) = len(samples), samples[0].image_HW3.shape[:2]
     images = torch.empty((size, 3, height, width), dtype=torch.uint8)
     targets = Targets(

@@ -1,8 +1,8 @@
-"""Geometry: an image scaled, cropped and flipped onto the top left of a fixed canvas.
+"""Geometric transforms: scale, crop and flip an image onto the top left of a fixed canvas.
 
-One `Geometry` says it all, and images, boxes and masks follow it alike. Training draws it at random:
-multi-scale (detectron2's ResizeShortestEdge) or large-scale jitter (Ghiasi et al. 2021, as
-detectron2's ResizeScale and FixedSizeCrop do it), and a horizontal flip. Evaluation has one answer.
+One `Geometry` describes the transform of an image, its boxes and its masks. Training draws it at random:
+multi-scale (detectron2's ResizeShortestEdge) or large-scale jitter (Ghiasi et al. 2021, as in detectron2's
+ResizeScale and FixedSizeCrop), and a horizontal flip. In evaluation it is deterministic.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from PIL import Image
 from giantdet.config.types import DataConfig
 from giantdet.structures import IGNORE
 
-MIN_SIDE = 1.0  # boxes that are narrower on the canvas, pixels, are dropped
+MIN_SIDE = 1.0  # pixels on the canvas; narrower boxes are dropped
 
 
 class Geometry(NamedTuple):
-    """From pixels of the original image to pixels of the canvas: scale, then flip, then subtract the offset.
+    """The map from pixels of the original image to the canvas: scale, then flip, then subtract the offset.
 
-    All sizes are (height, width). The scales of the axes differ a little, because sizes are whole numbers.
+    All sizes are (height, width). The scales of the axes differ slightly, because sizes are whole numbers.
     """
 
     source_hw: tuple[int, int]
     resized_hw: tuple[int, int]  # the whole image after scaling
     offset_yx: tuple[int, int]  # of the crop in the resized and flipped image
-    size_hw: tuple[int, int]  # of the crop: what of the canvas holds image
+    size_hw: tuple[int, int]  # of the crop: the part of the canvas that holds the image
     flip: bool
 
     @property
@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
     def source_range(
         self, axis: int, lo: NDArray[Any], hi: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Intervals [lo, hi] of the canvas along axis 0 (y) or 1 (x), as intervals of the original image."""
+        """Map intervals [lo, hi] of the canvas along axis 0 (y) or 1 (x) to the original image."""
         lo, hi = lo + self.offset_yx[axis], hi + self.offset_yx[axis]
         if axis == 1 and self.flip:
             lo, hi = self.resized_hw[1] - hi, self.resized_hw[1] - lo
@@ -48,10 +48,10 @@ class Geometry(NamedTuple):
 def draw_geometry(
     rng: np.random.Generator, image_hw: tuple[int, int], config: DataConfig, training: bool
 ) -> Geometry:
-    """The geometry of one sample. In evaluation `rng` is not used.
+    """Return the geometry of one sample. In evaluation `rng` is not used.
 
     `jitter` (scale of the size that fills the canvas, then a random crop) takes precedence over
-    `short_sides`. Otherwise the whole image is kept: it is scaled to the short side, or to what fits.
+    `short_sides`. Otherwise the whole image is kept: it is scaled to the short side, or less so that it fits.
     """
     (height, width), (canvas_h, canvas_w) = image_hw, config.size
     fit = min(canvas_h / height, canvas_w / width)
@@ -83,7 +83,7 @@ def draw_geometry(
 def transform_image(
     image_hw3: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """The canvas, uint8 [H, W, 3], zero where there is no image. Bilinear and antialiased (PIL)."""
+    """Return the canvas, uint8 [H, W, 3], zero outside the image. Bilinear and antialiased (PIL)."""
     canvas = np.zeros((*canvas_hw, 3), np.uint8)
     return _onto(canvas, image_hw3, geometry, Image.Resampling.BILINEAR)
 
@@ -91,7 +91,7 @@ def transform_image(
 def transform_semantic(
     map_hw: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """The canvas, uint8 [H, W], `IGNORE` where there is no image. Nearest neighbour (PIL)."""
+    """Return the canvas, uint8 [H, W], `IGNORE` outside the image. Nearest neighbour (PIL)."""
     canvas = np.full(canvas_hw, IGNORE, np.uint8)
     return _onto(canvas, map_hw, geometry, Image.Resampling.NEAREST)
 
@@ -104,8 +104,8 @@ def _onto(
         whole = source[:, ::-1] if geometry.flip else source
         canvas[:height, :width] = whole[top : top + height, left : left + width]
         return canvas
-    # Only the crop is computed: the window of the original that ends up in it. PIL's filter still reads
-    # the pixels around the window.
+    # Only the window of the original that ends up in the crop is resized. PIL's filter still reads the
+    # pixels around the window.
     y = geometry.source_range(0, np.array(0.0), np.array(float(height)))
     x = geometry.source_range(1, np.array(0.0), np.array(float(width)))
     source_h, source_w = geometry.source_hw
@@ -121,7 +121,7 @@ def _onto(
 
 
 def transform_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:
-    """Boxes xyxy of the original image on the canvas, not clipped."""
+    """Map boxes xyxy of the original image to the canvas, without clipping."""
     (scale_y, scale_x), (top, left) = geometry.scale_yx, geometry.offset_yx
     x0, y0, x1, y1 = boxes_N4.astype(np.float64).T * np.array([scale_x, scale_y, scale_x, scale_y])[:, None]
     if geometry.flip:
@@ -130,9 +130,9 @@ def transform_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[np.fl
 
 
 def clip_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
-    """Boxes of the canvas, clipped to its part that holds image.
+    """Clip boxes on the canvas to the part that holds the image.
 
-    A cropped object's box is the clipped box, not the box of the mask's rest, as in detectron2.
+    A cropped object's box is the clipped box, not the box of its remaining mask, as in detectron2.
     """
     height, width = geometry.size_hw
     clipped: NDArray[Any] = np.clip(boxes_N4, 0, np.array([width, height, width, height]))
@@ -140,6 +140,6 @@ def clip_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
 
 
 def sides_ok(boxes_N4: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which boxes have no side below `MIN_SIDE`."""
+    """Return which boxes have no side below `MIN_SIDE`."""
     ok_N: NDArray[np.bool_] = (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_SIDE).all(axis=1)
     return ok_N

@@ -1,8 +1,8 @@
-"""The ground truth of an evaluation: the records of a COCO instances JSON that pycocotools can judge by.
+"""The ground truth of an evaluation: the records of a COCO instances JSON that pycocotools can use.
 
-pycocotools takes a file as it is: a record without an id, area or box ends the process after hours of
-training, an RLE that does not add up keeps it busy for ever. So what `CocoDataset` skips is left out here,
-too, and what is missing is filled in. A file without faults gives the numbers that pycocotools gives.
+pycocotools does not check a file: a record without an id, area or box ends the process after hours of
+training, and an RLE that does not add up makes it hang. So this module leaves out what `CocoDataset` skips,
+and fills in what is missing. For a file without faults the scores are those of pycocotools.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from giantdet.data.records import (
 
 
 def ground_truth(annotations: str | Path) -> COCO:
-    """The usable images, categories and annotations of a file, crowd regions among them.
+    """Return the usable images, categories and annotations of a file, including crowd regions.
 
-    Annotations are numbered anew from 1, as pycocotools drops all but the last of an id and takes 0 for
-    none; a missing `area` is that of the mask or box, a missing segmentation the box. Categories of one name
-    are told apart by their ids. What is left out is counted in a warning. Raises `DataError`.
+    Annotations are renumbered from 1, as pycocotools keeps only the last annotation of an id and treats id 0
+    as none; a missing `area` is computed from the mask or box, a missing segmentation is the box. Categories
+    of the same name get their ids appended. A warning counts what is left out. Raises `DataError`.
     """
     content = read_instances(annotations)
     categories: dict[int, str] = {}
@@ -75,7 +75,7 @@ def ground_truth(annotations: str | Path) -> COCO:
 
 
 def _complete(record: dict[str, Any], size: Size, number: int) -> tuple[dict[str, Any], Fault | None]:
-    """The annotation with all that pycocotools asks for, as number `number`; or why it cannot be used."""
+    """Return the annotation with all fields pycocotools needs and id `number`, and a fault or None."""
     mask, faults = segment(record.get("segmentation"), size)
     if mask is None:
         return record, faults[0]

@@ -1,7 +1,7 @@
-"""What is wrong with a data set, record by record, before a long run finds out. Files are left alone.
+"""Report what is wrong with a data set, record by record, before a long run. Changes no files.
 
-`CocoDataset` skips what is an error here and uses what is a warning or an info. Not checked: whether
-`area` is that of the mask, and whether labels are right.
+`CocoDataset` skips records with an error and uses those with a warning or an info. Not checked: whether
+`area` is that of the mask, and whether labels are correct.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from giantdet.data.records import (
 )
 from giantdet.errors import DataError
 
-_OVERHANG = 1.0  # pixels a box may stick out without a word; rounding does that
-_BOX_MASK_SLACK = 2.0  # pixels between the sides of a box and of its mask
+_OVERHANG = 1.0  # pixels a box may extend beyond the image because of rounding
+_BOX_MASK_SLACK = 2.0  # allowed pixels between the sides of a box and of its mask
 
 
 class Problem(NamedTuple):
-    """`id` is the image's, annotation's or category's id, as the kind and text say; None if it has none."""
+    """One problem. `id` is that of the image, annotation or category that the text names, or None."""
 
     kind: str
     id: Any
@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 
 def validate(annotations: str | Path, images: str | Path, read_files: bool = True) -> list[Problem]:
-    """All problems of a COCO instances JSON and its image folder; every image is decoded if `read_files`.
+    """Return all problems of a COCO instances JSON and its image folder; decode the images if `read_files`.
 
     Raises `DataError` if the JSON as a whole cannot be used.
     """
@@ -90,7 +90,7 @@ def validate(annotations: str | Path, images: str | Path, read_files: bool = Tru
 
 
 def format_report(problems: list[Problem], examples: int = 5) -> str:
-    """Kinds with their counts, errors first, each with its first `examples` records."""
+    """Return the kinds with their counts, errors first, each with its first `examples` records."""
     if not problems:
         return "no problems found"
     order = {"error": 0, "warning": 1, "info": 2}
@@ -119,12 +119,12 @@ def _file_problems(record: dict[str, Any], path: Path) -> Iterator[Problem]:
             stored = (file.height, file.width)
             turned = file.getexif().get(0x0112, 1) not in (0, 1)
             oriented = orient(file, size)
-            to_rgb(oriented).load()  # decodes all, so that a truncated file shows
+            to_rgb(oriented).load()  # decode the whole file, to find a truncated one
     except FileNotFoundError:
         yield _problem(("missing file", f"{path} does not exist"), "image", record)
     except DataError as error:
         yield _problem(("size mismatch", f"{path}: {error}"), "image", record)
-    except Exception as error:  # PIL's plugins raise what they like on broken files
+    except Exception as error:  # PIL's plugins raise any exception on broken files
         yield _problem(("unreadable file", f"{path}: {type(error).__name__} {error}"), "image", record)
     else:
         if turned:
@@ -136,7 +136,7 @@ def _file_problems(record: dict[str, Any], path: Path) -> Iterator[Problem]:
 
 
 def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iterator[Problem]:
-    """Problems of an annotation whose ids and box can be used."""
+    """Yield the problems of an annotation whose ids and box can be used."""
 
     def found(kind: str, text: str, level: Literal["error", "warning", "info"] = "error") -> Problem:
         return _problem((kind, text), "annotation", record, level)
@@ -145,11 +145,13 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
     if type(name) is not int:
         yield found(
             "bad annotation id",
-            f"id {name!r} is not an integer; pycocotools cannot evaluate on it",
+            f"id {name!r} is not an integer; pycocotools cannot evaluate it",
             "warning",
         )
     elif name in seen:
-        yield found("duplicate annotation id", "pycocotools keeps only the last one of an id", "warning")
+        yield found(
+            "duplicate annotation id", "pycocotools keeps only the last annotation of an id", "warning"
+        )
     else:
         seen.add(name)
     for key in ("area", "iscrowd"):
@@ -161,7 +163,7 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
     if x < -_OVERHANG or y < -_OVERHANG or x + w > size[1] + _OVERHANG or y + h > size[0] + _OVERHANG:
         yield found(
             "box overhangs",
-            f"bbox {record['bbox']} sticks out of the {size[1]} x {size[0]} image; it is clipped",
+            f"bbox {record['bbox']} extends beyond the {size[1]} x {size[0]} image; it is clipped",
             "warning",
         )
     segmentation = record.get("segmentation")
@@ -184,7 +186,7 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
         parts = [np.asarray(part, np.float64) for part in usable]
         rle = mask_util.merge(mask_util.frPyObjects(parts, *size))
     if mask_util.area(rle) == 0:
-        yield found("empty mask", "its mask has no pixel in the image", "warning")
+        yield found("empty mask", "its mask has no pixel inside the image", "warning")
         return
     mx, my, mw, mh = (float(v) for v in mask_util.toBbox(rle))
     box = np.clip([x, y, x + w, y + h], 0, [size[1], size[0], size[1], size[0]])

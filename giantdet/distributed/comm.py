@@ -1,8 +1,8 @@
-"""The one file that touches torch.distributed: who am I, and small messages between ranks.
+"""The only file that uses torch.distributed: starting, ranks and groups, small messages between ranks.
 
-Objects and flags travel over a gloo group on the CPU, so that they never queue behind GPU work and
-a rank that is late is waited for with a time-out and not with a hang. In a world of one that was
-never started, every function answers at once.
+Objects and flags are sent over a gloo group on the CPU, so that they never queue behind GPU work and waiting
+for a late rank ends in a time-out, not in a hang. In a single process that was never started, every function
+returns at once.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _LOST = (
 
 
 def start(timeout_minutes: float = 30.0) -> torch.device:
-    """Join the process group that the launcher describes (deepspeed, torchrun, srun or none at all).
+    """Join the process group of the launcher (deepspeed, torchrun, srun or none); return this rank's device.
 
-    Returns the device of this rank. NCCL on GPUs, gloo on CPUs. A rank waits at most `timeout_minutes` for
+    NCCL on GPUs, gloo on CPUs. A rank waits at most `timeout_minutes` for
     the others, here and in every collective of every group, DeepSpeed's too (`is_lost_contact`).
     """
     timeout = timedelta(minutes=timeout_minutes)
-    # Groups that are made later, ours and DeepSpeed's, take these and not that of the first group.
+    # Groups that are made later, ours and DeepSpeed's, use these time-outs, not that of the first group.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     has_gpu = torch.cuda.is_available()
-    # DeepSpeed picks its accelerator at import; without a GPU it must not look for one.
+    # DeepSpeed chooses its accelerator at import; without a GPU it must not search for one.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
     _fill_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -53,14 +53,14 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
     if has_gpu:
         if local_rank >= (gpus := torch.cuda.device_count()):
             raise InputError(
-                f"local rank {local_rank}, but the process sees {gpus} GPUs: start one process a GPU, and "
+                f"local rank {local_rank}, but the process sees {gpus} GPUs: start one process per GPU, and "
                 "let each see all GPUs of its machine (srun: --gpus-per-node and no --gpus-per-task)"
             )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        import deepspeed  # late: its import takes seconds and reads DS_ACCELERATOR
+        import deepspeed  # late: the import takes seconds and reads DS_ACCELERATOR
 
-        # Made for inference: to compile it takes a minute, and each rank leaves 66 MiB of it in /dev/shm.
+        # Used for inference only: compiling it takes a minute, and each rank leaves 66 MiB in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
             deepspeed.init_distributed(
@@ -80,10 +80,10 @@ def start(timeout_minutes: float = 30.0) -> torch.device:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Does an error of a collective or of the start say that another rank is gone, or late?
+    """Return whether an error of a collective or of the start means that another rank is gone or late.
 
-    gloo and NCCL raise plain RuntimeErrors: by their words. Where NCCL's watchdog finds the time-out first,
-    it ends the process by itself (SIGABRT), with its own message.
+    gloo and NCCL raise plain RuntimeErrors, so their text decides. If NCCL's watchdog notices the time-out
+    first, it ends the process itself (SIGABRT), with its own message.
     """
     text = str(error)
     return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or (
@@ -92,25 +92,25 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The words of a collective's error without its source line and stack."""
+    """Return the message of a collective's error without its source line and stack."""
     source, advice = r"^\[.*?\] ", r"\.?( This is typically.*)?(\n.*)?$"
     return re.sub(f"{source}|{advice}", "", str(error), flags=re.DOTALL)
 
 
 def describe_lost_contact(error: BaseException) -> str:
-    """One line about an error that `is_lost_contact`: who says it, why, and what to do."""
+    """Return one line about an error that `is_lost_contact`: the rank, the reason, and what to do."""
     who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}"
     return (
         f"{who} lost contact to another rank ({reason(error)}): its process, its host or the network between "
-        "is gone, or it is later than train.timeout_minutes; see what it last said. Started again, the run "
-        "goes on from its newest checkpoint"
+        "is gone, or it is later than train.timeout_minutes; see its last output. Start the run again: it "
+        "resumes from its newest checkpoint"
     )
 
 
 def _fill_environment() -> None:
-    """Give a process of srun, or a plain python's, the variables that deepspeed and torchrun set.
+    """Set the variables that deepspeed and torchrun set, in a process of srun or plain python.
 
-    Raises ValueError where the ranks could not find one another.
+    Raises ValueError if the ranks cannot find each other.
     """
     environment = os.environ
     if "RANK" not in environment and _is_srun():
@@ -121,7 +121,7 @@ def _fill_environment() -> None:
         )
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
-        if "SLURM_JOB_ID" in environment:  # a port that all ranks of the job agree on
+        if "SLURM_JOB_ID" in environment:  # the same port on all ranks of the job
             port = 20_000 + int(environment["SLURM_JOB_ID"]) % 10_000
             environment.setdefault("MASTER_PORT", str(port))
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -129,17 +129,19 @@ def _fill_environment() -> None:
         environment.setdefault(name, value)
     if "MASTER_PORT" not in environment:
         if environment["WORLD_SIZE"] != "1":
-            raise InputError("MASTER_PORT is not set: export one that is free on rank 0's host, as 29500")
+            raise InputError(
+                "MASTER_PORT is not set: export a port that is free on rank 0's host, for example 29500"
+            )
         environment["MASTER_PORT"] = str(_free_port())
 
 
 def _is_srun() -> bool:
-    """Is this one of srun's processes? A batch script has SLURM_PROCID as well, but is alone."""
+    """Return whether srun started this process. A batch script also has SLURM_PROCID, but is alone."""
     return "SLURM_PROCID" in os.environ and bool({"SLURM_STEP_NUM_TASKS", "MASTER_ADDR"} & os.environ.keys())
 
 
 def _first_host(nodes: str) -> str:
-    """The first of a list of hosts as Slurm writes it: node[003-010,12]-ib,login is node003-ib."""
+    """Return the first of a Slurm list of hosts: of node[003-010,12]-ib,login it is node003-ib."""
     host = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes).split(",")[0]
     if not host:
         raise InputError(
@@ -171,7 +173,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True on the rank that writes files and talks to the terminal."""
+    """Return True on the rank that writes files and prints."""
     return rank() == 0
 
 
@@ -186,7 +188,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on the main rank; an empty list elsewhere."""
+    """Return every rank's value, in rank order, on the main rank; an empty list on the others."""
     if world_size() == 1:
         return [value]
     found: list[Any] | None = [None] * world_size() if is_main() else None
@@ -195,7 +197,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The main rank's value, on all ranks."""
+    """Return the main rank's value on all ranks."""
     if world_size() == 1:
         return value
     box = [value]
@@ -204,7 +206,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def mean_over_ranks(values: list[float]) -> list[float]:
-    """Elementwise mean of a short list of numbers; all ranks must call it."""
+    """Return the elementwise mean of a short list of numbers; all ranks must call it."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -214,21 +216,21 @@ def mean_over_ranks(values: list[float]) -> list[float]:
 
 @cache
 def subgroup(ranks: int) -> Group | None:
-    """This rank's group of `ranks` consecutive ranks; None (no communication) where it would be alone.
+    """Return this rank's group of `ranks` consecutive ranks; None (no communication) if it would be alone.
 
-    All ranks must call it, in the same order; `ranks` divides the world. A communicator of its own even
-    where it spans the world: small messages in a step must not queue behind the reduction of gradients.
+    All ranks must call it, in the same order; `ranks` divides the world. The group has its own communicator
+    even if it spans the world: small messages in a step must not queue behind the reduction of gradients.
     """
     return dist.new_subgroups(group_size=ranks)[0] if ranks > 1 else None
 
 
 def group_size(group: Group | None) -> int:
-    """Number of ranks of a process group; 1 for None."""
+    """Return the number of ranks of a process group, 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def all_gather(tensor: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """`[ranks, *tensor.shape]`: the tensor of each rank of the group, in rank order."""
+    """Return the tensor of each rank of the group, in rank order: `[ranks, *tensor.shape]`."""
     if group is None:
         return tensor[None]
     gathered = tensor.new_empty(dist.get_world_size(group) * tensor.numel())
@@ -237,31 +239,31 @@ def all_gather(tensor: torch.Tensor, group: Group | None) -> torch.Tensor:
 
 
 def all_reduce(tensor: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """The sum over the ranks of the group, in place of `tensor`."""
+    """Sum `tensor` over the ranks of the group, in place, and return it."""
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def sum_over_ranks_(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place of `tensor`; all ranks must call it."""
+    """Sum `tensor` over all ranks, in place, and return it; all ranks must call it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_on_cpus_(tensor: torch.Tensor) -> torch.Tensor:
-    """As `sum_over_ranks_`, of a CPU tensor over gloo, whatever the backend of the GPUs."""
+    """`sum_over_ranks_` of a CPU tensor over gloo, for any backend of the GPUs."""
     if world_size() > 1:
         dist.all_reduce(tensor, group=_cpu_group())
     return tensor
 
 
 def said_by_main(message: str, seconds: float = 3.0) -> bool:
-    """For a rank that stops with `message`: does the main rank stop with the same, and say so?
+    """Return whether the main rank stops with the same `message` as this rank, and prints it.
 
-    False on the main rank, which says it, and where the main rank has another message or none in time.
-    Through the store of the process group and not by a collective: the other ranks may be anywhere.
+    False on the main rank, which prints it, and if the main rank has another message or none in time. Uses
+    the store of the process group, not a collective: the other ranks may be anywhere in the program.
     """
     words, heard = "giantdet/last_words", "giantdet/last_words_heard"
     try:
@@ -269,7 +271,7 @@ def said_by_main(message: str, seconds: float = 3.0) -> bool:
         if is_main():
             store.set(words, message)
             end = time.monotonic() + seconds
-            # The store may live in this process: it stays until all have asked.
+            # The store may be in this process, so stay until all ranks have asked.
             while store.add(heard, 0) < world_size() - 1 and time.monotonic() < end:
                 time.sleep(0.05)
             return False
@@ -284,7 +286,7 @@ def said_by_main(message: str, seconds: float = 3.0) -> bool:
 def average_(tensors: list[torch.Tensor]) -> None:
     """Replace each tensor by its mean over the ranks, in place; all ranks must call it.
 
-    Summed in float64, so that tensors that are equal on all ranks stay what they are to the last bit.
+    Summed in float64, so that tensors that are equal on all ranks do not change in any bit.
     """
     if world_size() == 1 or not tensors:
         return
@@ -295,5 +297,5 @@ def average_(tensors: list[torch.Tensor]) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on all ranks if it is on one; all ranks must call it."""
+    """Return True on all ranks if `flag` is True on any; all ranks must call it."""
     return max(mean_over_ranks([float(flag)])) > 0.0

@@ -1,8 +1,8 @@
-"""What may come to a run: signals that ask it to stop, a launcher that dies, numbers that are not finite.
+"""Failure handling in a run: stop signals, the launcher's death, losses and gradients that are not finite.
 
-All ranks must decide alike, or one waits in a collective for ever. A signal may reach one rank alone, and is
-shared at the end of a step. A loss that is not finite on one rank makes that rank's gradients NaN; DeepSpeed
-sees it in the norm over all ranks, and leaves the step out on all of them.
+All ranks must decide alike, otherwise one waits in a collective for ever. A signal may reach only one rank,
+so the ranks exchange it at the end of a step. A loss that is not finite on one rank makes that rank's
+gradients NaN; DeepSpeed sees it in the norm over all ranks and skips the step on all of them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _asked: list[str] = []
 
 
 def listen() -> None:
-    """From here on SIGTERM and SIGUSR1 ask for a stop at the end of the step. For the process of a run.
+    """Let SIGTERM and SIGUSR1 ask for a stop at the end of the step, in the process of a run.
 
-    The launcher's death counts as SIGTERM: without it nobody would ever end this process.
+    The launcher's death also sends SIGTERM: without a launcher nothing would ever end this process.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: _asked.append(signal.Signals(number).name))
@@ -41,33 +41,33 @@ def listen() -> None:
         if any(name in parent for name in _LAUNCHERS):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):
-        logger.debug("not on Linux: the launcher's death goes unnoticed")
+        logger.debug("not on Linux: the launcher's death is not noticed")
 
 
 def stop_asked() -> bool:
-    """Was any rank asked to stop? All ranks call it."""
+    """Return whether any rank was asked to stop. All ranks call it."""
     return comm.any_rank(bool(_asked))
 
 
 def stop_reason() -> str:
-    """Which signal it was, the same text on all ranks, which all call it."""
+    """Return the name of the signal, the same on all ranks. All ranks call it."""
     heard = [name for names in comm.gather_objects(list(_asked)) for name in names]
     return str(comm.broadcast_object(heard[0] if heard else ""))
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss itself; where it is not finite, its gradient is NaN everywhere, whatever its terms' are."""
+    """Return the loss; if it is not finite, its gradient is NaN everywhere, whatever those of its terms."""
     return loss * (loss.detach() - loss.detach() + 1.0)
 
 
 class StepGuard:
-    """Optimizer steps whose gradients are not finite are left out, on all ranks together.
+    """Skips optimizer steps whose gradients are not finite, on all ranks together.
 
     DeepSpeed 0.19.8 does that at ZeRO-1 to 3 and in 16 bits; at stage 0 in float32 it is done here. The
     running statistics of batch norms, which the forward pass has updated already, are restored.
 
     Args:
-        limit: so many steps in a row end the run.
+        limit: the number of skipped steps in a row that ends the run.
     """
 
     def __init__(self, engine: Engine, limit: int) -> None:
@@ -79,14 +79,14 @@ class StepGuard:
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def watch(self, loss: Tensor, image_ids_B: Tensor) -> None:
-        """Remember a micro-step's loss and images; before its backward."""
+        """Remember a micro-step's loss and images; called before its backward."""
         self.seen.append((loss.detach(), image_ids_B))
 
     @torch.no_grad()
     def step(self) -> bool:
-        """`engine.step()`; False where it was to move the weights and did not.
+        """Call `engine.step()`; return False if it should have changed the weights and did not.
 
-        Raises DivergedError after too many in a row. All ranks call it.
+        Raises DivergedError after too many skipped steps in a row. All ranks call it.
         """
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
@@ -112,12 +112,12 @@ class StepGuard:
         return applied
 
     def _is_finite(self) -> bool:
-        """Of the gradient of stage 0, which is whole and the same on all ranks."""
+        """Return whether the gradient of stage 0, whole and equal on all ranks, is finite."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def _count_as_skipped(self) -> None:
-        """What DeepSpeed notes of a step that it leaves out itself: the schedule waits too."""
+        """Count the step as DeepSpeed counts those that it skips itself; the schedule does not advance."""
         engine = self.engine
         engine.skipped_steps += 1
         engine._step_applied = False
@@ -137,5 +137,5 @@ class StepGuard:
         if self.in_a_row >= self.limit:
             raise DivergedError(
                 f"{self.in_a_row} steps in a row were left out, the last: {text}: lower the learning rate, "
-                "warm up longer, or look at these images; checkpoints hold the weights of before"
+                "warm up longer, or look at these images; earlier checkpoints are intact"
             )

@@ -2,7 +2,7 @@
 
 Two conventions, checked against both references: detectron2's (exact sides, the level's nominal stride) and
 torchvision's (sides rounded to whole pixels, stride = image // grid, so 59 for a P6 of 7 columns on 416
-pixels). Order on a level in both: rows, then columns, then sizes, then ratios.
+pixels). The order on a level is the same in both: rows, then columns, then sizes, then ratios.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def base_anchors(
     rounded: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Anchors around (0, 0) with the areas of squares of `sizes` pixels, `[K, 4]` float32 xyxy.
+    """Return anchors around (0, 0) with the areas of squares of `sizes` pixels, `[K, 4]` float32 xyxy.
 
     K = sizes x ratios, in that order. `ratios` are height / width. `rounded` rounds the coordinates to whole
-    pixels, torchvision's way.
+    pixels, as torchvision does.
     """
     sides = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for size in sizes for ratio in ratios]
     coordinates = [c / 2 for w, h in sides for c in (-w, -h, w, h)]
@@ -43,12 +43,11 @@ def grid_anchors(
     rounded: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Anchors of every level: one `[h * w * K, 4]` float32 tensor for each grid (height, width).
+    """Return the anchors of every level: a `[h * w * K, 4]` float32 tensor per grid (height, width).
 
     `image_size` is the canvas (height, width), `strides` are the levels' nominal strides in pixels, `sizes`
-    the sides of each level's anchors; `rounded` is torchvision's convention. float32 whatever the default
-    dtype is: bf16 cannot hold the position of a pixel beyond 256. Raises ValueError if the levels' numbers
-    differ.
+    the sides of each level's anchors; `rounded` is torchvision's convention. Always float32: bf16 cannot
+    hold the position of a pixel beyond 256. Raises ValueError if the numbers of levels differ.
     """
     if not len(grid_sizes) == len(strides) == len(sizes):
         raise ValueError(
@@ -70,6 +69,6 @@ def grid_anchors(
 
 
 def centred_in_padding(anchors_A4: Tensor, sizes_B2: Tensor) -> Tensor:
-    """bool `[B, A]`: the anchor's centre lies beyond the image, whose (height, width) is `sizes_B2`."""
+    """Return bool `[B, A]`: the anchor's centre is outside the image of (height, width) `sizes_B2`."""
     center_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
     return (center_A2 >= sizes_B2.flip(-1)[:, None]).any(-1)

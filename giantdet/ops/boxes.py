@@ -1,8 +1,8 @@
-"""Arithmetic on xyxy boxes: area, IoU, clipping, and the deltas that heads predict.
+"""Arithmetic on xyxy boxes: area, IoU, clipping, and the regression deltas of the heads.
 
 Deltas are those of R-CNN (Girshick et al. 2014, appendix C) with detectron2's weights and clamp
-(`detectron2/modeling/box_regression.py`). Boxes are in pixels, and a box has the size x1 - x0, without
-the "+ 1" of old. All functions are total: a degenerate box gives 0 or a finite number, never NaN.
+(`detectron2/modeling/box_regression.py`). Boxes are in pixels, and the width of a box is x1 - x0,
+without the "+ 1" of older code. Functions are total: a degenerate box gives 0 or a finite number, not NaN.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import math
 import torch
 from torch import Tensor
 
-# A proposal may grow at most by this factor (its logarithm clamps dw and dh), as in detectron2.
+# dw and dh are clamped at this, the logarithm of the largest growth of a proposal, as in detectron2.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
-# Sides below this (pixels) count as this when deltas are encoded; only slots without a box have them.
+# Shorter sides (pixels) are encoded as this; only slots without a box have them.
 MIN_SIDE = 1e-3
 
 Weights = tuple[float, float, float, float]
 
 
 def box_area(boxes: Tensor) -> Tensor:
-    """Area of `[..., 4]` boxes in square pixels, `[...]`; 0 where a side is not positive."""
+    """Return the area of `[..., 4]` boxes in square pixels, `[...]`; 0 if a side is not positive."""
     return (boxes[..., 2] - boxes[..., 0]).clamp_min(0) * (boxes[..., 3] - boxes[..., 1]).clamp_min(0)
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of `[..., M, 4]` and `[..., N, 4]` boxes, `[..., M, N]`, without gradient.
+    """Return the IoU `[..., M, N]` of `[..., M, 4]` and `[..., N, 4]` boxes, without gradient.
 
-    0 where a box is degenerate. In place and column by column, because at a hundred objects and a quarter
-    of a million anchors each temporary is 100 MB an image.
+    0 for a degenerate box. Computed in place and column by column, because with a hundred objects and a
+    quarter of a million anchors each temporary takes 100 MB per image.
     """
     a, b = a.detach(), b.detach()
     ax0, ay0, ax1, ay1 = (column[..., :, None] for column in a.movedim(-1, 0).contiguous().unbind(0))
@@ -37,18 +37,18 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     overlap = torch.minimum(ax1, bx1).sub_(torch.maximum(ax0, bx0)).clamp_(min=0)
     overlap.mul_(torch.minimum(ay1, by1).sub_(torch.maximum(ay0, by0)).clamp_(min=0))
     union = (box_area(a)[..., :, None] + box_area(b)[..., None, :]).sub_(overlap)
-    # 0 / 0 is 0; a real union is far above this.
+    # 0 / 0 gives 0; a real union is far larger than this.
     return overlap.div_(union.clamp_(min=1e-12))
 
 
 def clip_boxes(boxes_BN4: Tensor, sizes_B2: Tensor) -> Tensor:
-    """Boxes cut to `[0, width] x [0, height]` of their own image; `sizes_B2` is (height, width)."""
+    """Return boxes clipped to `[0, width] x [0, height]` of their image; `sizes_B2` is (height, width)."""
     limits_B14 = sizes_B2.to(boxes_BN4.dtype).flip(-1).repeat(1, 2)[:, None]
     return torch.minimum(boxes_BN4.clamp_min(0), limits_B14)
 
 
 def non_empty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
-    """True where both sides of `[..., 4]` boxes are greater than `min_size` pixels (detectron2's test)."""
+    """Return whether both sides of `[..., 4]` boxes exceed `min_size` pixels (detectron2's test)."""
     return ((boxes[..., 2] - boxes[..., 0]) > min_size) & ((boxes[..., 3] - boxes[..., 1]) > min_size)
 
 
@@ -58,10 +58,10 @@ def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def encode_deltas(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
-    """The deltas (dx, dy, dw, dh) that take `anchors` to `boxes`, both `[..., 4]`; float32.
+    """Return the deltas (dx, dy, dw, dh) from `anchors` to `boxes`, both `[..., 4]`; float32.
 
-    dx = wx (x - xa) / wa and dw = ww log(w / wa), x and w being centre and width. Finite for degenerate
-    boxes and anchors too: their sides count as `MIN_SIDE`.
+    dx = wx (x - xa) / wa and dw = ww log(w / wa), where x is the centre and w the width. Also finite for
+    degenerate boxes and anchors, whose sides are taken as `MIN_SIDE`.
     """
     x, y, width, height = _center_size(boxes.float())
     xa, ya, wa, ha = _center_size(anchors.float())
@@ -79,7 +79,7 @@ def encode_deltas(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
 
 
 def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
-    """Boxes that `deltas` make of `anchors`, `[..., 4]` each (they broadcast); float32.
+    """Return the boxes of `deltas` applied to `anchors`, `[..., 4]` each (they broadcast); float32.
 
     dw and dh are clamped from above at log(1000 / 16), as in detectron2.
     """

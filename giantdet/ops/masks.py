@@ -1,8 +1,9 @@
-"""Masks between the image, the frame of an object and the frame of a proposal.
+"""Convert masks between the image, the frame of an object and the frame of a proposal.
 
-Ground-truth masks travel as small bitmaps over a window of the image (`Targets.frames_BM4`). Here they become
-the mask head's targets, and the head's probabilities become masks of the image again. Both follow detectron2
-(`structures/masks.py`, `layers/mask_ops.py`), or torchvision where its convention is asked for.
+Ground-truth masks are small bitmaps over a window of the image (`Targets.frames_BM4`). `mask_targets` makes
+the mask head's targets of them; `paste_masks` turns the head's probabilities into masks of the image. Both
+follow detectron2 (`structures/masks.py`, `layers/mask_ops.py`), or torchvision if its convention is
+requested.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torchvision
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-# Pixels of masks pasted at once; a float32 temporary of them is 64 MB.
+# Pixels of masks pasted at a time; a float32 temporary of them takes 64 MB.
 _CHUNK_PIXELS = 1 << 24
 
 
@@ -20,21 +21,21 @@ def mask_targets(
     masks_BMSS: Tensor, frames_BM4: Tensor, index_BP: Tensor, boxes_BP4: Tensor, size: int, aligned: bool,
     binarize: bool,
 ) -> Tensor:  # fmt: skip
-    """What the mask head is to predict for each proposal: `[B, P, size, size]` float32 in [0, 1].
+    """Return the mask head's target for each proposal: `[B, P, size, size]` float32 in [0, 1].
 
     Args:
         masks_BMSS: uint8 coverage (0 to 255) of S x S cells.
-        frames_BM4: xyxy pixels, the window that the cells tile; outside of it there is nothing.
+        frames_BM4: xyxy pixels, the window that the cells tile; outside of it the mask is empty.
         index_BP: the object of each proposal.
         boxes_BP4: the proposals, xyxy pixels.
         size: side of the target, 28 in Mask R-CNN.
         aligned, binarize: True for detectron2 (`BitMasks.crop_and_resize`: at least half covered), False
             for torchvision (`project_masks_on_boxes`: soft, no half-pixel offset).
 
-    RoIAlign with adaptive sampling of the bitmap by the proposal, expressed in cells. With cells of one
-    pixel it equals the reference on full bitmaps, provided that the outermost cells are a margin: empty, or
-    at the image's edge a copy of the edge (RoIAlign repeats a map's last cell for one cell more). Slots
-    without an object (frame of size 0, empty bitmap) give 0.
+    This is RoIAlign of the bitmap with adaptive sampling, the proposal expressed in cells. With cells of one
+    pixel it equals the reference on full bitmaps if the outermost cells are a margin: empty, or at the
+    image's edge a copy of the edge (RoIAlign extends a map's last cell by one cell). Slots without an object
+    (frame of size 0, empty bitmap) give 0.
     """
     batch, slots = masks_BMSS.shape[:2]
     side = masks_BMSS.shape[-1]
@@ -56,10 +57,10 @@ def mask_targets(
 
 
 def _interpolation(start_D: Tensor, end_D: Tensor, side: int, length: int) -> Tensor:
-    """Weights `[D, length, side]` that stretch `side` values over [start, end] of `length` pixels.
+    """Return weights `[D, length, side]` that resample `side` values to [start, end] of `length` pixels.
 
-    Linear between the centres of values and of pixels, falling to 0 over half a value at the ends:
-    `grid_sample` with zero padding and `align_corners=False`, along one axis. A box without extent gives 0.
+    Linear between the centres of values and pixels, falling to 0 over half a value at the ends, as
+    `grid_sample` along one axis with zero padding and `align_corners=False`. A box without extent gives 0.
     """
     pixel = torch.arange(length, dtype=torch.float32, device=start_D.device) + 0.5
     extent_D = end_D - start_D
@@ -78,11 +79,11 @@ def paste_masks(
     threshold: float = 0.5,
     at_pixel_centres: bool = True,
 ) -> Tensor:
-    """Masks of the image from probabilities in the frame of their boxes: `[D, height, width]` bool.
+    """Return masks of the image, `[D, height, width]` bool, from probabilities in the frames of boxes.
 
-    `masks_DSS` are probabilities, `boxes_D4` xyxy pixels of the image that is pasted into. detectron2 pastes
-    bilinearly at pixel centres, and a pixel counts from `threshold` on; torchvision rounds boxes to whole
-    pixels, and a pixel counts above `threshold`. A few masks at a time, so that memory is that of the result.
+    `masks_DSS` are probabilities, `boxes_D4` xyxy pixels of the image. detectron2 interpolates bilinearly at
+    pixel centres, and a pixel counts from `threshold` on; torchvision rounds boxes to whole pixels, and a
+    pixel counts above `threshold`. Works on a few masks at a time, to need little memory beyond the result.
     """
     masks_DSS, boxes_D4 = masks_DSS.detach().float(), boxes_D4.detach().float()
     pasted = torch.zeros(len(masks_DSS), height, width, dtype=torch.bool, device=masks_DSS.device)
@@ -90,13 +91,13 @@ def paste_masks(
     for first in range(0, len(masks_DSS), chunk):
         masks, boxes = masks_DSS[first : first + chunk], boxes_D4[first : first + chunk]
         if not at_pixel_centres:
-            # It fails on a box that lies outside of the image: that one is moved, and its mask left out.
+            # torchvision fails on a box outside of the image: move the box and drop its mask.
             outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
             boxes = boxes.masked_fill(outside[:, None], 0.0)
             soft = paste_masks_in_image(masks[:, None], boxes, (height, width))[:, 0]
             pasted[first : first + chunk] = (soft > threshold) & ~outside[:, None, None]
         else:
-            # The interpolation is separable: two products of small matrices instead of a grid of points.
+            # The interpolation is separable: two small matrix products instead of a grid of points.
             rows = _interpolation(boxes[:, 1], boxes[:, 3], masks.shape[1], height)
             columns = _interpolation(boxes[:, 0], boxes[:, 2], masks.shape[2], width)
             pasted[first : first + chunk] = rows @ masks @ columns.mT >= threshold

@@ -1,6 +1,6 @@
-"""Which object each anchor or proposal is to predict, by IoU.
+"""Assign to each anchor or proposal the object that it should predict, by IoU.
 
-Faster R-CNN's rule as detectron2's `Matcher` has it, for a padded batch.
+Faster R-CNN's rule as in detectron2's `Matcher`, for a padded batch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ def match(
 ) -> tuple[Tensor, Tensor]:
     """Match N candidates to M object slots: `(index_BN int64, label_BN int8)`.
 
-    index: the valid object of largest IoU (the first of equals). label: 1 (positive) from `high` up, 0
+    index: the valid object of largest IoU (the first if equal). label: 1 (positive) from `high` up, 0
     (negative) below `low`, -1 (ignored) between. With `allow_low_quality`, every object's own best
     candidates, ties included, are positive as well; their index stays that of *their* best object, as in
     detectron2 and torchvision. An image without objects gets index 0 and label 0 throughout.
 
-    One deviation: an object that no candidate overlaps (best IoU 0) makes no candidate positive. detectron2
-    and torchvision would there make positive *all* candidates that it misses.
+    One deviation: an object that no candidate overlaps (best IoU 0) makes no candidate positive. In
+    detectron2 and torchvision it makes *all* candidates positive that do not overlap it.
     """
     iou_BMN = iou_BMN.detach().masked_fill(~valid_BM[:, :, None], -1.0)
     best_BN, index_BN = iou_BMN.max(dim=1)

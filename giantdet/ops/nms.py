@@ -1,13 +1,13 @@
-"""Non-maximum suppression of many groups (images, levels, classes) at once, as a mask.
+"""Non-maximum suppression of many groups (images, levels, classes) at a time, as a mask.
 
-Greedy NMS in fixed shapes: who stays is a bool for each box, never a list of unknown length. On the CPU
-torchvision's loop does it; on a GPU the fixed point of
+Greedy NMS in fixed shapes: the result is a bool per box, never a list of unknown length. The CPU uses
+torchvision's loop, a GPU the fixed point of
 
     keep = valid & ~any(earlier box that overlaps and is kept)
 
-which, iterated from keep = valid over boxes sorted by score, is greedy NMS exactly: after n rounds all
-decisions are final that hang on chains of at most n suppressions. 9 rounds was the most seen on crowded sets
-of 2,000 boxes, and 16 are done, without any read by the host.
+which, iterated from keep = valid over boxes sorted by score, is exactly greedy NMS: after n rounds all
+decisions are final that depend on chains of at most n suppressions. Crowded sets of 2,000 boxes needed at
+most 9 rounds; 16 are run, without synchronising with the host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDS = 16
 def nms_mask_fixed_point(
     boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float, rounds: int = ROUNDS
 ) -> Tensor:
-    """`nms_mask` as a fixed number of rounds of tensor code; memory is a few `[G, K, K]` tensors."""
+    """`nms_mask` in a fixed number of rounds; needs the memory of a few `[G, K, K]` tensors."""
     order_GK = scores_GK.masked_fill(~valid_GK, -math.inf).argsort(dim=1, descending=True, stable=True)
     boxes_GK4 = boxes_GK4.gather(1, order_GK[:, :, None].expand_as(boxes_GK4))
     valid_sorted_GK = valid_GK.gather(1, order_GK)
@@ -40,7 +40,7 @@ def nms_mask_fixed_point(
 
 @torch.library.custom_op("giantdet::nms_mask", mutates_args=(), device_types="cpu")
 def _nms_mask(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
-    # Invalid boxes come last, where they suppress nothing that is valid.
+    # Invalid boxes come last, where they suppress no valid box.
     scores_GK = scores_GK.masked_fill(~valid_GK, -math.inf)
     keep_GK = torch.zeros_like(valid_GK)
     for keep_K, boxes_K4, scores_K in zip(keep_GK, boxes_GK4, scores_GK, strict=True):
@@ -59,11 +59,11 @@ def _(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: flo
 
 
 def nms_mask(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy NMS within each of G groups of K boxes: `keep_GK` bool, in the order of the input.
+    """Return the mask of greedy NMS within each of G groups of K boxes: `keep_GK` bool, in input order.
 
-    Boxes are xyxy and need no order. A box goes if a kept box of higher score (of equal score: an earlier
-    one) overlaps it with IoU > `iou_threshold`. What is not valid is not kept and suppresses nothing. The
-    operator `giantdet::nms_mask` under it is opaque to `torch.compile`, which passes with `fullgraph=True`.
+    Boxes are xyxy in any order. A box is removed if a kept box of higher score (of equal score: an earlier
+    one) overlaps it with IoU > `iou_threshold`. Invalid boxes are not kept and suppress nothing. The
+    underlying operator `giantdet::nms_mask` is opaque to `torch.compile`, so that `fullgraph=True` works.
     """
     keep_GK: Tensor = _nms_mask(
         boxes_GK4.detach().float(), scores_GK.detach().float(), valid_GK, iou_threshold
@@ -82,8 +82,8 @@ def class_nms_mask(
 ) -> Tensor:
     """`nms_mask` within each class of each image. Boxes lie in a square of `extent_B` pixels.
 
-    Boxes of different classes never meet once each class has its own tile of the plane. Tiles in a square
-    instead of a row: 1,203 classes in a row would be 1.6 million pixels, and float32 rounds those to 1/8.
+    Each class is moved to its own tile of the plane, so boxes of different classes never overlap. The tiles
+    form a square, not a row: 1,203 classes in a row span 1.6 million pixels, which float32 rounds to 1/8.
     """
     tiles = math.isqrt(num_classes - 1) + 1
     tile_BK2 = torch.stack([labels_BK % tiles, labels_BK // tiles], -1) * (extent_B + 1)[:, None, None]

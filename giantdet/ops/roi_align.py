@@ -1,12 +1,12 @@
 """RoIAlign (He et al. 2017) over a feature pyramid (Lin et al. 2017), without a branch on the boxes.
 
-Semantics are torchvision's and detectron2's `roi_align`, border rules included: a sampling point outside
-[-1, size] counts as 0, and one beyond the outermost cell centres is moved there.
+The semantics are those of torchvision's and detectron2's `roi_align`, including the borders: a sampling point
+outside [-1, size] counts as 0, and one beyond the outermost cell centres is moved there.
 
-Two paths. On the CPU with a fixed number of points, every output bin is a weighted sum of 4 n^2 rows of one
-table that holds all cells of all levels, channels last: one `embedding_bag`, whose forward took a quarter and
-whose backward an eighth of torchvision's time. Otherwise one call of torchvision's a level, in which the
-boxes of other levels lie outside and give 0.
+There are two paths. On the CPU with a fixed number of points, every output bin is a weighted sum of 4 n^2
+rows of one table of all cells of all levels, channels last: one `embedding_bag`, whose forward took a quarter
+and whose backward an eighth of torchvision's time. Otherwise torchvision's operator is called once per level,
+where the boxes of other levels lie outside and give 0.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from giantdet.ops.boxes import box_area
 def assign_levels(
     boxes: Tensor, num_levels: int, min_level: int = 2, canonical_size: float = 224, canonical_level: int = 4
 ) -> Tensor:
-    """Pyramid level of `[..., 4]` boxes, `[...]` int64, 0 for the finest (`min_level`).
+    """Return the pyramid level of `[..., 4]` boxes, `[...]` int64, 0 for the finest (`min_level`).
 
-    floor(canonical_level + log2(sqrt(area) / canonical_size + 1e-8)), clamped to the levels there are:
+    floor(canonical_level + log2(sqrt(area) / canonical_size + 1e-8)), clamped to the existing levels:
     equation 1 of Lin et al. 2017 with detectron2's epsilon (torchvision's is 1e-6, outside the logarithm).
     """
     size = box_area(boxes.detach().float()).sqrt()
@@ -38,10 +38,10 @@ def assign_levels(
 def _axis_taps(
     start_K: Tensor, end_K: Tensor, cells_K: Tensor, bins: int, points: int, aligned: bool
 ) -> tuple[Tensor, Tensor]:
-    """Cells that the bins read along one axis, and their weights: two `[K, bins, 2 * points]` tensors.
+    """Return the cells read along one axis and their weights: two `[K, bins, 2 * points]` tensors.
 
-    Bilinear interpolation is separable, and so are its border rules, so that a bin's taps are the outer
-    product of those of its two axes. `start_K`, `end_K` are in cells, `cells_K` the level's length.
+    Bilinear interpolation and its border rules are separable, so a bin's taps are the outer product of those
+    of its two axes. `start_K`, `end_K` are in cells, `cells_K` the level's length.
     """
     length_K = end_K - start_K
     if not aligned:
@@ -53,7 +53,7 @@ def _axis_taps(
 
     cells_K11 = cells_K[:, None, None].to(torch.float32)
     inside_Kbp = (at_Kbp >= -1.0) & (at_Kbp <= cells_K11)
-    # A NaN is not inside, and must not become an index.
+    # A NaN is not inside and must not become an index.
     at_Kbp = torch.where(inside_Kbp, at_Kbp, 0.0).clamp_min(0.0)
     at_Kbp = torch.minimum(at_Kbp, cells_K11 - 1)
     low_Kbp = at_Kbp.floor()
@@ -68,12 +68,12 @@ def _gather_pool(
     levels: Sequence[Tensor], boxes_K4: Tensor, batch_K: Tensor, level_K: Tensor, strides: Sequence[float],
     output_size: int, sampling_ratio: int, aligned: bool,
 ) -> Tensor:  # fmt: skip
-    """Pool by one `embedding_bag`, on any device; `[K, C, o, o]` that is channels-last in memory."""
+    """Pool by one `embedding_bag`, on any device; return `[K, C, o, o]`, channels last in memory."""
     channels = levels[0].shape[1]
     table = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, channels).float() for level in levels])
 
     def by_level(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        """The number of each RoI's level, by comparing; a table would have to be copied from the host."""
+        """Return each RoI's value by comparison; a lookup table would be copied from the host."""
         return sum(  # type: ignore[return-value]
             (level_K == i).to(dtype) * value for i, value in enumerate(values)
         )
@@ -102,10 +102,10 @@ def _level_pool(
     levels: Sequence[Tensor], boxes_K4: Tensor, batch_K: Tensor, level_K: Tensor, strides: Sequence[float],
     output_size: int, sampling_ratio: int, aligned: bool,
 ) -> Tensor:  # fmt: skip
-    """Pool by torchvision's operator, once a level."""
+    """Pool by torchvision's operator, once per level."""
     pooled: Tensor | None = None
     for i, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        # Far outside and of size 0: a box there has no points to read.
+        # Far outside and of size 0: such a box reads no points.
         mine_K4 = torch.where((level_K == i)[:, None], boxes_K4, -4.0 * stride)
         rois_K5 = torch.cat([batch_K[:, None].float(), mine_K4], dim=1)
         part = torchvision.ops.roi_align(
@@ -120,13 +120,13 @@ def roi_align_pyramid(
     levels: Sequence[Tensor], boxes_BR4: Tensor, strides: Sequence[float], output_size: int,
     sampling_ratio: int, aligned: bool,
 ) -> Tensor:  # fmt: skip
-    """Features of each box, pooled from its level: `[B * R, C, output_size, output_size]`.
+    """Return the features of each box, pooled from its level: `[B * R, C, output_size, output_size]`.
 
     `levels` are `[B, C, h, w]` with `strides` (pixels, powers of two, finest first); boxes are xyxy pixels
     of the canvas. `sampling_ratio` is the number of points per bin and axis, 0 for one per cell
     (detectron2's default, slower on the CPU). `aligned` is the half-pixel offset (detectron2: True,
-    torchvision: False). Computed in float32, returned in the dtype of the levels. Boxes get no gradient; a
-    degenerate one gives finite values, and one with a NaN 0 where the points are fixed in number.
+    torchvision: False). Computed in float32, returned in the dtype of the levels. Boxes get no gradient. A
+    degenerate box gives finite values; a box with a NaN gives 0 if the number of points is fixed.
     """
     batch, rois = boxes_BR4.shape[:2]
     corner = boxes_BR4.detach().float()[..., :2]

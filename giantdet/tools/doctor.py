@@ -1,7 +1,7 @@
-"""`giantdet doctor`: is what a run needs there, on every rank, and do the ranks reach one another?
+"""`giantdet doctor`: check that every rank has what a run needs and that the ranks reach each other.
 
-Each rank collects facts of its own; the main rank compares them and says one line a subject, with a sentence
-on what to do where something is wrong. What waits for other ranks has a time-out.
+Each rank collects facts about its machine; the main rank compares them and prints one line per subject, with
+a sentence of advice if something is wrong. Everything that waits for other ranks has a time-out.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from packaging.requirements import Requirement
 from giantdet.distributed import comm
 
 SHOWN = ("torch", "deepspeed", "timm")
-# GiB, or numbers, below which a line warns; GB/s are the least of any network that is worth a second host.
+# GiB or counts below which a line warns; GB/s below which a network is not worth a second host.
 LEAST_DISK, LEAST_SHARED_MEMORY, LEAST_OPEN_FILES = 20.0, 1.0, 1024
 LEAST_BANDWIDTH = {"nccl": 1.0, "gloo": 0.1}
-VISIBLE_SECONDS = 10.0  # until another rank's new file counts as not there
+VISIBLE_SECONDS = 10.0  # after which another rank's new file counts as missing
 _GIB = 2.0**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `advice` is a sentence, empty where all is well."""
+    """One line of the report; `advice` is a sentence, empty if nothing is wrong."""
 
     subject: str
     found: str
@@ -58,7 +58,7 @@ class Facts:
 
 
 def doctor(folder: Path, mebibytes: int, timeout_minutes: float) -> int:
-    """Print the report on the main rank; 0, or on all ranks 1 where something is bad. All ranks call it."""
+    """Print the report on the main rank; return 1 on all ranks if a line is BAD. All ranks call it."""
     world = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if world != "1" and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
         print(f"waiting for {world} ranks, at most {timeout_minutes:g} minutes", flush=True)
@@ -70,13 +70,13 @@ def doctor(folder: Path, mebibytes: int, timeout_minutes: float) -> int:
     except RuntimeError as error:
         if not comm.is_lost_contact(error):
             raise
-        print(_line(_unreachable(error)), flush=True)  # by each rank that found out
+        print(_line(_unreachable(error)), flush=True)  # by each rank that noticed
         return 1
     bad = comm.broadcast_object(any(finding.status == "BAD" for finding in findings))
     if comm.is_main():
         print("\n".join(map(_line, findings)))
         count = Counter(finding.status for finding in findings)
-        print(f"doctor: {count['BAD']} bad, {count['WARN']} to look at, {count['OK']} well", flush=True)
+        print(f"doctor: {count['BAD']} bad, {count['WARN']} to check, {count['OK']} ok", flush=True)
     return int(bad)
 
 
@@ -86,7 +86,7 @@ def _line(finding: Finding) -> str:
 
 
 def collect(device: torch.device, folder: Path) -> Facts:
-    """This rank's facts; `folder` is where a run would write."""
+    """Return this rank's facts; `folder` is where a run would write."""
     import resource
 
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in SHOWN}
@@ -121,7 +121,7 @@ def _version(package: str) -> str:
 def _unmet() -> list[str]:
     try:
         texts = metadata.requires("giantdet") or []
-    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         texts = []
     requirements = [Requirement(text) for text in texts if "extra ==" not in text]
     found = [(need, _version(need.name)) for need in requirements]
@@ -133,24 +133,22 @@ def _unmet() -> list[str]:
 
 
 def judge(facts: Sequence[Facts]) -> list[Finding]:
-    """What the facts of all ranks, in rank order, say together."""
+    """Return the findings from the facts of all ranks, given in rank order."""
     findings = [_versions(facts), _accelerators(facts)]
     host, disk = min(((fact.host, fact.disk) for fact in facts), key=lambda pair: pair[1])
-    advice = (
-        "a checkpoint is 12 to 18 bytes a parameter, and train.keep of them stay: make room, or set keep to 1"
-    )
+    advice = "a checkpoint takes 12 to 18 bytes a parameter, times train.keep: free space, or set keep to 1"
     findings.append(_at_least("free disk", disk, LEAST_DISK, f"{disk:.1f} GiB for the output", host, advice))
     memories = [(fact.host, fact.shared_memory) for fact in facts if fact.shared_memory is not None]
     if memories:
         host, memory = min(memories, key=lambda pair: pair[1])
         advice = (
-            "loader workers hand over batches in /dev/shm: start the container with --shm-size=8g, or set "
+            "loader workers pass batches through /dev/shm: start the container with --shm-size=8g, or set "
         )
         advice += "data.workers to 0"
         found = f"{memory:.1f} GiB in /dev/shm"
         findings.append(_at_least("shared memory", memory, LEAST_SHARED_MEMORY, found, host, advice))
     host, files = min(((fact.host, fact.open_files) for fact in facts), key=lambda pair: pair[1])
-    advice = "loader workers and connections need more: ulimit -n 65536 before the launch"
+    advice = "loader workers and connections need more: run ulimit -n 65536 before the launch"
     findings.append(_at_least("open files", files, LEAST_OPEN_FILES, f"at most {files}", host, advice))
     return findings
 
@@ -163,7 +161,7 @@ def _at_least(subject: str, value: float, least: float, found: str, host: str, a
 
 
 def _versions(facts: Sequence[Facts]) -> Finding:
-    """The same on all ranks, and what giantdet needs."""
+    """Check that versions are the same on all ranks and meet giantdet's requirements."""
     here = facts[0].versions
     found = ", ".join(f"{name} {version}" for name, version in here.items())
     for name in here:
@@ -176,13 +174,13 @@ def _versions(facts: Sequence[Facts]) -> Finding:
             )
     for fact in facts:
         if fact.unmet:
-            advice = "Install what giantdet needs: pip install -e . in its checkout, on every host."
+            advice = "Install giantdet's requirements: pip install -e . in its checkout, on every host."
             return Finding("versions", f"on {fact.host} not {', '.join(fact.unmet)}", "BAD", advice)
     return Finding("versions", found + (f"; the same on {len(facts)} ranks" if len(facts) > 1 else ""))
 
 
 def _accelerators(facts: Sequence[Facts]) -> Finding:
-    """One process a GPU, all GPUs alike."""
+    """Check that there is one process per GPU and that all GPUs are alike."""
     ranks = Counter(fact.host for fact in facts)
     devices = Counter(fact.device for fact in facts)
     hosts = f"{len(facts)} ranks on {len(ranks)} hosts" if len(facts) > 1 else "1 rank"
@@ -191,19 +189,17 @@ def _accelerators(facts: Sequence[Facts]) -> Finding:
     if not all(fact.gpus for fact in facts):
         without = next(fact.host for fact in facts if not fact.gpus)
         if any(fact.gpus for fact in facts) or shutil.which("nvidia-smi"):
-            advice = (
-                f"torch sees no GPU on {without}: look at nvidia-smi and CUDA_VISIBLE_DEVICES there, and "
-            )
+            advice = f"torch sees no GPU on {without}: check nvidia-smi and CUDA_VISIBLE_DEVICES there, and "
             advice += f"that its driver is new enough for CUDA {facts[0].versions['CUDA']}."
             return Finding(subject, found, "BAD", advice)
-        return Finding(subject, found, "WARN", "No GPU: enough to try things out.")
+        return Finding(subject, found, "WARN", "No GPU: enough for small tests.")
     if len(devices) > 1:
-        return Finding(subject, found, "WARN", "The slowest sets the pace, the smallest the batch.")
+        return Finding(
+            subject, found, "WARN", "The slowest GPU limits the speed, the smallest the micro-batch."
+        )
     idle = [fact.host for fact in facts if fact.gpus > ranks[fact.host]]
     if idle and len(facts) > 1:
-        advice = (
-            f"{idle[0]} has more GPUs than ranks: slots=N in the hostfile, --nproc_per_node, or srun's tasks."
-        )
+        advice = f"{idle[0]} has more GPUs than ranks: raise slots=N, --nproc_per_node or srun's tasks."
         return Finding(subject, found, "WARN", advice)
     return Finding(subject, found)
 
@@ -212,7 +208,7 @@ def reach(device: torch.device, mebibytes: int) -> list[Finding]:
     """Time barriers and the all-reduce of `mebibytes` over each backend in use. All ranks call it."""
     ranks = comm.world_size()
     if ranks == 1:
-        return [Finding("network", "one rank: nothing to reach")]
+        return [Finding("network", "one rank: nothing to check")]
     barrier = _seconds(comm.barrier)
     sums: dict[str, tuple[Callable[[torch.Tensor], Any], torch.device]] = {
         "gloo": (comm.sum_on_cpus_, torch.device("cpu"))
@@ -228,16 +224,16 @@ def reach(device: torch.device, mebibytes: int) -> list[Finding]:
             float(tensor[-1])  # waits for the GPU
 
         seconds = _seconds(reduce)
-        # Each rank sends and receives this share of the tensor, however many ranks there are.
+        # Each rank sends and receives this multiple of the tensor in a ring.
         bandwidth = 2 * (ranks - 1) / ranks * tensor.nbytes / seconds / 1e9
         found = f"barrier {barrier * 1e3:.2g} ms, " if backend == "gloo" else ""
         found += f"all-reduce of {mebibytes} MiB in {seconds * 1e3:.3g} ms, {bandwidth:.3g} GB/s a rank"
         if not bool((tensor == ranks).all()):
-            advice = "The sum is wrong: memory or network is at fault; leave hosts out until it is right."
+            advice = "The sum is wrong: memory or network is faulty; leave out hosts until it is right."
             findings.append(Finding(backend, found, "BAD", advice))
         elif bandwidth < LEAST_BANDWIDTH[backend]:
-            advice = f"Slow: name the fast network's interface in {backend.upper()}_SOCKET_IFNAME"
-            advice += "; NCCL_DEBUG=INFO shows what NCCL takes." if backend == "nccl" else "."
+            advice = f"Slow: set {backend.upper()}_SOCKET_IFNAME to the interface of the fast network"
+            advice += "; NCCL_DEBUG=INFO shows what NCCL uses." if backend == "nccl" else "."
             findings.append(Finding(backend, found, "WARN", advice))
         else:
             findings.append(Finding(backend, found))
@@ -245,7 +241,7 @@ def reach(device: torch.device, mebibytes: int) -> list[Finding]:
 
 
 def _seconds(action: Callable[[], Any], times: int = 3) -> float:
-    """Median time of an action of all ranks, after one that is not timed (it makes the connections)."""
+    """Return the median time of an action of all ranks, after an untimed one that makes the connections."""
     action()
     taken = []
     for _ in range(times):
@@ -257,7 +253,7 @@ def _seconds(action: Callable[[], Any], times: int = 3) -> float:
 
 
 def share(folder: Path) -> Finding:
-    """Is `folder` the same on all ranks, and how soon do they see a new file? All ranks call it."""
+    """Check that `folder` is the same on all ranks, and how soon they see a new file. All ranks call it."""
     token = f".giantdet-doctor-{uuid4().hex}" if comm.is_main() else ""
     token, problem = comm.broadcast_object((token, _write(folder, token) if comm.is_main() else ""))
     started, seen = time.perf_counter(), False
@@ -269,9 +265,7 @@ def share(folder: Path) -> Finding:
         return Finding("output", "")
     where = folder.absolute()
     if problem:
-        return Finding(
-            "output", f"{where}: {problem}", "BAD", "Choose a folder that can be written, --output."
-        )
+        return Finding("output", f"{where}: {problem}", "BAD", "Choose a writable folder with --output.")
     (folder / token).unlink()
     blind = [f"rank {rank} on {host}" for rank, (host, seen, _) in enumerate(answers) if not seen]
     if blind:
@@ -284,7 +278,7 @@ def share(folder: Path) -> Finding:
 
 
 def _write(folder: Path, token: str) -> str:
-    """Make the folder and a file in it; what went wrong, or an empty string."""
+    """Make the folder and a file in it; return the error, or an empty string."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).touch()
@@ -297,7 +291,7 @@ def _unreachable(error: RuntimeError) -> Finding:
     rank, host = os.environ["RANK"], socket.gethostname()
     main = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     advice = (
-        f"Not all ranks reach one another: were all started, does each host reach {main} (name, firewall), "
+        f"Not all ranks reach each other: were all started, does each host reach {main} (name, firewall), "
         "and does GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) name the interface between the hosts on each?"
     )
     return Finding("network", f"rank {rank} on {host}: {comm.reason(error)}", "BAD", advice)
