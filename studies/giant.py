@@ -28,7 +28,7 @@ from giantdet.config.resolve import resolve
 from giantdet.engine.metrics import read_metrics
 from giantdet.engine.zero import weight_dtype
 from giantdet.tools.count import count
-from giantdet.tools.plan import with_checkpointing
+from giantdet.tools.plan import with_recompute
 
 REPO = Path(__file__).resolve().parents[1]
 MORE = 4  # steps of the resumed run
@@ -68,7 +68,7 @@ def main() -> None:
     assert lines[: len(first)] == first and len(lines) == len(first) + MORE
     predicted = predict(options, output)
 
-    one = count(with_checkpointing(run, 0), 1)
+    one = count(with_recompute(run, 0), 1)
     losses = [line["loss"] for line in lines]
     late = [line["images_per_second"] for line in first[len(first) // 2 :]]
     reached = fmean(late) / ranks * (one.forward + one.backward)

@@ -93,9 +93,9 @@ class Checkpoints:
 
     def _require_finite(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Raise DivergedError instead of saving a state from which no run can continue."""
-        spoilt = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-        if comm.any_rank(bool(spoilt)):
-            names = comm.gather_objects(spoilt[:1])
+        not_finite = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        if comm.any_rank(bool(not_finite)):
+            names = comm.gather_objects(not_finite[:1])
             first = comm.broadcast_object(next((name for found in names for name in found), ""))
             raise DivergedError(
                 f"after step {step} the {first.replace('/', ' of ', 1)} is not finite: no checkpoint of it; "
@@ -158,7 +158,7 @@ class Checkpoints:
             self.failed += 1
             if comm.is_main():
                 where, why = self._error.filename or self.folder, self._error.strerror
-                logger.warning("%s: %s: this checkpoint is not saved, the run goes on", where, why)
+                logger.warning("%s: %s: this checkpoint is not saved; the run continues", where, why)
         return self._error is None
 
     def _make_room(self, partial: Path) -> None:

@@ -134,7 +134,7 @@ class TrainConfig(Section):
     keep_best: bool = True
     """Save and keep the best evaluation's, too, by mask AP (box AP without masks)."""
     async_save: bool = False
-    """Write checkpoints while training goes on; needs the CPU's memory for a copy of what a rank saves."""
+    """Write checkpoints while training continues; needs the CPU's memory for a copy of what a rank saves."""
     export_shard: PositiveFloat = 2.0
     """GiB of an export's file; a larger model is written in several, with an index."""
     max_skipped_steps: PositiveInt = 10

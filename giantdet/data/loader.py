@@ -273,7 +273,7 @@ class Loader:
                     ) from error
                 self._restarts += 1
                 self.counters["worker_restarts"] += 1
-                logger.warning("a data loader worker died (%s): started anew", str(error).split("\n")[0])
+                logger.warning("a data loader worker died (%s): all are restarted", str(error).split("\n")[0])
                 _end(self._deliveries)
                 self._start()
 

@@ -91,12 +91,12 @@ class StepGuard:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
             return True
-        spoilt = self.is_plain and not self._is_finite()
-        if spoilt:
+        not_finite = self.is_plain and not self._is_finite()
+        if not_finite:
             for p in self.engine.module.parameters():
                 p.grad = None
         self.engine.step()
-        if spoilt:
+        if not_finite:
             self._count_as_skipped()
         applied = bool(self.engine.was_step_applied())
         if applied:

@@ -24,7 +24,7 @@ class Metrics:
     Args:
         path: metrics.jsonl, appended to; a resumed run drops the lines past its first step.
         total_steps: length of the run in optimizer steps.
-        first_step: where the run starts or goes on.
+        first_step: where the run starts or resumes.
     """
 
     def __init__(self, path: Path, total_steps: int, first_step: int, monitor: Any = None) -> None:

@@ -1,7 +1,7 @@
 """The repeated blocks of a timm model, recomputed in the backward pass or compiled, one by one.
 
 timm names the classes of its blocks alike (`Bottleneck`, `ConvNeXtBlock`, `SwinTransformerBlock`, `EvaBlock`,
-`InvertedResidual`); there is no other mark that all families share. timm's own switch for checkpointing knows
+`InvertedResidual`); there is no other mark that all families share. timm's own switch for recomputation knows
 all blocks or none.
 """
 

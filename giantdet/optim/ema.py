@@ -63,7 +63,7 @@ class WeightEma:
                 p.data.copy_(comm.sum_over_ranks_(full).view_as(p))
 
     def restart(self) -> None:
-        """Begin anew with the weights as they are."""
+        """Start again from the current weights."""
         self.steps = 0
         for name, p in self.parameters.items():
             self.shares[name].copy_(local_share(p))

@@ -32,7 +32,7 @@ class Count(NamedTuple):
     forward: int
     """FLOPs."""
     backward: int
-    """FLOPs, recomputation of checkpointed blocks included."""
+    """FLOPs, recomputed blocks included."""
     memory: int
     """Bytes beside weights and accumulated gradients, at the peak."""
 
@@ -51,7 +51,7 @@ def count(run: ResolvedRun, micro_batch: int) -> Count:
             loss = _loss(model, batch)
             forward = flops.get_total_flops()
             loss.backward()
-        # By itself: the counter of FLOPs holds on to what checkpointed blocks compute again.
+        # By itself: the counter of FLOPs holds on to what recomputed blocks compute again.
         with _Live([*model.parameters(), *model.buffers(), *tree_leaves(batch)]) as live:
             _loss(model, batch).backward()
     return Count(forward, flops.get_total_flops() - forward, live.peak)

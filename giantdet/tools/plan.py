@@ -58,7 +58,7 @@ class Choice(NamedTuple):
         return self.memory <= machine.memory
 
 
-def with_checkpointing(run: ResolvedRun, every: int) -> ResolvedRun:
+def with_recompute(run: ResolvedRun, every: int) -> ResolvedRun:
     """The run with each `every`-th block recomputed, 0 for none, and nothing compiled."""
     update = {"checkpoint_blocks": every, "compile_blocks": False}
     backbone = run.giantdet.model.backbone.model_copy(update=update)
@@ -81,7 +81,7 @@ class Plan:
         self.moments = run.optimizer.MOMENTS
         _, self.micro_batch, self.accumulation = run.batch
         self.persistent = persistent(run, self.model)
-        self.counts = {every: self._count(every) for every in self._checkpointing()}
+        self.counts = {every: self._count(every) for every in self._recompute_choices()}
         self.choices = self._choices(offloads(run))
         self.own = next(
             choice
@@ -90,17 +90,17 @@ class Plan:
             and choice.every == int(run.giantdet.model.backbone.checkpoint_blocks)
         )
 
-    def _checkpointing(self) -> list[int]:
+    def _recompute_choices(self) -> list[int]:
         """None, the run's own and all, where the backbone's blocks are known."""
         wanted = int(self.run.giantdet.model.backbone.checkpoint_blocks)
         try:
-            meta_model(with_checkpointing(self.run, 1))
+            meta_model(with_recompute(self.run, 1))
         except ValueError:
             return [wanted]
         return sorted({0, wanted, 1}, key=lambda every: -every if every else -math.inf)
 
     def _count(self, every: int) -> tuple[Count, Count]:
-        run = with_checkpointing(self.run, every)
+        run = with_recompute(self.run, every)
         return count(run, 1), count(run, 2)
 
     def _choices(self, offload: bool) -> list[Choice]:

@@ -143,7 +143,7 @@ def test_a_full_disk_stops_the_run_at_its_end_only(runs: Path, demo_data: Path, 
         ended = launch(REPO / "scripts/train.py", 2, *command)
         assert [end.code for end in ended] == [2, 2], logs(ended)
         said = ended[0].err
-        assert said.count("this checkpoint is not saved, the run goes on") == 2
+        assert said.count("this checkpoint is not saved; the run continues") == 2
         assert said.count("giantdet: error") == 1 and "Traceback" not in said + ended[1].err
         assert "step_3.partial/rank_0000" in said and "No space left on device" in said
         assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_1"]
