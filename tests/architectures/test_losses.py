@@ -44,6 +44,8 @@ def make(seed: int = 0, valid: bool = True) -> Predictions:
             labels_BR,
             positive_BR,
             valid_BR,
+            waste(randn(B, R, 4), positive_BR),
+            randn(B, R, 4),
         ),
         mask=MaskPredictions(
             waste(randn(B, P, S, S), valid_BP), torch.rand(B, P, S, S, generator=g), valid_BP
@@ -157,6 +159,8 @@ def test_detectron2_golden(shared: Path) -> None:
             labels_BR,
             positive_BR,
             torch.ones_like(positive_BR),
+            torch.zeros(1, 16, 4),
+            torch.zeros(1, 16, 4),
         ),
         CONVENTIONS["detectron2"].smooth_l1_beta,
     )
