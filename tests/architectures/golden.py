@@ -177,6 +177,13 @@ def assert_same_gradients(model: Any, loss: Tensor, expected: dict[str, float], 
         assert not any(p.grad.any() for m in modules[name] for p in m.parameters() if p.grad is not None)
 
 
+def assert_same_gradient_of_each_parameter(model: Any, expected: dict[str, float], rel: float) -> None:
+    """Norms of the gradients that a backward pass has left."""
+    parameters = dict(model.named_parameters())
+    found = {key: norm([parameters.pop(our_name(key, 2)).grad]) for key in expected}
+    assert found == pytest.approx(expected, rel=rel) and not parameters
+
+
 def same_boxes(ours_N4: Tensor, theirs_N4: Tensor, atol: float = 1e-2) -> Tensor:
     """Assert that the sets are equal; where each of theirs is among ours. Nearly equal scores may swap."""
     assert len(ours_N4) == len(theirs_N4)

@@ -14,6 +14,7 @@ from golden import (
     RCNN,
     as_golden,
     assert_same_detections,
+    assert_same_gradient_of_each_parameter,
     assert_same_gradients,
     assert_same_proposals,
     build,
@@ -87,4 +88,6 @@ def test_losses_and_gradients(model: MaskRcnn, golden: Path, empty: tuple[int, .
     assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(expected["losses"], rel=1e-4)
     for name, wanted in norms.items():
         loss = total_loss(losses) if name == "total" else losses[name]
-        assert_same_gradients(model, loss, wanted, rel=1e-3)
+        assert_same_gradients(model, loss, wanted, rel=1e-4)
+    if not empty:  # the last one was the total
+        assert_same_gradient_of_each_parameter(model, expected["grad_norm_per_parameter"], rel=1e-4)
