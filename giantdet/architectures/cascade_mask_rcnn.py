@@ -126,7 +126,8 @@ class CascadeMaskRcnn(Architecture):
         self, levels: list[Tensor], rois: SampledRois, targets: Targets, sizes_B2: Tensor
     ) -> tuple[BoxPredictions, ...]:
         """Each stage's predictions on its RoIs; `rois` are the first one's."""
-        config, stages = self.config.box_head, list[BoxPredictions]()
+        config = self.config.box_head
+        stages: list[BoxPredictions] = []
         for number, (iou, weights) in enumerate(zip(config.ious, config.delta_weights, strict=True)):
             if stages:
                 boxes_BR4, valid_BR = refined_rois(stages[-1].boxes_BR4, rois.valid_BR, sizes_B2)
@@ -140,7 +141,8 @@ class CascadeMaskRcnn(Architecture):
         levels = self.pyramid(batch)
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
-        boxes_BN4, valid_BN, scores = proposals.boxes_BN4, proposals.valid_BN, list[Tensor]()
+        boxes_BN4, valid_BN = proposals.boxes_BN4, proposals.valid_BN
+        scores: list[Tensor] = []
         for number, weights in enumerate(config.delta_weights):
             logits, deltas = self.stage(number, levels, boxes_BN4)
             scores_BNC, boxes_BN14 = scores_and_boxes(logits, deltas, boxes_BN4, weights)
