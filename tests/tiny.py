@@ -35,6 +35,23 @@ MODEL: dict[str, Any] = {
     "box_head": {"width": 32, "batch_per_image": 16, "detections": 10, "score_threshold": 0.0},
     "mask_head": {"width": 16, "convs": 1, "slots": 4},
 }
+MODELS: dict[str, dict[str, Any]] = {
+    "mask_rcnn": MODEL,
+    "cascade_mask_rcnn": {**MODEL, "type": "cascade_mask_rcnn"},
+    "retinanet": {
+        "type": "retinanet",
+        "backbone": {"name": "test_resnet"},
+        "fpn": {"channels": 16},
+        "head": {
+            "convs": 1,
+            "anchor_sizes": [8, 16, 32, 48, 64],
+            "pre_nms": 50,
+            "detections": 10,
+            "score_threshold": 0.0,
+        },
+    },
+}
+"""A small section of each architecture."""
 
 
 def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from giantdet.architectures.base import Architecture, total_loss
+from giantdet.architectures.cascade_mask_rcnn import CascadeMaskRcnn
 from giantdet.architectures.mask_rcnn import MaskRcnn
 from giantdet.architectures.retinanet import RetinaNet
 from giantdet.config.architectures import ArchitectureConfig
@@ -15,6 +16,7 @@ __all__ = ["MODELS", "Architecture", "build_model", "total_loss"]
 
 MODELS: dict[str, Any] = {
     "mask_rcnn": MaskRcnn,
+    "cascade_mask_rcnn": CascadeMaskRcnn,
     "retinanet": RetinaNet,
 }
 

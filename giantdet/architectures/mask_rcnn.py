@@ -14,29 +14,30 @@ from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
-from giantdet.config.architectures.common import NormPart
+from giantdet.config.architectures.common import BoxLoss, NormPart
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.conventions import Conventions
 from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
     BoxHead,
     BoxPredictions,
-    SampledRois,
     box_losses,
     sample_rois,
+    scores_and_boxes,
     select_detections,
     training_predictions,
 )
-from giantdet.layers.fpn import LEVELS, build_fpn
-from giantdet.layers.mask_head import MaskHead, MaskPredictions, mask_loss
+from giantdet.layers.fpn import STRIDES, build_fpn
+from giantdet.layers.mask_head import (
+    MaskHead,
+    MaskPredictions,
+    mask_loss,
+    mask_training_predictions,
+    with_masks,
+)
+from giantdet.layers.roi_pool import RoiPool
 from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
-from giantdet.ops.masks import mask_targets
-from giantdet.ops.roi_align import roi_align_pyramid
-from giantdet.structures import Batch, Outputs, Targets
-
-STRIDES = tuple(4 * 2**level for level in range(LEVELS))
-# The coarsest level serves the RPN alone; RoIs are read from P2 to P5.
-ROI_LEVELS = LEVELS - 1
+from giantdet.structures import Batch, Outputs
 
 
 class Predictions(NamedTuple):
@@ -58,6 +59,7 @@ class MaskRcnn(Architecture):
         channels, backbone = config.fpn.channels, self.backbone
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
         self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
+        self.pool = RoiPool(self.conventions.aligned_rois)
         self.box_head = BoxHead(config.box_head, channels, self.num_classes)
         self.mask_head = (
             MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None
@@ -87,42 +89,17 @@ class MaskRcnn(Architecture):
         levels, targets = self.pyramid(batch), batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
-        rois = sample_rois(proposals, targets, self.config.box_head, self.num_classes, batch.seeds_B)
-        box_config = self.config.box_head
-        features = self.pool(levels, rois.boxes_BR4, box_config.resolution, box_config.sampling_ratio)
+        config = self.config.box_head
+        rois = sample_rois(proposals, targets, config, config.iou, self.num_classes, batch.seeds_B)
+        features = self.pool(levels, rois.boxes_BR4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
         box = training_predictions(logits, deltas, rois, targets)
-        mask = self.mask_training_predictions(levels, rois, targets) if self.mask_head is not None else None
+        mask = None
+        if self.mask_head is not None:
+            mask = mask_training_predictions(
+                self.mask_head, self.pool, levels, rois, targets, self.conventions
+            )
         return Predictions(rpn=rpn, box=box, mask=mask)
-
-    def mask_training_predictions(
-        self, levels: list[Tensor], rois: SampledRois, targets: Targets
-    ) -> MaskPredictions:
-        """Masks of the first P RoIs: positives come first, in random order."""
-        assert self.mask_head is not None
-        config = self.config.mask_head
-        slots = min(config.slots, rois.positive_BR.shape[1])
-        valid_BP, index_BP = rois.positive_BR[:, :slots], rois.index_BR[:, :slots]
-        # Adaptive sampling takes a point a cell: an unused slot's box of any size would cost time.
-        boxes_BP4 = rois.boxes_BR4[:, :slots].where(valid_BP[..., None], 0.0)
-        label_BP = rois.labels_BR[:, :slots].where(valid_BP, 0)
-        features = self.pool(levels, boxes_BP4, config.resolution, config.sampling_ratio)
-        logits = self.mask_head(features, label_BP.flatten())
-        side = logits.shape[-1]
-        goals_BPSS = mask_targets(
-            targets.masks_BMSS,
-            targets.frames_BM4,
-            index_BP,
-            boxes_BP4,
-            side,
-            aligned=self.conventions.aligned_rois,
-            binarize=self.conventions.binary_mask_targets,
-        )
-        return MaskPredictions(
-            logits_BPSS=logits.reshape(*valid_BP.shape, side, side),
-            targets_BPSS=goals_BPSS,
-            valid_BP=valid_BP,
-        )
 
     def answer(self, batch: Batch) -> Outputs:
         """Detections with masks; see `Architecture.answer`."""
@@ -131,31 +108,22 @@ class MaskRcnn(Architecture):
         config = self.config.box_head
         features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
+        scores_BNC, boxes_BNC4 = scores_and_boxes(logits, deltas, proposals.boxes_BN4)
         found = select_detections(
-            logits, deltas, proposals, batch.sizes_B2, config, self.conventions.min_detection_size
+            scores_BNC,
+            boxes_BNC4,
+            proposals.valid_BN,
+            batch.sizes_B2,
+            config,
+            self.conventions.min_detection_size,
         )
-        if self.mask_head is None:
-            return Outputs(found)
-        mask_config = self.config.mask_head
-        features = self.pool(levels, found.boxes_BD4, mask_config.resolution, mask_config.sampling_ratio)
-        masks = self.mask_head(features, found.labels_BD.flatten()).sigmoid()
-        masks_BDSS = masks.reshape(*found.labels_BD.shape, *masks.shape[-2:])
-        return Outputs(found._replace(masks_BDSS=masks_BDSS))
-
-    def pool(self, levels: list[Tensor], boxes_BR4: Tensor, resolution: int, sampling_ratio: int) -> Tensor:
-        """RoIAlign over P2 to P5: `[B*R, C, resolution, resolution]`."""
-        return roi_align_pyramid(
-            levels[:ROI_LEVELS],
-            boxes_BR4,
-            STRIDES[:ROI_LEVELS],
-            resolution,
-            sampling_ratio,
-            aligned=self.conventions.aligned_rois,
-        )
+        if self.mask_head is not None:
+            found = with_masks(self.mask_head, self.pool, levels, found)
+        return Outputs(found)
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `mask_rcnn_losses`."""
-        return mask_rcnn_losses(predictions, self.conventions)
+        return mask_rcnn_losses(predictions, self.conventions, self.config.box_head.loss)
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
         """See `sample_counts`."""
@@ -171,10 +139,12 @@ class MaskRcnn(Architecture):
         return from_torchvision(state) if is_torchvision(state) else state
 
 
-def mask_rcnn_losses(predictions: Predictions, conventions: Conventions) -> dict[str, Tensor]:
+def mask_rcnn_losses(
+    predictions: Predictions, conventions: Conventions, box_loss: BoxLoss = "smooth_l1"
+) -> dict[str, Tensor]:
     """The five losses (four without a mask head), each of weight 1."""
     losses = rpn_losses(predictions.rpn, conventions)
-    losses |= box_losses(predictions.box, conventions.smooth_l1_beta)
+    losses |= box_losses(predictions.box, conventions.smooth_l1_beta, box_loss)
     if predictions.mask is not None:
         losses |= mask_loss(predictions.mask)
     return losses

@@ -1,7 +1,8 @@
 """Box head: which class a region holds, and where its box really is (Fast R-CNN, Girshick 2015).
 
-Shapes: B images · R RoIs · C classes, index C is background · N proposals · D detections.
-Reference: detectron2's `FastRCNNConvFCHead` and `FastRCNNOutputLayers`, class-specific boxes.
+Shapes: B images · R RoIs · C classes, index C is background · N proposals · D detections · G boxes a RoI,
+one for each class, or 1 for all of them.
+Reference: detectron2's `FastRCNNConvFCHead` and `FastRCNNOutputLayers`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from giantdet.config.architectures.common import BoxHeadConfig
+from giantdet.config.architectures.common import BaseBoxHeadConfig, BoxLoss
 from giantdet.layers.common import ConvBlock, box_distance, gather_slots, normal_, xavier_linear
 from giantdet.layers.rpn import Proposals
-from giantdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas, non_empty, pairwise_iou
+from giantdet.ops.boxes import (
+    Weights,
+    clip_boxes,
+    decode_deltas,
+    encode_deltas,
+    iou_loss,
+    non_empty,
+    pairwise_iou,
+)
 from giantdet.ops.matching import match
 from giantdet.ops.nms import class_nms_mask
 from giantdet.ops.sampling import sample, uniform_noise
 from giantdet.structures import Detections, Targets
 
-DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+DELTA_WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)
 SAMPLING_SALT = 2
 # Candidates (proposal, class) that enter NMS. A candidate can only suppress lower ones, so the cut
 # changes a result only where fewer than `detections` of the best 2,000 survive.
@@ -38,14 +47,20 @@ class BoxPredictions(NamedTuple):
     labels_BR: Tensor  # int64 in [0, C], C is background
     positive_BR: Tensor  # bool
     valid_BR: Tensor  # bool
+    boxes_BR4: Tensor  # float32, deltas_BR4 decoded, not clipped
+    target_boxes_BR4: Tensor  # float32, meaningless where not positive
 
 
 class BoxHead(nn.Module):
-    """RoI features `[K, channels, 7, 7]` to class logits `[K, C + 1]` and deltas `[K, C, 4]`, float32."""
+    """RoI features `[K, channels, 7, 7]` to class logits `[K, C + 1]` and deltas `[K, G, 4]`, float32.
 
-    def __init__(self, config: BoxHeadConfig, channels: int, num_classes: int) -> None:
+    With `class_agnostic` a RoI has one box (G is 1), otherwise one a class (G is C).
+    """
+
+    def __init__(
+        self, config: BaseBoxHeadConfig, channels: int, num_classes: int, class_agnostic: bool = False
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.convs = nn.Sequential(
             *(
                 ConvBlock(channels, channels, 3, config.norm, relu=True, init="msra")
@@ -55,7 +70,7 @@ class BoxHead(nn.Module):
         sizes = [channels * config.resolution**2, *[config.width] * config.fcs]
         self.fcs = nn.ModuleList(xavier_linear(a, b) for a, b in itertools.pairwise(sizes))
         self.classes = nn.Linear(config.width, num_classes + 1)
-        self.deltas = nn.Linear(config.width, num_classes * 4)
+        self.deltas = nn.Linear(config.width, 4 if class_agnostic else num_classes * 4)
         normal_(self.classes, std=0.01)
         normal_(self.deltas, std=0.001)
 
@@ -63,8 +78,7 @@ class BoxHead(nn.Module):
         hidden = self.convs(features).flatten(1)
         for fc in self.fcs:
             hidden = F.relu(fc(hidden))
-        deltas = self.deltas(hidden).reshape(-1, self.num_classes, 4)
-        return self.classes(hidden).float(), deltas.float()
+        return self.classes(hidden).float(), self.deltas(hidden).unflatten(1, (-1, 4)).float()
 
 
 class SampledRois(NamedTuple):
@@ -78,13 +92,18 @@ class SampledRois(NamedTuple):
 
 
 def sample_rois(
-    proposals: Proposals, targets: Targets, config: BoxHeadConfig, num_classes: int, seeds_B: Tensor
+    proposals: Proposals,
+    targets: Targets,
+    config: BaseBoxHeadConfig,
+    iou: float,
+    num_classes: int,
+    seeds_B: Tensor,
 ) -> SampledRois:
     """Draw `batch_per_image` RoIs from the proposals and the ground truth itself, a quarter positive."""
     boxes_BN4 = torch.cat([proposals.boxes_BN4, targets.boxes_BM4], 1)
     valid_BN = torch.cat([proposals.valid_BN, targets.valid_BM], 1)
     iou_BMN = pairwise_iou(targets.boxes_BM4, boxes_BN4)
-    index_BN, label_BN = match(iou_BMN, targets.valid_BM, config.iou, config.iou, allow_low_quality=False)
+    index_BN, label_BN = match(iou_BMN, targets.valid_BM, iou, iou, allow_low_quality=False)
     label_BN = label_BN.masked_fill(~valid_BN, -1)
     noise_BN = uniform_noise(seeds_B, label_BN.shape[1], SAMPLING_SALT)
     index_BR, positive_BR, valid_BR = sample(
@@ -100,52 +119,77 @@ def sample_rois(
     )
 
 
+def match_rois(
+    boxes_BR4: Tensor, valid_BR: Tensor, targets: Targets, iou: float, num_classes: int
+) -> SampledRois:
+    """All RoIs, in their order, with the objects that they match: the later stages of a cascade."""
+    iou_BMR = pairwise_iou(targets.boxes_BM4, boxes_BR4)
+    index_BR, label_BR = match(iou_BMR, targets.valid_BM, iou, iou, allow_low_quality=False)
+    positive_BR = (label_BR == 1) & valid_BR
+    return SampledRois(
+        boxes_BR4=boxes_BR4,
+        labels_BR=targets.labels_BM.gather(1, index_BR).where(positive_BR, num_classes),
+        index_BR=index_BR,
+        positive_BR=positive_BR,
+        valid_BR=valid_BR,
+    )
+
+
 def training_predictions(
-    logits: Tensor, deltas: Tensor, rois: SampledRois, targets: Targets
+    logits: Tensor,
+    deltas: Tensor,
+    rois: SampledRois,
+    targets: Targets,
+    weights: Weights = DELTA_WEIGHTS,
 ) -> BoxPredictions:
     """Pair the head's outputs `[B*R, ...]` with what they are to predict."""
     shape = rois.labels_BR.shape
-    num_classes = deltas.shape[1]
-    # Background RoIs have no box; they read class 0 and weigh nothing.
-    class_BR = rois.labels_BR.where(rois.positive_BR, 0)
-    deltas_BR4 = deltas.reshape(*shape, num_classes, 4).gather(
-        2, class_BR[..., None, None].expand(*shape, 1, 4)
+    # Background RoIs have no box; they read class 0 and weigh nothing. A class-agnostic box is at 0.
+    class_BR = rois.labels_BR.where(rois.positive_BR, 0).clamp_max(deltas.shape[1] - 1)
+    deltas_BR4 = (
+        deltas.reshape(*shape, -1, 4).gather(2, class_BR[..., None, None].expand(*shape, 1, 4)).squeeze(2)
     )
     boxes_BR4 = gather_slots(targets.boxes_BM4, rois.index_BR)
     # An invalid RoI may be a zero box, and a negative has no box: both aim at a unit box, finitely.
     unit = F.pad(boxes_BR4.new_ones(2), (2, 0))  # (0, 0, 1, 1), made on the device: a copy would wait
     positive_BR1 = rois.positive_BR[..., None]
     target_deltas_BR4 = encode_deltas(
-        boxes_BR4.where(positive_BR1, unit), rois.boxes_BR4.where(positive_BR1, unit), DELTA_WEIGHTS
+        boxes_BR4.where(positive_BR1, unit), rois.boxes_BR4.where(positive_BR1, unit), weights
     )
     return BoxPredictions(
         logits_BRC1=logits.reshape(*shape, -1),
-        deltas_BR4=deltas_BR4.squeeze(2),
+        deltas_BR4=deltas_BR4,
         target_deltas_BR4=target_deltas_BR4,
         labels_BR=rois.labels_BR,
         positive_BR=rois.positive_BR,
         valid_BR=rois.valid_BR,
+        boxes_BR4=decode_deltas(deltas_BR4, rois.boxes_BR4, weights),
+        target_boxes_BR4=boxes_BR4,
     )
+
+
+def scores_and_boxes(
+    logits: Tensor, deltas: Tensor, rois_BN4: Tensor, weights: Weights = DELTA_WEIGHTS
+) -> tuple[Tensor, Tensor]:
+    """The head's outputs `[B*N, ...]` as softmax scores `[B, N, C]` and decoded boxes `[B, N, G, 4]`."""
+    shape = rois_BN4.shape[:2]
+    scores_BNC = logits.softmax(-1)[:, :-1].reshape(*shape, -1)
+    return scores_BNC, decode_deltas(deltas.reshape(*shape, -1, 4), rois_BN4[:, :, None], weights)
 
 
 def select_detections(
-    logits: Tensor,
-    deltas: Tensor,
-    proposals: Proposals,
+    scores_BNC: Tensor,
+    boxes_BNG4: Tensor,
+    valid_BN: Tensor,
     sizes_B2: Tensor,
-    config: BoxHeadConfig,
+    config: BaseBoxHeadConfig,
     min_size: float,
 ) -> Detections:
-    """Softmax scores over a threshold, NMS by class, the best `detections` of each image."""
-    batch, num_proposals = proposals.valid_BN.shape
-    num_classes = deltas.shape[1]
-    scores_BNC = logits.softmax(-1)[:, :-1].reshape(batch, num_proposals, num_classes)
-    boxes_BNC4 = decode_deltas(
-        deltas.reshape(batch, num_proposals, num_classes, 4), proposals.boxes_BN4[:, :, None], DELTA_WEIGHTS
-    )
-    boxes_BX4 = clip_boxes(boxes_BNC4.flatten(1, 2), sizes_B2)
+    """Scores over a threshold, NMS by class, the best `detections` of each image."""
+    num_classes = scores_BNC.shape[2]
+    boxes_BX4 = clip_boxes(boxes_BNG4.expand(-1, -1, num_classes, 4).flatten(1, 2), sizes_B2)
     candidate_BX = (
-        (scores_BNC > config.score_threshold) & proposals.valid_BN[..., None] & scores_BNC.isfinite()
+        (scores_BNC > config.score_threshold) & valid_BN[..., None] & scores_BNC.isfinite()
     ).flatten(1) & non_empty(boxes_BX4, min_size)
     score_BX = scores_BNC.flatten(1).where(candidate_BX, -1.0)
     score_BK, index_BK = score_BX.topk(min(CANDIDATES, score_BX.shape[1]))
@@ -165,14 +209,22 @@ def select_detections(
     )
 
 
-def box_losses(p: BoxPredictions, smooth_l1_beta: float) -> dict[str, Tensor]:
+def box_losses(p: BoxPredictions, smooth_l1_beta: float, kind: BoxLoss = "smooth_l1") -> dict[str, Tensor]:
     """Classification and box loss of the sampled RoIs, scalars (`fast_rcnn.py` of detectron2 0.6).
 
     Both are divided by the number of RoIs that were sampled, background included.
     """
     count = p.valid_BR.sum().clamp_min(1)
     entropy_BR = F.cross_entropy(p.logits_BRC1.flatten(0, 1), p.labels_BR.flatten(), reduction="none")
-    distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, smooth_l1_beta)
+    if kind == "smooth_l1":
+        distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, smooth_l1_beta)
+    else:
+        # What is not positive may hold anything: it compares a unit box with itself.
+        positive_BR1 = p.positive_BR[..., None]
+        unit = F.pad(p.boxes_BR4.new_ones(2), (2, 0))
+        distance_BR = iou_loss(
+            p.boxes_BR4.where(positive_BR1, unit), p.target_boxes_BR4.where(positive_BR1, unit), kind
+        )
     return {
         "loss_cls": torch.where(p.valid_BR, entropy_BR.reshape(p.labels_BR.shape), 0.0).sum() / count,
         "loss_box_reg": torch.where(p.positive_BR, distance_BR, 0.0).sum() / count,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -72,3 +73,20 @@ def gather_slots(values: Tensor, index: Tensor) -> Tensor:
 def box_distance(deltas: Tensor, targets: Tensor, beta: float) -> Tensor:
     """Smooth L1 summed over the four coordinates: `[..., 4]` to `[...]`; `beta` 0 is plain L1."""
     return F.smooth_l1_loss(deltas, targets, reduction="none", beta=beta).sum(-1)
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """`x` as it is, with its gradient times `scale`."""
+    scaled: Tensor = _ScaleGradient.apply(x, scale)
+    return scaled
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None

@@ -17,6 +17,8 @@ from giantdet.errors import InputError
 from giantdet.layers.common import ConvBlock
 
 LEVELS = 5
+# Of P2 to P6.
+STRIDES = tuple(4 * 2**level for level in range(LEVELS))
 
 
 def build_fpn(

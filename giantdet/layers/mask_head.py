@@ -1,6 +1,7 @@
 """Mask head: the shape of the object inside its box (Mask R-CNN, He et al. 2017, figure 4 right).
 
-Shapes: K RoIs · C classes · S = 2 x `resolution`. Reference: detectron2's `MaskRCNNConvUpsampleHead`.
+Shapes: B images · P mask slots · D detections · K RoIs · C classes · S = 2 x `resolution`.
+Reference: detectron2's `MaskRCNNConvUpsampleHead`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from giantdet.config.architectures.common import MaskHeadConfig
+from giantdet.config.conventions import Conventions
+from giantdet.layers.box_head import SampledRois
 from giantdet.layers.common import ConvBlock, normal_
+from giantdet.layers.roi_pool import RoiPool
+from giantdet.ops.masks import mask_targets
+from giantdet.structures import Detections, Targets
 
 
 class MaskPredictions(NamedTuple):
@@ -28,6 +34,7 @@ class MaskHead(nn.Module):
 
     def __init__(self, config: MaskHeadConfig, channels: int, num_classes: int) -> None:
         super().__init__()
+        self.config = config
         inputs = [channels, *[config.width] * (config.convs - 1)]
         self.convs = nn.Sequential(
             *(ConvBlock(c, config.width, 3, config.norm, relu=True, init="msra") for c in inputs)
@@ -43,6 +50,48 @@ class MaskHead(nn.Module):
         logits: Tensor = self.masks(F.relu(self.upsample(self.convs(features))))
         side = logits.shape[-1]
         return logits.gather(1, label[:, None, None, None].expand(-1, 1, side, side)).squeeze(1).float()
+
+
+def mask_training_predictions(
+    head: MaskHead,
+    pool: RoiPool,
+    levels: list[Tensor],
+    rois: SampledRois,
+    targets: Targets,
+    conventions: Conventions,
+) -> MaskPredictions:
+    """Masks of the first P RoIs: positives come first, in random order."""
+    config = head.config
+    slots = min(config.slots, rois.positive_BR.shape[1])
+    valid_BP, index_BP = rois.positive_BR[:, :slots], rois.index_BR[:, :slots]
+    # Adaptive sampling takes a point a cell: an unused slot's box of any size would cost time.
+    boxes_BP4 = rois.boxes_BR4[:, :slots].where(valid_BP[..., None], 0.0)
+    label_BP = rois.labels_BR[:, :slots].where(valid_BP, 0)
+    features = pool(levels, boxes_BP4, config.resolution, config.sampling_ratio)
+    logits = head(features, label_BP.flatten())
+    side = logits.shape[-1]
+    goals_BPSS = mask_targets(
+        targets.masks_BMSS,
+        targets.frames_BM4,
+        index_BP,
+        boxes_BP4,
+        side,
+        aligned=conventions.aligned_rois,
+        binarize=conventions.binary_mask_targets,
+    )
+    return MaskPredictions(
+        logits_BPSS=logits.reshape(*valid_BP.shape, side, side),
+        targets_BPSS=goals_BPSS,
+        valid_BP=valid_BP,
+    )
+
+
+def with_masks(head: MaskHead, pool: RoiPool, levels: list[Tensor], found: Detections) -> Detections:
+    """The detections with mask probabilities of their classes."""
+    config = head.config
+    features = pool(levels, found.boxes_BD4, config.resolution, config.sampling_ratio)
+    masks = head(features, found.labels_BD.flatten()).sigmoid()
+    return found._replace(masks_BDSS=masks.reshape(*found.labels_BD.shape, *masks.shape[-2:]))
 
 
 def mask_loss(p: MaskPredictions) -> dict[str, Tensor]:

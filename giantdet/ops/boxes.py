@@ -8,6 +8,7 @@ without the "+ 1" of older code. Functions are total: a degenerate box gives 0 o
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -89,3 +90,36 @@ def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
     half_width = 0.5 * wa * torch.exp(dw.clamp_max(MAX_LOG_SCALE))
     half_height = 0.5 * ha * torch.exp(dh.clamp_max(MAX_LOG_SCALE))
     return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], dim=-1)
+
+
+def iou_loss(boxes: Tensor, targets: Tensor, kind: Literal["giou", "diou", "ciou"]) -> Tensor:
+    """GIoU, DIoU or CIoU loss of `[..., 4]` boxes against `[..., 4]` targets: `[...]`, with gradient.
+
+    GIoU (Rezatofighi et al. 2019) is 1 - IoU + the share of the enclosing box outside the union; DIoU (Zheng
+    et al. 2020) is 1 - IoU + the squared distance of the centres over that of the enclosing box's corners;
+    CIoU adds alpha v, where v compares the aspect ratios. The values of `torchvision.ops`
+    (`generalized_box_iou_loss` and its siblings), which select by a mask and so wait for the device.
+    Degenerate boxes give finite values and gradients.
+    """
+    eps = 1e-7
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    tx0, ty0, tx1, ty1 = targets.unbind(-1)
+    width, height, target_width, target_height = x1 - x0, y1 - y0, tx1 - tx0, ty1 - ty0
+    overlap = (torch.minimum(x1, tx1) - torch.maximum(x0, tx0)).clamp_min(0)
+    overlap = overlap * (torch.minimum(y1, ty1) - torch.maximum(y0, ty0)).clamp_min(0)
+    union = width * height + target_width * target_height - overlap
+    iou = overlap / (union + eps)
+    outer_width = torch.maximum(x1, tx1) - torch.minimum(x0, tx0)
+    outer_height = torch.maximum(y1, ty1) - torch.minimum(y0, ty0)
+    if kind == "giou":
+        outer = outer_width * outer_height
+        return 1 - iou + (outer - union) / (outer + eps)
+    distance = ((x0 + x1 - tx0 - tx1) / 2) ** 2 + ((y0 + y1 - ty0 - ty1) / 2) ** 2
+    loss = 1 - iou + distance / (outer_width**2 + outer_height**2 + eps)
+    if kind == "diou":
+        return loss
+    # atan2 is atan of the ratio, without the division by a height of 0.
+    angle = torch.atan2(width, height.clamp_min(eps))
+    v = 4 / math.pi**2 * (torch.atan2(target_width, target_height.clamp_min(eps)) - angle) ** 2
+    alpha = (v / (1 - iou + v + eps)).detach()
+    return loss + alpha * v

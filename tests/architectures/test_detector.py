@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import MODEL
+from tiny import MODEL, MODELS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_flatten
 from torchvision.ops import box_iou
 
 from giantdet.architectures import build_model, total_loss
-from giantdet.architectures.mask_rcnn import MaskRcnn, Predictions, mask_rcnn_losses, sample_counts
+from giantdet.architectures.mask_rcnn import Predictions, mask_rcnn_losses, sample_counts
+from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.conventions import CONVENTIONS
@@ -54,23 +55,25 @@ def emptied(batch: Batch, *which: int) -> Batch:
     return batch._replace(targets=batch.targets._replace(**zeroed))
 
 
-def build(seed: int = 0, norm: str = "local", **changes: Any) -> MaskRcnn:
+def build(seed: int = 0, norm: str = "local", kind: str = "mask_rcnn", **changes: Any) -> Any:
+    """The small model of architecture `kind`, its section changed."""
     torch.manual_seed(seed)
-    raw = {**MODEL, "num_classes": 4}
+    raw = {**MODELS[kind], "num_classes": 4}
     for key, value in changes.items():
-        raw[key] = {**MODEL.get(key, {}), **value} if isinstance(value, dict) else value
-    return build_model(MaskRcnnConfig.model_validate(raw), CANVAS, NormConfig.model_validate({"type": norm}))
+        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
+    config = SECTIONS[kind].model_validate(raw)
+    return build_model(config, CANVAS, NormConfig.model_validate({"type": norm}))
 
 
-def step(detector: MaskRcnn, batch: Batch) -> dict[str, Tensor]:
+def step(detector: Any, batch: Batch) -> dict[str, Tensor]:
     """Losses of a training step, gradients left in the detector."""
     detector.train().zero_grad()
-    losses = mask_rcnn_losses(detector(batch), CONVENTIONS["detectron2"])
+    losses: dict[str, Tensor] = detector.losses(detector(batch), batch)
     sum(losses.values(), torch.zeros(())).backward()
     return losses
 
 
-def trace(detector: MaskRcnn, batch: Batch) -> list[tuple[str, tuple[Any, ...]]]:
+def trace(detector: Any, batch: Batch) -> list[tuple[str, tuple[Any, ...]]]:
     """Modules in the order of their calls, with shapes and dtypes of all that they return."""
     calls: list[tuple[str, tuple[Any, ...]]] = []
 
@@ -88,8 +91,9 @@ def trace(detector: MaskRcnn, batch: Batch) -> list[tuple[str, tuple[Any, ...]]]
     return calls
 
 
-def test_modules_and_shapes_do_not_depend_on_the_images(dataset: CocoDataset) -> None:
-    detector = build()
+@pytest.mark.parametrize("kind", MODELS)
+def test_modules_and_shapes_do_not_depend_on_the_images(dataset: CocoDataset, kind: str) -> None:
+    detector = build(kind=kind)
     full = load(dataset, images=3)
     assert full.targets.valid_BM.any(1).all()
     half = full._replace(sizes_B2=torch.tensor([[64.0, 64.0], [33.0, 40.0], [1.0, 1.0]]))

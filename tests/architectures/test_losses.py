@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor
 
 from giantdet.architectures.mask_rcnn import Predictions, mask_rcnn_losses, sample_counts
@@ -44,6 +46,8 @@ def make(seed: int = 0, valid: bool = True) -> Predictions:
             labels_BR,
             positive_BR,
             valid_BR,
+            waste(randn(B, R, 4), positive_BR),
+            randn(B, R, 4),
         ),
         mask=MaskPredictions(
             waste(randn(B, P, S, S), valid_BP), torch.rand(B, P, S, S, generator=g), valid_BP
@@ -157,6 +161,8 @@ def test_detectron2_golden(shared: Path) -> None:
             labels_BR,
             positive_BR,
             torch.ones_like(positive_BR),
+            torch.zeros(1, 16, 4),
+            torch.zeros(1, 16, 4),
         ),
         CONVENTIONS["detectron2"].smooth_l1_beta,
     )
@@ -191,3 +197,28 @@ def test_sample_counts() -> None:
     assert predictions.mask is not None
     assert float(counts["mask_slots_used"]) == pytest.approx(int(predictions.mask.valid_BP.sum()) / B)
     assert counts.keys() == {"rpn_positive", "roi_positive", "mask_slots_used"}
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_iou_losses_of_the_box_head(kind: Any) -> None:
+    """detectron2's rule: the sum over positives of decoded boxes, over the number of all sampled RoIs."""
+    box = make().box
+    corner = box.boxes_BR4[..., :2]
+    sides = box.boxes_BR4[..., 2:].abs() + 1
+    box = box._replace(
+        boxes_BR4=torch.cat([corner, corner + sides], -1).requires_grad_(),
+        target_boxes_BR4=torch.cat([corner + 0.5, corner + 2 * sides], -1),
+    )
+    # What is not positive may hold anything.
+    waste_BR4 = box.boxes_BR4.where(box.positive_BR[..., None], torch.nan)
+    loss = box_losses(box._replace(boxes_BR4=waste_BR4), 0.0, kind)["loss_box_reg"]
+    functions = {
+        "giou": torchvision.ops.generalized_box_iou_loss,
+        "diou": torchvision.ops.distance_box_iou_loss,
+        "ciou": torchvision.ops.complete_box_iou_loss,
+    }
+    chosen = (box.boxes_BR4[box.positive_BR], box.target_boxes_BR4[box.positive_BR])
+    torch.testing.assert_close(loss, functions[kind](*chosen, reduction="sum") / box.valid_BR.sum())
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = box.boxes_BR4.grad
+    assert gradient is not None and torch.equal(gradient.any(-1), box.positive_BR)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from test_detector import build, dataset, load, step  # noqa: F401
+from tiny import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from giantdet.config.conventions import CONVENTIONS
 from giantdet.data.coco import CocoDataset
 from giantdet.ops.nms import nms_mask_fixed_point
 
@@ -48,18 +48,27 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_training_step(dataset: CocoDataset) -> None:  # noqa: F811
-    for conventions in ("detectron2", "torchvision"):
-        detector, batch = build(conventions=conventions), load(dataset)
-        assert detector.rpn.conventions == CONVENTIONS[conventions]
-        with Recorder() as recorder:
-            step(detector, batch)
-        assert not recorder.broken
-        assert {"giantdet::nms_mask", "aten::convolution", "aten::convolution_backward"} <= recorder.names
+TRAINED: dict[str, dict[str, Any]] = {
+    **{kind: {"kind": kind} for kind in MODELS},
+    "torchvision": {"conventions": "torchvision"},
+    "giou": {"box_head": {"loss": "giou"}},
+    "ciou": {"kind": "cascade_mask_rcnn", "box_head": {"loss": "ciou"}},
+}
 
 
-def test_evaluation(dataset: CocoDataset) -> None:  # noqa: F811
-    detector, batch = build().eval(), load(dataset)
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_step(dataset: CocoDataset, name: str) -> None:  # noqa: F811
+    detector, batch = build(**TRAINED[name]), load(dataset)
+    with Recorder() as recorder:
+        step(detector, batch)
+    assert not recorder.broken
+    assert {"aten::convolution", "aten::convolution_backward"} <= recorder.names
+    assert ("giantdet::nms_mask" in recorder.names) == hasattr(detector, "rpn")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_evaluation(dataset: CocoDataset, kind: str) -> None:  # noqa: F811
+    detector, batch = build(kind=kind).eval(), load(dataset)
     with torch.no_grad(), Recorder() as recorder:
         detector(batch)
     assert not recorder.broken and "giantdet::nms_mask" in recorder.names

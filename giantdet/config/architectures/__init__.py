@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from giantdet.config.architectures.cascade_mask_rcnn import CascadeMaskRcnnConfig
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.architectures.retinanet import RetinaNetConfig
@@ -14,6 +15,7 @@ __all__ = ["DEFAULT", "SECTIONS", "ArchitectureConfig", "ModelConfig"]
 
 SECTIONS: dict[str, type[ArchitectureConfig]] = {
     "mask_rcnn": MaskRcnnConfig,
+    "cascade_mask_rcnn": CascadeMaskRcnnConfig,
     "retinanet": RetinaNetConfig,
 }
 DEFAULT = "mask_rcnn"

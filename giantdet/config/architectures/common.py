@@ -84,8 +84,11 @@ class RpnConfig(Section):
             yield f"rpn.iou_low ({self.iou_low}) must not exceed iou_high ({self.iou_high})"
 
 
-class BoxHeadConfig(Section):
-    """Classification and box regression of RoIs (Fast R-CNN)."""
+BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
+
+
+class BaseBoxHeadConfig(Section):
+    """Classification and box regression of RoIs: what single and cascaded box heads share."""
 
     convs: Annotated[int, Field(ge=0)] = 0
     """3x3 convolutions before the fully connected layers (4 with fcs=1 is 4conv1fc)."""
@@ -98,11 +101,20 @@ class BoxHeadConfig(Section):
     batch_per_image: PositiveInt = 512
     """RoIs sampled for the loss."""
     positive_fraction: Fraction = 0.25
-    iou: Fraction = 0.5
+    loss: BoxLoss = "smooth_l1"
+    """Box loss. smooth_l1 compares deltas; giou, diou and ciou compare the decoded boxes (Rezatofighi et al.
+    2019, Zheng et al. 2020)."""
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     detections: PositiveInt = 100
     """Detections an image."""
+
+
+class BoxHeadConfig(BaseBoxHeadConfig):
+    """Box head of Fast R-CNN."""
+
+    iou: Fraction = 0.5
+    """IoU with an object from which a RoI is positive."""
 
 
 class MaskHeadConfig(Section):
