@@ -75,4 +75,6 @@ class Outputs(NamedTuple):
     """What a model returns in evaluation; None for what it does not predict."""
 
     detections: Detections | None = None
-    semantic_BCHW: Tensor | None = None  # float32 logits on the canvas
+    semantic_BCHW: Tensor | None = (
+        None  # float32 logits at stride 4 of the canvas; see `evaluation/semantic.py`
+    )

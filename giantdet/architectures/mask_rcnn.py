@@ -8,14 +8,14 @@ Reference: detectron2's `GeneralizedRCNN` and `StandardROIHeads`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
 from giantdet.config.architectures.common import NormPart
-from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.architectures.mask_rcnn import RcnnConfig
 from giantdet.config.conventions import Conventions
 from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
@@ -32,7 +32,7 @@ from giantdet.layers.mask_head import MaskHead, MaskPredictions, mask_loss
 from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
 from giantdet.ops.masks import mask_targets
 from giantdet.ops.roi_align import roi_align_pyramid
-from giantdet.structures import Batch, Outputs, Targets
+from giantdet.structures import Batch, Detections, Outputs, Targets
 
 STRIDES = tuple(4 * 2**level for level in range(LEVELS))
 # The coarsest level serves the RPN alone; RoIs are read from P2 to P5.
@@ -50,9 +50,9 @@ class Predictions(NamedTuple):
 class MaskRcnn(Architecture):
     """Two-stage detector; see `Architecture` for the arguments."""
 
-    CLASS_LAYERS = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
+    CLASS_LAYERS: ClassVar[tuple[str, ...]] = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
 
-    def __init__(self, config: MaskRcnnConfig, image_size: tuple[int, int]) -> None:
+    def __init__(self, config: RcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.config = config
         channels, backbone = config.fpn.channels, self.backbone
@@ -83,8 +83,12 @@ class MaskRcnn(Architecture):
         return levels
 
     def predict(self, batch: Batch) -> Predictions:
-        """Predictions at sampled anchors, RoIs and masks; see `Architecture.predict`."""
-        levels, targets = self.pyramid(batch), batch.targets
+        """See `Architecture.predict`."""
+        return self.predict_objects(self.pyramid(batch), batch)
+
+    def predict_objects(self, levels: list[Tensor], batch: Batch) -> Predictions:
+        """Predictions at sampled anchors, RoIs and masks."""
+        targets = batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
         rois = sample_rois(proposals, targets, self.config.box_head, self.num_classes, batch.seeds_B)
@@ -125,8 +129,11 @@ class MaskRcnn(Architecture):
         )
 
     def answer(self, batch: Batch) -> Outputs:
-        """Detections with masks; see `Architecture.answer`."""
-        levels = self.pyramid(batch)
+        """See `Architecture.answer`."""
+        return Outputs(self.detect(self.pyramid(batch), batch))
+
+    def detect(self, levels: list[Tensor], batch: Batch) -> Detections:
+        """Objects, with masks where there is a mask head."""
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
         features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
@@ -135,12 +142,12 @@ class MaskRcnn(Architecture):
             logits, deltas, proposals, batch.sizes_B2, config, self.conventions.min_detection_size
         )
         if self.mask_head is None:
-            return Outputs(found)
+            return found
         mask_config = self.config.mask_head
         features = self.pool(levels, found.boxes_BD4, mask_config.resolution, mask_config.sampling_ratio)
         masks = self.mask_head(features, found.labels_BD.flatten()).sigmoid()
         masks_BDSS = masks.reshape(*found.labels_BD.shape, *masks.shape[-2:])
-        return Outputs(found._replace(masks_BDSS=masks_BDSS))
+        return found._replace(masks_BDSS=masks_BDSS)
 
     def pool(self, levels: list[Tensor], boxes_BR4: Tensor, resolution: int, sampling_ratio: int) -> Tensor:
         """RoIAlign over P2 to P5: `[B*R, C, resolution, resolution]`."""
