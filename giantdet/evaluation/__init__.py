@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from giantdet.evaluation.coco import CocoEvaluator
 from giantdet.evaluation.evaluator import Evaluator, Scores, primary_score
+from giantdet.evaluation.semantic import SemanticEvaluator
 
 __all__ = ["EVALUATORS", "Evaluator", "Scores", "primary_score"]
 
-EVALUATORS: tuple[type[Evaluator], ...] = (CocoEvaluator,)
+EVALUATORS: tuple[type[Evaluator], ...] = (CocoEvaluator, SemanticEvaluator)
 """Each scores those of a model's tasks that are in its `PRIMARY`."""
