@@ -15,7 +15,10 @@ from giantdet.architectures import build_model, total_loss
 from giantdet.architectures.panoptic_fpn import PanopticFpn
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
+from giantdet.config.conventions import CONVENTIONS
 from giantdet.evaluation.coco import to_original
+from giantdet.evaluation.panoptic import DETECTRON2, MergeRule, merge, panoptic_map
+from giantdet.evaluation.semantic import semantic_classes
 from giantdet.structures import IGNORE, Batch
 
 RAW = {
@@ -163,3 +166,31 @@ def test_masks_are_needed() -> None:
         "model.box_head or model.mask_head or model.semantic_head",
         True,
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "rule"), [("panoptic", DETECTRON2), ("panoptic_loose", MergeRule(0.3, 0.3, 500))]
+)
+def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: MergeRule) -> None:
+    """Objects and stuff merged as in detectron2."""
+    expected, batch = np.load(golden / "panoptic_A.npz"), load_batch(golden)
+    found = model.eval()(batch)
+    for i in range(2):
+        chosen = found.detections.valid_BD[i]
+        masks = to_original(found.detections, batch, i)[1]
+        assert masks is not None
+        scores, labels = found.detections.scores_BD[i][chosen], found.detections.labels_BD[i][chosen]
+        semantic = semantic_classes(found.semantic_BCHW, batch, i)
+        merged = merge(masks.numpy(), scores.numpy(), labels.numpy(), semantic.numpy(), 5, rule)
+        ids, segments = merged.panoptic
+        assert (ids != expected[f"{name}.{i}.ids"]).mean() < 2e-4
+        rows = zip(segments, merged.rows, strict=True)
+        table = [(s.id, int(s.category < 5), s.category, row) for s, row in rows]
+        wanted = expected[f"{name}.{i}.segments"]
+        # Stuff is numbered after the objects' classes here, and from 1 there.
+        assert table == [(n, thing, c if thing else c + 4, row) for n, thing, c, row, _ in wanted.tolist()]
+        for number, thing, *_, area in wanted.tolist():
+            assert thing or abs((ids == number).sum() - area) <= 5
+        whole = panoptic_map(found, batch, i, 5, 11, CONVENTIONS["detectron2"], rule)
+        assert whole.segments == segments and (whole.ids_HW == ids).all()
