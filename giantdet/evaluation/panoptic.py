@@ -60,7 +60,7 @@ def merge(
 ) -> Merged:
     """Objects by falling score, each on the pixels that are free, then stuff on what is left.
 
-    The `category` of an object is its label, in [0, num_classes); that of stuff is num_classes - 1 + its class.
+    The `category` of an object is its label, in [0, num_classes), that of stuff num_classes - 1 + its class.
     """
     ids_HW = np.zeros(semantic_HW.shape, np.int32)
     segments: list[Segment] = []

@@ -187,7 +187,7 @@ def evaluator(maps: list[PanopticMap | None]) -> PanopticEvaluator:
 
 
 def an_answer() -> tuple[Outputs, Batch]:
-    """A dog on the left half of a road; in the other image nothing but things. Images are twice the canvas."""
+    """A dog on the left half of a road; in the other image things alone. Images are twice the canvas."""
     semantic = torch.zeros(2, 3, 16, 16)
     semantic[0, 2], semantic[1, 0] = 1.0, 1.0
     boxes = torch.tensor([[[0.0, 0, 32, 64], [0, 0, 32, 64]]]).repeat(2, 1, 1)
