@@ -78,4 +78,5 @@ class Outputs(NamedTuple):
     """What a model returns in evaluation; None for what it does not predict."""
 
     detections: Detections | None = None
-    semantic_BCHW: Tensor | None = None  # float32 logits on the canvas
+    semantic_BCHW: Tensor | None = None
+    """float32 logits of all classes at stride 4 of the canvas; who uses them resizes them."""

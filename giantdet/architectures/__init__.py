@@ -7,7 +7,9 @@ from typing import Any
 from giantdet.architectures.base import Architecture, total_loss
 from giantdet.architectures.cascade_mask_rcnn import CascadeMaskRcnn
 from giantdet.architectures.mask_rcnn import MaskRcnn
+from giantdet.architectures.panoptic_fpn import PanopticFpn
 from giantdet.architectures.retinanet import RetinaNet
+from giantdet.architectures.semantic_fpn import SemanticFpn
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.layers.norm import apply_norm
@@ -17,7 +19,9 @@ __all__ = ["MODELS", "Architecture", "build_model", "total_loss"]
 MODELS: dict[str, Any] = {
     "mask_rcnn": MaskRcnn,
     "cascade_mask_rcnn": CascadeMaskRcnn,
+    "panoptic_fpn": PanopticFpn,
     "retinanet": RetinaNet,
+    "semantic_fpn": SemanticFpn,
 }
 
 

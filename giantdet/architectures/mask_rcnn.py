@@ -8,14 +8,14 @@ Reference: detectron2's `GeneralizedRCNN` and `StandardROIHeads`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
 from giantdet.config.architectures.common import BoxLoss, NormPart
-from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.architectures.mask_rcnn import RcnnConfig
 from giantdet.config.conventions import Conventions
 from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
@@ -37,7 +37,7 @@ from giantdet.layers.mask_head import (
 )
 from giantdet.layers.roi_pool import RoiPool
 from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
-from giantdet.structures import Batch, Outputs
+from giantdet.structures import Batch, Detections, Outputs
 
 
 class Predictions(NamedTuple):
@@ -51,9 +51,9 @@ class Predictions(NamedTuple):
 class MaskRcnn(Architecture):
     """Two-stage detector; see `Architecture` for the arguments."""
 
-    CLASS_LAYERS = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
+    CLASS_LAYERS: ClassVar[tuple[str, ...]] = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
 
-    def __init__(self, config: MaskRcnnConfig, image_size: tuple[int, int]) -> None:
+    def __init__(self, config: RcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.config = config
         channels, backbone = config.fpn.channels, self.backbone
@@ -85,8 +85,12 @@ class MaskRcnn(Architecture):
         return levels
 
     def predict(self, batch: Batch) -> Predictions:
-        """Predictions at sampled anchors, RoIs and masks; see `Architecture.predict`."""
-        levels, targets = self.pyramid(batch), batch.targets
+        """See `Architecture.predict`."""
+        return self.predict_objects(self.pyramid(batch), batch)
+
+    def predict_objects(self, levels: list[Tensor], batch: Batch) -> Predictions:
+        """Predictions at sampled anchors, RoIs and masks."""
+        targets = batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
         config = self.config.box_head
@@ -102,8 +106,11 @@ class MaskRcnn(Architecture):
         return Predictions(rpn=rpn, box=box, mask=mask)
 
     def answer(self, batch: Batch) -> Outputs:
-        """Detections with masks; see `Architecture.answer`."""
-        levels = self.pyramid(batch)
+        """See `Architecture.answer`."""
+        return Outputs(self.detect(self.pyramid(batch), batch))
+
+    def detect(self, levels: list[Tensor], batch: Batch) -> Detections:
+        """Objects, with masks where there is a mask head."""
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
         features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
@@ -117,9 +124,9 @@ class MaskRcnn(Architecture):
             config,
             self.conventions.min_detection_size,
         )
-        if self.mask_head is not None:
-            found = with_masks(self.mask_head, self.pool, levels, found)
-        return Outputs(found)
+        if self.mask_head is None:
+            return found
+        return with_masks(self.mask_head, self.pool, levels, found)
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `mask_rcnn_losses`."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_util
 
+from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import (
     Fault,
     category_fault,
@@ -87,6 +88,8 @@ class CocoDataset:
 
     def __init__(self, annotations: str | Path, images: str | Path) -> None:
         self.annotations, self.root = Path(annotations), Path(images)
+        self.semantic_names: list[str] = []
+        self.stuff_ids: list[int] = []
         if not self.root.is_dir():
             raise DataError(f"the image folder {images} does not exist")
         self.skipped: Counter[str] = Counter()
@@ -227,6 +230,10 @@ class CocoDataset:
 
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
         """Return None: an instances JSON has no semantic maps."""
+        return None
+
+    def panoptic_map(self, i: int) -> PanopticMap | None:
+        """None: an instances JSON has no segments."""
         return None
 
     def path(self, i: int) -> Path:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from giantdet.config.types import DatasetConfig
 from giantdet.data.coco import CocoDataset
+from giantdet.data.panoptic import PanopticMap
 from giantdet.errors import DataError
 
 
@@ -55,6 +56,10 @@ class Dataset(Protocol):
     sizes_hw: NDArray[np.int64]  # [N, 2]
     has_masks: bool
     """Whether objects have masks, so that masks can be evaluated."""
+    semantic_names: list[str]
+    """Name of each class of the semantic maps, by its number; empty without maps."""
+    stuff_ids: list[int]
+    """The data set's own ids of the classes without objects; class 1 of the semantic maps is the first."""
 
     @property
     def num_classes(self) -> int: ...
@@ -77,6 +82,10 @@ class Dataset(Protocol):
 
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
         """Return each pixel's class in image i, uint8 [h, w] with `structures.IGNORE`; None without maps."""
+        ...
+
+    def panoptic_map(self, i: int) -> PanopticMap | None:
+        """The segments of image i, or None without panoptic annotations."""
         ...
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,9 +11,16 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-NormName = Literal["none", "batch", "layer"]
+NormName = Literal["none", "batch", "layer", "group"]
 
-_NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
+GROUPS = 32
+"""Groups of GroupNorm (Wu and He 2018), the field's number."""
+
+_NORMS: dict[NormName, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "layer": LayerNorm2d,
+    "group": functools.partial(nn.GroupNorm, GROUPS),
+}
 
 
 class ConvBlock(nn.Sequential):

@@ -9,14 +9,18 @@ from pydantic import Discriminator, Tag
 from giantdet.config.architectures.cascade_mask_rcnn import CascadeMaskRcnnConfig
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
 from giantdet.config.architectures.retinanet import RetinaNetConfig
+from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
 
 __all__ = ["DEFAULT", "SECTIONS", "ArchitectureConfig", "ModelConfig"]
 
 SECTIONS: dict[str, type[ArchitectureConfig]] = {
     "mask_rcnn": MaskRcnnConfig,
     "cascade_mask_rcnn": CascadeMaskRcnnConfig,
+    "panoptic_fpn": PanopticFpnConfig,
     "retinanet": RetinaNetConfig,
+    "semantic_fpn": SemanticFpnConfig,
 }
 DEFAULT = "mask_rcnn"
 

@@ -133,6 +133,20 @@ class MaskHeadConfig(Section):
     computes all positives, at most 128."""
 
 
+class SemanticHeadConfig(Section):
+    """Classes of pixels from P2 to P5 (Semantic FPN, Kirillov et al. 2019)."""
+
+    width: PositiveInt = 128
+    norm: Literal["none", "batch", "group"] = "group"
+    """Norm layer after each convolution: `group` is GroupNorm of 32 groups, `batch` follows the `norm`
+    block."""
+
+    def problems(self) -> Iterator[str]:
+        """Messages as those of `ArchitectureConfig.problems`."""
+        if self.norm == "group" and self.width % 32:
+            yield f"semantic_head.width must be a multiple of 32, the groups of its norm, got {self.width}"
+
+
 NormPart = Literal["fpn", "heads"]
 
 
@@ -191,7 +205,7 @@ class NormConfig(PartNormConfig):
     fpn: PartNormConfig | None = None
     """Another choice for the pyramid."""
     heads: PartNormConfig | None = None
-    """Another choice for the box and mask heads."""
+    """Another choice for the heads."""
 
     def of(self, part: Literal["backbone"] | NormPart) -> PartNormConfig:
         """The choice that holds for a part."""

@@ -15,10 +15,9 @@ from giantdet.config.architectures.common import (
 )
 
 
-class MaskRcnnConfig(ArchitectureConfig):
-    """Mask R-CNN (He et al. 2017) with FPN."""
+class RcnnConfig(ArchitectureConfig):
+    """What the two-stage detectors have in common."""
 
-    type: Literal["mask_rcnn"] = "mask_rcnn"
     fpn: FpnConfig = FpnConfig()
     rpn: RpnConfig = RpnConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
@@ -36,3 +35,9 @@ class MaskRcnnConfig(ArchitectureConfig):
             "fpn": ("model.fpn", self.fpn.norm == "batch"),
             "heads": ("model.box_head or model.mask_head", "batch" in heads),
         }
+
+
+class MaskRcnnConfig(RcnnConfig):
+    """Mask R-CNN (He et al. 2017) with FPN."""
+
+    type: Literal["mask_rcnn"] = "mask_rcnn"

@@ -1,0 +1,71 @@
+"""Semantic FPN (Kirillov et al. 2019, "Panoptic Feature Pyramid Networks"): backbone, pyramid, semantic head.
+
+Shapes: B images · C classes of pixels · h, w a quarter of the canvas.
+Reference: detectron2's `SemanticSegmentor` with `SemSegFPNHead`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from giantdet.architectures.base import Architecture, mean_counts
+from giantdet.config.architectures.common import NormPart
+from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
+from giantdet.layers.blocks import recompute
+from giantdet.layers.fpn import build_fpn
+from giantdet.layers.semantic_head import SemanticHead, SemanticPredictions, labelled, semantic_loss
+from giantdet.structures import Batch, Outputs
+
+STRIDES = (4, 8, 16, 32)
+"""Of P2 to P5."""
+
+
+class SemanticFpn(Architecture):
+    """Classes of pixels; see `Architecture` for the arguments."""
+
+    CLASS_LAYERS = ("semantic_head.classes.",)
+
+    def __init__(self, config: SemanticFpnConfig, image_size: tuple[int, int]) -> None:
+        super().__init__(config, image_size)
+        backbone, channels = self.backbone, config.fpn.channels
+        self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
+        self.semantic_head = SemanticHead(config.semantic_head, channels, STRIDES, self.num_classes)
+        if config.checkpoint_heads:
+            recompute(self.fpn)
+            recompute(self.semantic_head)
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """See `Architecture.targets`."""
+        return frozenset({"semantic"})
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """See `Architecture.tasks`."""
+        return ("semantic",)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """float32 `[B, C, h, w]` at stride 4."""
+        levels = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
+        logits_BChw: Tensor = self.semantic_head(levels[: len(STRIDES)])
+        return logits_BChw
+
+    def predict(self, batch: Batch) -> SemanticPredictions:
+        """Logits and the classes of all pixels; see `Architecture.predict`."""
+        return SemanticPredictions(self.logits(batch), batch.targets.semantic_BHW)
+
+    def answer(self, batch: Batch) -> Outputs:
+        """Logits at stride 4; see `Architecture.answer`."""
+        return Outputs(semantic_BCHW=self.logits(batch))
+
+    def losses(self, predictions: SemanticPredictions, batch: Batch) -> dict[str, Tensor]:
+        """See `semantic_loss`."""
+        return semantic_loss(predictions)
+
+    def counts(self, predictions: SemanticPredictions) -> dict[str, Tensor]:
+        """Pixels that have a class."""
+        return mean_counts({"labelled_pixels": labelled(predictions.labels_BHW).flatten(1)})
+
+    def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
+        """See `Architecture.norm_parts`."""
+        return {"fpn": (self.fpn,), "heads": (self.semantic_head,)}

@@ -1,0 +1,43 @@
+"""The `model` section of Panoptic FPN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from giantdet.config.architectures.common import NormPart, SemanticHeadConfig
+from giantdet.config.architectures.mask_rcnn import RcnnConfig
+from giantdet.config.section import PositiveInt
+
+
+class PanopticFpnConfig(RcnnConfig):
+    """Panoptic FPN (Kirillov et al. 2019): Mask R-CNN and a semantic head on one pyramid.
+
+    `num_classes` are the classes of objects. In semantic maps, 0 stands for all of them, and the stuff
+    classes are numbered from 1.
+    """
+
+    type: Literal["panoptic_fpn"]
+    semantic_head: SemanticHeadConfig = SemanticHeadConfig()
+    num_stuff_classes: Annotated[PositiveInt, Field(le=254)] = 53
+    """Classes without objects (sky, road, ...), of which COCO has 53."""
+    semantic_loss_weight: Annotated[float, Field(ge=0)] = 0.5
+    instance_loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the three losses of box and mask head, as in the paper; those of the RPN keep the weight 1.
+    detectron2 leaves out loss_cls, too, which makes no difference at its default of 1."""
+
+    def problems(self) -> Iterator[str]:
+        """See `ArchitectureConfig.problems`."""
+        if not self.mask_head.enabled:
+            yield "mask_head.enabled must be true: panoptic maps are made of masks"
+        yield from self.semantic_head.problems()
+        yield from super().problems()
+
+    def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
+        """See `ArchitectureConfig.batch_norms`."""
+        parts = super().batch_norms()
+        where, is_batch = parts["heads"]
+        semantic = self.semantic_head.norm == "batch"
+        return parts | {"heads": (f"{where} or model.semantic_head", is_batch or semantic)}

@@ -1,0 +1,29 @@
+"""The `model` section of Semantic FPN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from giantdet.config.architectures.common import ArchitectureConfig, FpnConfig, NormPart, SemanticHeadConfig
+
+
+class SemanticFpnConfig(ArchitectureConfig):
+    """Semantic FPN (Kirillov et al. 2019). `num_classes` are the classes of the semantic maps."""
+
+    type: Literal["semantic_fpn"]
+    conventions: Literal["detectron2"] = "detectron2"
+    fpn: FpnConfig = FpnConfig()
+    semantic_head: SemanticHeadConfig = SemanticHeadConfig()
+
+    def problems(self) -> Iterator[str]:
+        """See `ArchitectureConfig.problems`."""
+        yield from self.semantic_head.problems()
+        yield from super().problems()
+
+    def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
+        """See `ArchitectureConfig.batch_norms`."""
+        return {
+            "fpn": ("model.fpn", self.fpn.norm == "batch"),
+            "heads": ("model.semantic_head", self.semantic_head.norm == "batch"),
+        }

@@ -1,0 +1,87 @@
+"""Semantic head: the class of each pixel (Panoptic Feature Pyramid Networks, Kirillov et al. 2019, figure 3).
+
+Shapes: B images · C classes · H, W the canvas · h, w a quarter of it.
+Reference: detectron2's `SemSegFPNHead`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from giantdet.config.architectures.common import SemanticHeadConfig
+from giantdet.layers.common import ConvBlock
+from giantdet.structures import IGNORE
+
+STRIDE = 4
+"""Of the logits."""
+
+
+class SemanticPredictions(NamedTuple):
+    """Logits at stride 4, and the class that each pixel of the canvas should have."""
+
+    logits_BChw: Tensor  # float32
+    labels_BHW: Tensor  # uint8, in [0, C) or IGNORE
+
+
+class SemanticHead(nn.Module):
+    """Maps `[B, channels, H / s, W / s]` of strides 4, 8, 16, ... to logits `[B, C, H / 4, W / 4]`, float32.
+
+    Each level is convolved and doubled in size until it has stride 4; the levels are summed.
+    """
+
+    def __init__(
+        self, config: SemanticHeadConfig, channels: int, strides: tuple[int, ...], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(_level(config, channels, stride) for stride in strides)
+        self.classes = nn.Conv2d(config.width, num_classes, 1)
+        nn.init.kaiming_normal_(self.classes.weight, mode="fan_out", nonlinearity="relu")
+        assert self.classes.bias is not None
+        nn.init.zeros_(self.classes.bias)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        hidden = self.levels[0](levels[0])
+        for scale, level in zip(self.levels[1:], levels[1:], strict=True):
+            hidden = hidden + scale(level)
+        logits_BChw: Tensor = self.classes(hidden).float()
+        return logits_BChw
+
+
+def _level(config: SemanticHeadConfig, channels: int, stride: int) -> nn.Sequential:
+    """From `stride` to stride 4; there, one convolution alone."""
+    doublings = int(math.log2(stride / STRIDE))
+    parts: list[nn.Module] = []
+    for i in range(max(1, doublings)):
+        inputs = channels if i == 0 else config.width
+        parts.append(ConvBlock(inputs, config.width, 3, config.norm, relu=True, init="msra"))
+        if doublings:
+            parts.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+    return nn.Sequential(*parts)
+
+
+def to_canvas(logits_BChw: Tensor) -> Tensor:
+    """Logits at stride 4 to logits of every pixel of the canvas, bilinear: `[B, C, H, W]`."""
+    return F.interpolate(logits_BChw, scale_factor=float(STRIDE), mode="bilinear", align_corners=False)
+
+
+def labelled(labels_BHW: Tensor) -> Tensor:
+    """bool `[B, H, W]`: the pixel has a class."""
+    return labels_BHW != IGNORE
+
+
+def semantic_loss(p: SemanticPredictions) -> dict[str, Tensor]:
+    """Mean cross-entropy over the labelled pixels of the batch (`semantic_seg.py` of detectron2 0.6).
+
+    0 with zero gradients where no pixel is labelled, for which detectron2's mean is NaN.
+    """
+    entropy_BHW = F.cross_entropy(
+        to_canvas(p.logits_BChw), p.labels_BHW.long(), ignore_index=IGNORE, reduction="none"
+    )
+    labelled_BHW = labelled(p.labels_BHW)
+    total = torch.where(labelled_BHW, entropy_BHW, 0.0).sum()
+    return {"loss_sem_seg": total / labelled_BHW.sum().clamp_min(1)}
