@@ -40,7 +40,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def print_config(run: Any) -> None:
-    """The run as resolved for this many processes, and for the data set where it is at hand."""
+    """Print the run as resolved for this many processes, and for the data set if its file exists."""
     import torch
 
     from giantdet.config.resolve import describe, resolve

@@ -1,6 +1,6 @@
 """Failure handling in a run: stop signals, the launcher's death, losses and gradients that are not finite.
 
-All ranks must decide alike, otherwise one waits in a collective for ever. A signal may reach only one rank,
+All ranks must decide alike, otherwise one waits in a collective forever. A signal may reach only one rank,
 so the ranks exchange it at the end of a step. A loss that is not finite on one rank makes that rank's
 gradients NaN; DeepSpeed sees it in the norm over all ranks and skips the step on all of them.
 """

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 import torchvision
+from einops import rearrange
 from torch import Tensor
 
 from giantdet.ops.boxes import box_area
@@ -69,8 +70,7 @@ def _gather_pool(
     output_size: int, sampling_ratio: int, aligned: bool,
 ) -> Tensor:  # fmt: skip
     """Pool by one `embedding_bag`, on any device; return `[K, C, o, o]`, channels last in memory."""
-    channels = levels[0].shape[1]
-    table = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, channels).float() for level in levels])
+    table = torch.cat([rearrange(level, "b c h w -> (b h w) c").float() for level in levels])
 
     def by_level(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
         """Return each RoI's value by comparison; a lookup table would be copied from the host."""
@@ -95,7 +95,7 @@ def _gather_pool(
     index = (y_Kbt[:, :, None, :, None] + x_Kbt[:, None, :, None, :]).reshape(-1, taps)
     weight = (y_weight_Kbt[:, :, None, :, None] * x_weight_Kbt[:, None, :, None, :]).reshape(-1, taps)
     pooled = F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
-    return pooled.view(-1, output_size, output_size, channels).permute(0, 3, 1, 2)
+    return rearrange(pooled, "(k i j) c -> k c i j", i=output_size, j=output_size)
 
 
 def _level_pool(
