@@ -13,4 +13,4 @@ echo "ruff check" && python -m ruff check .
 echo "ruff format" && python -m ruff format --check .
 echo "mypy" && python -m mypy
 # Two at a time: one process launches ranks, one launch after the other, the other runs all other files.
-echo "pytest" && python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 "$@"
+echo "pytest" && python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

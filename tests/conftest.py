@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("GIANTDET_TEST_GPU") else "cuda")
 
@@ -70,17 +71,26 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: those of a file share what they made, and launches of ranks go one by one.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`, whose tests of a file share what they made: launches of ranks go one by one.
 
     Ranks that share the cores with other ranks wait for one another more than they compute: two launches at
-    a time take longer than one after the other. They begin, since they take longest.
+    a time take longer than one after the other.
     """
-    for item in items:
-        folder = item.path.parent
-        group = RANKS if folder.name == RANKS else str(item.path.relative_to(REPO))
-        item.add_marker(pytest.mark.xdist_group(group))
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return RANKS if f"/{RANKS}/" in nodeid else super()._split_scope(nodeid)
+
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Launches of ranks begin, since they take longest."""
     items.sort(key=lambda item: item.path.parent.name != RANKS)
 
 
