@@ -28,6 +28,9 @@ CUT = [
     "model.rpn.post_nms_train=100",
     "data.workers=0",
     "train.export_shard=0.002",
+    # DeepSpeed keeps a weight that is used again within so many numbers, and looks that far ahead once for
+    # each module: as many modules as at full width, and not always all of them.
+    "zero_optimization.stage3_max_reuse_distance=60000",
     "bf16.enabled=false",
 ]
 
