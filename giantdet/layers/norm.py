@@ -94,8 +94,9 @@ def apply_norm(module: nn.Module, config: PartNormConfig, images_per_rank: int |
 
 def check_norms(norm: NormConfig, images_per_rank: int, world_size: int) -> None:
     """Raise ConfigError for a `bn_size` that does not fit that many ranks of so many images."""
-    for key, part in (("norm", norm), ("norm.fpn", norm.fpn), ("norm.heads", norm.heads)):
-        if part is not None and part.type == "cgbn":
+    parts = {f"norm.{key}": part for key, part in norm if isinstance(part, PartNormConfig)}
+    for key, part in ({"norm": norm} | parts).items():
+        if part.type == "cgbn":
             try:
                 bn_ranks(part.bn_size, images_per_rank, world_size)
             except ConfigError as error:
