@@ -30,15 +30,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Muon": {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.01},
 }
 STAGES = {name: [0] if name in ("Lamb", "Lars", "Muon") else [0, 1, 2, 3] for name in OPTIMIZERS}
+RATIO = {"warmup_min_ratio": 1e-3}  # what resolve() fills in; the expected LRs are computed without it
 SCHEDULES: dict[str, dict[str, Any]] = {
     "WarmupLR": {"warmup_num_steps": 2, "warmup_max_lr": 0.01},
     "WarmupDecayLR": {"warmup_num_steps": 2, "total_num_steps": 5},
     "WarmupCosineLR": {"warmup_num_steps": 2, "total_num_steps": 5},
     "OneCycle": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 2},
     "LRRangeTest": {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 1},
-    "WarmupMultiStepLR": {"warmup_num_steps": 2, "milestones": [3], "warmup_type": "exponential"},
-    "WarmupCosineDecayLR": {"warmup_num_steps": 2, "total_num_steps": 5},
-    "WarmupPolyLR": {"warmup_num_steps": 2, "total_num_steps": 5},
+    "WarmupMultiStepLR": {"warmup_num_steps": 2, "milestones": [3], "warmup_type": "exponential", **RATIO},
+    "WarmupCosineDecayLR": {"warmup_num_steps": 2, "total_num_steps": 5, **RATIO},
+    "WarmupPolyLR": {"warmup_num_steps": 2, "total_num_steps": 5, **RATIO},
 }
 LR = 0.002
 GROUPS = {"layer_decay": 0.5, "lr_multipliers": {"fpn": 3.0}}
