@@ -1,6 +1,6 @@
 """What a training step keeps and sends, as formulas: DeepSpeed's states, buckets and collectives; GPUs.
 
-Bytes of one rank. Checked against DeepSpeed 0.19 in `tests/distributed/test_plan.py`.
+Bytes of one rank. Checked against DeepSpeed 0.19 in `tests/tools/test_plan.py`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.load import RunConfig
@@ -24,6 +24,21 @@ from giantdet.config.resolved import ResolvedRun
 from giantdet.engine.zero import weight_dtype
 from giantdet.layers.deferred import deferred_init
 from giantdet.structures import Batch, Targets
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+# PyTorch's counter knows the fused attention of GPUs; that of CPUs is missing in some versions (2.14.1).
+_ATTENTION_ON_CPUS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 class Count(NamedTuple):
@@ -47,7 +62,7 @@ def count(run: ResolvedRun, micro_batch: int) -> Count:
         for parameter in model.parameters():
             if parameter.requires_grad:  # ZeRO takes each gradient away as it comes
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPUS) as flops:
             loss = _loss(model, batch)
             forward = flops.get_total_flops()
             loss.backward()
@@ -110,7 +125,7 @@ class _Live(TorchDispatchMode):
     """Adds up the storages that operations make, until nobody holds them any more."""
 
     def __init__(self, known: list[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.now = self.peak = 0
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
         self.kept = [t.untyped_storage() for t in known if isinstance(t, Tensor)]
