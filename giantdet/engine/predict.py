@@ -75,7 +75,9 @@ class Predictor:
         batch = image_batch(pixels, self.data)
         detections = self.detector(batch.to(self.device)).detections
         if detections is None:
-            raise InputError(f"{self.config.model.type} predicts no objects, and predict shows nothing else yet")
+            raise InputError(
+                f"{self.config.model.type} predicts no objects, and predict shows nothing else yet"
+            )
         # A model may have more classes than names: those outputs mean nothing.
         named_BD = detections.labels_BD < len(self.config.categories)
         shown_BD = detections.valid_BD & named_BD & (detections.scores_BD >= threshold)

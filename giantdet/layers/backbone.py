@@ -1,14 +1,14 @@
-"""Any timm model as a backbone: three adapters behind one function.
+"""Build any timm model as a backbone, with one of three adapters.
 
-- Convolutional and hierarchical models (`Pyramid`): maps of strides 4, 8, 16, 32 from timm's
-  `forward_intermediates` of the raw model, whose keys stay those of its checkpoints (`features_only` renames
-  some). Families without BatchNorm (Swin, ConvNeXt, ...) end their stages un-normed and get a LayerNorm a
-  level, as in Swin's and ConvNeXt's detection code.
+- Convolutional and hierarchical models (`Pyramid`): feature maps at strides 4, 8, 16 and 32, from timm's
+  `forward_intermediates`. It runs the raw model, so the parameter names match those of its checkpoints
+  (`features_only` renames some). Families without BatchNorm (Swin, ConvNeXt, ...) do not normalise the output
+  of a stage. They get one LayerNorm per level, as in Swin's and ConvNeXt's detection code.
 - Swin: the same, with windows that need not divide the canvas (`swin.py`).
-- Plain ViTs: one map, windowed attention (`plain_vit.py`).
+- Plain ViTs: one feature map, windowed attention (`plain_vit.py`).
 
-Images have one fixed size, known at construction; weights are loaded afterwards (`weights.py`), BatchNorms
-are converted afterwards (`norm.py`).
+All images have one fixed size, which is known at construction. Weights are loaded afterwards (`weights.py`),
+and BatchNorms are converted afterwards (`norm.py`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ __all__ = ["Backbone", "build_backbone"]
 
 _PLAIN = {"vision_transformer", "eva", "deit"}
 _SWIN = {"swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"}
-_FIXED_SIZE = {"maxxvit", "gcvit", "hiera"}  # built for one size, and told which
+_FIXED_SIZE = {"maxxvit", "gcvit", "hiera"}  # built for one image size, given as img_size
 _STRIDES = (4, 8, 16, 32)
 
 
 def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backbone:
-    """The backbone for images of `image_size` (height, width), randomly initialised.
+    """Return a randomly initialised backbone for images of `image_size` (height, width) pixels.
 
-    Raises ValueError for an unknown name, a canvas that does not fit, or an option the family lacks.
+    Raises InputError, a ValueError, for an unknown name, a canvas size that the model cannot take, or an
+    option that the model family does not have.
     """
     name = config.name.partition(".")[0]
     plain = is_model_in_modules(name, _PLAIN)
@@ -50,7 +51,7 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
 
 
 class Pyramid(Backbone):
-    """Maps of strides 4, 8, 16, 32."""
+    """A backbone that returns four feature maps, at strides 4, 8, 16 and 32."""
 
     def __init__(self, config: BackboneConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -88,12 +89,14 @@ def _timm_args(config: BackboneConfig, image_size: tuple[int, int], swin: bool) 
     args: dict[str, Any] = dict(num_classes=0)
     name = config.name.partition(".")[0]
     if swin:
-        # A fixed size stores the mask of shifted windows; windows keep their side at any size.
+        # With a fixed size timm stores the attention masks of the shifted windows. always_partition keeps
+        # the window size also where a map is smaller than a window.
         args |= dict(img_size=image_size, always_partition=True)
         if is_model_in_modules(name, {"swin_transformer_v2_cr"}):
-            # Its window is a 32nd of the image by default: 32 instead of the pretrained 7 or 12 at 1024.
+            # By default its window is 1/32 of the image side: 32 for images of 1024 pixels, where the
+            # pretrained models have 7 or 12.
             args["window_size"] = _native_side(name) // 32
-        set_fused_attn(True, experimental=True)  # a global of timm; Swin has its fused attention off without
+        set_fused_attn(True, experimental=True)  # a global setting of timm; Swin's fused attention needs it
     elif is_model_in_modules(name, _FIXED_SIZE):
         args["img_size"] = image_size
     return args
@@ -107,15 +110,15 @@ def _native_side(name: str) -> int:
 
 
 def _levels(config: BackboneConfig, body: Any) -> tuple[list[int], list[str]]:
-    """Index in `feature_info` and module name of the last map of each stride."""
+    """Return the index in `feature_info` and the module name of the last map of each stride."""
     if not hasattr(body, "forward_intermediates") or not hasattr(body, "feature_info"):
-        raise InputError(f"backbone '{config.name}' gives no intermediate maps in timm: choose another")
+        raise InputError(f"timm cannot return intermediate maps of backbone '{config.name}': choose another")
     last = {info["reduction"]: i for i, info in enumerate(body.feature_info)}
     missing = [stride for stride in _STRIDES if stride not in last]
     if missing:
         raise InputError(
             f"backbone '{config.name}' has no map of stride {', '.join(map(str, missing))} (it has "
-            f"{', '.join(map(str, last))}), and is no plain ViT: choose another, such as resnet50"
+            f"{', '.join(map(str, last))}), and is not a plain ViT: choose another, such as resnet50"
         )
     indices = [last[stride] for stride in _STRIDES]
     return indices, [body.feature_info[i]["module"] for i in indices]
@@ -124,30 +127,30 @@ def _levels(config: BackboneConfig, body: Any) -> tuple[list[int], list[str]]:
 def _require_native_size(
     config: BackboneConfig, body: Any, timm_args: dict[str, Any], image_size: tuple[int, int]
 ) -> None:
-    """Some families work at the size of their checkpoint only, and cannot be told another."""
+    """Raise InputError if the model works only at its checkpoint's image size and `image_size` differs."""
     native = tuple(body.pretrained_cfg["input_size"][1:])
     if body.pretrained_cfg.get("fixed_input_size") and "img_size" not in timm_args and image_size != native:
         raise InputError(
             f"backbone '{config.name}' works at {native[0]}x{native[1]} only, not at "
-            f"{image_size[0]}x{image_size[1]}: choose another backbone or that data.size"
+            f"{image_size[0]}x{image_size[1]}: choose another backbone, or set data.size to that size"
         )
 
 
 def _first_stages(config: BackboneConfig, body: nn.Module, modules: list[str]) -> set[str]:
-    """Names of the parameters of the first `frozen_stages`: the stem, then stages ending in `modules`."""
+    """Return the parameter names of the first `frozen_stages` stages: the stem, then those of `modules`."""
     names = [name for name, _ in body.named_parameters()]
     count = config.frozen_stages
     module = modules[max(count - 2, 0)]
     inside = [i for i, name in enumerate(names) if name.startswith(module + ".")]
     if not inside:
         raise InputError(
-            f"frozen_stages: timm does not say where '{config.name}' keeps its stages; set it to 0"
+            f"frozen_stages: timm does not list the stages of '{config.name}'; set frozen_stages to 0"
         )
     return set(names[: inside[0] if count == 1 else inside[-1] + 1])
 
 
 def _move_strides(config: BackboneConfig, body: nn.Module) -> None:
-    """The stride of each stage from the 3x3 convolution of its first bottleneck into the 1x1 before it."""
+    """Move the stride of each stage from the 3x3 to the 1x1 convolution of its first bottleneck."""
     strided = [m for m in body.modules() if isinstance(m, Bottleneck) and m.conv2.stride == (2, 2)]
     if not strided:
         raise InputError(_no_bottleneck(config))
@@ -156,4 +159,4 @@ def _move_strides(config: BackboneConfig, body: nn.Module) -> None:
 
 
 def _no_bottleneck(config: BackboneConfig) -> str:
-    return f"stride_in_1x1 is for ResNets with bottlenecks and strided 3x3s, not for '{config.name}'"
+    return f"stride_in_1x1 needs a ResNet with bottlenecks and strided 3x3 convolutions, not '{config.name}'"

@@ -1,8 +1,8 @@
-"""The repeated blocks of a timm model, recomputed in the backward pass or compiled, one by one.
+"""Recompute or compile the repeated blocks of a timm model, one by one.
 
-timm names the classes of its blocks alike (`Bottleneck`, `ConvNeXtBlock`, `SwinTransformerBlock`, `EvaBlock`,
-`InvertedResidual`); there is no other mark that all families share. timm's own switch for recomputation knows
-all blocks or none.
+Blocks are found by the names of their classes, which are similar in all timm families (`Bottleneck`,
+`ConvNeXtBlock`, `SwinTransformerBlock`, `EvaBlock`, `InvertedResidual`); the families share no other mark.
+timm's own switch for recomputation applies to all blocks or to none.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 
 _CLASS = re.compile("Block|Bottle2?neck|Residual")
-_LEAST_SHARE = 0.5  # of the model's parameters: with less, what was found are not its blocks
+_LEAST_SHARE = 0.5  # of the model's parameters: modules with fewer are not all of its blocks
 
 
 def blocks_of(config: BackboneConfig, body: nn.Module) -> list[nn.Module]:
-    """The outermost blocks, in the order of the model. ValueError where the family has none that we know."""
+    """Return the outermost blocks, in the order of the model.
+
+    Raises InputError, a ValueError, where the blocks of the model family are not known.
+    """
     found: list[nn.Module] = []
 
     def search(module: nn.Module) -> None:
@@ -39,17 +42,17 @@ def blocks_of(config: BackboneConfig, body: nn.Module) -> list[nn.Module]:
     inside = sum(p.numel() for block in found for p in block.parameters())
     if inside < _LEAST_SHARE * sum(p.numel() for p in body.parameters()):
         raise InputError(
-            f"backbone '{config.name}': its blocks are not known, so that they can be neither recomputed nor "
-            "compiled: set checkpoint_blocks and compile_blocks false"
+            f"backbone '{config.name}': its blocks are not known, so they cannot be recomputed or compiled: "
+            "set checkpoint_blocks and compile_blocks to false"
         )
     return found
 
 
 def wrap_blocks(config: BackboneConfig, body: nn.Module) -> None:
-    """Give the blocks the forward passes that `checkpoint_blocks` and `compile_blocks` ask for.
+    """Recompute and compile the blocks as `checkpoint_blocks` and `compile_blocks` say.
 
-    What is replaced is each block's `forward` and not the block: parameters keep their names, and DeepSpeed's
-    hooks, which gather the weights of ZeRO-3, stay outside of what is compiled.
+    This replaces the `forward` of each block and not the block itself. So parameters keep their names, and
+    DeepSpeed's hooks, which gather the weights at ZeRO-3, stay outside of the compiled code.
     """
     every = int(config.checkpoint_blocks)
     if not every and not config.compile_blocks:
@@ -62,14 +65,14 @@ def wrap_blocks(config: BackboneConfig, body: nn.Module) -> None:
 
 
 def recompute(module: nn.Module) -> None:
-    """Keep a module's inputs alone in training, and run its forward pass once more in the backward pass."""
+    """Make a module keep only its inputs in training, and recompute its activations in the backward pass."""
     module.forward = functools.partial(_recomputed, module, module.forward)
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not block.training:
         return forward(*args, **kwargs)
-    # The reentrant kind drops gradients where the input needs none.
+    # The reentrant variant drops the gradients of the parameters where no input requires a gradient.
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
@@ -77,18 +80,19 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     import torch._dynamo.config
     import torch._inductor.config
 
-    # Stochastic depth and dropout draw what they would draw without it.
+    # Compiled code then draws the same random numbers for stochastic depth and dropout as eager code.
     torch._inductor.config.fallback_random = True
-    # Blocks share one piece of code: compiled once for each shape and setting of theirs.
+    # All blocks run the same code object, which is compiled once for each shape and setting.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     return torch.compile(forward, dynamic=False)
 
 
 class StochasticDepth(nn.Module):
-    """Leave out the residual branch of a random part of the images (Huang et al. 2016), as timm's `DropPath`.
+    """Drop the residual branch of randomly chosen images (Huang et al. 2016), as timm's `DropPath` does.
 
-    The probability is a tensor: as a number, it would be part of the compiled code, which grows with depth in
-    every block. `windows` consecutive rows of a batch belong to one image and share its fate.
+    Input and output: `[B * windows, ...]`; the branch is kept or dropped for all `windows` consecutive rows
+    of an image. The probability is a buffer because it differs from block to block: as a Python number it
+    would be a constant of the compiled code, and every block would be compiled separately.
     """
 
     keep: Tensor
@@ -107,7 +111,10 @@ class StochasticDepth(nn.Module):
 
 
 def set_stochastic_depth(body: nn.Module, wanted: bool) -> None:
-    """Ours in the place of timm's; off where not wanted (some families, Swin among them, default to 0.1)."""
+    """Replace timm's `DropPath` modules by `StochasticDepth`, or remove them where it is not `wanted`.
+
+    Some families, Swin among them, have a drop probability of 0.1 by default.
+    """
     for module in body.modules():
         for name, child in module.named_children():
             if isinstance(child, DropPath) and child.drop_prob:

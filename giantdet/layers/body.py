@@ -1,4 +1,4 @@
-"""What all backbones share: the interface, and the making of a timm model with clear errors."""
+"""The interface of all backbones, and the construction of their timm models with clear errors."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from giantdet.layers.norm import FrozenBatchNorm2d
 
 
 class Backbone(nn.Module):
-    """A timm model as a source of feature maps; `body` is the raw timm model with its own keys."""
+    """A timm model that returns feature maps; `body` is the raw timm model with its own parameter names."""
 
     body: Any
     channels: tuple[int, ...]
     """Channels of each output map."""
     strides: tuple[int, ...]
-    """Pixels of the image per cell of each output map."""
+    """Stride of each output map, in pixels of the image."""
     mean: tuple[float, float, float]
-    """What the weights expect to be subtracted from images in [0, 1]."""
+    """Mean by channel that the weights expect to be subtracted from images in [0, 1]."""
     std: tuple[float, float, float]
     is_plain: bool
-    """True for plain ViTs, which give one map; the FPN then builds ViTDet's simple pyramid."""
+    """True for plain ViTs, which return one map; the FPN then builds ViTDet's simple pyramid."""
     timm_args: dict[str, Any]
     """Arguments with which `timm.create_model` made the body."""
     dropped_keys: frozenset[str]
-    """Keys of timm's model that this backbone has no use for (head, final norm, class token)."""
+    """Keys of timm's model that this backbone does not use (head, final norm, class token)."""
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Normalised float images of the size given at construction to [B, C, h, w] maps, finest first."""
+        """Return `[B, C, h, w]` maps, finest first, of normalised float images of the constructed size."""
         raise NotImplementedError
 
 
 def create_body(config: BackboneConfig, timm_args: dict[str, Any]) -> Any:
-    """`timm.create_model` without classifier.
+    """Return a model of `timm.create_model`, with the stochastic depth of `config`.
 
-    Raises ValueError for an unknown name or tag (naming the nearest) and for arguments it does not take.
+    Raises InputError, a ValueError, for an unknown name or tag (with suggestions), and for arguments that the
+    model does not accept.
     """
     base, _, tag = config.name.partition(".")
     if not timm.is_model(base):
@@ -65,7 +66,7 @@ def create_body(config: BackboneConfig, timm_args: dict[str, Any]) -> Any:
 
 
 def image_statistics(body: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation, in units of 0..1, of the weights that the name (and tag) stands for."""
+    """Return the mean and standard deviation by channel, of images in [0, 1], that the weights expect."""
     weights = body.pretrained_cfg
     mean = tuple(map(float, weights.get("mean") or timm.data.IMAGENET_DEFAULT_MEAN))
     std = tuple(map(float, weights.get("std") or timm.data.IMAGENET_DEFAULT_STD))
@@ -75,14 +76,17 @@ def image_statistics(body: Any) -> tuple[tuple[float, float, float], tuple[float
 def checkpoint_filter(
     name: str, body: Any
 ) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """timm's translation of foreign checkpoints of this family, which resamples position embeddings too."""
+    """Return timm's converter of checkpoints of this model family, or None where it has none.
+
+    It renames the keys of other projects and resamples position embeddings.
+    """
     modules = (timm.model_entrypoint(name.partition(".")[0]).__module__, type(body).__module__)
     found = (getattr(sys.modules[m], "checkpoint_filter_fn", None) for m in modules)
     return next((fn for fn in found if fn is not None), None)
 
 
 def freeze(body: nn.Module, is_frozen: Callable[[str], bool]) -> None:
-    """Take the gradients of all parameters whose name `is_frozen`, and make their BatchNorms constants."""
+    """Freeze all parameters whose name `is_frozen`, and replace BatchNorms of such weights by frozen ones."""
     for name, parameter in body.named_parameters():
         if is_frozen(name):
             parameter.requires_grad_(False)
@@ -92,6 +96,7 @@ def freeze(body: nn.Module, is_frozen: Callable[[str], bool]) -> None:
 
 
 def require_multiple(config: BackboneConfig, image_size: tuple[int, int], of: int) -> None:
+    """Raise InputError unless both sides of the canvas are multiples of `of` pixels."""
     if image_size[0] % of or image_size[1] % of:
         raise InputError(
             f"backbone '{config.name}' needs a canvas of multiples of {of}, not "
@@ -100,5 +105,5 @@ def require_multiple(config: BackboneConfig, image_size: tuple[int, int], of: in
 
 
 def cast_to_float32(table: Tensor) -> Tensor:
-    """A constant table as a buffer, outside of any graph."""
+    """Return a detached float32 copy of a constant table, to be registered as a buffer."""
     return table.detach().to(torch.float32).clone()

@@ -1,4 +1,4 @@
-"""Box head: which class a region holds, and where its box really is (Fast R-CNN, Girshick 2015).
+"""Box head: classification and box regression of regions of interest (Fast R-CNN, Girshick 2015).
 
 Shapes: B images · R RoIs · C classes, index C is background · N proposals · D detections · G boxes a RoI,
 one for each class, or 1 for all of them.
@@ -33,8 +33,8 @@ from giantdet.structures import Detections, Targets
 
 DELTA_WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)
 SAMPLING_SALT = 2
-# Candidates (proposal, class) that enter NMS. A candidate can only suppress lower ones, so the cut
-# changes a result only where fewer than `detections` of the best 2,000 survive.
+# Candidates (proposal, class) that enter NMS. A candidate can only suppress candidates of lower scores, so
+# this limit changes the result only where fewer than `detections` of the best 2,000 survive.
 CANDIDATES = 2000
 
 
@@ -82,7 +82,7 @@ class BoxHead(nn.Module):
 
 
 class SampledRois(NamedTuple):
-    """RoIs that the heads train on; positives come first."""
+    """RoIs that the heads are trained on; positives come first."""
 
     boxes_BR4: Tensor
     labels_BR: Tensor  # int64 in [0, C], C is background
@@ -99,7 +99,10 @@ def sample_rois(
     num_classes: int,
     seeds_B: Tensor,
 ) -> SampledRois:
-    """Draw `batch_per_image` RoIs from the proposals and the ground truth itself, a quarter positive."""
+    """Sample `batch_per_image` RoIs from the proposals and the ground-truth boxes.
+
+    At most the share `positive_fraction` of them, 0.25 by default, is positive.
+    """
     boxes_BN4 = torch.cat([proposals.boxes_BN4, targets.boxes_BM4], 1)
     valid_BN = torch.cat([proposals.valid_BN, targets.valid_BM], 1)
     iou_BMN = pairwise_iou(targets.boxes_BM4, boxes_BN4)
@@ -142,16 +145,18 @@ def training_predictions(
     targets: Targets,
     weights: Weights = DELTA_WEIGHTS,
 ) -> BoxPredictions:
-    """Pair the head's outputs `[B*R, ...]` with what they are to predict."""
+    """Pair the head's outputs, logits `[B*R, C + 1]` and deltas `[B*R, C, 4]`, with their targets."""
     shape = rois.labels_BR.shape
-    # Background RoIs have no box; they read class 0 and weigh nothing. A class-agnostic box is at 0.
+    # Background RoIs have no target class; they take the deltas of class 0, which the loss leaves out. A
+    # class-agnostic box is at 0.
     class_BR = rois.labels_BR.where(rois.positive_BR, 0).clamp_max(deltas.shape[1] - 1)
     deltas_BR4 = (
         deltas.reshape(*shape, -1, 4).gather(2, class_BR[..., None, None].expand(*shape, 1, 4)).squeeze(2)
     )
     boxes_BR4 = gather_slots(targets.boxes_BM4, rois.index_BR)
-    # An invalid RoI may be a zero box, and a negative has no box: both aim at a unit box, finitely.
-    unit = F.pad(boxes_BR4.new_ones(2), (2, 0))  # (0, 0, 1, 1), made on the device: a copy would wait
+    # An invalid RoI may be an empty box, and a negative one has no target. For both, the RoI and its target
+    # are a unit box, so that the encoding is finite.
+    unit = F.pad(boxes_BR4.new_ones(2), (2, 0))  # (0, 0, 1, 1), made on the device: a copy would synchronise
     positive_BR1 = rois.positive_BR[..., None]
     target_deltas_BR4 = encode_deltas(
         boxes_BR4.where(positive_BR1, unit), rois.boxes_BR4.where(positive_BR1, unit), weights
@@ -185,7 +190,10 @@ def select_detections(
     config: BaseBoxHeadConfig,
     min_size: float,
 ) -> Detections:
-    """Scores over a threshold, NMS by class, the best `detections` of each image."""
+    """Return the best `detections` of each image, with scores above a threshold, after NMS by class.
+
+    Boxes are clipped to `sizes_B2` (height, width); both sides must be larger than `min_size` pixels.
+    """
     num_classes = scores_BNC.shape[2]
     boxes_BX4 = clip_boxes(boxes_BNG4.expand(-1, -1, num_classes, 4).flatten(1, 2), sizes_B2)
     candidate_BX = (
@@ -212,7 +220,7 @@ def select_detections(
 def box_losses(p: BoxPredictions, smooth_l1_beta: float, kind: BoxLoss = "smooth_l1") -> dict[str, Tensor]:
     """Classification and box loss of the sampled RoIs, scalars (`fast_rcnn.py` of detectron2 0.6).
 
-    Both are divided by the number of RoIs that were sampled, background included.
+    Both sums are divided by the number of sampled RoIs, background included.
     """
     count = p.valid_BR.sum().clamp_min(1)
     entropy_BR = F.cross_entropy(p.logits_BRC1.flatten(0, 1), p.labels_BR.flatten(), reduction="none")

@@ -1,6 +1,6 @@
 """CGBN: batch normalisation over the images of several ranks (Peng et al., MegDet, CVPR 2018, section 3.3).
 
-A conversion from outside the model, usable in any project that has started torch.distributed:
+The conversion needs no change of the model and works in any project that has started torch.distributed:
 
     from giantdet.layers.cgbn import cgbn_group, convert_batchnorm
     model = convert_batchnorm(model, cgbn_group(32, images_per_rank=2))  # over 32 images: 16 ranks
@@ -115,9 +115,9 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
 
     `group` None: over this rank's own batch, without any communication. Parameters, buffers and modes are
     `torch.nn.BatchNorm2d`'s (`momentum=None` is a cumulative average); a state dict of either fits the
-    other. Unlike there, one value a channel in a whole group is no error: its variance is 0.
+    other. Unlike there, a single value per channel in a whole group is allowed: its variance is 0.
 
-    A forward pass that is recomputed in the backward pass leaves the running statistics alone: the first
+    A forward pass that is recomputed in the backward pass does not update the running statistics: the first
     one has updated them already.
     """
 

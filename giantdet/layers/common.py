@@ -1,4 +1,4 @@
-"""The small building blocks that pyramids and heads share, with the field's initialisations."""
+"""Small building blocks that pyramids and heads share, with the usual initialisations of detectors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NORMS: dict[NormName, Callable[[int], nn.Module]] = {
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution, optional norm, optional ReLU: `[B, C_in, h, w]` to `[B, C_out, h', w']`.
+    """A convolution, an optional norm and an optional ReLU: `[B, C_in, h, w]` to `[B, C_out, h', w']`.
 
     `init` is "msra" (He et al. 2015, fan-out, for layers before a ReLU) or "xavier" (uniform, for
-    linear layers); these are `c2_msra_fill` and `c2_xavier_fill` of detectron2. A convolution with a
-    norm behind it has no bias.
+    linear layers); these are `c2_msra_fill` and `c2_xavier_fill` of detectron2. A convolution that is
+    followed by a norm has no bias.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ConvBlock(nn.Sequential):
 
 
 def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Linear layer, Xavier-uniform weights, zero bias (detectron2's `c2_xavier_fill`)."""
+    """Return a linear layer with Xavier-uniform weights and zero bias (detectron2's `c2_xavier_fill`)."""
     layer = nn.Linear(in_features, out_features)
     nn.init.kaiming_uniform_(layer.weight, a=1)
     nn.init.zeros_(layer.bias)
@@ -66,21 +66,21 @@ def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 def normal_(layer: nn.Conv2d | nn.Linear, std: float) -> None:
-    """Gaussian weights of the given standard deviation, zero bias: the field's way to start predictors."""
+    """Initialise a predictor with Gaussian weights of standard deviation `std` and zero bias."""
     nn.init.normal_(layer.weight, std=std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def gather_slots(values: Tensor, index: Tensor) -> Tensor:
-    """`values[b, index[b, r]]` for `[B, N, ...]` values and a `[B, R]` index: `[B, R, ...]`."""
+    """Return `values[b, index[b, r]]`, `[B, R, ...]`, of values `[B, N, ...]` and an index `[B, R]`."""
     extra = values.shape[2:]
     expanded = index.reshape(*index.shape, *[1] * len(extra)).expand(*index.shape, *extra)
     return values.gather(1, expanded)
 
 
 def box_distance(deltas: Tensor, targets: Tensor, beta: float) -> Tensor:
-    """Smooth L1 summed over the four coordinates: `[..., 4]` to `[...]`; `beta` 0 is plain L1."""
+    """Return the smooth L1 loss summed over the four coordinates, `[..., 4]` to `[...]`; `beta` 0 is L1."""
     return F.smooth_l1_loss(deltas, targets, reduction="none", beta=beta).sum(-1)
 
 

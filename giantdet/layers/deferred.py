@@ -1,12 +1,12 @@
-"""Building a model whose large weights do not exist yet.
+"""Build a model without allocating its large weights.
 
-Inside `deferred_init()` every parameter of `LARGE` elements or more stands on the meta device, and the calls
-that would have initialised it (`nn.init`, timm's own schemes) are written down. `materialise` makes one such
-parameter real, by running what was written down, or from a checkpoint's tensor (`fill`). So a model of
-billions of parameters can be handed to ZeRO-3 weight by weight, and no process holds more than its own share
-and one weight (`engine/zero.py`). Small parameters and all buffers are real from the start.
+Inside `deferred_init()` every parameter of `LARGE` elements or more is on the meta device, and the calls that
+would have initialised it (`nn.init`, timm's own schemes) are recorded. `materialise` allocates one such
+parameter and replays its recorded calls, or copies a checkpoint's tensor into it (`fill`). So a model of
+billions of parameters can be given to ZeRO-3 weight by weight, and no process holds more than its own
+partition and one whole weight (`engine/zero.py`). Small parameters and all buffers are allocated at once.
 
-The idea is torchdistx's `deferred_init`; here only what is done in place to parameters is recorded.
+The idea is from torchdistx's `deferred_init`; here only in-place operations on parameters are recorded.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class _Call(NamedTuple):
 
 
 class _Tape(TorchDispatchMode):
-    """Writes down what is done in place to the meta parameters it knows, by their storage."""
+    """Records the in-place operations on deferred parameters, by their storage."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[int, list[_Call]] = {}
-        self.blank: set[int] = set()  # storages of torch.empty: their content is nothing to keep
+        self.blank: set[int] = set()  # storages of torch.empty: their content need not be kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,7 +67,11 @@ class _Tape(TorchDispatchMode):
         return tensor
 
     def recording(self, function: Any) -> Any:
-        """A function of torch.nn.init: those that draw until all values fit do nothing on the meta device."""
+        """Return a function of torch.nn.init that records its call for a deferred parameter.
+
+        The operations inside it cannot be recorded one by one: functions that draw until all values are in
+        range do nothing on the meta device.
+        """
 
         def initialise(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.knows(tensor):
@@ -83,9 +87,10 @@ def _key(tensor: Tensor) -> int:
 
 @contextmanager
 def deferred_init(seed: int = 0) -> Iterator[None]:
-    """Modules built in here have their large parameters on the meta device; see `materialise`.
+    """Put the large parameters of modules that are built inside on the meta device; see `materialise`.
 
-    `seed` and a parameter's name determine its values: they are the same on all ranks and in any order.
+    `seed` and the name of a parameter determine its values, so they are the same on all ranks and in any
+    order. Raises NotImplementedError for a model that initialises one large weight from another.
     """
     tape, register = _Tape(), nn.Module.register_parameter
 
@@ -95,7 +100,7 @@ def deferred_init(seed: int = 0) -> Iterator[None]:
             return
         empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         calls = tape.calls[_key(empty)] = []
-        if _key(parameter) not in tape.blank:  # made with a content, as nn.Parameter(torch.randn(...)) is
+        if _key(parameter) not in tape.blank:  # created with values, as in nn.Parameter(torch.randn(...))
             content = parameter.detach().clone()
             whole = (tuple(empty.shape), empty.stride(), 0)
             calls.append(_Call(torch.ops.aten.copy_.default, *whole, (content,), {}))
@@ -116,13 +121,16 @@ def deferred_init(seed: int = 0) -> Iterator[None]:
 
 
 def is_deferred(parameter: Tensor) -> bool:
-    """Was it made in `deferred_init`, and is not real yet?"""
+    """Return whether a parameter was created in `deferred_init` and is not materialised yet."""
     return hasattr(parameter, "_deferred")
 
 
 @torch.no_grad()
 def fill(parameter: nn.Parameter, content: Tensor) -> None:
-    """Let a deferred parameter become this tensor, which is kept (a memory-mapped file's costs nothing)."""
+    """Set the tensor that a deferred parameter will be materialised from.
+
+    The tensor is kept and not copied; one of a memory-mapped file takes no memory until then.
+    """
     tape, _, seed = parameter._deferred  # type: ignore[attr-defined]
     whole = (tuple(parameter.shape), parameter.stride(), 0)
     copied = [_Call(torch.ops.aten.copy_.default, *whole, (content,), {})]
@@ -131,21 +139,22 @@ def fill(parameter: nn.Parameter, content: Tensor) -> None:
 
 @torch.no_grad()
 def materialise(parameter: nn.Parameter, name: str) -> nn.Parameter:
-    """The real parameter, initialised as its model's constructor would have, by random numbers of its name.
+    """Return a deferred parameter allocated on the CPU and initialised as its model's constructor would.
 
-    On the CPU, whatever the device of the run: the numbers are the same everywhere.
+    The random numbers are seeded by the parameter's name. They are drawn on the CPU whatever the device of
+    the run, so that they are the same on every machine.
     """
     _, calls, seed = parameter._deferred  # type: ignore[attr-defined]
     real = torch.empty(parameter.shape, dtype=parameter.dtype)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed torch's generator takes 32 bits
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # torch's generator uses 32 bits of a seed
         for call in calls:
             call.function(real.as_strided(call.size, call.stride, call.offset), *call.args, **call.kwargs)
     return nn.Parameter(real, requires_grad=parameter.requires_grad)
 
 
 def real_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Parameter]:
-    """The model's parameters one by one, each made real, of `dtype`, as it is asked for."""
+    """Yield the model's parameters one by one, each materialised and cast to `dtype` when it is requested."""
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:

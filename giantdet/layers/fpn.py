@@ -1,7 +1,7 @@
-"""Feature pyramids: maps of the same number of channels, P2 to P6 at strides 4 to 64, or P3 to P7.
+"""Feature pyramids: maps with the same number of channels, P2 to P6 at strides 4 to 64, or P3 to P7.
 
-`FeaturePyramid` is FPN (Lin et al., CVPR 2017) over a hierarchical backbone, `SimplePyramid` is
-ViTDet's (Li et al., ECCV 2022, section 3) over the one map of a plain ViT.
+`FeaturePyramid` is FPN (Lin et al., CVPR 2017) over a hierarchical backbone. `SimplePyramid` is that of
+ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def build_fpn(
     finest: Literal[2, 3] = 2,
     top: nn.Module | None = None,
 ) -> nn.Module:
-    """The pyramid over backbone maps of these channels and strides, from level `finest` on.
+    """Return the pyramid over backbone maps of these channels and strides; its finest level is P`finest`.
 
-    `top` makes the levels above P5 from C5 (of a plain ViT its one map) and P5; the default is P6, P5
+    `top` computes the levels above P5 from C5 (the single map of a plain ViT) and P5; the default is P6, P5
     subsampled by two. Raises InputError where the maps are not at strides 4, 8, 16, 32 (a plain ViT: 16).
     """
     wanted = (16,) if is_plain else (4, 8, 16, 32)
@@ -44,10 +44,10 @@ def build_fpn(
 
 
 class Subsampled(nn.Module):
-    """P6 as every second cell of P5."""
+    """P6 as every second cell of P5, as in detectron2's `LastLevelMaxPool`."""
 
     def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
-        """`[B, C, h, w]` to one map of half the size."""
+        """Return one map of half the size of `p5`, `[B, C, h, w]`, rounded up."""
         return [F.max_pool2d(p5, kernel_size=1, stride=2)]
 
 
@@ -65,13 +65,13 @@ class TopConvolutions(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
-        """Maps of half and of a quarter of the size, rounded up."""
+        """Return P6 and P7: maps of half and a quarter of the size of C5, rounded up."""
         p6 = self.p6(c5 if self.from_c5 else p5)
         return [p6, self.p7(F.relu(p6))]
 
 
 class FeaturePyramid(nn.Module):
-    """Top-down pathway with lateral connections: maps of strides up to 32 to as many levels, and the top."""
+    """FPN: a top-down pathway with lateral connections, one level for each map, and the levels of `top`."""
 
     def __init__(self, config: FpnConfig, channels: tuple[int, ...], top: nn.Module) -> None:
         super().__init__()
@@ -82,7 +82,10 @@ class FeaturePyramid(nn.Module):
         self.top = top
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """`[B, C_l, H / s_l, W / s_l]`, of which the last ones are used, to `[B, C, ., .]`, finest first."""
+        """Return the levels `[B, C, ., .]`, finest first, of backbone maps `[B, C_l, H / s_l, W / s_l]`.
+
+        Maps finer than the finest level are not used.
+        """
         maps = maps[-len(self.laterals) :]
         merged = self.laterals[-1](maps[-1])
         levels = [self.outputs[-1](merged)]
@@ -93,7 +96,7 @@ class FeaturePyramid(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's pyramid: scalings of the last map (transposed convolutions up, pooling down), and the top."""
+    """ViTDet's pyramid: one map rescaled by transposed convolutions or pooling, and the levels of `top`."""
 
     def __init__(self, config: FpnConfig, width: int, finest: Literal[2, 3], top: nn.Module) -> None:
         super().__init__()
@@ -117,6 +120,6 @@ class SimplePyramid(nn.Module):
         self.top = top
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """One `[B, width, H / 16, W / 16]` to `[B, C, ., .]` at strides from 4 or 8 on."""
+        """Return the levels `[B, C, ., .]`, finest first, of one map `[B, width, H / 16, W / 16]`."""
         levels = [stage(maps[0]) for stage in self.stages]
         return [*levels, *self.top(maps[0], levels[-1])]

@@ -1,4 +1,4 @@
-"""Mask head: the shape of the object inside its box (Mask R-CNN, He et al. 2017, figure 4 right).
+"""Mask head: prediction of an object's mask inside its box (Mask R-CNN, He et al. 2017, figure 4 right).
 
 Shapes: B images · P mask slots · D detections · K RoIs · C classes · S = 2 x `resolution`.
 Reference: detectron2's `MaskRCNNConvUpsampleHead`.
@@ -30,7 +30,7 @@ class MaskPredictions(NamedTuple):
 
 
 class MaskHead(nn.Module):
-    """RoI features `[K, channels, 14, 14]` and a class each `[K]` to mask logits `[K, 28, 28]`, float32."""
+    """RoI features `[K, channels, 14, 14]` and their classes `[K]` to mask logits `[K, 28, 28]`, float32."""
 
     def __init__(self, config: MaskHeadConfig, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def with_masks(head: MaskHead, pool: RoiPool, levels: list[Tensor], found: Detec
 
 
 def mask_loss(p: MaskPredictions) -> dict[str, Tensor]:
-    """Mean binary cross-entropy over the pixels of valid slots (`mask_head.py` of detectron2 0.6)."""
+    """Return the mean binary cross-entropy over the pixels of valid slots (detectron2's `mask_head.py`)."""
     entropy_BPSS = F.binary_cross_entropy_with_logits(p.logits_BPSS, p.targets_BPSS, reduction="none")
     entropy_BP = entropy_BPSS.mean((-2, -1))
     return {"loss_mask": torch.where(p.valid_BP, entropy_BP, 0.0).sum() / p.valid_BP.sum().clamp_min(1)}

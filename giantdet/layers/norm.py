@@ -1,14 +1,14 @@
 """Batch normalisation, chosen from outside the model: `apply_norm` converts every BatchNorm of a module.
 
-- `FrozenBatchNorm2d`: statistics and affine are constants (detectron2's and torchvision's rule for
+- `FrozenBatchNorm2d`: statistics, scale and bias are constants (the choice of detectron2 and torchvision for
   fine-tuning with small batches).
-- `CrossGpuBatchNorm` (`layers/cgbn.py`): over this rank's own micro-batch (local), or over that of
-  several ranks (cgbn). Statistics and arithmetic are float32 whatever the type of input and weights: the
-  stock one raises on the CPU for bf16 weights beside float32 statistics, and loses its running statistics
-  to bf16 where DeepSpeed casts all buffers.
+- `CrossGpuBatchNorm` (`layers/cgbn.py`): statistics over this rank's own micro-batch (local), or over the
+  micro-batches of several ranks (cgbn). Statistics and arithmetic are float32 whatever the type of input and
+  weights. PyTorch's own BatchNorm raises on the CPU for bf16 weights with float32 statistics, and its running
+  statistics lose their precision where DeepSpeed casts all buffers to bf16.
 
-Both keep the five keys of `BatchNorm2d` in the state dict, so that any checkpoint fits before and after.
-timm's `BatchNormAct2d` carries its activation; both classes take it over (`drop`, then `act`).
+Both keep the five keys of `BatchNorm2d` in the state dict, so that a checkpoint fits before and after the
+conversion. timm's `BatchNormAct2d` includes its activation; both classes apply it too (`drop`, then `act`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class FrozenBatchNorm2d(Float32Buffers):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         bias = self.bias - self.running_mean * scale
-        # One pass over x. `F.batch_norm` takes one as well, but keeps x for its backward pass.
+        # A single pass over x. `F.batch_norm` needs one pass too, but keeps x for its backward pass.
         x = torch.addcmul(bias.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1))
         out: Tensor = self.act(self.drop(x))
         return out
@@ -82,8 +82,8 @@ def moving_norms(model: nn.Module) -> list[_BatchNorm]:
 def apply_norm(module: nn.Module, config: PartNormConfig, images_per_rank: int | None = None) -> nn.Module:
     """Convert every BatchNorm inside `module` to the kind that `config.type` names, in place.
 
-    BatchNorms that are frozen already (stages below `frozen_stages`) stay frozen. `images_per_rank` None:
-    cgbn is local. Returns `module`, or its replacement where `module` itself is a BatchNorm.
+    BatchNorms that are already frozen (those of the `frozen_stages`) stay frozen. Where `images_per_rank` is
+    None, cgbn is local. Returns `module`, or its replacement where `module` itself is a BatchNorm.
     """
     if config.type == "frozen":
         return replace_batchnorm(module, FrozenBatchNorm2d.from_batchnorm)

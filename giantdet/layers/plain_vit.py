@@ -1,14 +1,15 @@
 """Plain ViTs (ViT, DeiT, DINOv2/v3, SigLIP, EVA, EVA-02) as detection backbones, after ViTDet.
 
 Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection": attention within
-windows, a few evenly spaced blocks with global attention, one map of stride 16. The blocks are timm's own,
-driven from here with another layout of tokens. Deviations from ViTDet's code: no relative position bias
-(timm's checkpoints have none), and padded tokens are masked as keys, where ViTDet lets them take part.
+windows, a few evenly spaced blocks with global attention, one map of stride 16. The blocks are timm's own;
+this file calls them with another layout of tokens. Deviations from ViTDet's code: there is no relative
+position bias (timm's checkpoints have none), and padded tokens are masked as keys, while ViTDet attends to
+them.
 
-Patch tokens only: class and register tokens are dropped, unless `window` is 0; then everything is global
-and equal to timm's own forward pass.
+The blocks see patch tokens only: class and register tokens are dropped. With `window` 0 they are kept, all
+blocks are global, and the result equals timm's own forward pass.
 
-B images · H, W the map of patches · w side of a window · N tokens of a window · C channels
+B images · H, W size of the map in patches · w side of a window · N tokens of a window · C channels
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ _PREFIX_TOKENS = ("cls_token", "reg_token", "dist_token")
 
 
 class PlainViT(Float32Buffers, Backbone):
-    """One [B, C, H / patch, W / patch] map from the last block, after the model's final norm if it has one.
+    """A backbone that returns one `[B, C, H, W]` map: the last block's output, after the final norm if any.
 
-    Cheapest where the canvas is a multiple of patch * window: otherwise whole blocks run on the padding too.
+    It is fastest where the canvas is a multiple of patch * window pixels: otherwise the blocks also compute
+    padded tokens.
     """
 
     key_mask: Tensor | None
@@ -83,19 +85,22 @@ class PlainViT(Float32Buffers, Backbone):
         for block in self.body.blocks:
             for module in block.modules():
                 if hasattr(module, "num_prefix_tokens"):
-                    module.num_prefix_tokens = 0  # RoPE turns all tokens but these
-        # The body's own count stays: timm's checkpoint filter needs it to read position embeddings.
+                    module.num_prefix_tokens = 0  # RoPE rotates all tokens except these
+        # The body's own count is kept: timm's checkpoint filter needs it to read position embeddings.
 
     def _tell_windows(self) -> None:
-        """Stochastic depth leaves out images, as in ViTDet, and not windows."""
+        """Set the number of windows per image: stochastic depth drops images, as in ViTDet, not windows."""
         for index, block in enumerate(self.body.blocks):
             for module in block.modules():
                 if isinstance(module, StochasticDepth) and index not in self.global_blocks:
                     module.windows = math.prod(-(-side // self.window) for side in self.grid)
 
     def _store_rope(self) -> None:
-        """What rotary embeddings take from the grid alone, made once: whole tables, or the positions that
-        learnt frequencies (`rope_mixed`), which stay in the body, are multiplied with."""
+        """Store the part of the rotary embeddings that depends only on the grid.
+
+        These are the whole tables, or, for learnt frequencies (`rope_mixed`), the positions that the
+        frequencies are multiplied with. The frequencies themselves stay in the body.
+        """
         rope = getattr(self.body, "rope", None)
         self.learnt_rope = rope is not None and getattr(self.body, "rope_mixed", False)
         window = (self.window, self.window) if self.window else self.grid
@@ -104,14 +109,14 @@ class PlainViT(Float32Buffers, Backbone):
             grids = (get_mixed_grid(shape, grid_indexing=rope.grid_indexing) for shape in (self.grid, window))
             tables = [torch.stack(positions).float() for positions in grids]
         elif rope is not None:
-            rope.eval()  # DINOv3's augments its coordinates in training mode
+            rope.eval()  # in training mode DINOv3's augments its coordinates
             tables = [cast_to_float32(rope.get_embed(shape=shape)) for shape in (self.grid, window)]
             self.body.rope = None
         self.register_buffer("rope_global", tables[0], persistent=False)
         self.register_buffer("rope_window", tables[1], persistent=False)
 
     def _key_mask(self) -> Tensor | None:
-        """Bool [windows, 1, 1, N], False at padded keys; None where the window divides the map."""
+        """Return bool `[windows, 1, 1, N]`, False at padded keys; None where the window divides the map."""
         if not self.window or not (self.grid[0] % self.window or self.grid[1] % self.window):
             return None
         ones = torch.ones(1, *self.grid, 1)
@@ -126,7 +131,7 @@ class PlainViT(Float32Buffers, Backbone):
         windowed = False
         for index, block in enumerate(body.blocks):
             is_global = index in self.global_blocks
-            if is_global == windowed:  # a run of windowed blocks begins or ends: one partition for each run
+            if is_global == windowed:  # consecutive windowed blocks share one partition into windows
                 if is_global:
                     x = from_windows(x, self.window, batch, height, width).flatten(1, 2)
                 else:
@@ -144,7 +149,7 @@ class PlainViT(Float32Buffers, Backbone):
         return [rearrange(x, "b (h w) c -> b c h w", h=height).contiguous()]
 
     def _add_positions(self, x_BHWC: Tensor) -> Tensor:
-        """Tokens [B, (prefix +) H * W, C] with absolute positions, where the model has them."""
+        """Return the tokens `[B, (prefix +) H * W, C]`, with absolute positions where the model has them."""
         body = self.body
         if not self.window:
             made = body._pos_embed(x_BHWC)
@@ -158,7 +163,10 @@ class PlainViT(Float32Buffers, Backbone):
         return dropped
 
     def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of global and of windowed blocks: [N, D], or [depth, heads, N, D] where they are learnt."""
+        """Return the rotary embeddings of global and of windowed blocks.
+
+        Each is `[N, D]`, or `[depth, heads, N, D]` where they are learnt; None in a model without any.
+        """
         if not self.learnt_rope:
             return self.rope_global, self.rope_window
         assert self.rope_global is not None and self.rope_window is not None
@@ -166,7 +174,7 @@ class PlainViT(Float32Buffers, Backbone):
         return get_mixed_freqs(learnt, *self.rope_global), get_mixed_freqs(learnt, *self.rope_window)
 
     def _attention_mask(self, x: Tensor) -> Tensor | None:
-        """0 and -inf [B * windows, 1, 1, N] for a batch like `x`, kept from step to step."""
+        """Return the additive mask `[B * windows, 1, 1, N]` of 0 and -inf for a batch like `x`, cached."""
         if self.key_mask is None:
             return None
         made = self._made_mask
@@ -178,20 +186,23 @@ class PlainViT(Float32Buffers, Backbone):
 
 
 def global_block_indices(depth: int, count: int) -> frozenset[int]:
-    """`count` evenly spaced blocks, the last block among them: 5, 11, 17, 23 of 24 for 4."""
+    """Return the indices of `count` evenly spaced blocks, including the last: 5, 11, 17, 23 for 4 of 24."""
     count = min(count, depth)
     return frozenset((i + 1) * depth // count - 1 for i in range(count))
 
 
 def to_windows(x_BHWC: Tensor, window: int) -> Tensor:
-    """[B * windows, window * window, C], image by image and row by row; zeros to the right and below."""
+    """Return windows `[B * windows, window * window, C]`, image by image and row by row.
+
+    The map is padded with zeros at the right and at the bottom.
+    """
     height, width = x_BHWC.shape[1:3]
     x = F.pad(x_BHWC, (0, 0, 0, -width % window, 0, -height % window))
     return rearrange(x, "b (rows y) (columns x) c -> (b rows columns) (y x) c", y=window, x=window)
 
 
 def from_windows(x_WNC: Tensor, window: int, batch: int, height: int, width: int) -> Tensor:
-    """[B, H, W, C], the inverse of `to_windows`, padding cut off."""
+    """Return the map `[B, H, W, C]` of windows; the inverse of `to_windows`, without its padding."""
     rows, columns = -(-height // window), -(-width // window)
     x = rearrange(
         x_WNC,

@@ -1,13 +1,13 @@
 """Region proposal network (Ren et al. 2015) over a feature pyramid, in fixed shapes.
 
-Shapes: B images · A anchors (all levels) · N proposals · R sampled anchors · K anchors a cell.
-Reference: detectron2's `RPN` and `find_top_rpn_proposals`. On purpose different: anchors centred in
+Shapes: B images · A anchors (all levels) · N proposals · R sampled anchors · K anchors per cell.
+Reference: detectron2's `RPN` and `find_top_rpn_proposals`. One deliberate difference: anchors centred in
 the padding are neither trained nor proposed, because our canvas is fixed and may have more padding
 than a batch that is padded to its largest image (torchvision's conventions keep them).
 
-The loss reads 256 of a quarter of a million anchors, and proposals are constants. So the pass over all
-cells keeps no graph, and the sampled anchors' cells, cut out with their 3 x 3 neighbours, go through the
-head a second time: the same numbers, and the backward of a few hundred cells instead of all.
+The loss reads only 256 of about 250,000 anchors, and no gradient flows through the proposals. So the forward
+pass over all cells keeps no graph, and the cells of the sampled anchors, with their 3 x 3 neighbours, pass
+through the head a second time. The numbers are the same, and the backward pass covers only those cells.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Proposals(NamedTuple):
 
 
 class RpnPredictions(NamedTuple):
-    """RPN outputs at the sampled anchors, with what they are to predict. R is `rpn.batch_per_image`."""
+    """RPN outputs at the sampled anchors, with their targets. R is `rpn.batch_per_image`."""
 
     objectness_BR: Tensor  # float32 logits
     deltas_BR4: Tensor  # float32
@@ -57,22 +57,22 @@ class RpnHead(nn.Module):
 
     def __init__(self, channels: int, anchors_per_cell: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3)  # zero-padded by who calls it
+        self.conv = nn.Conv2d(channels, channels, 3)  # its callers pad the input with zeros
         self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
         self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             normal_(layer, std=0.01)
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, C, h, w]` to objectness logits `[B, h*w*K]` and deltas `[B, h*w*K, 4]`, float32."""
+        """Return objectness logits `[B, h*w*K]` and deltas `[B, h*w*K, 4]`, float32, of `[B, C, h, w]`."""
         return self.predict(F.pad(level, (1, 1, 1, 1)))
 
     def at_anchors(self, levels: list[Tensor], index_BR: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` gives at anchors `index_BR`, counted over all levels: `[B, R]` and `[B, R, 4]`."""
+        """Return the outputs of `forward`, `[B, R]` and `[B, R, 4]`, at anchors `index_BR` of all levels."""
         anchors_per_cell = self.objectness.out_channels
         around_BRX = _neighbours(levels)[index_BR // anchors_per_cell]
         batch, channels = levels[0].shape[:2]
-        beyond_B1C = levels[0].new_zeros(batch, 1, channels)  # what the border reads
+        beyond_B1C = levels[0].new_zeros(batch, 1, channels)  # the zero padding beyond the border
         cells_BNC = torch.cat([*(level.flatten(2).mT for level in levels), beyond_B1C], 1)
         count = cells_BNC.shape[1]
         first_B11 = torch.arange(batch, device=index_BR.device)[:, None, None] * count
@@ -83,7 +83,7 @@ class RpnHead(nn.Module):
         return objectness.gather(1, which_K[:, None]).view_as(index_BR), deltas_K4.view(*index_BR.shape, 4)
 
     def predict(self, padded: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` of a map with a border of one cell already around it."""
+        """Return `forward`'s outputs for a map that is already padded by one cell on each side."""
         hidden = F.relu(self.conv(padded))
         objectness = rearrange(self.objectness(hidden), "b k h w -> b (h w k)")
         deltas = rearrange(self.deltas(hidden), "b (k d) h w -> b (h w k) d", d=4)
@@ -91,9 +91,9 @@ class RpnHead(nn.Module):
 
 
 def _neighbours(levels: list[Tensor]) -> Tensor:
-    """The 3 x 3 cells around each cell, row by row: `[N, 9]` numbers of cells counted over all levels.
+    """Return the indices `[N, 9]` of the 3 x 3 cells around each cell, row by row, over all levels.
 
-    A neighbour beyond the level's border is number N.
+    The index of a neighbour beyond the border of its level is N.
     """
     shapes = [level.shape[-2:] for level in levels]
     total = sum(height * width for height, width in shapes)
@@ -127,7 +127,10 @@ class Rpn(nn.Module):
         self.head = RpnHead(channels, len(config.anchor_ratios))
 
     def anchors(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        """float32 `[A_l, 4]` a level. Made in the forward: as a buffer, bf16 training would round them."""
+        """Return the anchors of each level, float32 `[A_l, 4]` in pixels.
+
+        They are computed in each forward pass: as buffers, DeepSpeed would cast them to bf16.
+        """
         return grid_anchors(
             self.image_size,
             [(level.shape[-2], level.shape[-1]) for level in levels],
@@ -167,7 +170,7 @@ class Rpn(nn.Module):
         return proposals, predictions
 
     def _outside(self, anchors_A4: Tensor, sizes_B2: Tensor) -> Tensor:
-        """bool `[B, A]`: the anchor is neither trained nor proposed."""
+        """Return bool `[B, A]`, True for anchors that are neither trained nor proposed."""
         outside_BA = centred_in_padding(anchors_A4, sizes_B2)
         return torch.zeros_like(outside_BA) if self.conventions.anchors_in_padding else outside_BA
 
@@ -180,7 +183,7 @@ class Rpn(nn.Module):
         seeds_B: Tensor,
     ) -> RpnPredictions:
         config = self.config
-        # Before matching: the best anchor of an object at the border must be one that can be sampled.
+        # Masked before matching: the best anchor of an object at the border must be one that can be sampled.
         iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4).masked_fill_(outside_BA[:, None], 0.0)
         index_BA, label_BA = match(
             iou_BMA, targets.valid_BM, config.iou_low, config.iou_high, allow_low_quality=True
@@ -192,7 +195,7 @@ class Rpn(nn.Module):
         )
         anchors_BR4 = anchors_A4[index_BR]
         boxes_BR4 = gather_slots(targets.boxes_BM4, index_BA.gather(1, index_BR))
-        # Negatives have no box to aim at; aiming at the anchor itself keeps the encoding finite.
+        # Negatives have no target box; with the anchor itself as the target the encoding is finite.
         boxes_BR4 = torch.where(positive_BR[..., None], boxes_BR4, anchors_BR4)
         objectness_BR, deltas_BR4 = self.head.at_anchors(levels, index_BR)
         return RpnPredictions(
@@ -214,10 +217,11 @@ def select_proposals(
     nms_iou: float,
     min_size: float,
 ) -> Proposals:
-    """The best `pre_nms` anchors of each level, decoded, clipped and NMS'ed by level; the best
-    `post_nms` of all levels, best first (detectron2's `find_top_rpn_proposals`).
+    """Return the best `post_nms` proposals of all levels, best first (detectron2's `find_top_rpn_proposals`).
 
-    `objectness` `[B, A_l]` and `deltas` `[B, A_l, 4]` a level; -inf marks an anchor that is out.
+    They are selected from the best `pre_nms` anchors of each level, which are decoded, clipped to `sizes_B2`
+    and filtered by NMS within the level. Each level has `objectness` `[B, A_l]` and `deltas` `[B, A_l, 4]`;
+    an objectness of -inf excludes an anchor. Both sides of a proposal are larger than `min_size` pixels.
     """
     boxes, scores = [], []
     for score_BA, delta_BA4, anchors_A4 in zip(objectness, deltas, anchors, strict=True):
@@ -239,9 +243,9 @@ def select_proposals(
 
 
 def rpn_losses(p: RpnPredictions, conventions: Conventions) -> dict[str, Tensor]:
-    """Objectness and box loss of the sampled anchors, scalars (`rpn.py` of detectron2 0.6).
+    """Return the objectness and box loss of the sampled anchors, scalars (detectron2 0.6, `rpn.py`).
 
-    Sums run over all slots, masked, never over a selection: a batch without an object gives zeros with clean
+    Sums are masked and run over all slots, so that a batch without objects has zero losses and finite
     gradients. The normaliser is local to the rank and micro-batch, as in all reference implementations.
     """
     count = p.valid_BR.numel() if conventions.rpn_loss_over_all_slots else p.valid_BR.sum().clamp_min(1)

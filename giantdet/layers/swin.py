@@ -1,12 +1,12 @@
-"""Swin (v1, v2, v2-CR) on canvases that the window does not divide.
+"""Swin (v1, v2, v2-CR) on canvases that are not a multiple of the window size.
 
-timm pads a map to whole windows *after* the cyclic shift, so that shifted windows join rows that are no
-neighbours (timm issue 2438). Here a block pads *before* the shift, as the authors' detection code,
-detectron2 and torchvision do; where the window divides the map, nothing changes. Like theirs, our padding
-is zero tokens after the first norm, and they do take part in the attention: trained weights expect it.
+timm pads a map to whole windows *after* the cyclic shift, so that a shifted window can contain rows that are
+not neighbours (timm issue 2438). Here a block pads *before* the shift, as the authors' detection code,
+detectron2 and torchvision do; where the window divides the map, nothing changes. As in their code, the
+padding consists of zero tokens after the first norm, and these are attended to: trained weights expect it.
 
-Windows keep their side, at small maps too, where timm would shrink them and resample their bias table;
-along a side that is one window long there is no shift.
+Windows keep their size also on maps that are smaller, where timm would shrink them and resample their bias
+table. There is no shift along a side that is at most one window long.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _PAD_FIRST: dict[type, type] = {
 
 
 def pad_before_shift(body: Any) -> None:
-    """Turn all blocks of a timm Swin that was built with `always_partition` into ones that pad first."""
+    """Make all blocks of a timm Swin pad before the shift; it must be built with `always_partition`."""
     for block in body.modules():
         if type(block) not in _PAD_FIRST:
             continue
@@ -63,5 +63,5 @@ def pad_before_shift(body: Any) -> None:
             0 if side <= window else shift
             for side, window, shift in zip(size, block.window_size, block.shift_size, strict=True)
         )
-        block._init_buffers()  # the mask of the padded map, for the shift that is left
+        block._init_buffers()  # recomputes the attention mask for the padded map and the new shift
         block.__class__ = _PAD_FIRST[type(block)]  # same parameters and keys, only the order of steps differs

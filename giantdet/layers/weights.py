@@ -1,8 +1,8 @@
-"""Pretrained weights into a backbone, strictly: each key finds its place, or the error lists all that do not.
+"""Load pretrained weights into a backbone, strictly: an error lists all keys that do not match.
 
 Loading happens before DeepSpeed partitions the model (`load_state_dict` inside `zero.Init` fails). Tensors
-are cast to the parameters' type. Files are mapped, not read: of a deferred parameter's tensor (`deferred.py`)
-no byte comes into memory before its turn.
+are cast to the type of the parameters. Files are memory-mapped: the tensor of a deferred parameter
+(`deferred.py`) is read only when that parameter is materialised.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from giantdet.layers.deferred import fill, is_deferred
 
 _log = logging.getLogger(__name__)
 _HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
-# What timm's filters raise when they meet the tensors of something else.
+# What timm's filters raise for the tensors of another model.
 _FOREIGN = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError)
 _NESTS = ("state_dict", "model")
 
 
 def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
-    """Load what `config.init_weights` (a file) or `config.pretrained` (timm's tag) names; else do nothing.
+    """Load the weights that `config.init_weights` (a file) or `config.pretrained` (timm's tag) names, if any.
 
-    timm's own filter of the family runs first: foreign keys are renamed, patch and position embeddings
-    resampled. Head, final norm and class token, which the backbone has no use for, are left out and logged.
+    timm's own filter of the model family runs first: it renames the keys of other projects and resamples
+    patch and position embeddings. Head, final norm and class token, which the backbone does not use, are left
+    out and logged.
 
-    Raises ValueError in one message for a missing file, one that is no checkpoint, or any mismatch of keys.
+    Raises InputError, a ValueError, for a missing file, a file without weights, and any mismatch of keys.
     """
     if config.init_weights and config.pretrained:
         raise InputError("give either backbone.pretrained or backbone.init_weights, not both")
@@ -60,11 +61,13 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, .pth or .pt file, taken out of a `state_dict` or `model` nest.
+    """Return the tensors of a .safetensors, .pth or .pt file by name.
 
-    A folder, or an index file in one (`*.safetensors.index.json`), stands for all of its shards. Files are
-    read without running code from them, and are mapped: a tensor comes into memory when it is used. Raises
-    ValueError naming the file.
+    They may be at the top level of the file, or under a key `state_dict` or `model`. For a folder, or an
+    index file in it (`*.safetensors.index.json`), the tensors of all shards are returned. No code from the
+    files is run. Files are memory-mapped: a tensor is read when it is used.
+
+    Raises InputError, a ValueError, that names the file.
     """
     file = Path(path)
     if file.is_dir():
@@ -73,7 +76,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if not files:
             raise InputError(f"{file}: no weights here (looked for *.safetensors)")
         if len(files) > 1:
-            raise InputError(f"{file} holds {len(files)} safetensors files and no index; name one of them")
+            raise InputError(f"{file} has {len(files)} safetensors files and no index; name one of the files")
         file = files[0]
     if not file.is_file():
         raise InputError(f"weights file {file} does not exist")
@@ -96,7 +99,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
-            mapped = zipfile.is_zipfile(file)  # older files of torch cannot be
+            mapped = zipfile.is_zipfile(file)  # torch's older format cannot be memory-mapped
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"weights file {file} cannot be read: {_first_line(error)}") from error
@@ -123,14 +126,14 @@ def load_strictly(
     what: str,
     ignore: Callable[[str], bool] = lambda key: False,
 ) -> None:
-    """Load `state` into `module` after `report_mismatch`; on a mismatch nothing is loaded."""
+    """Load `state` into `module`. Raises InputError (`report_mismatch`) before anything is loaded."""
     ignored = report_mismatch(module.state_dict(), state, what, ignore)
     if ignored:
         _log.info("%s: left out %s", what, ", ".join(ignored))
     deferred = {name: p for name, p in module.named_parameters() if is_deferred(p)}
     for name, parameter in deferred.items():
         fill(parameter, state[name])
-    # `num_batches_tracked`, the one key that may be missing, is what strict=False is for.
+    # strict=False because of `num_batches_tracked`, the only key that may be missing.
     kept = {k: v for k, v in state.items() if k not in deferred and k not in set(ignored)}
     module.load_state_dict(kept, strict=False)
 
@@ -141,10 +144,10 @@ def report_mismatch(
     what: str,
     ignore: Callable[[str], bool] = lambda key: False,
 ) -> list[str]:
-    """Compare two state dicts by keys and shapes; returns the superfluous keys that `ignore` allows.
+    """Compare two state dicts by keys and shapes; return the superfluous keys that `ignore` allows.
 
-    `num_batches_tracked` may be missing (older checkpoints lack it, and nothing depends on it).
-    Raises ValueError that lists the missing and unexpected keys and the shapes that differ, key by key.
+    `num_batches_tracked` may be missing (older checkpoints lack it, and nothing depends on it). Raises
+    InputError, a ValueError, that lists all missing and unexpected keys and all shapes that differ.
     """
     missing = [k for k in expected if k not in found and not k.endswith("num_batches_tracked")]
     extra = [k for k in found if k not in expected]
@@ -164,9 +167,9 @@ def report_mismatch(
 
 
 def _tagged_state_dict(source: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """What timm's configuration of a tag points to: a file, a file of the hub, or an address.
+    """Return the weights that timm's configuration of a tag names: a file, a file of the hub, or a URL.
 
-    The file alone and not timm's model with it, which would be a whole copy on every rank.
+    Only the file is read. timm's own loading would build a whole second model on every rank.
     """
     try:
         if source.get("file"):
@@ -177,8 +180,8 @@ def _tagged_state_dict(source: Mapping[str, Any], name: str) -> dict[str, Tensor
         elif source.get("url"):
             state = torch.hub.load_state_dict_from_url(source["url"], map_location="cpu", weights_only=True)
         else:
-            raise InputError("timm knows no weights of this name")
-    except Exception as error:  # no network, no disk, no such file: many libraries' own types
+            raise InputError("timm has no weights of this name")
+    except Exception as error:  # no network, a full disk, a missing file: each library has its own types
         raise InputError(
             f"cannot get timm's weights of '{name}' ({_first_line(error)}); download them elsewhere and "
             "name the file in backbone.init_weights"
@@ -197,6 +200,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Those that belong to the state dict: running statistics."""
+    """Return the buffers that belong to the state dict, such as running statistics, by name."""
     saved = set(module.state_dict())
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}

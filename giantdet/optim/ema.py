@@ -1,11 +1,11 @@
 """Exponential moving average of the weights, partitioned over the ranks at every ZeRO stage.
 
-A copy of the model, as timm's and torch's averaging classes keep, has no place at ZeRO-3. Here each rank
-averages its share of each trainable parameter in float32: its own partition at ZeRO-3, an even share before
-(`optim/fragments.py`).
-The averaging is torch's (`torch.optim.swa_utils`), the growing decay TensorFlow's and timm's.
+timm's and torch's averaging classes keep a whole copy of the model, which may not fit on a rank at ZeRO-3.
+Here each rank averages its share of each trainable parameter in float32: its own partition at ZeRO-3, an even
+share at the other stages (`optim/fragments.py`). The averaging is torch's (`torch.optim.swa_utils`); the
+decay grows in the first steps as TensorFlow's and timm's does.
 
-In bf16 runs what is averaged are the bf16 weights that the model computes with.
+In bf16 runs the average is that of the bf16 weights that the model computes with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from giantdet.optim.fragments import local_share, share_of
 
 
 class WeightEma:
-    """Averages of a model's trainable weights; the model may be that of a DeepSpeed engine."""
+    """The moving averages of a model's trainable weights; the model may be that of a DeepSpeed engine."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -34,7 +34,7 @@ class WeightEma:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step."""
+        """Add the current weights to the averages; called after each optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         now = [local_share(p).float() for p in self.parameters.values()]
@@ -42,9 +42,9 @@ class WeightEma:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the averaged weights, to evaluate or to export; afterwards it is what it was.
+        """Put the averaged weights into the model, to evaluate or export it, and restore its own on exit.
 
-        All ranks enter and leave it together.
+        All ranks enter and leave the context together.
         """
         kept = {name: local_share(p).clone() for name, p in self.parameters.items()}
         self._write(self.shares)
@@ -71,7 +71,7 @@ class WeightEma:
 
 @contextmanager
 def _gathered(p: Any) -> Iterator[None]:
-    """The whole parameter; what is written to it stays, in ZeRO-3's partitions too."""
+    """Gather a whole parameter at ZeRO-3; values written to it inside are kept in the partitions."""
     with ExitStack() as stack:
         if hasattr(p, "ds_id"):
             import deepspeed

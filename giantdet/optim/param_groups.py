@@ -1,9 +1,9 @@
 """Parameter groups: (module of the detector) x (layer of the backbone) x (with or without weight decay).
 
-Groups carry a name, because they are found by name, never by position: ZeRO reorders and merges.
-Norms and biases (tensors of at most one dimension) and position embeddings are not decayed, the
-habit of ViTDet, Swin and ConvNeXt; timm names the embeddings in `no_weight_decay()`. Layers are timm's too
-(`group_matcher`), and there are groups by layer only where their LRs differ.
+Groups have names and are found by name, never by position, because ZeRO reorders and merges them.
+Norms and biases (tensors of at most one dimension) and position embeddings have no weight decay, as in
+ViTDet, Swin and ConvNeXt; timm lists the embeddings in `no_weight_decay()`. Layers are those of timm's
+`group_matcher`, and there are groups by layer only where their LRs differ.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def parameter_groups(
     layer_decay: float | None = None,
     lr_multipliers: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One dict a group: `params`, `name`, `weight_decay` (and `lr`). Frozen parameters are left out.
+    """Return one dict per group: `params`, `name`, `weight_decay` (and `lr`). Frozen parameters are left out.
 
     modules: patterns of parameter names by module, see `module_of`; None: the model's children.
-    layer_decay: factor of the LR from each layer of a timm model in it to the one below, see `layers`.
+    layer_decay: factor of the LR from each layer of a timm model to the layer below it, see `layers`.
     lr_multipliers: factor of the LR by module.
 
-    Raises ValueError for a multiplier of an unknown module, and for a layer decay without layers.
+    Raises InputError, a ValueError, for a multiplier of an unknown module, and for a layer decay where timm
+    lists no layers.
     """
     exempt, multipliers = _undecayed_names(model), lr_multipliers or {}
     height = layers(model) if layer_decay is not None and layer_decay < 1 else {}
@@ -42,7 +43,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # At ZeRO-3 a partitioned parameter is empty, and knows its shape as ds_shape.
+        # At ZeRO-3 a partitioned parameter is empty; ds_shape is the shape of the whole one.
         decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and name not in exempt
         module = module_of(name, modules)
         known.add(module)
@@ -64,11 +65,11 @@ def parameter_groups(
 
 
 def layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(layer from below, layers from the top) by name, of the parameters of the timm models in `model`.
+    """Return (layer, depth below the heads) by name, of the parameters of the timm models in `model`.
 
-    As in ViTDet, the stem is layer 0 and the top layer is one below what follows: its second number is 1.
+    As in ViTDet, the stem is layer 0, and the depth of the last layer is 1: its LR is decayed once.
 
-    Raises ValueError where no part of the model knows its layers.
+    Raises InputError, a ValueError, where no part of the model has a `group_matcher`.
     """
     found: dict[str, tuple[int, int]] = {}
     for prefix, module in model.named_modules():
@@ -89,26 +90,26 @@ def layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def module_of(name: str, modules: dict[str, tuple[str, ...]] | None = None) -> str:
-    """The module that a parameter belongs to: the first with a pattern that fits its name.
+    """Return the module that a parameter belongs to: the first with a pattern that matches its name.
 
-    Without patterns it is the name's first part (`backbone.body.conv1.weight`: backbone). ValueError
-    where no pattern fits.
+    Without patterns it is the first part of the name (`backbone.body.conv1.weight`: backbone). Raises
+    InputError, a ValueError, where no pattern matches.
     """
     if modules is None:
         return name.split(".", 1)[0]
     for module, patterns in modules.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return module
-    raise InputError(f"agvm.modules: no pattern fits parameter {name}; add one, '*' fits all that is left")
+    raise InputError(f"agvm.modules: no pattern fits parameter {name}; add one, or '*' for all the others")
 
 
 def module_of_group(group: dict[str, Any]) -> str:
-    """The module that the name of a parameter group begins with."""
+    """Return the module that a parameter group belongs to: the first part of its name."""
     return str(group.get("name", "")).split("/", 1)[0]
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
-    """Full names of what submodules list in timm's `no_weight_decay()`."""
+    """Return the full names of the parameters that submodules list in timm's `no_weight_decay()`."""
     names: set[str] = set()
     for prefix, module in model.named_modules():
         listed = getattr(module, "no_weight_decay", None)
@@ -118,10 +119,10 @@ def _undecayed_names(model: nn.Module) -> set[str]:
 
 
 def group_table(groups: list[dict[str, Any]], lr: float | None = None) -> str:
-    """The groups as lines of text: name, tensors, parameters, weight decay, LR, and its share of `lr`."""
+    """Return a text table of the groups: name, tensors, parameters, weight decay, LR, and LR over `lr`."""
     lines = [f"{'group':<28}{'tensors':>8}{'parameters':>15}{'decay':>8}{'lr':>11}{'scale':>8}"]
     for group in groups:
-        # At ZeRO-3 a partitioned parameter is empty and knows its size as ds_numel.
+        # At ZeRO-3 a partitioned parameter is empty; ds_numel is the size of the whole one.
         count = sum(getattr(p, "ds_numel", p.numel()) for p in group["params"])
         own = f"{group['lr']:.3g}" if "lr" in group else "-"
         scale = f"{group['lr'] / lr:.3g}" if lr and "lr" in group else "-"

@@ -1,13 +1,13 @@
-"""Learning-rate schedules: pure functions of the step, by the types of the JSON's `scheduler` block.
+"""Learning-rate schedules: pure functions of the step, for the types of the JSON's `scheduler` block.
 
-DeepSpeed's own types (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest) give the values of
-DeepSpeed 0.19's classes, their first two steps at the minimum included. Ours are the detection papers':
+DeepSpeed's own types (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest) have the values of
+DeepSpeed 0.19's classes, including the first two steps at the minimum. giantdet's own types are:
 
-- WarmupMultiStepLR: MegDet's and the usual one of detectors; the LR falls by `gamma` at each milestone.
+- WarmupMultiStepLR: MegDet's schedule, usual for detectors; each milestone multiplies the LR by `gamma`.
 - WarmupCosineDecayLR: half a cosine from the warmup's end to `min_ratio` at `total_num_steps`.
-- WarmupPolyLR: (1 - progress) ** power, to `min_ratio`; segmentation's habit.
+- WarmupPolyLR: (1 - progress) ** power, to `min_ratio`; common in semantic segmentation.
 
-Their warmup is linear, exponential (AGVM's) or constant from `warmup_min_ratio`; step 0 is its first.
+Their warmup starts at `warmup_min_ratio` in step 0 and is linear, exponential (AGVM's) or constant.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ OfStep = Callable[[int], float]
 
 
 def lr_function(scheduler: SchedulerConfig, lr: float) -> OfStep:
-    """The LR at optimizer step 0, 1, 2, ... where the optimizer's own is `lr`; the section is resolved."""
+    """Return the function from an optimizer step (0, 1, 2, ...) to the LR; `lr` is the optimizer's own LR.
+
+    The lengths of the section must be resolved to steps.
+    """
     return _BUILDERS[type(scheduler)](scheduler, lr)
 
 
 def momentum_function(scheduler: SchedulerConfig) -> OfStep | None:
-    """Adam's first beta over the steps for a OneCycle that cycles it; None for all others."""
+    """Return the function from a step to Adam's first beta, for a OneCycle that cycles it; otherwise None."""
     if not isinstance(scheduler, OneCycle) or not scheduler.cycle_momentum:
         return None
     low, high = scheduler.cycle_min_mom, scheduler.cycle_max_mom
@@ -48,7 +51,7 @@ def momentum_function(scheduler: SchedulerConfig) -> OfStep | None:
 
     def momentum(step: int) -> float:
         if step == 0:
-            return low  # DeepSpeed's start, before it turns to the other end
+            return low  # as DeepSpeed's first step; the cycle itself starts at `high`
         if step <= cycle:
             return high - (high - low) * position(step)
         return high * (1 + rate * (step - cycle) / size) if size else high
@@ -57,22 +60,22 @@ def momentum_function(scheduler: SchedulerConfig) -> OfStep | None:
 
 
 def _steps(length: int | str | None) -> int:
-    """A length of a resolved section."""
+    """Return a length of a resolved section, in steps."""
     assert isinstance(length, int), f"{length!r} is not resolved"
     return length
 
 
 def _number(value: float | str) -> float:
-    """A number of a resolved section."""
+    """Return a number of a resolved section."""
     assert not isinstance(value, str), f"{value!r} is not resolved"
     return value
 
 
 class LrSchedule:
-    """Sets the LRs of an optimizer's groups; what `deepspeed.initialize(lr_scheduler=...)` steps.
+    """Sets the LRs of an optimizer's groups in each step; for `deepspeed.initialize(lr_scheduler=...)`.
 
-    The function's value over `lr` scales each group's own LR, so that the ratios between groups (layer decay,
-    modules) stay what they are. Groups are known by name: DeepSpeed reorders them.
+    The function's value divided by `lr` scales each group's own LR, so that the ratios between groups (layer
+    decay, modules) do not change. Groups are found by name, because DeepSpeed reorders them.
     """
 
     def __init__(self, optimizer: Any, function: OfStep, lr: float, momentum: OfStep | None = None) -> None:
@@ -82,7 +85,7 @@ class LrSchedule:
         self.go_to(0)
 
     def go_to(self, step: int) -> None:
-        """Set what holds at a step, counted in steps that the optimizer took."""
+        """Set the LRs and betas of a step, counted in steps that the optimizer has applied."""
         self.steps = step
         ratio = self.function(self.steps) / self.lr
         for group in self.optimizer.param_groups:
@@ -91,7 +94,7 @@ class LrSchedule:
                 group["betas"] = (self.momentum(self.steps), 0.99)  # DeepSpeed's second beta
 
     def step(self, *_: Any, **__: Any) -> None:
-        """After an optimizer step."""
+        """Go to the next step; called after an optimizer step."""
         self.go_to(self.steps + 1)
 
     def get_last_lr(self) -> list[float]:
@@ -104,11 +107,11 @@ class LrSchedule:
         self.go_to(state["steps"])
 
 
-# Ours
+# giantdet's schedules
 
 
 def _warmed(scheduler: WarmupConfig, lr: float, decay: OfStep) -> OfStep:
-    """The warmup's factor times the decay's, which knows the step alone, as detectron2 combines them."""
+    """Return `lr` x warmup factor x decay, as in detectron2; the decay depends on the step alone."""
     length = _steps(scheduler.warmup_num_steps)
     kind, least = scheduler.warmup_type, _number(scheduler.warmup_min_ratio)
 
@@ -123,7 +126,7 @@ def _warmed(scheduler: WarmupConfig, lr: float, decay: OfStep) -> OfStep:
 
 
 def _progress(scheduler: WarmupCosineDecayLR | WarmupPolyLR) -> OfStep:
-    """0 at the warmup's end to 1 at the last step's end."""
+    """Return the progress of the decay: 0 at the warmup's end, 1 after the last step."""
     first, last = _steps(scheduler.warmup_num_steps), _steps(scheduler.total_num_steps)
     return lambda step: min(1.0, max(0.0, (step - first) / max(1, last - first)))
 
@@ -146,11 +149,11 @@ def _poly(scheduler: WarmupPolyLR, lr: float) -> OfStep:
     return _warmed(scheduler, lr, lambda s: least + (1 - least) * (1 - progress(s)) ** power)
 
 
-# DeepSpeed's, whose count is one behind: it steps its schedulers after the optimizer, from -1.
+# DeepSpeed's schedules. Their step count is one behind: DeepSpeed steps them after the optimizer, from -1.
 
 
 def _gamma(scheduler: WarmupLR | WarmupDecayLR | WarmupCosineLR) -> tuple[int, OfStep]:
-    """The warmup's length and its progress from 0 to 1."""
+    """Return the warmup's length and its progress from 0 to 1."""
     length = max(2, _steps(scheduler.warmup_num_steps))
     if scheduler.warmup_type == "log":
         return length, lambda i: math.log(i + 1) / math.log(length)
@@ -158,7 +161,7 @@ def _gamma(scheduler: WarmupLR | WarmupDecayLR | WarmupCosineLR) -> tuple[int, O
 
 
 def _between(scheduler: WarmupLR | WarmupDecayLR, lr: float) -> tuple[float, float]:
-    """The LRs at the warmup's start and end."""
+    """Return the LRs at the warmup's start and end."""
     high = scheduler.warmup_max_lr
     return _number(scheduler.warmup_min_lr), lr if high is None else _number(high)
 
@@ -203,7 +206,7 @@ def _warmup_cosine(scheduler: WarmupCosineLR, lr: float) -> OfStep:
 
 
 def _one_cycle(scheduler: OneCycle) -> tuple[int, OfStep]:
-    """The cycle's length, and the height in it, from 0 up to 1 and down again."""
+    """Return the cycle's length, and the position in it, which rises from 0 to 1 and falls back to 0."""
     first = _steps(scheduler.cycle_first_step_size)
     second = first if scheduler.cycle_second_step_size is None else _steps(scheduler.cycle_second_step_size)
     up, down = scheduler.cycle_first_stair_count, scheduler.cycle_second_stair_count

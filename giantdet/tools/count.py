@@ -125,7 +125,7 @@ class _Live(TorchDispatchMode):
     """Adds up the storages that operations make, until nobody holds them any more."""
 
     def __init__(self, known: list[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
         self.kept = [t.untyped_storage() for t in known if isinstance(t, Tensor)]

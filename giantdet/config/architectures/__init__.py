@@ -1,4 +1,4 @@
-"""The architectures by the name in `model.type`: one section each. A new architecture is one line here."""
+"""The sections of the architectures by the name in `model.type`. A new architecture is one line here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT = "mask_rcnn"
 
 
 def _type_of(section: Any) -> Any:
-    """The name of the architecture that a section is of, as JSON or as an object."""
+    """Return the name of a section's architecture; the section is a JSON object or a typed one."""
     return section.get("type", DEFAULT) if isinstance(section, dict) else getattr(section, "type", DEFAULT)
 
 
@@ -38,7 +38,7 @@ def _union() -> Any:
     return Annotated[tagged, Discriminator(_type_of)]
 
 
-# A `model` section of any architecture, told apart by `type`. Type checkers know what all of them have.
+# A `model` section of any architecture, distinguished by `type`. Type checkers see the fields that all share.
 if TYPE_CHECKING:
     ModelConfig = ArchitectureConfig
 else:

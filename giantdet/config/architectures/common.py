@@ -1,7 +1,7 @@
-"""What the sections of the architectures share: backbone, pyramid, heads, and the choice of batch norms.
+"""Sections that the architectures share: backbone, pyramid, heads and batch norms.
 
-Defaults are detectron2's Mask R-CNN (`configs/Base-RCNN-FPN.yaml`) unless a comment says otherwise. Boxes and
-images are measured in pixels of the padded image that the network sees.
+Defaults are those of detectron2's Mask R-CNN (`configs/Base-RCNN-FPN.yaml`) unless a comment says otherwise.
+Boxes and images are measured in pixels of the padded image that the network sees.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from giantdet.config.section import Auto, Fraction, PositiveInt, Section
 
 
 class BackboneConfig(Section):
-    """Any timm model; see `layers/backbone.py` for the three adapters."""
+    """A timm model as the backbone; `layers/backbone.py` has the three adapters."""
 
     name: str = "resnet50"
-    """timm model name, for example resnet50, convnext_tiny, swin_tiny_patch4_window7_224."""
+    """Name of a timm model, for example resnet50, convnext_tiny, swin_tiny_patch4_window7_224."""
     pretrained: bool = False
-    """Load timm's weights by their tag (needs network or a warm cache); see also `init_weights`."""
+    """Load timm's weights of this name (from the network or timm's cache); see also `init_weights`."""
     init_weights: str | None = None
-    """Local .safetensors or .pth file with ImageNet weights of this backbone, or a folder of shards."""
+    """Local .safetensors or .pth file with pretrained weights of this backbone, or a folder of shards."""
     stride_in_1x1: bool = False
-    """ResNet bottlenecks put their stride into the first 1x1 convolution (MSRA and Caffe weights)."""
+    """ResNet bottlenecks have their stride in the first 1x1 convolution (MSRA and Caffe weights)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """Number of first stages without gradients; 1 is the stem. detectron2's FREEZE_AT."""
+    """Number of stages that are frozen, from the first; 1 is the stem. detectron2's FREEZE_AT."""
     drop_path_rate: Fraction = 0.0
-    """Stochastic depth."""
+    """Probability that stochastic depth drops the last block; it grows linearly with depth."""
     checkpoint_blocks: bool | PositiveInt = False
-    """Recompute activations in the backward pass (less memory, up to a third more time): true in each block,
-    2 in every second, 3 in every third."""
+    """Recompute activations in the backward pass (less memory, up to a third more time): true for every
+    block, 2 for every second block, 3 for every third."""
     compile_blocks: bool = False
-    """torch.compile each block: the same results to rounding, faster on GPUs after minutes of compiling."""
+    """Compile each block with torch.compile: the same results up to rounding, and faster on GPUs after
+    minutes of compilation."""
     timm_args: dict[str, Any] = Field(default={})
-    """More arguments of timm's model, for example {"embed_dim": 64, "num_heads": 4} for a small ViT."""
+    """Further arguments of timm's model, for example {"embed_dim": 64, "num_heads": 4} for a small ViT."""
     window: Annotated[int, Field(ge=0)] = 16
     """Plain ViTs: side of the attention windows in patches; 0 makes all blocks global."""
     global_blocks: PositiveInt = 4
@@ -50,31 +51,37 @@ class FpnConfig(Section):
 
     channels: PositiveInt = 256
     norm: Literal["none", "batch", "layer"] = "none"
-    """Norm layer after each FPN convolution; `batch` follows the `norm` block, `layer` is ViTDet's."""
+    """Norm after each FPN convolution; `batch` is set by the `norm` block, `layer` is ViTDet's LayerNorm."""
 
 
 class RpnConfig(Section):
     """Region proposal network (Ren et al. 2015)."""
 
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    """Side of the square anchor on P2 to P6, pixels."""
+    """Side of the square anchor on each of P2 to P6, in pixels."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """height / width."""
+    """Aspect ratios of the anchors, height / width."""
     batch_per_image: PositiveInt = 256
-    """Anchors sampled for the loss."""
+    """Number of anchors per image that are sampled for the loss."""
     positive_fraction: Fraction = 0.5
+    """Largest share of positive anchors among those sampled."""
     iou_low: Fraction = 0.3
+    """Anchors with a smaller IoU with every object are negative."""
     iou_high: Fraction = 0.7
+    """Anchors with at least this IoU with an object are positive, and so is the best anchor of each object.
+    Anchors between the two thresholds are ignored."""
     pre_nms_train: PositiveInt = 2000
-    """Best anchors of each level that enter NMS."""
+    """Number of best anchors of each level that enter NMS, in training."""
     pre_nms_test: PositiveInt = 1000
+    """The same, in evaluation."""
     post_nms_train: PositiveInt = 1000
-    """Proposals of an image over all levels. torchvision: 2000."""
+    """Number of proposals per image over all levels, in training. torchvision: 2000."""
     post_nms_test: PositiveInt = 1000
+    """The same, in evaluation."""
     nms_iou: Fraction = 0.7
 
     def problems(self) -> Iterator[str]:
-        """Messages as those of `ArchitectureConfig.problems`."""
+        """Yield messages like those of `ArchitectureConfig.problems`."""
         sizes, ratios = self.anchor_sizes, self.anchor_ratios
         if len(sizes) != 5 or min(sizes) <= 0:
             yield f"rpn.anchor_sizes must be 5 positive numbers, for P2 to P6, got {list(sizes)}"
@@ -91,7 +98,7 @@ class BaseBoxHeadConfig(Section):
     """Classification and box regression of RoIs: what single and cascaded box heads share."""
 
     convs: Annotated[int, Field(ge=0)] = 0
-    """3x3 convolutions before the fully connected layers (4 with fcs=1 is 4conv1fc)."""
+    """Number of 3x3 convolutions before the fully connected layers (4 with fcs=1 is 4conv1fc)."""
     fcs: Annotated[int, Field(ge=1)] = 2
     width: PositiveInt = 1024
     norm: Literal["none", "batch", "layer"] = "none"
@@ -99,7 +106,7 @@ class BaseBoxHeadConfig(Section):
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
     """RoIAlign points per bin and axis. 0: adaptive, detectron2's default, slower (`ops/roi_align.py`)."""
     batch_per_image: PositiveInt = 512
-    """RoIs sampled for the loss."""
+    """Number of RoIs per image that are sampled for the loss."""
     positive_fraction: Fraction = 0.25
     loss: BoxLoss = "smooth_l1"
     """Box loss. smooth_l1 compares deltas; giou, diou and ciou compare the decoded boxes (Rezatofighi et al.
@@ -107,7 +114,7 @@ class BaseBoxHeadConfig(Section):
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     detections: PositiveInt = 100
-    """Detections an image."""
+    """Maximum number of detections per image."""
 
 
 class BoxHeadConfig(BaseBoxHeadConfig):
@@ -126,11 +133,11 @@ class MaskHeadConfig(Section):
     width: PositiveInt = 256
     norm: Literal["none", "batch", "layer"] = "none"
     resolution: PositiveInt = 14
-    """RoIAlign output; the mask has twice this side."""
+    """Side of the RoIAlign output; the predicted mask has twice this side."""
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
     slots: PositiveInt = 64
-    """Sampled positives an image that get a mask; each slot is computed, used or not. detectron2
-    computes all positives, at most 128."""
+    """Maximum number of sampled positive RoIs per image whose mask is trained; unused slots are computed
+    too. detectron2 trains the masks of all positives, at most 128."""
 
 
 class SemanticHeadConfig(Section):
@@ -151,27 +158,28 @@ NormPart = Literal["fpn", "heads"]
 
 
 class ArchitectureConfig(Section):
-    """What every architecture has. Each adds its `type`, a literal that is its name in the tables."""
+    """Keys of every architecture. Each architecture adds its `type`, a literal with its name."""
 
     type: str
     num_classes: PositiveInt | Auto = "auto"
-    """Classes without background; auto: the training annotations' categories."""
+    """Number of classes without background; auto: the categories of the training annotations."""
     conventions: Literal["detectron2", "torchvision"] = "detectron2"
-    """Which reference implementation is followed where they differ (config/conventions.py). Weights need
+    """Reference implementation that is followed where the two differ (config/conventions.py). Weights need
     the conventions that they were trained with."""
     backbone: BackboneConfig = BackboneConfig()
     checkpoint_heads: bool = False
-    """Recompute the activations of what follows the backbone in the backward pass, too."""
+    """Also recompute the activations of the pyramid and the heads in the backward pass."""
     init_weights: str | None = None
-    """A giantdet export (folder or model.safetensors) to start the whole model from."""
+    """A giantdet export (folder or model.safetensors), or a file of torchvision's Mask or Faster R-CNN, with
+    the initial weights of the whole model."""
 
     @property
     def reference(self) -> Conventions:
-        """The fields that `conventions` stands for."""
+        """The choices that `conventions` stands for."""
         return CONVENTIONS[self.conventions]
 
     def problems(self) -> Iterator[str]:
-        """Messages about combinations of values, each beginning with a path below `giantdet.model`."""
+        """Yield messages about wrong combinations of values; each begins with a path in `giantdet.model`."""
         if self.backbone.drop_path_rate >= 1:
             yield "backbone.drop_path_rate must be less than 1: it is the share of dropped blocks"
         if self.backbone.pretrained and self.backbone.init_weights:
@@ -180,40 +188,41 @@ class ArchitectureConfig(Section):
             )
 
     def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
-        """By part of the `norm` block: where its batch norms are switched on, and whether they are."""
+        """Return, by part of the `norm` block, which section enables its batch norms, and whether it does."""
         raise NotImplementedError
 
 
 class PartNormConfig(Section):
-    """How the BatchNorms of one part of the model find their statistics."""
+    """How the BatchNorms of one part of the model compute their statistics."""
 
     type: Literal["frozen", "local", "cgbn"] = "frozen"
-    """frozen: statistics and affine are constants; local: each rank's own micro-batch; cgbn: the images
-    of several ranks (`layers/cgbn.py`)."""
+    """frozen: statistics, scale and bias are constants; local: over each rank's own micro-batch; cgbn: over
+    the images of several ranks (`layers/cgbn.py`)."""
     bn_size: PositiveInt = 32
-    """cgbn: images that are normalised together, micro-batch x ranks; at most the world's. MegDet's 32."""
+    """cgbn: number of images that are normalised together, micro-batch x ranks; at most those of all ranks.
+    MegDet: 32."""
 
 
 class NormConfig(PartNormConfig):
-    """Batch normalisation, applied to the model from outside (`layers/norm.py`).
+    """Batch normalisation of the model; `layers/norm.py` converts its BatchNorms.
 
-    `type` and `bn_size` are the backbone's. The norms of pyramid and heads (`"norm": "batch"` in their
-    sections) are as the backbone's, or local where that is frozen: they start fresh, and constants of mean 0
-    and variance 1 would normalise nothing.
+    `type` and `bn_size` are those of the backbone. The norms of pyramid and heads (`"norm": "batch"` in their
+    sections) are the same, or local where the backbone's are frozen: they are not pretrained, and frozen
+    statistics of mean 0 and variance 1 would normalise nothing.
     """
 
     fpn: PartNormConfig | None = None
-    """Another choice for the pyramid."""
+    """Batch norms of the pyramid, where they differ from the backbone's."""
     heads: PartNormConfig | None = None
-    """Another choice for the heads."""
+    """Batch norms of the heads, where they differ from the backbone's."""
 
     def of(self, part: Literal["backbone"] | NormPart) -> PartNormConfig:
-        """The choice that holds for a part."""
+        """Return the settings of one part."""
         if part == "backbone":
             return self
         chosen = self.fpn if part == "fpn" else self.heads
         return chosen or (PartNormConfig(type="local") if self.type == "frozen" else self)
 
     def parts(self) -> dict[str, PartNormConfig]:
-        """The choice that holds for every part."""
+        """Return the settings of every part by name."""
         return {part: self.of(part) for part in ("backbone", "fpn", "heads")}

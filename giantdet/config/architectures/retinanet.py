@@ -12,48 +12,50 @@ from giantdet.config.section import Fraction, PositiveFloat, PositiveInt, Sectio
 
 
 class RetinaHeadConfig(Section):
-    """Two towers of convolutions over P3 to P7: class scores and boxes of every anchor."""
+    """Two towers of convolutions over P3 to P7, for the class scores and boxes of every anchor."""
 
     convs: Annotated[int, Field(ge=0)] = 4
-    """3x3 convolutions in each tower."""
+    """Number of 3x3 convolutions in each tower."""
     norm: Literal["none", "batch", "layer"] = "none"
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    """Side of the square anchor on P3 to P7, pixels."""
+    """Side of the square anchor on each of P3 to P7, in pixels."""
     anchor_scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
-    """Each level has anchors of its size times each of these."""
+    """Factors of the anchor size; each level has anchors of all of them."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """height / width."""
+    """Aspect ratios of the anchors, height / width."""
     iou_low: Fraction = 0.4
+    """Anchors with a smaller IoU with every object are negative."""
     iou_high: Fraction = 0.5
-    """Anchors between the two are ignored."""
+    """Anchors with at least this IoU with an object are positive, and so is the best anchor of each object.
+    Anchors between the two thresholds are ignored."""
     focal_alpha: Fraction = 0.25
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0
     prior: Fraction = 0.01
-    """Score of every class at the start."""
+    """Initial score of every class, set by the bias of the last layer."""
     smooth_l1_beta: Annotated[float, Field(ge=0)] = 0.0
-    """Where the box loss turns from a square to a line; 0 is plain L1."""
+    """Error at which the smooth L1 box loss changes from quadratic to linear; 0 is plain L1."""
     pre_nms: PositiveInt = 1000
-    """Best (anchor, class) pairs of each level that enter NMS."""
+    """Number of best (anchor, class) pairs of each level that enter NMS."""
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     detections: PositiveInt = 100
-    """Detections an image."""
+    """Maximum number of detections per image."""
 
 
 class RetinaNetConfig(ArchitectureConfig):
-    """RetinaNet (Lin et al. 2017), with detectron2's choices."""
+    """RetinaNet (Lin et al. 2017), with detectron2's defaults."""
 
     type: Literal["retinanet"]
     conventions: Literal["detectron2"] = "detectron2"
     fpn: FpnConfig = FpnConfig()
     extra_levels_from: Literal["c5", "p5"] | None = None
-    """What P6 is made of: the backbone's last map, or the pyramid's. None: C5, or P5 over a plain ViT, whose
-    one map has stride 16."""
+    """Input of P6: the last map of the backbone (c5) or of the pyramid (p5). None: C5, or P5 over a plain
+    ViT, whose only map has stride 16."""
     head: RetinaHeadConfig = RetinaHeadConfig()
     loss_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of the running mean of positive anchors, by which losses are divided."""
+    """Momentum of the running mean of the number of positive anchors, which divides the losses."""
     loss_normalizer: PositiveFloat = 100.0
-    """Where that running mean starts."""
+    """Initial value of that running mean."""
 
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
