@@ -35,12 +35,12 @@ from giantdet.ops.roi_align import roi_align_pyramid
 from giantdet.structures import Batch, Outputs, Targets
 
 STRIDES = tuple(4 * 2**level for level in range(LEVELS))
-# The coarsest level serves the RPN alone; RoIs are read from P2 to P5.
+# Only the RPN uses the coarsest level; RoI features are read from P2 to P5.
 ROI_LEVELS = LEVELS - 1
 
 
 class Predictions(NamedTuple):
-    """What is trained, with its targets."""
+    """The predictions that are trained, with their targets."""
 
     rpn: RpnPredictions
     box: BoxPredictions
@@ -78,12 +78,12 @@ class MaskRcnn(Architecture):
         return ("box", "mask") if self.mask_head is not None else ("box",)
 
     def pyramid(self, batch: Batch) -> list[Tensor]:
-        """P2 to P6 of a batch."""
+        """Return P2 to P6 of a batch, `[B, channels, h, w]`."""
         levels: list[Tensor] = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
         return levels
 
     def predict(self, batch: Batch) -> Predictions:
-        """Predictions at sampled anchors, RoIs and masks; see `Architecture.predict`."""
+        """Return predictions at sampled anchors, RoIs and mask slots; see `Architecture.predict`."""
         levels, targets = self.pyramid(batch), batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
@@ -98,12 +98,12 @@ class MaskRcnn(Architecture):
     def mask_training_predictions(
         self, levels: list[Tensor], rois: SampledRois, targets: Targets
     ) -> MaskPredictions:
-        """Masks of the first P RoIs: positives come first, in random order."""
+        """Return the mask predictions of the first P RoIs. Positives come first, in random order."""
         assert self.mask_head is not None
         config = self.config.mask_head
         slots = min(config.slots, rois.positive_BR.shape[1])
         valid_BP, index_BP = rois.positive_BR[:, :slots], rois.index_BR[:, :slots]
-        # Adaptive sampling takes a point a cell: an unused slot's box of any size would cost time.
+        # Adaptive sampling takes one point per cell, so the boxes of unused slots are emptied to save time.
         boxes_BP4 = rois.boxes_BR4[:, :slots].where(valid_BP[..., None], 0.0)
         label_BP = rois.labels_BR[:, :slots].where(valid_BP, 0)
         features = self.pool(levels, boxes_BP4, config.resolution, config.sampling_ratio)
@@ -125,7 +125,7 @@ class MaskRcnn(Architecture):
         )
 
     def answer(self, batch: Batch) -> Outputs:
-        """Detections with masks; see `Architecture.answer`."""
+        """Return detections, with masks if there is a mask head; see `Architecture.answer`."""
         levels = self.pyramid(batch)
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
@@ -143,7 +143,7 @@ class MaskRcnn(Architecture):
         return Outputs(found._replace(masks_BDSS=masks_BDSS))
 
     def pool(self, levels: list[Tensor], boxes_BR4: Tensor, resolution: int, sampling_ratio: int) -> Tensor:
-        """RoIAlign over P2 to P5: `[B*R, C, resolution, resolution]`."""
+        """Return RoI features `[B*R, C, resolution, resolution]`, by RoIAlign over P2 to P5."""
         return roi_align_pyramid(
             levels[:ROI_LEVELS],
             boxes_BR4,
@@ -167,12 +167,12 @@ class MaskRcnn(Architecture):
         return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
 
     def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Weights of torchvision's Mask and Faster R-CNN in our names, others as they are."""
+        """Return torchvision's Mask and Faster R-CNN weights under giantdet's names, and others unchanged."""
         return from_torchvision(state) if is_torchvision(state) else state
 
 
 def mask_rcnn_losses(predictions: Predictions, conventions: Conventions) -> dict[str, Tensor]:
-    """The five losses (four without a mask head), each of weight 1."""
+    """Return the five losses (four without a mask head), scalars, each of weight 1."""
     losses = rpn_losses(predictions.rpn, conventions)
     losses |= box_losses(predictions.box, conventions.smooth_l1_beta)
     if predictions.mask is not None:
@@ -181,7 +181,7 @@ def mask_rcnn_losses(predictions: Predictions, conventions: Conventions) -> dict
 
 
 def sample_counts(predictions: Predictions) -> dict[str, Tensor]:
-    """Positive anchors, positive RoIs and mask slots in use: means per image."""
+    """Return the numbers of positive anchors, positive RoIs and used mask slots, means per image."""
     masks = {"rpn_positive": predictions.rpn.positive_BR, "roi_positive": predictions.box.positive_BR}
     if predictions.mask is not None:
         masks["mask_slots_used"] = predictions.mask.valid_BP
