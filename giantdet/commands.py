@@ -1,6 +1,6 @@
-"""What the commands of cli.py do, one function each; they take its parsed arguments.
+"""The commands of cli.py, one function each, which take its parsed arguments.
 
-Heavy imports happen inside the commands, so that help and errors come at once.
+Heavy imports are inside the functions, so that help texts and errors appear at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def print_config(run: Any) -> None:
-    """Print the run as resolved for this many processes, and for the data set if its file exists."""
+    """Print the run as resolved for the current number of processes, and for the data set if it exists."""
     import torch
 
     from giantdet.config.resolve import describe, resolve
@@ -91,7 +91,7 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def run_predict(options: argparse.Namespace) -> None:
-    """All readable images are predicted; where some are not, the command ends with an error all the same."""
+    """Predict all readable images. Raises InputError at the end if some could not be read."""
     from giantdet.data.records import logger
     from giantdet.engine.predict import draw, image_files, load_image, load_predictor, picture_names
 
@@ -164,7 +164,7 @@ def run_precise_bn(options: argparse.Namespace) -> None:
     norms = reestimate(detector, batches, options.batches, device)
     batches.close()
     if norms == 0:
-        raise InputError(f"{options.run}: its model has no batch norm with running statistics")
+        raise InputError(f"{options.run}: the model has no batch norms with running statistics")
     output = options.output or options.run / "export_precise_bn"
     export_model(detector, output, config)
     if comm.is_main():
@@ -234,7 +234,7 @@ def run_validate(options: argparse.Namespace) -> int:
 
 def run_configs(options: argparse.Namespace) -> None:
     if not options.folder.is_dir():
-        raise InputError(f"{options.folder}: no such folder; name the one that holds the recipes")
+        raise InputError(f"{options.folder}: no such folder; name the folder of the recipes")
     for path in sorted(options.folder.glob("*.json")):
         try:
             about = json.loads(path.read_text()).get("about", "")

@@ -1,15 +1,15 @@
-"""The exceptions that a user of giantdet may meet, each with the exit code of the command that it ends.
+"""The exceptions that giantdet raises for users, each with the exit code of the command that it ends.
 
-`cli.py` prints one of these as a single line and returns its `exit_code`. Any other exception is a bug: it
-keeps its traceback, and Python exits with code 1. The input errors are also `ValueError`s and the others
-`RuntimeError`s, for callers from Python.
+`cli.py` prints such an exception as a single line and returns its `exit_code`. Any other exception is a bug:
+it is printed with its traceback, and Python exits with code 1. For callers from Python, input errors are also
+`ValueError`s, and the others are `RuntimeError`s.
 """
 
 from __future__ import annotations
 
 
 class GiantdetError(Exception):
-    """Base of all errors that are printed as one line, which names the cause and what to do."""
+    """Base of all errors that are printed as one line, which states the cause and what to do."""
 
     exit_code = 1
 
@@ -25,7 +25,7 @@ class ConfigError(InputError):
 
 
 class DataError(InputError):
-    """A data set, or a file of it, that cannot be used; the message names it."""
+    """A data set, or one of its files, that cannot be used; the message names it."""
 
 
 class DivergedError(GiantdetError, RuntimeError):
@@ -35,12 +35,12 @@ class DivergedError(GiantdetError, RuntimeError):
 
 
 class LostContactError(GiantdetError, RuntimeError):
-    """Another rank, its host or the network between has gone, or is later than `train.timeout_minutes`."""
+    """Another rank, its host or the network failed, or did not respond within `train.timeout_minutes`."""
 
     exit_code = 4
 
 
 class StoppedError(GiantdetError, RuntimeError):
-    """The run was asked to stop, and has saved a checkpoint."""
+    """The run was asked to stop; it has saved a checkpoint."""
 
     exit_code = 5

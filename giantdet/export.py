@@ -1,9 +1,9 @@
-"""Models in and out: safetensors and config.json, and weights from other projects.
+"""Export models as safetensors and config.json, and load exports and the weights of other projects.
 
-An export is a folder in the Hugging Face habit: `model.safetensors` (or numbered shards and
-`model.safetensors.index.json`) and `config.json`. It loads without DeepSpeed and without the run's
-JSON. Written shard by shard: at ZeRO-3 a shard's parameters are gathered, saved and dropped before
-the next, so that no process holds more than its own partition and one shard.
+An export is a folder with the files of Hugging Face models: `model.safetensors` (or numbered shards and
+`model.safetensors.index.json`) and `config.json`. It can be loaded without DeepSpeed and without the run's
+JSON. It is written shard by shard: at ZeRO-3 the parameters of a shard are gathered, saved and released
+before the next shard, so that no process holds more than its own partition and one shard.
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ GIB = 2**30
 
 
 class ExportConfig(Section):
-    """config.json of an export: all that is needed to build the model and to read its answers."""
+    """config.json of an export: all that is needed to build the model and to interpret its outputs."""
 
     format: Literal["giantdet"] = "giantdet"
     version: str = __version__
     model: ModelConfig
     norm: NormConfig = NormConfig()
     size: tuple[PositiveInt, PositiveInt]
-    """Canvas (height, width)."""
+    """Canvas (height, width) in pixels."""
     short_side: PositiveInt
+    """Short side in pixels that images are scaled to."""
     categories: tuple[tuple[int, str], ...]
-    """(id of the data set, name) by class index."""
+    """(category id of the data set, name) by class index."""
 
 
 def export_config(run: RunConfig, category_ids: list[int], class_names: list[str]) -> ExportConfig:
-    """What an export of this run says of itself; paths of the weights it started from are dropped."""
+    """Return the config.json of an export of this run, without the paths of its initial weights."""
     model = run.giantdet.model
     backbone = model.backbone.model_copy(
         update={"init_weights": None, "pretrained": False, "compile_blocks": False}
@@ -72,9 +73,9 @@ def export_config(run: RunConfig, category_ids: list[int], class_names: list[str
 
 
 def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: float = 2.0) -> None:
-    """Write a model, plain or that of a DeepSpeed engine at any ZeRO stage. All ranks call it, one writes.
+    """Write a model to a folder; it may be that of a DeepSpeed engine at any ZeRO stage.
 
-    A file takes at most `shard` GiB, or one tensor.
+    All ranks call it, and the main rank writes. A file has at most `shard` GiB, or a single tensor.
     """
     tensors = dict(model.named_parameters()) | persistent_buffers(model)
     sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
@@ -92,8 +93,9 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
 def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig, shard: float = 2.0) -> None:
     """Write the model of a saved checkpoint, in one process and without an engine.
 
-    With the averages of the weights, where the checkpoint has them: they are what a run exports. Both are
-    float32 there, and exported in the type that the model was trained in. ValueError for a damaged one.
+    Where the checkpoint has averaged weights, these are exported, as training does. Weights are float32 in a
+    checkpoint, and are exported in the type that the model was trained in. Raises InputError, a ValueError,
+    for a damaged checkpoint.
     """
     if found := damage(checkpoint):
         raise InputError(f"{checkpoint}: {'; '.join(found)}")
@@ -122,7 +124,7 @@ def _dtype(parameter: dict[str, Any]) -> torch.dtype:
 
 
 def shard_plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in their order, cut so that no shard exceeds `limit` bytes unless one tensor alone does."""
+    """Split the names, in their order, into shards of at most `limit` bytes, or of a single larger tensor."""
     plan: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():
@@ -135,7 +137,7 @@ def shard_plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 class _ShardWriter:
-    """Writes shards under temporary names, and gives them their final ones when their number is known."""
+    """Writes shards under temporary names, and renames them when their number is known."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -182,7 +184,10 @@ def _gathered(parameters: list[Tensor]) -> Any:
 
 
 def read_export_config(folder: Path) -> ExportConfig:
-    """config.json of an export. Raises ValueError naming the file where it is missing or not ours."""
+    """Return the config.json of an export.
+
+    Raises InputError, a ValueError, that names the file, if it is missing or not an export of giantdet.
+    """
     file = folder / CONFIG
     if not file.is_file():
         raise InputError(f"{folder}: not an export of giantdet (no {CONFIG})")
@@ -199,7 +204,10 @@ def read_export_config(folder: Path) -> ExportConfig:
 def load_detector(
     folder: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[Architecture, ExportConfig]:
-    """The detector of an export, in evaluation mode and float32, and its config.json."""
+    """Return the detector of an export, in evaluation mode and float32, and its config.json.
+
+    Raises InputError, a ValueError, where the folder is not an export or its weights do not match.
+    """
     folder = Path(folder)
     config = read_export_config(folder)
     model = build_model(config.model, config.size, config.norm)
@@ -208,12 +216,12 @@ def load_detector(
 
 
 def load_weights(model: Architecture, config: ArchitectureConfig) -> None:
-    """Start a detector from `model.init_weights` (a whole detector) or the backbone's own setting.
+    """Load the initial weights of a detector: `model.init_weights`, or those that the backbone section names.
 
-    A whole detector is an export's folder, its model.safetensors, or a file of torchvision's Mask or
-    Faster R-CNN. Where it was trained on another number of classes, the layers of that shape keep
-    their fresh initialisation and are named in a warning; any other mismatch is a ValueError that
-    lists every key.
+    `model.init_weights` is the folder of an export, its model.safetensors, or a file of torchvision's Mask or
+    Faster R-CNN. If it was trained on another number of classes, the layers that depend on it keep their
+    random initialisation and are named in a warning. Raises InputError, a ValueError, that lists every key,
+    for any other mismatch.
     """
     if config.init_weights is None:
         load_backbone_weights(model.backbone, config.backbone)
@@ -223,7 +231,7 @@ def load_weights(model: Architecture, config: ArchitectureConfig) -> None:
     try:
         state = dict(model.translate(state))
     except LookupError as error:
-        raise InputError(f"{path} is not a whole file of torchvision's detectors: {error}") from error
+        raise InputError(f"{path} is not a complete file of torchvision's detectors: {error}") from error
     expected = model.state_dict()
     fresh = [
         key

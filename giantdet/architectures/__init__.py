@@ -1,4 +1,7 @@
-"""The models by the name in `model.type`. A new architecture is one line here and one for its section."""
+"""The models by the name in `model.type`.
+
+A new architecture is one line here, and one in `config/architectures/__init__.py` for its section.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,10 @@ def build_model(
     norm: NormConfig | None = None,
     images_per_rank: int | None = None,
 ) -> Architecture:
-    """The model of a run, its batch norms converted as the `norm` section says.
+    """Return the model of a run, with its batch norms converted as the `norm` block says.
 
-    `images_per_rank` is the micro-batch, from which CGBN forms its groups; None: one process (evaluation).
+    `image_size` is (height, width) of the canvas in pixels. `images_per_rank` is the micro-batch, which
+    determines the groups of CGBN; None: CGBN is local, as in evaluation.
     """
     model: Architecture = MODELS[config.type](config, image_size)
     norm = norm or NormConfig()
@@ -41,5 +45,5 @@ def build_model(
     for part, modules in model.norm_parts().items():
         for module in modules:
             apply_norm(module, norm.of(part), images_per_rank)
-    # Weights stay contiguous: DeepSpeed 0.19 broadcasts them as bytes, and raises for channels-last ones.
+    # Weights are not made channels-last: DeepSpeed 0.19 broadcasts them as bytes, and raises for that layout.
     return model

@@ -1,7 +1,7 @@
-"""What a trainable model is to everything outside of this folder.
+"""The interface of all trainable models.
 
-A plain single-process module that knows nothing of ranks, ZeRO, files or COCO. Every part runs in every
-forward, whatever the images hold, so that no rank of a partitioned model waits for another.
+A model is a plain single-process module that does not depend on ranks, ZeRO, files or COCO. Every part runs
+in every forward pass, whatever the images contain, so that the collectives of a partitioned model match.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Architecture(nn.Module):
     """
 
     CLASS_LAYERS: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the parameters whose first dimension counts classes: other classes start them afresh."""
+    """Prefixes of the parameters whose first dimension depends on the number of classes.
+
+    They keep their random initialisation where the initial weights have another number.
+    """
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -47,53 +50,57 @@ class Architecture(nn.Module):
 
     @property
     def targets(self) -> frozenset[str]:
-        """What training needs of a data set: "boxes", "masks", "semantic"."""
+        """The targets that training needs, of "boxes", "masks" and "semantic"."""
         raise NotImplementedError
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What it predicts, by the names of the evaluators' scores; the last one is the run's primary one."""
+        """The tasks that the model is scored on, by the evaluators' names; the last is the primary one."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Any:
-        """What `losses` takes in training, `Outputs` in evaluation; the shapes are the configuration's."""
+        """Return the input of `losses` in training, and `Outputs` in evaluation.
+
+        Their shapes depend only on the configuration and the number of images.
+        """
         return self.predict(batch) if self.training else self.answer(batch)
 
     def predict(self, batch: Batch) -> NamedTuple:
-        """The predictions that are trained, paired with what they should be."""
+        """Return the predictions that are trained, with their targets."""
         raise NotImplementedError
 
     def answer(self, batch: Batch) -> Outputs:
-        """What the model finds in the images."""
+        """Return the outputs for the images, such as detections."""
         raise NotImplementedError
 
     def losses(self, predictions: Any, batch: Batch) -> dict[str, Tensor]:
-        """Scalars, whose plain sum is minimised."""
+        """Return the losses, scalars whose sum is minimised."""
         raise NotImplementedError
 
     def counts(self, predictions: Any) -> dict[str, Tensor]:
-        """How much of the fixed shapes did work, for the log: means per image, still on the device."""
+        """Return numbers of used slots for the log: means per image, on the device."""
         raise NotImplementedError
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
-        """Which modules the parts of the `norm` block stand for; the backbone is not among them."""
+        """Return the modules of each part of the `norm` block, except the backbone."""
         raise NotImplementedError
 
     def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Weights of another project in this model's names; what is not recognised is returned as it is."""
+        """Return the weights of another project under this model's names, and others unchanged."""
         return state
 
     def normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
-        """uint8 pixels to the backbone's units and dtype; the padding stays exactly zero.
+        """Return uint8 images normalised for the backbone, `[B, 3, H, W]` in its dtype; the padding is zero.
 
-        Channels last: convolutions pass the layout on, and run faster in it on CPUs and in bf16 on GPUs.
+        `sizes_B2` is (height, width) of each image in pixels, without padding. The result is channels-last:
+        convolutions keep this layout, and are faster in it on CPUs and in bf16 on GPUs.
         """
         device = images_B3HW.device
         height, width = images_B3HW.shape[-2:]
         rows = torch.arange(height, device=device) < sizes_B2[:, :1]
         columns = torch.arange(width, device=device) < sizes_B2[:, 1:]
         inside_B1HW = (rows[:, :, None] & columns[:, None, :])[:, None]
-        # Python scalars, channel by channel: a tensor of constants would be a copy that the GPU waits for.
+        # Python scalars, channel by channel: copying a tensor of constants to the GPU would synchronise.
         channels = zip(images_B3HW.float().unbind(1), self.pixel_scale, self.pixel_shift, strict=True)
         pixels_B3HW = torch.stack([pixels * scale + shift for pixels, scale, shift in channels], 1)
         pixels_B3HW = torch.where(inside_B1HW, pixels_B3HW, 0.0).to(next(self.parameters()).dtype)
@@ -101,10 +108,10 @@ class Architecture(nn.Module):
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:
-    """The sum that is differentiated, a scalar."""
+    """Return the sum of the losses, the scalar that is differentiated."""
     return torch.stack(list(losses.values())).sum()
 
 
 def mean_counts(masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The mean number of True slots an image of masks `[B, N]`."""
+    """Return the mean number of True slots per image, of bool masks `[B, N]`."""
     return {name: mask.sum(1, dtype=torch.float32).mean() for name, mask in masks.items()}

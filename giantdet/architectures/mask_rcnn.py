@@ -41,7 +41,7 @@ from giantdet.structures import Batch, Detections, Outputs
 
 
 class Predictions(NamedTuple):
-    """What is trained, with its targets."""
+    """The predictions that are trained, with their targets."""
 
     rpn: RpnPredictions
     box: BoxPredictions
@@ -80,7 +80,7 @@ class MaskRcnn(Architecture):
         return ("box", "mask") if self.mask_head is not None else ("box",)
 
     def pyramid(self, batch: Batch) -> list[Tensor]:
-        """P2 to P6 of a batch."""
+        """Return P2 to P6 of a batch, `[B, channels, h, w]`."""
         levels: list[Tensor] = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
         return levels
 
@@ -142,7 +142,7 @@ class MaskRcnn(Architecture):
         return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
 
     def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Weights of torchvision's Mask and Faster R-CNN in our names, others as they are."""
+        """Return torchvision's Mask and Faster R-CNN weights under giantdet's names, and others unchanged."""
         return from_torchvision(state) if is_torchvision(state) else state
 
 
@@ -158,7 +158,7 @@ def mask_rcnn_losses(
 
 
 def sample_counts(predictions: Predictions) -> dict[str, Tensor]:
-    """Positive anchors, positive RoIs and mask slots in use: means per image."""
+    """Return the numbers of positive anchors, positive RoIs and used mask slots, means per image."""
     masks = {"rpn_positive": predictions.rpn.positive_BR, "roi_positive": predictions.box.positive_BR}
     if predictions.mask is not None:
         masks["mask_slots_used"] = predictions.mask.valid_BP

@@ -1,8 +1,9 @@
 """RetinaNet (Lin et al. 2017, "Focal Loss for Dense Object Detection"): backbone, pyramid P3 to P7, one head.
 
 Shapes: B images · A anchors of all levels · M ground-truth slots · C classes · D detections.
-Reference: detectron2's `RetinaNet`. On purpose different: anchors centred in the padding are neither trained
-nor scored, because a fixed canvas may have more padding than a batch that is padded to its largest image.
+Reference: detectron2's `RetinaNet`. One deliberate difference: anchors centred in the padding are neither
+trained nor scored, because a fixed canvas may have more padding than a batch that is padded to its largest
+image.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 class Predictions(NamedTuple):
-    """What is trained, with its targets, for every anchor."""
+    """The predictions that are trained, with their targets, for every anchor."""
 
     logits_BAC: Tensor  # float32
     deltas_BA4: Tensor  # float32
@@ -44,9 +45,9 @@ class Predictions(NamedTuple):
 
 
 class RetinaHead(Float32Buffers):
-    """`[B, channels, h, w]` to class logits `[B, A, C]` and deltas `[B, A, 4]`, float32, level by level.
+    """The head: levels `[B, channels, h, w]` to class logits `[B, A_l, C]` and deltas `[B, A_l, 4]`, float32.
 
-    Holds the running mean of positive anchors an image batch, by which the losses are divided.
+    It also has the running mean of the number of positive anchors per micro-batch, which divides the losses.
     """
 
     normalizer: Tensor
@@ -80,7 +81,7 @@ class RetinaHead(Float32Buffers):
 
 
 def _by_anchor(level: Tensor, values: int) -> Tensor:
-    """`[B, K * values, h, w]` to `[B, h * w * K, values]`, float32."""
+    """Return `[B, h * w * K, values]`, float32, of `[B, K * values, h, w]`."""
     return level.permute(0, 2, 3, 1).reshape(len(level), -1, values).float()
 
 
@@ -116,18 +117,18 @@ class RetinaNet(Architecture):
         return ("box",)
 
     def pyramid(self, pixels_B3HW: Tensor) -> list[Tensor]:
-        """P3 to P7."""
+        """Return P3 to P7, `[B, channels, h, w]`, of normalised images."""
         levels: list[Tensor] = self.fpn(self.backbone(pixels_B3HW))
         return levels
 
     def heads(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Logits, deltas and anchors of every level."""
+        """Return the logits `[B, A_l, C]`, deltas `[B, A_l, 4]` and anchors `[A_l, 4]` of every level."""
         levels = self.pyramid(self.normalise(batch.images_B3HW, batch.sizes_B2))
         logits, deltas = self.head(levels)
         return logits, deltas, self.anchors(levels)
 
     def anchors(self, levels: list[Tensor]) -> list[Tensor]:
-        """float32 `[A_l, 4]` a level."""
+        """Return the anchors of each level, float32 `[A_l, 4]` in pixels."""
         head = self.config.head
         found = grid_anchors(
             self.image_size,
@@ -140,12 +141,12 @@ class RetinaNet(Architecture):
         return list(found)
 
     def ignored(self, anchors_A4: Tensor, sizes_B2: Tensor) -> Tensor:
-        """bool `[B, A]`: the anchor is neither trained nor scored."""
+        """Return bool `[B, A]`, True for anchors that are neither trained nor scored."""
         outside_BA = centred_in_padding(anchors_A4, sizes_B2)
         return torch.zeros_like(outside_BA) if self.conventions.anchors_in_padding else outside_BA
 
     def predict(self, batch: Batch) -> Predictions:
-        """Predictions and targets of all anchors; see `Architecture.predict`."""
+        """Return predictions and targets of all anchors; see `Architecture.predict`."""
         logits, deltas, anchors = self.heads(batch)
         anchors_A4 = torch.cat(anchors)
         label_BA, labels_BA, target_deltas_BA4 = self.match(
@@ -163,7 +164,10 @@ class RetinaNet(Architecture):
     def match(
         self, anchors_A4: Tensor, ignored_BA: Tensor, targets: Targets
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """1, 0 or -1 (ignored), class and deltas that each anchor is trained for."""
+        """Return the targets of each anchor: label `[B, A]`, class `[B, A]` and deltas `[B, A, 4]`.
+
+        The label is 1 (positive), 0 (negative) or -1 (ignored).
+        """
         head = self.config.head
         iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4).masked_fill_(ignored_BA[:, None], 0.0)
         index_BA, label_BA = match(
@@ -172,12 +176,12 @@ class RetinaNet(Architecture):
         label_BA = label_BA.masked_fill(ignored_BA, -1)
         positive_BA = label_BA == 1
         labels_BA = targets.labels_BM.gather(1, index_BA).where(positive_BA, self.num_classes)
-        # Negatives have no box to aim at; aiming at the anchor itself keeps the encoding finite.
+        # Negatives have no target box; with the anchor itself as the target the encoding is finite.
         boxes_BA4 = gather_slots(targets.boxes_BM4, index_BA).where(positive_BA[..., None], anchors_A4)
         return label_BA, labels_BA, encode_deltas(boxes_BA4, anchors_A4, DELTA_WEIGHTS)
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
-        """See `retinanet_losses`; moves the running mean of positives in training."""
+        """Return `retinanet_losses`; in training, first update the running mean of positive anchors."""
         normalizer = self.head.normalizer
         if self.training:
             with torch.no_grad():
@@ -186,7 +190,7 @@ class RetinaNet(Architecture):
         return retinanet_losses(predictions, self.config.head, normalizer.clone())
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
-        """Positive anchors."""
+        """Return the mean number of positive anchors per image."""
         return mean_counts({"anchors_positive": predictions.positive_BA})
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
@@ -194,7 +198,7 @@ class RetinaNet(Architecture):
         return {"fpn": (self.fpn,), "heads": (self.head,)}
 
     def answer(self, batch: Batch) -> Outputs:
-        """Detections without masks; see `Architecture.answer`."""
+        """Return detections without masks; see `Architecture.answer`."""
         config = self.config.head
         boxes, scores, labels = [], [], []
         for logits_BAC, deltas_BA4, anchors_A4 in zip(*self.heads(batch), strict=True):
@@ -211,7 +215,7 @@ class RetinaNet(Architecture):
             labels.append(index_BK % self.num_classes)
         boxes_BK4, score_BK, label_BK = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(labels, 1)
         valid_BK = (score_BK > config.score_threshold) & score_BK.isfinite() & boxes_BK4.isfinite().all(-1)
-        # NMS sees whole boxes, as detectron2's does: they are clipped to the image afterwards.
+        # As in detectron2, NMS compares whole boxes; they are clipped to the image afterwards.
         whole_BK4 = boxes_BK4.where(valid_BK[..., None], 0.0)
         whole_BK4 = whole_BK4 - whole_BK4.amin((1, 2), keepdim=True)
         extent_B = whole_BK4.amax((1, 2))
@@ -233,7 +237,10 @@ class RetinaNet(Architecture):
 
 
 def retinanet_losses(p: Predictions, config: RetinaHeadConfig, normalizer: Tensor) -> dict[str, Tensor]:
-    """Focal and box loss over all anchors, divided by `normalizer`, scalars; detectron2's `retinanet.py`."""
+    """Return the focal and box loss over all anchors, scalars divided by `normalizer`.
+
+    Focal loss: Lin et al. 2017. Reference: `retinanet.py` of detectron2 0.6.
+    """
     classes_C = torch.arange(p.logits_BAC.shape[-1], device=p.labels_BA.device)
     goal_BAC = (p.labels_BA[..., None] == classes_C).to(p.logits_BAC.dtype)
     focal_BA = sigmoid_focal_loss(p.logits_BAC, goal_BAC, config.focal_alpha, config.focal_gamma).sum(-1)

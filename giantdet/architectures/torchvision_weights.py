@@ -1,7 +1,7 @@
-"""Weights of other projects in giantdet's names and order of classes.
+"""Convert torchvision's detector weights to giantdet's names and order of classes.
 
-torchvision counts its background as class 0, detectron2 and giantdet as the last one; its fully
-connected layer reads RoI features as (channel, y, x), which is ours too.
+In torchvision the background is class 0, in detectron2 and giantdet the last class. The fully connected
+layers read RoI features in the order (channel, y, x) in both projects.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from giantdet.errors import InputError
 
-_EPS = 1e-5  # of timm's ResNets
+_EPS = 1e-5  # of the batch norms in timm's ResNets
 
 _RENAMES: tuple[tuple[str, str], ...] = (
     (r"backbone\.body\.", "backbone.body."),
@@ -40,21 +40,24 @@ _CLASS_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def is_torchvision(state: Mapping[str, Tensor]) -> bool:
-    """Does this look like a state dict of torchvision's `FasterRCNN` or `MaskRCNN` with a ResNet-FPN?"""
+    """Return whether this is a state dict of torchvision's `FasterRCNN` or `MaskRCNN` with a ResNet-FPN."""
     return any(key.startswith("backbone.fpn.inner_blocks.") for key in state)
 
 
 def from_torchvision(state: Mapping[str, Tensor], norm_eps: float | None = None) -> dict[str, Tensor]:
-    """torchvision's `maskrcnn_resnet50_fpn` or `fasterrcnn_resnet50_fpn` in giantdet's names.
+    """Return weights of torchvision's `maskrcnn_resnet50_fpn` or `fasterrcnn_resnet50_fpn` by giantdet's
+    names.
 
-    Use it with `model.conventions: "torchvision"`, for which the weights were trained. Older files
-    (before torchvision 0.12) name the RPN's and mask head's layers differently and are understood too.
+    Use them with `model.conventions: "torchvision"`, with which they were trained. Files from before
+    torchvision 0.12, in which the layers of RPN and mask head have other names, are supported too.
 
     `norm_eps` is the epsilon of the batch norms that the weights were trained with. torchvision sets it to
-    0 for its COCO weights (`overwrite_eps` in `mask_rcnn.py`), and a file does not say so. None takes 0 for
-    frozen norms (their files have no `num_batches_tracked`), and 1e-5 otherwise. Another epsilon than ours
-    is folded into the norms' weights, exactly.
-    Raises ValueError naming the keys that have no counterpart (the v2 models, for example).
+    0 for its COCO weights (`overwrite_eps` in `mask_rcnn.py`), but the files do not contain it. None means 0
+    for frozen norms (their files have no `num_batches_tracked`), and 1e-5 otherwise. Where the epsilon is not
+    1e-5, the weights of the norms are scaled so that their outputs are the same with 1e-5.
+
+    Raises InputError, a ValueError, that lists the keys without a counterpart (those of the v2 models, for
+    example).
     """
     converted: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -69,7 +72,7 @@ def from_torchvision(state: Mapping[str, Tensor], norm_eps: float | None = None)
         converted[name] = tensor
     if unknown:
         raise InputError(
-            f"torchvision weights with keys that giantdet has no place for: {', '.join(unknown)}"
+            f"torchvision weights with keys that have no counterpart in giantdet: {', '.join(unknown)}"
         )
     if norm_eps is None:
         norm_eps = _EPS if any(key.endswith("num_batches_tracked") for key in converted) else 0.0
@@ -78,7 +81,7 @@ def from_torchvision(state: Mapping[str, Tensor], norm_eps: float | None = None)
 
 
 def _fold_eps(state: dict[str, Tensor], eps: float) -> None:
-    """weight / sqrt(var + eps) as weight' / sqrt(var + 1e-5), in place."""
+    """Replace the weights so that weight / sqrt(var + eps) = weight' / sqrt(var + 1e-5), in place."""
     if eps == _EPS:
         return
     for key in [key for key in state if key.endswith(".running_var")]:

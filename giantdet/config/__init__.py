@@ -1,1 +1,1 @@
-"""One JSON, one run: types, reading, checking, resolving, schema."""
+"""The configuration of a run, one JSON file: types, reading, checks, resolution and schema."""

@@ -1,7 +1,7 @@
-"""Checks of a run's JSON: every key known, every value of its type, every error one line.
+"""Check a run's JSON: keys must be known, values must have their type, and every error is one line.
 
-Both halves of the JSON are sections (config/section.py), validated by pydantic; here its errors become lines
-that name the key, and what concerns several values is checked.
+Both halves of the JSON are sections (config/section.py), which pydantic validates. This file turns its errors
+into lines that name the key, and checks combinations of values.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ S = TypeVar("S", bound=Section)
 
 
 def show(value: Any) -> str:
-    """A value of the JSON as it is shown in messages."""
+    """Return a value of the JSON as messages show it, at most 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# One checker for all sections
+# Validation of any section
 
 
 def validate(section: type[S], value: Any, path: str = "", owner: str = "") -> S:
-    """`value` as a section. Raises ConfigError with one line, whose keys begin with `path`.
+    """Return `value` as a section. Raises ConfigError with one line; the keys in it begin with `path`.
 
-    `owner` is named where a key is unknown or missing: an optimizer or schedule.
+    `owner`, the name of an optimizer or schedule, appears in messages about unknown and missing keys.
     """
     _refuse_unsupported(value, path)
     try:
@@ -82,7 +82,7 @@ _WORDS = {
 def _one_liners(
     error: ValidationError, section: type[Section], value: Any, prefix: str, owner: str
 ) -> list[str]:
-    """One message a key; the alternatives of a union are joined by "or"."""
+    """Return one message per key; the alternatives of a union are joined by "or"."""
     wishes: dict[str, list[str]] = {}
     messages: dict[str, str] = {}
     for item in error.errors():
@@ -118,7 +118,10 @@ def _one_liners(
 
 
 def _value_at(value: Any, location: tuple[int | str, ...]) -> tuple[Any, list[str]]:
-    """The value that an error is about, and its path: a union appends the alternative that it tried."""
+    """Return the value that an error is about, and its path.
+
+    The location may be longer than the path: for a union it ends with the alternative that was tried.
+    """
     taken: list[str] = []
     for part in location:
         inside = isinstance(value, list) and isinstance(part, int)
@@ -134,7 +137,7 @@ def _choices(context: Mapping[str, Any]) -> list[str]:
 
 
 def _wish(kind: str, context: Mapping[str, Any], message: str) -> str:
-    """What a value should be, to follow "must be"."""
+    """Return what a value should be, as words that follow "must be"."""
     if kind == "literal_error":
         choices = str(context["expected"]).replace("'", '"').replace(" or ", ", ")
         return f"one of {choices}" if ", " in choices else choices
@@ -154,7 +157,7 @@ _LIMITS = ("at least ", "at most ", "greater than ", "less than ")
 
 
 def _be(wishes: list[str]) -> str:
-    # A number out of range was meant as a number: the other alternatives of a union do not help.
+    # For a number out of range only the limits are shown: the other alternatives of a union do not help.
     limits = [wish for wish in wishes if wish.startswith(_LIMITS)]
     if limits in (["at least 0"], ["at least 0.0"]):
         return "not be negative"
@@ -162,7 +165,7 @@ def _be(wishes: list[str]) -> str:
 
 
 def _hint(section: type[Section], names: list[str], architecture: str | None) -> str:
-    """What an unknown key may have been meant to be, or the architectures that have it."""
+    """Return a hint for an unknown key: the architectures that have it, or a similar key."""
     owners = [name for name in SECTIONS if architecture and _has(keys_of(section, name), names)]
     if owners:
         return f": it is a key of {', '.join(owners)}, and giantdet.model.type is {architecture}"
@@ -170,7 +173,7 @@ def _hint(section: type[Section], names: list[str], architecture: str | None) ->
     for name in names[:-1]:
         siblings = siblings[name]
     hint = nearest(names[-1], siblings)
-    # In DeepSpeed's half the nearest of all paths would be the block that the key is in.
+    # In DeepSpeed's half the most similar of all paths would be the block that the key is in.
     return hint or (nearest(".".join(names), all_paths()) if section is GiantdetConfig else "")
 
 
@@ -186,7 +189,7 @@ def _has(keys: Any, names: list[str]) -> bool:
 
 
 def check_deepspeed(raw: dict[str, Any]) -> DeepSpeedConfig:
-    """DeepSpeed's half as types. Raises ConfigError."""
+    """Return DeepSpeed's half as types. Raises ConfigError."""
     for block in ("optimizer", "scheduler"):
         if block == "optimizer" or block in raw:
             plugin(block, raw.get(block, {}))
@@ -198,7 +201,7 @@ def check_deepspeed(raw: dict[str, Any]) -> DeepSpeedConfig:
 
 
 def plugin(block: str, content: Any) -> OptimizerConfig | SchedulerConfig:
-    """The section that `optimizer` or `scheduler` stands for. Raises ConfigError."""
+    """Return the section of an `optimizer` or `scheduler` block. Raises ConfigError."""
     known = cast("dict[str, type[Section]]", OPTIMIZERS if block == "optimizer" else SCHEDULERS)
     if not isinstance(content, dict):
         raise ConfigError(f"{block} must be an object, got {show(content)}")
@@ -219,19 +222,19 @@ def plugin(block: str, content: Any) -> OptimizerConfig | SchedulerConfig:
 
 
 def canonical_name(name: str, known: Mapping[str, Any]) -> str | None:
-    """The name as spelt in `known`, whatever the case of `name`; None if it is not there."""
+    """Return the name as it is spelt in `known`, whatever the case of `name`; None if it is unknown."""
     return next((k for k in known if k.lower() == name.lower()), None)
 
 
 def parse_giantdet(block: dict[str, Any]) -> GiantdetConfig:
-    """The giantdet block as types. Raises ConfigError."""
+    """Return the giantdet block as types. Raises ConfigError."""
     config = validate(GiantdetConfig, block, "giantdet")
     _check_giantdet(config)
     return config
 
 
 def _check_giantdet(config: GiantdetConfig) -> None:
-    """What concerns more than one value, or more than a type can say."""
+    """Raise ConfigError for wrong combinations of values, and for limits that types cannot express."""
 
     def require(condition: bool, message: str) -> None:
         if not condition:
@@ -243,7 +246,7 @@ def _check_giantdet(config: GiantdetConfig) -> None:
         "give either giantdet.train.epochs or giantdet.train.steps, "
         + ("not both" if train.epochs is not None else "neither is there"),
     )
-    # P2 to P5 halve exactly at multiples of 32; P6 subsamples P5 and takes any size.
+    # The sides of P2 to P5 are whole numbers for multiples of 32; P6 subsamples P5, whatever its size.
     rounded = [max(32, round(side / 32) * 32) for side in data.size]
     require(
         list(data.size) == rounded,

@@ -1,4 +1,4 @@
-"""Where the reference implementations differ: one frozen dataclass, made here once and handed down.
+"""The choices in which the reference implementations differ, as one frozen dataclass for each of them.
 
 Sources: detectron2 0.6 (`modeling/`, `layers/mask_ops.py`) and torchvision 0.25 (`models/detection/`).
 """
@@ -13,24 +13,26 @@ class Conventions:
     """The choices of one reference implementation."""
 
     rounded_anchors: bool
-    """Anchors have sides of whole pixels, and a level's stride is image // grid, not its nominal one."""
+    """Anchor sides are rounded to whole pixels, and the stride of a level is image // grid, not its nominal
+    stride."""
     anchors_in_padding: bool
     """Anchors centred in the padding are trained and proposed. detectron2 pads a batch to its largest image
-    and keeps them too; a fixed canvas may have more padding, so that here they are left out."""
+    and keeps them too; a fixed canvas may have more padding, so here they are left out."""
     min_proposal_size: float
     """Pixels that both sides of a proposal must exceed."""
     min_detection_size: float
     """Pixels that both sides of a detection must exceed."""
     aligned_rois: bool
-    """RoIAlign shifts its boxes by half a pixel, so that bins lie on pixel centres."""
+    """RoIAlign shifts its boxes by half a pixel, to align them with pixel centres."""
     smooth_l1_beta: float
-    """Where the box losses turn from a square to a line; 0 is plain L1."""
+    """Error at which the smooth L1 box losses change from quadratic to linear; 0 is plain L1."""
     rpn_loss_over_all_slots: bool
-    """The RPN's losses are divided by the slots of the sample, also where fewer anchors were found for it."""
+    """The RPN's losses are divided by the size of the sample, even if fewer anchors could be sampled."""
     binary_mask_targets: bool
-    """Mask targets are 0 or 1, at least half covered; otherwise the covered share."""
+    """Mask targets are 1 where at least half of a pixel is covered, otherwise 0; if False, they are the
+    covered share."""
     pastes_at_pixel_centres: bool
-    """Masks are interpolated at pixel centres; otherwise boxes are rounded to whole pixels first."""
+    """Predicted masks are interpolated at pixel centres; if False, boxes are rounded to pixels first."""
 
 
 CONVENTIONS: dict[str, Conventions] = {

@@ -1,9 +1,9 @@
 """DeepSpeed's half of a run's JSON, as types.
 
-DeepSpeed accepts any top-level key, so that a typo trains with a default. These sections hold what DeepSpeed
-0.19 really reads (`runtime/config.py` and the pydantic models of each block), with its defaults. They are
-written down because importing DeepSpeed takes seconds; `tests/config/test_deepspeed.py` compares them with
-the installed one. DeepSpeed gets the keys that were given and no others.
+DeepSpeed accepts any top-level key, so a run with a mistyped key would train with the default. These sections
+have all keys that DeepSpeed 0.19 reads (`runtime/config.py` and the pydantic models of each block), with its
+defaults. They are copied because importing DeepSpeed takes seconds; `tests/config/test_deepspeed.py` compares
+them with the installed version. DeepSpeed receives only the keys that were given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BatchSize = Annotated[Whole, Field(ge=1)]
 
 
 def _no_bool(value: Any) -> Any:
-    """`True == 1` in Python, but not in JSON."""
+    """Reject true and false: `True == 1` in Python, but not in JSON."""
     if isinstance(value, bool):
         raise wish("one of 0, 1, 2, 3")
     return value
@@ -31,7 +31,7 @@ Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)]
 
 
 class AutoSection(Section):
-    """A block in which "auto" means "not given": DeepSpeed itself takes its default then."""
+    """A block in which "auto" means "not given": DeepSpeed then takes its own default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,7 +42,7 @@ class AutoSection(Section):
 
     @classmethod
     def _may_be_auto(cls, key: str) -> bool:
-        """Whether "auto" is a value of the key. Unknown keys and whole blocks are kept and then refused."""
+        """Return whether the key may be "auto". Unknown keys and whole blocks are kept, and refused later."""
         field = cls.model_fields.get(key)
         return field is not None and not isinstance(field.default, Section)
 
@@ -298,7 +298,7 @@ class CompileConfig(AutoSection):
 
 
 class OptimizerBlock(Section):
-    """`type` is a name of config/optimizers.py, and `params` its section."""
+    """The optimizer: `type` is the name of a section in config/optimizers.py, and `params` its fields."""
 
     type: str
     params: dict[str, Any] = Field(default={})
@@ -306,14 +306,14 @@ class OptimizerBlock(Section):
 
 
 class SchedulerBlock(Section):
-    """`type` is a name of config/schedulers.py, and `params` its section."""
+    """The LR schedule: `type` is the name of a section in config/schedulers.py, and `params` its fields."""
 
     type: str
     params: dict[str, Any] = Field(default={})
 
 
 class DeepSpeedConfig(Section):
-    """The keys beside `giantdet`; https://www.deepspeed.ai/docs/config-json/ describes them."""
+    """All keys except `giantdet`; https://www.deepspeed.ai/docs/config-json/ describes them."""
 
     train_batch_size: BatchSize | Auto = "auto"
     train_micro_batch_size_per_gpu: BatchSize | Auto = "auto"

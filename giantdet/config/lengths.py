@@ -1,4 +1,4 @@
-"""Lengths of time in training: steps, epochs or images, as a recipe that outlives a batch size says them."""
+"""Lengths of training in steps, epochs or images. Epochs and images do not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ LENGTH_PATTERN = r"^(\d{1,15}(?:\.\d{1,15})?)\s*(step|epoch|image)s?$"
 
 
 def is_length(value: object) -> bool:
-    """An integer (steps, 0 or more), or `"500 steps"`, `"1.5 epochs"`, `"90000 images"`."""
+    """Return whether a value is an integer number of steps, or like "500 steps", "1.5 epochs", "90000
+    images".
+
+    Negative integers are lengths too; their users refuse them.
+    """
     if isinstance(value, str):
         return re.match(LENGTH_PATTERN, value) is not None
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -21,19 +25,20 @@ def is_length(value: object) -> bool:
 
 
 def to_steps(value: int | float | str, batch: int, images: int | None) -> int | str:
-    """Optimizer steps of a length, rounded up; the length itself where it needs an unknown epoch.
+    """Return a length in optimizer steps, rounded up.
 
-    batch: images a step. images: of an epoch; None where unknown.
+    `batch` is the number of images per step. `images` is the number of images per epoch; where it is None, a
+    length in epochs is returned as it is. Raises InputError, a ValueError, for a text that is not a length.
     """
     if not isinstance(value, str):
         return int(value)
     match = re.match(LENGTH_PATTERN, value)
     if match is None:
-        raise InputError(f"{value!r} is no length; give {LENGTH_WORDS}")
+        raise InputError(f"{value!r} is not a length; give {LENGTH_WORDS}")
     number, unit = float(match[1]), match[2]
     if unit == "step":
         return math.ceil(number)
     if unit == "epoch" and images is None:
         return value
-    # The rounding keeps 0.3 x 10 at 3.
+    # Rounded to 9 digits before rounding up: floating-point error must not add a step.
     return math.ceil(round(number * (images or 1) / batch if unit == "epoch" else number / batch, 9))

@@ -1,7 +1,7 @@
-"""Reading a run's JSON: one file, overrides by dotted path, and errors that name the key.
+"""Read a run's JSON: one file, overrides by dotted path, and errors that name the key.
 
 A run is a valid DeepSpeed JSON plus `"giantdet"` (config/types.py), `"about"` (free text for readers)
-and `"$schema"` (for editors). Nothing unknown passes, in either half.
+and `"$schema"` (for editors). Unknown keys are errors in both halves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEEPSPEED_KEYS = tuple(DeepSpeedConfig.model_fields)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One checked run; `deepspeed` is DeepSpeed's half of the JSON. Do not change it in place."""
+    """A checked run; `deepspeed` is DeepSpeed's half of the JSON, which must not be modified in place."""
 
     giantdet: GiantdetConfig
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -36,14 +36,14 @@ class RunConfig:
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override and check a run; "auto" values stay (config/resolve.py).
+    """Read a run, apply the overrides, check it and return it; "auto" values stay (config/resolve.py).
 
     An override is `key=value` with a dotted key: `train_batch_size=8`, `zero_optimization.stage=3`,
-    `giantdet.train.steps=10`, or without `giantdet.` where the first name is one of its sections
-    (`train.steps=10`). The value is JSON, or else a string. As a run has either epochs or steps,
-    overriding one of them drops the other one of the file.
+    `giantdet.train.steps=10`. `giantdet.` may be left out before one of its sections (`train.steps=10`). The
+    value is read as JSON, or as a string where it is not JSON. A run has either epochs or steps, so
+    overriding one of them removes the other from the file's values.
 
-    Raises ConfigError.
+    Raises ConfigError with one line that names the key.
     """
     path = Path(path)
     raw = _read_json(path)
@@ -52,13 +52,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
-    """The checked run of an already parsed JSON object. Raises ConfigError."""
+    """Check a parsed JSON object and return its run. Raises ConfigError."""
     known = [*DEEPSPEED_KEYS, *OWN_KEYS]
     for key in raw:
         if key in UNSUPPORTED:
             raise ConfigError(f"{key} {UNSUPPORTED[key]}")
         if key not in known:
-            where = " (it belongs into the giantdet block)" if key in GiantdetConfig.model_fields else ""
+            where = " (it belongs in the giantdet block)" if key in GiantdetConfig.model_fields else ""
             raise ConfigError(f"unknown key {key}{where}{nearest(key, [*known, *all_paths()])}")
     if not isinstance(raw.get("about", ""), str | dict):
         raise ConfigError(f"about must be a string or an object, got {show(raw['about'])}")
@@ -75,7 +75,7 @@ def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark of Windows' editors
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{nearest(path.name, siblings)}") from None
@@ -85,7 +85,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raw = _parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # ours; numbers of 5,000 digits; lists in lists in lists
+    except (ValueError, RecursionError) as error:  # ConfigError; numbers of 5,000 digits; deeply nested lists
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a JSON object, got {show(raw)}")
@@ -110,7 +110,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _is_text(text: str) -> bool:
-    """Neither NUL, which no path can hold, nor half of a surrogate pair, which UTF-8 cannot."""
+    """Return whether a text has no NUL, which paths cannot contain, and no surrogate, which UTF-8 cannot."""
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -147,7 +147,7 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
                     f"override {override!r}: {'.'.join(parts[:depth])} is {show(node)}, not an object"
                 )
         node[parts[-1]] = value
-    # Only the pair in the file conflicts with the override: two overrides are the user's contradiction.
+    # An override replaces the other key only if that is from the file. Overriding both is an error.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if f"giantdet.train.{one}" in given and f"giantdet.train.{other}" not in given:
             raw["giantdet"]["train"].pop(other, None)

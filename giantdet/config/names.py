@@ -1,4 +1,4 @@
-"""The names of everything that can be set, and the nearest of them to a mistyped one."""
+"""The names of all keys that can be set, and suggestions for mistyped ones."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from giantdet.config.types import GiantdetConfig
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?` with the nearest of `names`, by the whole or by the last part, or nothing."""
+    """Return `; did you mean X?` with the most similar of `names`, or "" if none is similar.
+
+    Names are compared as a whole and by their last part.
+    """
     short, last = {}, {}
     for candidate in reversed(list(names)):
         key = candidate.lower().removeprefix("giantdet.")
         short[key] = last[key.rsplit(".", 1)[-1]] = candidate
     name = name.lower().removeprefix("giantdet.")
-    # The right name at the wrong place: `batch_size` for `giantdet.eval.batch_size`.
+    # The right key in the wrong place: `batch_size` for `giantdet.eval.batch_size`.
     if name.rsplit(".", 1)[-1] in last and name not in short:
         return f"; did you mean {last[name.rsplit('.', 1)[-1]]}?"
     match = difflib.get_close_matches(name, short, n=1, cutoff=0.6)
@@ -32,7 +35,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def keys_of(section: type[Section], architecture: str | None = None) -> dict[str, Any]:
-    """Nested names of a section's fields; leaves are None. Of one architecture, or of all."""
+    """Return the nested names of a section's fields; leaves are None.
+
+    The `model` section has the keys of `architecture`, or those of all architectures.
+    """
     keys: dict[str, Any] = {name: _subsection(info.annotation) for name, info in section.model_fields.items()}
     if section is GiantdetConfig:
         chosen = [model for name, model in SECTIONS.items() if architecture in (None, name)]
@@ -48,7 +54,7 @@ def _subsection(annotation: Any) -> dict[str, Any] | None:
 
 
 def all_paths() -> list[str]:
-    """Dotted paths of everything that can be set, for suggestions."""
+    """Return the dotted paths of all keys that can be set, for suggestions."""
     paths: list[str] = []
 
     def walk(keys: dict[str, Any], prefix: str) -> None:

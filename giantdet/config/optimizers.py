@@ -1,8 +1,8 @@
-"""The `params` of the JSON's `optimizer` block: a section for every optimizer that giantdet has trained with.
+"""The `params` of the JSON's `optimizer` block: one section for every supported optimizer.
 
 A new optimizer is one class here, and a line in OPTIMIZERS. Defaults are those of the library that builds it:
-Adam, AdamW and SGD are DeepSpeed's and torch's, the others timm's (optim/optimizers.py).
-(Adagrad is missing: it loses its parameter groups at ZeRO-1 and 2, where DeepSpeed 0.19 makes it again.)
+Adam, AdamW and SGD are DeepSpeed's and torch's, the others timm's (optim/optimizers.py). Adagrad is not
+supported: at ZeRO-1 and 2 DeepSpeed 0.19 constructs it a second time, which loses its parameter groups.
 """
 
 from __future__ import annotations
@@ -29,48 +29,49 @@ Betas = Annotated[tuple[float, float], BeforeValidator(_betas), WithJsonSchema({
 
 
 class OptimizerConfig(Section):
-    """What every optimizer has."""
+    """Base of the sections of all optimizers."""
 
     MOMENTS: ClassVar[int] = 1
-    """float32 numbers that it keeps for each weight."""
+    """Number of float32 values that the optimizer keeps for each parameter."""
     WHOLE_WEIGHTS: ClassVar[bool] = False
-    """Needs each weight as a whole, which ZeRO-1 to 3 take apart."""
+    """True if the optimizer needs whole weights, which ZeRO-1 to 3 partition."""
     FROM_TIMM: ClassVar[bool] = False
-    """Built by timm; otherwise by DeepSpeed."""
+    """True if timm builds the optimizer; otherwise DeepSpeed does."""
 
     lr: NonNegative
     weight_decay: NonNegative = 0.0
 
     @property
     def name(self) -> str:
-        """Its `type` in the JSON."""
+        """The optimizer's `type` in the JSON."""
         return type(self).__name__
 
     def problems(self) -> Iterator[str]:
-        """Messages about combinations of values, each beginning with a parameter's name."""
+        """Yield messages about wrong combinations of values; each begins with the name of a parameter."""
         return iter(())
 
 
 class Adam(OptimizerConfig):
-    """Kingma and Ba 2015."""
+    """Adam (Kingma and Ba 2015)."""
 
     MOMENTS = 2
 
     betas: Betas = (0.9, 0.999)
     eps: NonNegative = 1e-8
     torch_adam: bool = False
-    """torch.optim's instead of DeepSpeed's compiled one, which is the default where it has to be."""
+    """Use torch.optim's implementation instead of DeepSpeed's, which is compiled at the first use. giantdet
+    sets it to true unless the optimizer is offloaded on a machine with a GPU."""
     adam_w_mode: bool = True
     foreach: bool | None = None
     fp32_optimizer_states: bool = True
 
 
 class AdamW(Adam):
-    """Loshchilov and Hutter 2019."""
+    """AdamW (Loshchilov and Hutter 2019)."""
 
 
 class MomentumConfig(OptimizerConfig):
-    """What optimizers with a momentum share."""
+    """Base of the sections of optimizers with momentum."""
 
     momentum: NonNegative = 0.0
     dampening: float = 0.0
@@ -83,13 +84,13 @@ class MomentumConfig(OptimizerConfig):
 
 
 class SGD(MomentumConfig):
-    """torch.optim.SGD."""
+    """Stochastic gradient descent, torch.optim.SGD."""
 
     foreach: bool | None = None
 
 
 class Lion(OptimizerConfig):
-    """Chen et al. 2023."""
+    """Lion (Chen et al. 2023)."""
 
     FROM_TIMM = True
 
@@ -97,7 +98,7 @@ class Lion(OptimizerConfig):
 
 
 class Lamb(OptimizerConfig):
-    """You et al. 2020."""
+    """LAMB (You et al. 2020)."""
 
     MOMENTS = 2
     WHOLE_WEIGHTS = True
@@ -113,7 +114,7 @@ class Lamb(OptimizerConfig):
 
 
 class Lars(MomentumConfig):
-    """You et al. 2017."""
+    """LARS (You et al. 2017)."""
 
     WHOLE_WEIGHTS = True
     FROM_TIMM = True
@@ -125,7 +126,7 @@ class Lars(MomentumConfig):
 
 
 class Muon(OptimizerConfig):
-    """Jordan et al. 2024; AdamW for what is not a matrix."""
+    """Muon (Jordan et al. 2024), and AdamW for parameters that are not matrices."""
 
     WHOLE_WEIGHTS = True
     FROM_TIMM = True

@@ -1,7 +1,7 @@
-"""From a checked run to one without open questions: batch triple, steps, every "auto".
+"""Resolve a checked run: compute the batch sizes and the number of steps, and replace every "auto".
 
-What is resolved is a pure function of the run, the number of processes and the data set's size, so
-that each rank finds the same answer and `describe` can print it before anything starts.
+The result is a pure function of the run, the number of processes and the size of the data set. So every rank
+computes the same result, and `describe` can print it before anything starts.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def resolve(
     num_classes: int | None = None,
     has_gpu: bool = True,
 ) -> ResolvedRun:
-    """The run with every "auto" replaced and every default that matters made explicit.
+    """Return the run with every "auto" replaced and every important default made explicit.
 
-    world_size: number of data-parallel processes. train_images, num_classes: of the training set;
-    None where unknown (evaluation, --print-config without data), and then `train.steps`, what depends
-    on it, and `model.num_classes` stay open. has_gpu False chooses optimizers that need no compiler.
+    world_size: number of data-parallel processes. train_images, num_classes: of the training set; None where
+    it is unknown (evaluation, --print-config without data). Then `train.steps`, the values that depend on it,
+    and `model.num_classes` stay unresolved. has_gpu: False chooses optimizers that need no compiler.
 
-    Raises ConfigError.
+    Raises ConfigError where the values do not fit each other, the processes or the data set.
     """
     deepspeed = copy.deepcopy(run.deepspeed)
     batch, micro, accumulation = solve_batch(deepspeed, world_size)
@@ -67,7 +67,7 @@ def resolve(
     if giantdet.train.steps is None and train_images is not None:
         assert giantdet.train.epochs is not None
         if train_images < 1:
-            raise ConfigError("giantdet.data.train holds no image to train on; see data.filter_empty")
+            raise ConfigError("giantdet.data.train has no image to train on; see data.filter_empty")
         steps = math.ceil(giantdet.train.epochs * train_images / batch)
         train = giantdet.train.model_copy(update={"steps": steps, "epochs": None})
         giantdet = giantdet.model_copy(update={"train": train})
@@ -79,14 +79,14 @@ def resolve(
     moved = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
     if moved.get("device") == "nvme" or moved.get("ratio", 1.0) < 1.0:
         raise ConfigError(
-            "zero_optimization.offload_optimizer: checkpoints need the optimizer's state in one memory; "
-            'set device "cpu", and no ratio'
+            "zero_optimization.offload_optimizer: checkpoints need the whole optimizer state in GPU or CPU "
+            'memory; set device to "cpu", and leave ratio out'
         )
     offload = deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device")
     if giantdet.ema.enabled and offload == "nvme":
         raise ConfigError(
-            "giantdet.ema needs the weights in memory, and zero_optimization.offload_param puts them on "
-            'nvme; offload to "cpu"'
+            "giantdet.ema needs the weights in memory, but zero_optimization.offload_param moves them to "
+            'nvme; set its device to "cpu"'
         )
 
     if num_classes is not None:
@@ -103,7 +103,7 @@ def resolve(
 
 
 def describe(run: RunConfig) -> str:
-    """The run as pretty-printed JSON, which `load_run` reads back to the same run."""
+    """Return the run as pretty-printed JSON; `load_run` reads it back to the same run."""
     whole: dict[str, Any] = {} if run.about is None else {"about": run.about}
     whole |= run.deepspeed
     whole["giantdet"] = run.giantdet.model_dump(mode="json")
@@ -111,7 +111,7 @@ def describe(run: RunConfig) -> str:
 
 
 def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None:
-    """Raise ConfigError unless each of the splits is configured and its files are on this disk."""
+    """Raise ConfigError unless each of the splits is configured and its files exist."""
     for split in splits:
         dataset = getattr(run.giantdet.data, split)
         if dataset is None:
@@ -132,17 +132,18 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
 
 
 def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, int]:
-    """The batch triple (train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps).
+    """Return (train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps).
 
-    Any two of the three, or one of the first two, give the rest, by DeepSpeed's rule: their product
-    with the number of processes is the batch. Where only one is given there is no accumulation.
+    Any two of the three, or one of the first two, determine the others by DeepSpeed's rule: the batch is
+    the product of micro-batch, accumulation steps and number of processes. Where only one is given there is
+    no accumulation.
 
-    Raises ConfigError with the nearest batch that is possible.
+    Raises ConfigError, with the nearest possible batch size, where there is no solution.
     """
     given = [deepspeed.get(key, "auto") for key in (BATCH, MICRO, ACCUMULATION)]
     batch, micro, accumulation = (None if value == "auto" else int(value) for value in given)
     if batch is None and micro is None:
-        raise ConfigError(f"give {BATCH} or {MICRO}; the other one is solved for the number of processes")
+        raise ConfigError(f"give {BATCH} or {MICRO}; the other one follows from the number of processes")
     if batch is None:
         assert micro is not None
         accumulation = accumulation or 1
@@ -163,7 +164,7 @@ def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, i
 
 
 def _check_norm_parts(giantdet: GiantdetConfig) -> None:
-    """Raise ConfigError for a choice of norms for a part of the model that has no BatchNorm."""
+    """Raise ConfigError if the `norm` block has settings for a part of the model without BatchNorms."""
     norm, model = giantdet.norm, giantdet.model
     for name, (where, is_batch) in model.batch_norms().items():
         if getattr(norm, name) is not None and not is_batch:
@@ -174,7 +175,10 @@ def _check_norm_parts(giantdet: GiantdetConfig) -> None:
 
 
 def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
-    """Scale all LRs to the batch. What is resolved is a recipe of this batch: it scales to the same again."""
+    """Scale all LRs to the batch size.
+
+    The resolved run has its own batch as the reference, so that resolving it again changes nothing.
+    """
     scaling = giantdet.lr_scaling
     params = deepspeed["optimizer"]["params"]
     if scaling.rule == "none":
@@ -182,14 +186,14 @@ def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> Giantdet
     if scaling.reference_batch is None:
         raise ConfigError(
             f'giantdet.lr_scaling.rule "{scaling.rule}" needs giantdet.lr_scaling.reference_batch, the batch '
-            "that the learning rate is meant for"
+            "size that the learning rate was chosen for"
         )
     ratio = deepspeed[BATCH] / scaling.reference_batch
     factor = ratio if scaling.rule == "linear" else math.sqrt(ratio)
     scheduler = deepspeed.get("scheduler", {}).get("params", {})
     rates = SCHEDULERS[_name(deepspeed["scheduler"], SCHEDULERS)].LRS if "scheduler" in deepspeed else ()
     if scheduler.get("warmup_min_ratio") == "auto":
-        # MegDet's warmup: from the reference's LR up to the batch's.
+        # MegDet's warmup: from the LR of the reference batch to the scaled LR.
         scheduler["warmup_min_ratio"] = min(1.0, 1.0 / factor)
     for block, keys in ((params, ("lr",)), (scheduler, rates)):
         for key in keys:
@@ -207,7 +211,7 @@ def _resolve_clip_window(
         return giantdet
     if deepspeed["gradient_clipping"] == 0:
         raise ConfigError(
-            "giantdet.train.clip_window is given, but gradient_clipping is 0: nothing to clip at"
+            "giantdet.train.clip_window is given, but gradient_clipping is 0; set it to the norm to clip at"
         )
     found: Any
     if window == "auto":
@@ -224,7 +228,7 @@ def _resolve_clip_window(
 
 
 def _warmup_steps(deepspeed: dict[str, Any]) -> int | str:
-    """Steps of the resolved schedule's warmup; a text where that needs an unknown epoch."""
+    """Return the warmup steps of the resolved schedule; a text if it is in epochs of unknown length."""
     params = deepspeed.get("scheduler", {}).get("params", {})
     steps: int | str = params.get("warmup_num_steps", params.get("cycle_first_step_size", 0))
     return steps
@@ -239,7 +243,7 @@ def _resolve_agvm(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> Giantd
 
 
 def _without_auto(block: Any) -> Any:
-    """DeepSpeed reads "auto" in these blocks as "not given"; say so rather than leave it open."""
+    """Return a block without its "auto" values, which DeepSpeed reads as "not given"."""
     if not isinstance(block, dict):
         return block
     return {key: _without_auto(value) for key, value in block.items() if value != "auto"}
@@ -253,27 +257,27 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
     zero = deepspeed.get("zero_optimization", {})
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     if adam and (offload == "none" or not has_gpu):
-        # DeepSpeed's own Adams are compiled at the first use, with nvcc on a GPU; torch's need nothing.
+        # DeepSpeed's own Adam is compiled at the first use, with nvcc for a GPU; torch's needs no compiler.
         params.setdefault("torch_adam", True)
     if OPTIMIZERS[name].WHOLE_WEIGHTS and zero.get("stage", 0) > 0:
         raise ConfigError(
             f"optimizer.type: {name} works on whole weights, which zero_optimization.stage {zero['stage']} "
-            "takes apart; set the stage to 0, or use AdamW, SGD or Lion"
+            "partitions; set the stage to 0, or use AdamW, SGD or Lion"
         )
     if zero.get("stage", 0) > 0 and not adam:
-        # The user chose it by name: DeepSpeed's safety catch has nothing left to ask.
+        # The run names this optimizer, so DeepSpeed need not ask for a confirmation.
         deepspeed.setdefault("zero_allow_untested_optimizer", True)
     if offload != "none" and (not adam or params.get("torch_adam", False)):
         deepspeed.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None, images: int | None) -> None:
-    """Turn lengths into steps, fill in what depends on the run's, and what silent defaults would spoil."""
+    """Convert lengths to steps, and make the defaults explicit that depend on the run or are surprising."""
     scheduler = deepspeed["scheduler"]
     name = scheduler["type"] = _name(scheduler, SCHEDULERS)
     section = SCHEDULERS[name]
     params, fields = scheduler.setdefault("params", {}), section.model_fields
-    # Defaults that surprise are shown, and so is what depends on the run.
+    # Shown in the resolved run: surprising defaults, and values that depend on the run.
     for key in ("warmup_num_steps", "total_num_steps", "warmup_type"):
         if key in fields:
             params.setdefault(key, fields[key].default)
@@ -299,7 +303,7 @@ def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None, images: int
 
 
 def _name(block: dict[str, Any], known: Mapping[str, Any]) -> str:
-    """The block's type as it is spelt in `known`."""
+    """Return the block's type as it is spelt in `known`."""
     name = canonical_name(block["type"], known)
     assert name is not None
     return name

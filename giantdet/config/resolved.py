@@ -1,4 +1,4 @@
-"""A run without open questions, with typed access to DeepSpeed's half."""
+"""A run whose "auto" values are replaced, with typed access to DeepSpeed's half of the JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from giantdet.config.schedulers import SchedulerConfig
 
 
 class BatchSizes(NamedTuple):
-    """Images of an optimizer step, of a rank's micro-batch, and micro-batches a step."""
+    """Images per optimizer step, images per micro-batch of a rank, and micro-batches per step."""
 
     total: int
     micro: int
@@ -25,9 +25,10 @@ class BatchSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedRun(RunConfig):
-    """A run whose "auto" values are replaced; made by `config/resolve.py`.
+    """A run whose "auto" values are replaced; `config/resolve.py` makes it.
 
-    What depends on a data set stays open where there was none: `train.steps`, epochs, `model.num_classes`.
+    Values that depend on a data set stay unresolved where none was given: `train.steps`, lengths in epochs,
+    and `model.num_classes`.
     """
 
     @cached_property
@@ -36,7 +37,7 @@ class ResolvedRun(RunConfig):
 
     @property
     def batch(self) -> BatchSizes:
-        """The batch triple."""
+        """The three batch sizes."""
         typed = self._typed
         sizes = (
             typed.train_batch_size,
@@ -65,7 +66,7 @@ class ResolvedRun(RunConfig):
 
     @property
     def clipping(self) -> float:
-        """The norm that gradients are clipped at; 0: not at all."""
+        """The norm that gradients are clipped at; 0: they are not clipped."""
         return float(self._typed.gradient_clipping)
 
     @cached_property
@@ -77,7 +78,7 @@ class ResolvedRun(RunConfig):
 
     @cached_property
     def scheduler(self) -> SchedulerConfig | None:
-        """The schedule with its parameters; None: the LR is constant."""
+        """The LR schedule with its parameters; None: the LR is constant."""
         if "scheduler" not in self.deepspeed:
             return None
         found = plugin("scheduler", self.deepspeed["scheduler"])
@@ -85,13 +86,15 @@ class ResolvedRun(RunConfig):
         return found
 
     def deepspeed_json(self) -> dict[str, Any]:
-        """What `deepspeed.initialize(config=...)` takes: without what giantdet builds, of which DeepSpeed has
-        special paths for some names."""
+        """Return the JSON for `deepspeed.initialize(config=...)`, without the blocks of what giantdet builds.
+
+        DeepSpeed would treat some names of optimizers and schedules in its own way.
+        """
         built = {"scheduler", "optimizer"} if self.optimizer.FROM_TIMM else {"scheduler"}
         return {key: value for key, value in self.deepspeed.items() if key not in built}
 
 
 def load_resolved(path: str | Path) -> ResolvedRun:
-    """The run of a config.json that training has written. Raises ConfigError."""
+    """Return the run of a config.json that training has written. Raises ConfigError."""
     run = load_run(path)
     return ResolvedRun(run.giantdet, run.deepspeed, run.about, run.path)

@@ -1,8 +1,8 @@
 """The `params` of the JSON's `scheduler` block: one section for every schedule (optim/schedules.py).
 
-A new schedule is one class here, a line in SCHEDULERS and its function. Lengths are steps, epochs or images
-until config/resolve.py makes steps of them. DeepSpeed's own classes would take a list of LRs, too, one by
-position; here parameter groups are many, and their LRs follow from `giantdet.param_groups`.
+A new schedule is one class here, a line in SCHEDULERS, and its function in optim/schedules.py. Lengths are in
+steps, epochs or images until config/resolve.py converts them to steps. DeepSpeed's own classes also take a
+list with one LR per parameter group. Here there are many groups, and `giantdet.param_groups` sets their LRs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from giantdet.config.section import Auto, Length, NonNegative, Period, Section, 
 
 
 class SchedulerConfig(Section):
-    """What every schedule has."""
+    """Base of the sections of all schedules."""
 
     FROM_DEEPSPEED: ClassVar[bool] = True
-    """A type of DeepSpeed's own, whose values it has."""
+    """True for DeepSpeed's own types, whose LRs are the same as in DeepSpeed."""
     LRS: ClassVar[tuple[str, ...]] = ()
-    """Its parameters that are LRs, scaled with the optimizer's."""
+    """The parameters that are LRs; they are scaled with the optimizer's LR."""
     LENGTHS: ClassVar[tuple[str, ...]] = ()
-    """Its parameters that are lengths; milestones are beside them."""
+    """The parameters that are lengths, except milestones."""
 
     @property
     def name(self) -> str:
-        """Its `type` in the JSON."""
+        """The schedule's `type` in the JSON."""
         return type(self).__name__
 
     def problems(self) -> Iterator[str]:
-        """Messages about combinations of values, each beginning with a parameter's name."""
+        """Yield messages about wrong combinations of values; each begins with the name of a parameter."""
         return iter(())
 
 
@@ -49,17 +49,17 @@ class _WarmupBetween(_DeepSpeedWarmup):
 
 
 class WarmupLR(_WarmupBetween):
-    """A warmup, then constant."""
+    """A warmup, then a constant LR."""
 
 
 class WarmupDecayLR(_WarmupBetween):
-    """A warmup, then a line to 0."""
+    """A warmup, then a linear decay to 0."""
 
     total_num_steps: Period | Auto = "auto"
 
 
 class WarmupCosineLR(_DeepSpeedWarmup):
-    """A warmup, then half a cosine."""
+    """A warmup, then a cosine decay."""
 
     warmup_min_ratio: float | Auto = 0.0
     cos_min_ratio: float = 1e-4
@@ -67,7 +67,7 @@ class WarmupCosineLR(_DeepSpeedWarmup):
 
 
 class OneCycle(SchedulerConfig):
-    """Smith 2018: up and down, and then a slow decay."""
+    """The 1cycle schedule (Smith 2018): the LR rises and falls, then decays slowly."""
 
     LRS = ("cycle_min_lr", "cycle_max_lr")
     LENGTHS = ("cycle_first_step_size", "cycle_second_step_size", "decay_step_size")
@@ -77,7 +77,7 @@ class OneCycle(SchedulerConfig):
     decay_lr_rate: float = 0.0
     cycle_first_step_size: Period = 2000
     cycle_second_step_size: Period | None = None
-    """None: as long as the first."""
+    """Length of the second half of the cycle; None: as long as the first."""
     cycle_first_stair_count: Whole = 0
     cycle_second_stair_count: Whole | None = None
     decay_step_size: Length = 0
@@ -88,7 +88,7 @@ class OneCycle(SchedulerConfig):
 
 
 class LRRangeTest(SchedulerConfig):
-    """Smith 2017: ever larger."""
+    """The LR range test (Smith 2017): the LR grows in every step."""
 
     LRS = ("lr_range_test_min_lr",)
     LENGTHS = ("lr_range_test_step_size",)
@@ -100,40 +100,41 @@ class LRRangeTest(SchedulerConfig):
 
 
 class WarmupConfig(SchedulerConfig):
-    """What giantdet's own schedules share: a warmup from a share of the LR."""
+    """Base of giantdet's own schedules: a warmup that starts at a fraction of the LR."""
 
     FROM_DEEPSPEED = False
     LENGTHS = ("warmup_num_steps", "total_num_steps")
 
     warmup_num_steps: Length | Auto = "auto"
-    """auto: a twentieth of the run, at most 500 steps."""
+    """Length of the warmup; auto: 5% of the run, at most 500 steps."""
     warmup_type: Literal["linear", "exponential", "constant"] = "linear"
     warmup_min_ratio: float | Auto = "auto"
-    """auto: 0.001, detectron2's and mmdetection's; where the LR is scaled, the reference batch's LR."""
+    """Share of the LR at which the warmup starts. auto: 0.001, as in detectron2 and mmdetection; if the LR is
+    scaled, the share that gives the LR of the reference batch."""
 
 
 class WarmupMultiStepLR(WarmupConfig):
-    """MegDet's and the usual schedule of detectors: the LR falls by `gamma` at each milestone."""
+    """The usual schedule of detectors, also of MegDet: each milestone multiplies the LR by `gamma`."""
 
     milestones: list[Length]
     gamma: float | list[float] = 0.1
-    """A number, or one for each milestone."""
+    """Factor of the LR: one number, or one for each milestone."""
 
     def problems(self) -> Iterator[str]:
         """See `SchedulerConfig.problems`."""
         if isinstance(self.gamma, list) and len(self.gamma) != len(self.milestones):
-            yield f"gamma has {len(self.gamma)} values for {len(self.milestones)} milestones; give as many"
+            yield f"gamma has {len(self.gamma)} values for {len(self.milestones)} milestones; give one each"
 
 
 class WarmupCosineDecayLR(WarmupConfig):
-    """Half a cosine from the warmup's end to `min_ratio` at `total_num_steps`."""
+    """A cosine decay from the end of the warmup to `min_ratio` x LR at `total_num_steps`."""
 
     total_num_steps: Period | Auto = "auto"
     min_ratio: float = 0.0
 
 
 class WarmupPolyLR(WarmupConfig):
-    """(1 - progress) ** power, to `min_ratio`; the habit of segmentation."""
+    """A polynomial decay, (1 - progress) ** power, to `min_ratio` x LR; usual in semantic segmentation."""
 
     total_num_steps: Period | Auto = "auto"
     power: float = 0.9

@@ -1,6 +1,7 @@
-"""JSON Schema of a run's JSON, for editors: `python -m giantdet.config.schema` writes schema.json.
+"""Write the JSON Schema of a run's JSON, for editors: `python -m giantdet.config.schema` makes schema.json.
 
-Both halves come from the types with their docstrings. `load_run` checks more than a schema can say.
+Both halves are generated from the types and their docstrings. `load_run` checks more than a schema can
+express.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ DEEPSPEED_DOCS = "https://www.deepspeed.ai/docs/config-json/"
 
 
 def build_schema() -> dict[str, Any]:
-    """The whole schema, draft 2020-12."""
+    """Return the whole schema, draft 2020-12."""
     sections: list[type[Section]] = [
         GiantdetConfig,
         DeepSpeedConfig,
@@ -33,7 +34,7 @@ def build_schema() -> dict[str, Any]:
     definitions = both["$defs"]
     run = definitions.pop("DeepSpeedConfig")
     properties: dict[str, Any] = {
-        "$schema": {"type": "string", "description": "Path of this schema, so that editors complete."},
+        "$schema": {"type": "string", "description": "Path of this schema, for completion in editors."},
         "about": {
             "type": ["string", "object"],
             "description": "For readers: command, hardware, expected result.",
@@ -63,7 +64,7 @@ def build_schema() -> dict[str, Any]:
 
 
 def render() -> str:
-    """The text of schema.json."""
+    """Return the text of schema.json."""
     return json.dumps(build_schema(), indent=1) + "\n"
 
 

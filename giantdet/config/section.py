@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 def wish(text: str) -> PydanticCustomError:
-    """The error of a field's validator whose message is "PATH must be TEXT, got VALUE"."""
+    """Return the error for a field's validator; the message to the user is "PATH must be TEXT, got VALUE"."""
     return PydanticCustomError("wish", text.replace("{", "{{").replace("}", "}}"))
 
 
@@ -57,11 +57,11 @@ Period = Annotated[
     BeforeValidator(lambda value: _period(_length(value))),
     WithJsonSchema(_LENGTH_SCHEMA),
 ]
-"""A length that is divided by, and therefore not 0."""
+"""A length that is not 0, because something is divided by it."""
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys are errors, defaults are checked too."""
+    """Base of all sections: they are immutable, unknown keys are errors, and defaults are validated too."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -72,5 +72,5 @@ class Section(BaseModel):
     )
 
     def given(self) -> dict[str, Any]:
-        """The values that were given, without defaults, for JSON."""
+        """Return the values that were given, without defaults, for JSON."""
         return self.model_dump(mode="json", exclude_unset=True)

@@ -1,4 +1,4 @@
-"""Keys that DeepSpeed knows and giantdet refuses, because they would do nothing or do harm here."""
+"""Keys of DeepSpeed that giantdet refuses, because they would have no effect here or break a run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Evaluation over all ranks, for training, `giantdet eval` and Python alike.
+"""Evaluate a model on a data set with all ranks; training, `giantdet eval` and Python code use this.
 
-Every rank runs the same number of steps (the loader fills up with empty slots), so that the collectives of a
+Every rank runs the same number of steps (the loader adds empty slots), so that the collectives of a
 partitioned model match.
 """
 
@@ -22,13 +22,13 @@ from giantdet.structures import Batch, Outputs
 
 
 class Evaluation(NamedTuple):
-    """The same on all ranks."""
+    """The result of an evaluation; `scores` and `primary` are the same on all ranks."""
 
     scores: Scores
     primary: float | None
-    """The one number that the model is judged by."""
+    """The number that models are compared by, for example mask AP; None without any score."""
     table: str
-    """The scores as text."""
+    """The scores as text, on the main rank."""
 
 
 @torch.no_grad()
@@ -44,15 +44,15 @@ def evaluate(
     conventions: Conventions,
     results: Path | None = None,
 ) -> Evaluation:
-    """Score a model, plain or a DeepSpeed engine, on a data set. All ranks call it.
+    """Score a model on a data set and return the scores. All ranks call it.
 
     Args:
-        model: in evaluation mode.
+        model: a model or a DeepSpeed engine, in evaluation mode.
         data: canvas and loader settings.
-        batch_size: images a rank and step.
-        tasks: of the model; those that the data set has ground truth for are scored.
-        category_ids: the data set's ids of the model's classes, by class index.
-        results: where the main rank writes the results.
+        batch_size: images per rank and step.
+        tasks: the tasks of the model; those with ground truth in the data set are scored.
+        category_ids: the data set's category ids of the model's classes, by class index.
+        results: file to which the main rank writes the detections; None: they are not written.
     """
     evaluators = [
         metric(dataset, [task for task in tasks if task in metric.PRIMARY], category_ids, conventions)

@@ -1,6 +1,6 @@
-"""What a run tells: a progress bar, metrics.jsonl, DeepSpeed's monitors.
+"""The output of a run: a progress bar, metrics.jsonl and DeepSpeed's monitors.
 
-Losses stay on the device until a line is due; the one host synchronisation is in `Metrics.log`.
+Losses stay on the device until a line is written; the only host synchronisation is in `Metrics.log`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from giantdet.distributed import comm
 
 
 class Metrics:
-    """Collects scalars of each step, writes their means every `log_every` steps.
+    """Collects the scalars of each step and writes their means to a line of metrics.jsonl.
 
     Args:
-        path: metrics.jsonl, appended to; a resumed run drops the lines past its first step.
+        path: metrics.jsonl, appended to; a resumed run removes the lines after its first step.
         total_steps: length of the run in optimizer steps.
-        first_step: where the run starts or resumes.
+        first_step: number of steps that were done before.
+        monitor: DeepSpeed's monitor, which gets the same numbers; None: no monitor.
     """
 
     def __init__(self, path: Path, total_steps: int, first_step: int, monitor: Any = None) -> None:
@@ -43,13 +44,13 @@ class Metrics:
             )
 
     def add(self, scalars: dict[str, Tensor], images: int, data_seconds: float) -> None:
-        """Note one micro-step of this rank; nothing is read back from the device."""
+        """Add one micro-step of this rank; nothing is copied from the device."""
         self.pending.append({name: value.detach().float() for name, value in scalars.items()})
         self.images += images
         self.data_seconds += data_seconds
 
     def step(self, applied: bool = True) -> None:
-        """At the end of an optimizer step. One that was left out has no part in the means."""
+        """End an optimizer step. A step that was skipped does not count in the means."""
         for scalars in self.pending if applied else ():
             for name, value in scalars.items():
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -59,9 +60,9 @@ class Metrics:
             self.bar.update()
 
     def log(self, step: int, **more: Any) -> dict[str, Any]:
-        """Write the means since the last line. All ranks call it."""
+        """Write and return the means since the last line, with the values of `more`. All ranks call it."""
         names = list(self.sums)
-        # The host synchronisation. No loss at all: every step since the last line was left out.
+        # The host synchronisation. There are no names if every step since the last line was skipped.
         values = torch.stack([self.sums[name] for name in names]).tolist() if names else []
         seconds = time.perf_counter() - self.since
         means = comm.mean_over_ranks([*values, float(self.images), self.data_seconds, seconds])
@@ -90,7 +91,7 @@ class Metrics:
             self.monitor.write_events(scalars)
 
     def write(self, line: dict[str, Any]) -> None:
-        """A line of its own, an evaluation for example. Main rank only."""
+        """Write an additional line, for example of an evaluation. Main rank only."""
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -100,14 +101,14 @@ class Metrics:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep what was logged up to `step`: the steps after it are about to be run again."""
+    """Remove the lines after `step`: those steps are about to be run again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         path.write_text("".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:
-    """Infinite for the half of a line that a killed run leaves behind."""
+    """Return the step of a line; infinity for an incomplete line, which a killed run leaves."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -115,6 +116,6 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without the half of one that a killed run leaves behind."""
+    """Return the lines of a metrics.jsonl, without an incomplete one, which a killed run leaves."""
     lines = path.read_text(errors="replace").splitlines()
     return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]

@@ -1,4 +1,4 @@
-"""Predictions of an exported model on image files, without DeepSpeed.
+"""Run an exported model on image files, without DeepSpeed.
 
 from giantdet import load_predictor
 predictor = load_predictor("runs/demo/export")
@@ -31,7 +31,7 @@ _PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 3
 
 
 class Found(NamedTuple):
-    """What was found in one image, best first, in pixels of that image."""
+    """The detections of one image, best first, in pixels of that image."""
 
     boxes_D4: Tensor  # float32 xyxy
     scores_D: Tensor  # float32
@@ -41,7 +41,7 @@ class Found(NamedTuple):
     masks_DHW: Tensor | None  # bool
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO results."""
+        """Return the detections as COCO results."""
         results = []
         for d, (x0, y0, x1, y1) in enumerate(self.boxes_D4.tolist()):
             result: dict[str, Any] = {
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
 
 class Predictor:
-    """A detector with its way of reading images and naming classes."""
+    """A detector with the image size and the class names of its export."""
 
     def __init__(
         self, detector: Architecture, config: ExportConfig, device: torch.device | str = "cpu"
@@ -67,9 +67,10 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: str | Path | NDArray[np.uint8], threshold: float = 0.5) -> Found:
-        """Detections with a score of at least `threshold` in an image file or a uint8 RGB array [h, w, 3].
+        """Return the detections with a score of at least `threshold` in one image.
 
-        Raises ValueError for a file that is no readable image.
+        The image is a file or a uint8 RGB array `[h, w, 3]`. Raises InputError, a ValueError, for a file that
+        is not a readable image.
         """
         pixels = image if isinstance(image, np.ndarray) else load_image(image)
         batch = image_batch(pixels, self.data)
@@ -97,16 +98,19 @@ class Predictor:
 
 
 def load_image(path: str | Path) -> NDArray[np.uint8]:
-    """An image file as uint8 RGB [h, w, 3], EXIF rotation applied. Raises ValueError naming the file."""
+    """Return an image file as uint8 RGB `[h, w, 3]`, rotated as its EXIF data say.
+
+    Raises InputError, a ValueError, that names the file.
+    """
     try:
         with Image.open(path) as file:
             return np.array(to_rgb(ImageOps.exif_transpose(file)))
-    except Exception as error:  # PIL's plugins raise what they like on broken files
+    except Exception as error:  # PIL's plugins raise exceptions of many types for broken files
         raise InputError(f"{path}: not a readable image ({error})") from error
 
 
 def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
-    """One image, scaled onto the canvas as in evaluation, without targets."""
+    """Return a batch of one image, scaled to the canvas as in evaluation, without targets."""
     height, width = pixels_HW3.shape[:2]
     geometry = draw_geometry(np.random.default_rng(0), (height, width), config, training=False)
     canvas = transform_image(pixels_HW3, geometry, config.size)
@@ -121,7 +125,7 @@ def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
 
 
 def no_targets(batch: int) -> Targets:
-    """Targets without a slot."""
+    """Return the targets of a batch with zero slots per image."""
     return Targets(
         boxes_BM4=torch.zeros(batch, 0, 4),
         labels_BM=torch.zeros(batch, 0, dtype=torch.int64),
@@ -132,28 +136,37 @@ def no_targets(batch: int) -> Targets:
 
 
 def load_predictor(folder: str | Path, device: torch.device | str | None = None) -> Predictor:
-    """A predictor from an export's folder, on the GPU if there is one."""
+    """Return a predictor for the export in a folder; without `device`, on the GPU if there is one.
+
+    Raises InputError, a ValueError, for a folder that is not an export.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     detector, config = load_detector(folder, device)
     return Predictor(detector, config, device)
 
 
 def picture_names(files: list[Path], folder: Path) -> list[Path]:
-    """One name in `folder` for each file's overlay. Raises ValueError where one would replace a file."""
+    """Return a path in `folder` for the overlay of each file.
+
+    Raises InputError, a ValueError, where an overlay would replace one of the files.
+    """
     pictures: list[Path] = []
     for path in files:
         picture, number = folder / f"{path.stem}.png", 2
         while picture in pictures:
             picture, number = folder / f"{path.stem}_{number}.png", number + 1
         pictures.append(picture)
-    # os.path.realpath, as Path.resolve raises at a link to itself.
+    # os.path.realpath, because Path.resolve raises for a link to itself.
     if replaced := set(map(os.path.realpath, pictures)) & set(map(os.path.realpath, files)):
         raise InputError(f"{min(replaced)}: its overlay would replace it; choose another --output")
     return pictures
 
 
 def image_files(paths: list[Path]) -> list[Path]:
-    """All images among files and folders. Raises ValueError for a path or a folder without any."""
+    """Return all image files among paths of files and folders.
+
+    Raises InputError, a ValueError, for a path that does not exist, and where there is no image.
+    """
     endings = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
     files: list[Path] = []
     for path in paths:
@@ -169,14 +182,14 @@ def image_files(paths: list[Path]) -> list[Path]:
 
 
 def draw(image: NDArray[np.uint8], found: Found) -> Image.Image:
-    """The image with masks, boxes, class names and scores over it."""
+    """Return the image `[h, w, 3]` with masks, boxes, class names and scores drawn on it."""
     canvas = image.astype(np.float32)
     if found.masks_DHW is not None:
         for mask_HW, label in zip(found.masks_DHW.numpy(), found.labels_D.tolist(), strict=True):
             paint = np.array(_PALETTE[label % len(_PALETTE)], np.float32)
             canvas[mask_HW] = 0.5 * canvas[mask_HW] + 0.5 * paint
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    # Small images are drawn larger, or their labels would cover them.
+    # Small images are enlarged; otherwise their labels would cover them.
     zoom = max(1, round(512 / max(picture.size)))
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(picture)

@@ -1,4 +1,4 @@
-"""The training loop. It reads top to bottom; what it calls is named for what it does."""
+"""The training loop, its preparation, and what it prints and logs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("giantdet")
 
 @dataclass
 class Training:
-    """A run with everything that it is made of, ready for its first step."""
+    """All parts of a run, ready for its first step."""
 
     run: ResolvedRun
     device: torch.device
@@ -52,21 +52,24 @@ class Training:
     ema: WeightEma | None
     checkpoints: Checkpoints
     first_step: int
-    """Steps that were done before."""
+    """Number of optimizer steps that were done before."""
 
     @property
     def output(self) -> Path:
-        """The run's folder."""
+        """The folder of the run."""
         return Path(self.run.giantdet.train.output)
 
     @contextmanager
     def as_evaluated(self) -> Iterator[None]:
-        """The weights and statistics to evaluate and export: averages, where the run keeps them."""
+        """Put the weights and statistics to evaluate or export into the model, and restore its own on exit.
+
+        These are the averaged weights, if the run keeps them, and statistics averaged over the ranks.
+        """
         with nullcontext() if self.ema is None else self.ema.applied(), zero.averaged_statistics(self.engine):
             yield
 
     def evaluate(self) -> Evaluation:
-        """Scores of the validation set; the main rank writes and prints them."""
+        """Score the model on the validation set; the main rank writes and prints the scores."""
         assert self.validation is not None
         config = self.run.giantdet
         self.engine.eval()
@@ -89,7 +92,7 @@ class Training:
         return found
 
     def export(self) -> None:
-        """Write export/."""
+        """Write the model to the folder export/ of the run."""
         described = export_config(self.run, self.dataset.category_ids, self.dataset.class_names)
         with self.as_evaluated():
             shard = self.run.giantdet.train.export_shard
@@ -97,13 +100,16 @@ class Training:
 
 
 def prepare(run: RunConfig) -> Training:
-    """Open the data, resolve the run, build and partition the model, resume from the newest checkpoint."""
+    """Open the data, resolve the run, build and partition the model, and resume from the newest checkpoint.
+
+    Raises InputError, a ValueError, for settings, data or a checkpoint that cannot be used.
+    """
     device = comm.start(run.giantdet.train.timeout_minutes)
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
     data = run.giantdet.data
     assert data.train is not None
     dataset = open_dataset(data.train)
-    # Opened now: what is wrong with it would end the run at its first evaluation.
+    # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)
     if validation is not None:
         check_categories(validation, dataset.category_ids, data.train.annotations)
@@ -132,8 +138,11 @@ def prepare(run: RunConfig) -> Training:
 def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scores:
     """Train as the run's JSON says, and return the scores of the last evaluation ({} without one).
 
-    Writes into `train.output`: config.json (resolved), checkpoints/, metrics.jsonl, results.json and
+    Writes to `train.output`: config.json (resolved), checkpoints/, metrics.jsonl, results.json and
     scores.json of the evaluation, export/ (safetensors). `after_step` is called after every optimizer step.
+
+    Raises InputError for settings or data that cannot be used, DivergedError where gradients are no longer
+    finite, and StoppedError, after saving a checkpoint, where the run was asked to stop.
     """
     training = prepare(run)
     engine, model, agvm, checkpoints = training.engine, training.model, training.agvm, training.checkpoints
@@ -205,18 +214,18 @@ def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scor
 
 
 def is_due(step: int, every: int, total_steps: int) -> bool:
-    """Every `every` steps (0: never) and after the last one."""
+    """Return whether something is due after a step: every `every` steps (0: never), and after the last."""
     return step == total_steps or (every > 0 and step % every == 0)
 
 
 def clipping_at(step: int, run: ResolvedRun) -> float:
-    """The norm that the gradient of a step, counted from 0, is clipped at; 0: not at all."""
+    """Return the norm that the gradient of a step, counted from 0, is clipped at; 0: it is not clipped."""
     limit, window = run.clipping, run.giantdet.train.clip_window
     return limit if window is None or int(window[0]) <= step <= int(window[1]) else 0.0
 
 
 def seed_step(seed: int, micro_step: int) -> None:
-    """Dropout and stochastic depth as a function of (seed, micro-step, rank): no RNG state to save."""
+    """Seed torch from (seed, micro-step, rank), so that checkpoints need no state of random generators."""
     torch.manual_seed(((seed * 1_000_003 + micro_step) * 65_536 + comm.rank()) % 2**63)
 
 
@@ -225,20 +234,20 @@ def set_determinism(wanted: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     else:
-        torch.backends.cudnn.benchmark = True  # one shape for the whole run: the search pays off
+        torch.backends.cudnn.benchmark = True  # shapes are fixed, so the search runs only once
 
 
 def progress(training: Training, counters: dict[str, int], skipped: int) -> dict[str, Any]:
-    """What a log line says beside the losses. All ranks call it."""
+    """Return the values of a log line except the losses. All ranks call it."""
     engine = training.engine
     rates = zero.learning_rates(engine)
     norm = zero.gradient_norm(engine)
     line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(training.device)}
-    if norm is not None and math.isfinite(norm):  # DeepSpeed says inf of a step that it left out
+    if norm is not None and math.isfinite(norm):  # DeepSpeed returns inf for a step that it skipped
         line["grad_norm"] = norm
     if skipped:
         line["skipped_steps"] = skipped
-    # What the loaders of all ranks had to leave out: nothing is lost silently.
+    # What the loaders of all ranks left out, so that no data is lost silently.
     names = sorted(counters)
     totals = comm.mean_over_ranks([float(counters[name] * comm.world_size()) for name in names])
     line |= {name: round(total) for name, total in zip(names, totals, strict=True) if total}
@@ -247,7 +256,7 @@ def progress(training: Training, counters: dict[str, int], skipped: int) -> dict
 
 
 def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> None:
-    """Say what is about to happen, once."""
+    """Print a summary of the run before its first step, on the main rank."""
     if not comm.is_main():
         return
     config, (total, micro_batch, accumulation) = run.giantdet, run.batch
@@ -264,7 +273,7 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
 
 
 def schedule_line(run: ResolvedRun) -> str:
-    """Optimizer, LR, schedule, clipping and averaging, in a line that ends with a line break."""
+    """Return optimizer, LR, schedule, clipping and averaging as a line that ends with a line break."""
     config, optimizer, scheduler = run.giantdet, run.optimizer, run.scheduler
     parts = [f"{optimizer.name} with LR {optimizer.lr:.4g}"]
     if scheduler is None:
@@ -282,14 +291,14 @@ def schedule_line(run: ResolvedRun) -> str:
 
 
 def norm_table(model: Architecture, micro_batch: int, accumulation: int) -> str:
-    """Which images each part's batch norms see together, in lines that end with a line break."""
+    """Return which images the batch norms of each part normalise together, as lines with line breaks."""
     lines = [
         f"  {name.replace('_', ' ')}: {norm_summary(part, micro_batch)}\n"
         for name, part in model.named_children()
     ]
     if accumulation > 1 and any("images" in line for line in lines):
         lines.append(
-            f"  accumulation adds no image to these: each of the {accumulation} micro-steps is normalised by "
-            "itself, and moves the running statistics\n"
+            f"  accumulation adds no image to these: each of the {accumulation} micro-steps is normalised "
+            "separately and updates the running statistics\n"
         )
     return "batch norms\n" + "".join(lines)

@@ -1,4 +1,4 @@
-"""The step from a plain model to a DeepSpeed engine."""
+"""Build a run's model and its DeepSpeed engine, and read and set the engine's values."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ log = logging.getLogger("giantdet")
 
 
 def initialize(model: Architecture, run: ResolvedRun) -> Engine:
-    """`deepspeed.initialize` with the run's JSON and giantdet's named parameter groups.
+    """Return a DeepSpeed engine for a model, with the run's JSON and giantdet's named parameter groups.
 
-    The engine's optimizer, scheduler, precision and ZeRO stage are what the JSON's DeepSpeed keys say.
+    The DeepSpeed keys of the JSON set the engine's optimizer, schedule, precision and ZeRO stage. Raises
+    InputError, a ValueError, for a JSON that DeepSpeed refuses.
     """
     import deepspeed
     from deepspeed.utils import logger
@@ -41,12 +42,12 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
         with _refusal_in_one_line():
             partition(model, run)
     if run.stage == 3 and run.giantdet.model.backbone.compile_blocks:
-        # The weights of a compiled block are gathered together before it: no hook stands inside the code.
+        # All weights of a compiled block are gathered before it, so that no hook runs inside compiled code.
         for block in blocks_of(run.giantdet.model.backbone, model.backbone.body):
             deepspeed.utils.set_z3_leaf_module(block, True)
     for parameter in model.parameters():
-        # DeepSpeed broadcasts weights as bytes, which a channels-last weight cannot be viewed as. A clone:
-        # a 1x1 convolution's weight counts as contiguous in either layout, whatever its strides are.
+        # DeepSpeed broadcasts weights as bytes, and a channels-last weight has no view as bytes. It is
+        # cloned, because `contiguous()` leaves the strides of a 1x1 convolution's weight as they are.
         if parameter.ndim > 1:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     groups = groups_of(model, run)
@@ -66,7 +67,7 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
 
 @contextmanager
 def _refusal_in_one_line() -> Iterator[None]:
-    """DeepSpeed's and its optimizers' own checks of the JSON, which raise what they like, as a ValueError."""
+    """Raise the errors of DeepSpeed's own checks of the JSON, which have many types, as an InputError."""
     try:
         yield
     except (AssertionError, ImportError, ValueError) as error:
@@ -75,7 +76,7 @@ def _refusal_in_one_line() -> Iterator[None]:
 
 
 def build(run: ResolvedRun, micro_batch: int) -> Architecture:
-    """The run's model with its initial weights; at ZeRO-3 the large ones come with `initialize`."""
+    """Return the run's model with its initial weights; at ZeRO-3 `initialize` allocates the large ones."""
     config = run.giantdet
     in_parts = run.stage == 3
     try:
@@ -85,7 +86,7 @@ def build(run: ResolvedRun, micro_batch: int) -> Architecture:
     except NotImplementedError as error:
         if comm.is_main():
             name = config.model.backbone.name
-            log.warning("backbone %s cannot be built in parts (%s): each rank builds it whole", name, error)
+            log.warning("backbone %s cannot be built in parts (%s): each rank builds all of it", name, error)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.data.size, config.norm, micro_batch)
     load_weights(model, config.model)
@@ -93,9 +94,10 @@ def build(run: ResolvedRun, micro_batch: int) -> Architecture:
 
 
 def partition(model: nn.Module, run: ResolvedRun) -> None:
-    """Hand a deferred model to ZeRO-3 weight by weight: no rank ever holds more of it than its share and one.
+    """Partition a deferred model for ZeRO-3 weight by weight.
 
-    `zero.Init` asks the module it is given for its parameters, and partitions each before it takes the next.
+    A rank never holds more than its own partition and one whole weight: `zero.Init` iterates over the
+    parameters of the module that it is given, and partitions each before it takes the next.
     """
     import deepspeed
 
@@ -107,13 +109,13 @@ def partition(model: nn.Module, run: ResolvedRun) -> None:
 
     deepspeed.zero.Init(module=Stream(), config_dict_or_path=run.deepspeed_json())
     device = deepspeed.accelerator.get_accelerator().current_device_name()
-    for module in model.modules():  # DeepSpeed leaves those of a partitioned model where they are
+    for module in model.modules():  # DeepSpeed does not move the buffers of a partitioned model
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def weight_dtype(run: ResolvedRun) -> torch.dtype:
-    """The type that the run's weights and activations have."""
+    """Return the type of the run's weights and activations."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.precision]
 
 
@@ -122,7 +124,7 @@ def _schedule(scheduler: SchedulerConfig, lr: float, optimizer: Any) -> LrSchedu
 
 
 def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
-    """The model's parameter groups with the LR and weight decay of the run's optimizer."""
+    """Return the model's parameter groups with the LR and weight decay of the run's optimizer."""
     optimizer, chosen = run.optimizer, run.giantdet.param_groups
     return parameter_groups(
         model,
@@ -135,15 +137,16 @@ def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
 
 
 def learning_rates(engine: Engine) -> dict[str, float]:
-    """LR by group name."""
+    """Return the current LR by the name of the parameter group."""
     return {group["name"]: float(group["lr"]) for group in engine.basic_optimizer.param_groups}
 
 
 def set_gradient_clipping(engine: Engine, limit: float) -> None:
-    """Clip the coming steps' gradients at this norm, 0 for none.
+    """Clip the gradients of the next steps at this norm; 0: do not clip.
 
-    At ZeRO-1 to 3 and in bf16 the limit is the optimizer's, else the engine's configuration's; DeepSpeed
-    copies one to the other at the start, and a checkpoint brings its own.
+    At ZeRO-1 to 3 and in bf16 DeepSpeed reads the limit from the optimizer, otherwise from the engine's
+    configuration. It copies the latter to the optimizer at the start, and a checkpoint restores its own
+    value.
     """
     engine._config.gradient_clipping = limit
     if hasattr(engine.optimizer, "clip_grad"):
@@ -151,18 +154,19 @@ def set_gradient_clipping(engine: Engine, limit: float) -> None:
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """Norm of the last step's gradient before clipping, or None where DeepSpeed keeps none."""
+    """Return the norm of the last step's gradient before clipping, or None where DeepSpeed keeps none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
 @contextmanager
 def averaged_statistics(engine: Engine) -> Iterator[None]:
-    """The mean over the ranks of their batch norms' running statistics in their place, to evaluate or export.
+    """Replace the running statistics of batch norms by their mean over the ranks, to evaluate or export.
 
-    Each rank's are of its own images. Without this, ranks would evaluate different models, and the one that
-    is exported would know the main rank's images alone. All ranks enter and leave it together; afterwards
-    the statistics are what they were, so that an evaluation changes nothing for the steps to come.
+    The statistics of each rank are those of its own images. Without averaging, the ranks would evaluate
+    different models, and the exported statistics would be those of the main rank's images only. All ranks
+    enter and leave the context together. On exit the statistics are restored, so that an evaluation does not
+    affect training.
     """
     pairs = [(norm.running_mean, norm.running_var) for norm in moving_norms(engine.module)]
     statistics = [tensor for pair in pairs for tensor in pair if tensor is not None]
@@ -175,7 +179,7 @@ def averaged_statistics(engine: Engine) -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU's allocator, or of the process where there is no GPU."""
+    """Return the peak memory in GiB: of the GPU's allocator, or of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

@@ -1,4 +1,4 @@
-"""The metrics. A new one is one line here."""
+"""The metrics of evaluations. A new metric is one line here."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from giantdet.evaluation.semantic import SemanticEvaluator
 __all__ = ["EVALUATORS", "Evaluator", "Scores", "primary_score"]
 
 EVALUATORS: tuple[type[Evaluator], ...] = (CocoEvaluator, SemanticEvaluator, PanopticEvaluator)
-"""Each scores those of a model's tasks that are in its `PRIMARY`."""
+"""All metrics; each scores the tasks of a model that are in its `PRIMARY`."""

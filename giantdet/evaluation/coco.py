@@ -1,6 +1,6 @@
-"""COCO's box and mask scores: detections of all ranks, judged by pycocotools.
+"""COCO's box and mask scores of the detections of all ranks, computed by pycocotools.
 
-Results carry the data set's own image and category ids.
+Results have the image and category ids of the data set.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ IouType = Literal["bbox", "segm"]
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KIND = {"bbox": "box", "segm": "mask"}
 DEFAULT_CONVENTIONS = CONVENTIONS["detectron2"]
-_BITMAP_BYTES = 2**28  # at a time; 100 masks of an image of 13,000 x 13,000 pixels are 17 GB
+_BITMAP_BYTES = 2**28  # at a time: 100 masks of an image of 13,000 x 13,000 pixels would be 17 GB
 
 
 class CocoEvaluator:
-    """Box and mask AP; see `Evaluator`. Masks are scored where every object of the data set has one."""
+    """Box and mask AP; see `Evaluator`. Masks are scored if every object of the data set has one."""
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"box": "AP", "mask": "AP"}
 
@@ -56,11 +56,11 @@ class CocoEvaluator:
         self.results = [result for part in comm.gather_objects(self.results) for result in part]
 
     def scores(self) -> Scores:
-        """The 12 COCO numbers and AP by class, of boxes and masks."""
+        """Return the 12 COCO numbers and AP by class, of boxes and masks."""
         return evaluate_results(self.dataset.annotations, self.results, self.masks)
 
     def save(self, file: Path) -> None:
-        """COCO's results format."""
+        """Write the detections in COCO's results format."""
         file.write_text(json.dumps(self.results))
 
     def table(self, scores: Scores) -> str:
@@ -74,15 +74,15 @@ def to_coco(
     category_ids: Sequence[int],
     conventions: Conventions = DEFAULT_CONVENTIONS,
 ) -> list[dict[str, Any]]:
-    """Detections on the canvas to COCO results in pixels of the original images."""
+    """Return detections on the canvas as COCO results, in pixels of the original images."""
     results: list[dict[str, Any]] = []
-    # A model may have more classes than the data set has categories: those outputs mean nothing.
+    # A model may have more classes than the data set has categories; such detections are dropped.
     detections = detections._replace(
         valid_BD=detections.valid_BD & (detections.labels_BD < len(category_ids))
     )
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
-            continue  # a slot that only fills up the batch
+            continue  # an empty slot that fills the batch
         for part in _in_parts(detections, int(batch.original_sizes_B2[b].prod())):
             boxes_D4, masks_DHW = to_original(part, batch, b, conventions)
             chosen = part.valid_BD[b]
@@ -102,7 +102,7 @@ def to_coco(
 
 
 def _in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
-    """The detections a few at a time, if their bitmaps of so many pixels would be too much at once."""
+    """Yield the detections in parts whose bitmaps of `pixels` bytes take at most `_BITMAP_BYTES` together."""
     slots = detections.valid_BD.shape[1]
     few = max(1, _BITMAP_BYTES // max(pixels, 1))
     slot_D = torch.arange(slots, device=detections.valid_BD.device)
@@ -117,7 +117,10 @@ def to_original(
     b: int,
     conventions: Conventions = DEFAULT_CONVENTIONS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Image b's valid detections in its original pixels: boxes `[D, 4]`, bitmaps `[D, h, w]` or None."""
+    """Return the valid detections of image b in its original pixels.
+
+    These are boxes `[D, 4]`, and bitmaps `[D, h, w]` or None.
+    """
     chosen = detections.valid_BD[b]
     height, width = (int(side) for side in batch.original_sizes_B2[b])
     size_2 = batch.sizes_B2[b].cpu()
@@ -134,18 +137,20 @@ def to_original(
 
 
 def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
-    """A bool bitmap as COCO's compressed RLE, its counts a str that JSON can hold."""
+    """Return a bool bitmap as COCO's compressed RLE, with its counts as a str, for JSON."""
     rle = mask_util.encode(np.asfortranarray(mask_HW.numpy().astype(np.uint8)))
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
 def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
-    """The 12 COCO numbers and `per_class` AP by category name; AP is NaN for a class without objects.
+    """Return the 12 COCO numbers and `per_class`, AP by category name; it is NaN for a class without objects.
 
-    pycocotools' COCOeval with its defaults (100 detections an image); `truth` of `data/truth.py`.
+    They are computed by pycocotools' COCOeval with its defaults (100 detections per image). `truth` is that
+    of `data/truth.py`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        # Without its box, a result's area is its mask's: the size ranges of mask AP are about masks.
+        # pycocotools takes the area of a result from its box if there is one. Mask AP's size ranges are those
+        # of mask areas, so the boxes are removed.
         kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
         found = truth.loadRes(kept) if kept else _no_results(truth)
         judge = COCOeval(truth, found, iou_type)
@@ -176,14 +181,14 @@ def _no_results(truth: COCO) -> COCO:
 
 
 def evaluate_results(annotations: str | Path, results: list[dict[str, Any]], masks: bool) -> Scores:
-    """`{"box": scores, "mask": scores}` of COCO results; without `masks` the box scores alone."""
+    """Return `{"box": scores, "mask": scores}` of COCO results; without `masks` only the box scores."""
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
     truth = ground_truth(annotations)
     return {KIND[kind]: coco_scores(truth, results, kind) for kind in kinds}
 
 
 def score_table(scores: Scores) -> str:
-    """The 12 numbers of box and mask side by side, and AP by class, as text."""
+    """Return a text table of the 12 numbers of boxes and masks, and of AP by class."""
     lines = ["      " + "".join(f"{name:>7}" for name in COCO_NUMBERS)]
     for kind, values in scores.items():
         lines.append(f"{kind:<6}" + "".join(f"{values[name]:>7.3f}" for name in COCO_NUMBERS))

@@ -1,4 +1,4 @@
-"""What an evaluation asks of a metric, and which number a run is judged by."""
+"""The interface of metrics, and the number that runs are compared by."""
 
 from __future__ import annotations
 
@@ -15,39 +15,42 @@ Scores = dict[str, dict[str, Any]]
 
 
 class Evaluator(Protocol):
-    """One family of metrics over a data set. A new one is a file, and a line in `evaluation/__init__.py`."""
+    """A family of metrics over a data set. A new one is a file, and a line in `evaluation/__init__.py`."""
 
     PRIMARY: ClassVar[Mapping[str, str]]
-    """The number that each of its tasks is judged by: {"box": "AP", "mask": "AP"}."""
+    """The main number of each of its tasks: {"box": "AP", "mask": "AP"}."""
 
     def __init__(
         self, dataset: Dataset, tasks: Sequence[str], category_ids: Sequence[int], conventions: Conventions
     ) -> None:
-        """`tasks` are those of PRIMARY that the model predicts, `category_ids` belong to its classes."""
+        """Create an evaluator of the `tasks` of PRIMARY that the model predicts.
+
+        `category_ids` are the data set's ids of the model's classes, by class index.
+        """
         ...
 
     def add(self, outputs: Outputs, batch: Batch) -> None:
-        """Take in what the model found in one batch of this rank."""
+        """Add the model's outputs for one batch of this rank."""
         ...
 
     def merge(self) -> None:
-        """Bring what all ranks took in to the main rank. All ranks call it."""
+        """Collect the outputs of all ranks on the main rank. All ranks call it."""
         ...
 
     def scores(self) -> Scores:
-        """The numbers of each task, after `merge` on the main rank."""
+        """Return the numbers of each task. It is called on the main rank, after `merge`."""
         ...
 
     def save(self, file: Path) -> None:
-        """Write the results in the metric's usual format: `file`, or beside it under a name of their own."""
+        """Write the results in the metric's usual format, to `file` or to another name in the same folder."""
         ...
 
     def table(self, scores: Scores) -> str:
-        """The scores as text."""
+        """Return the scores as text."""
         ...
 
 
 def primary_score(scores: Scores, tasks: Sequence[str], numbers: Mapping[str, str]) -> float | None:
-    """The number that a model is judged by: that of its last task that was scored; None without any."""
+    """Return the number that models are compared by, that of the last scored task; None without scores."""
     scored = [task for task in tasks if task in scores]
     return float(scores[scored[-1]][numbers[scored[-1]]]) if scored else None

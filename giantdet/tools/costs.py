@@ -1,4 +1,4 @@
-"""What a training step keeps and sends, as formulas: DeepSpeed's states, buckets and collectives; GPUs.
+"""Formulas for the memory and the traffic of a training step: DeepSpeed's states, buckets and collectives.
 
 Bytes of one rank. Checked against DeepSpeed 0.19 in `tests/tools/test_plan.py`.
 """
@@ -13,12 +13,12 @@ from giantdet.errors import InputError
 from giantdet.layers.cgbn import CrossGpuBatchNorm
 
 GIB = 2**30
-# Beside tensors: CUDA's context, NCCL's buffers, what the allocator cannot use.
+# Memory besides tensors: CUDA's context, NCCL's buffers, and fragments that the allocator cannot use.
 RESERVE = 3 * GIB
 
 
 class Machine(NamedTuple):
-    """A GPU, from its data sheet: memory in bytes, dense bf16 FLOPs a second."""
+    """A GPU, from its data sheet: memory in bytes, dense bf16 FLOP/s."""
 
     name: str
     memory: float
@@ -35,17 +35,21 @@ MACHINES = {
 
 
 class States(NamedTuple):
-    """Bytes of a rank that stay from step to step, gradients included."""
+    """Bytes of a rank's states: what is kept from step to step, and gradients."""
 
     weights: float
     gradients: float
     master: float
-    """float32 weights of the optimizer, where the model's are not the same."""
+    """The optimizer's float32 weights, where they are a copy of the model's."""
     moments: float
 
 
 def states(parameters: int, trainable: int, bytes_each: int, moments: int, stage: int, ranks: int) -> States:
-    """DeepSpeed 0.19's states of one rank, in bytes (Rajbhandari et al. 2020, with its float32 copies)."""
+    """Return the states of one rank in DeepSpeed 0.19 (Rajbhandari et al. 2020, with its float32 copies).
+
+    `bytes_each` is the size of a weight, `moments` the number of float32 values that the optimizer keeps per
+    parameter.
+    """
     share = 1.0 / ranks
     # In float32 at stage 0 the optimizer works on the weights themselves.
     copies = stage > 0 or bytes_each < 4
@@ -66,10 +70,11 @@ def traffic(
     accumulation: int,
     recomputed: bool,
 ) -> float:
-    """Bytes that a rank sends for gradients and weights in one optimizer step, by ring collectives.
+    """Return the bytes that a rank sends for gradients and weights per optimizer step, by ring collectives.
 
-    An all-gather or reduce-scatter of n bytes sends n (W - 1) / W, an all-reduce twice that. Stage 2 reduces
-    every micro-batch; stage 3 gathers the weights for forward and backward, once more to recompute.
+    With W ranks, an all-gather or reduce-scatter of n bytes sends n (W - 1) / W, and an all-reduce twice
+    that. Stage 2 reduces the gradients in every micro-batch. Stage 3 gathers the weights for the forward
+    pass, for the backward pass, and once more for recomputed blocks.
     """
     part = (ranks - 1) / ranks * bytes_each
     if stage == 0:
@@ -80,7 +85,10 @@ def traffic(
 
 
 def agvm_traffic(run: ResolvedRun, trainable: int, ranks: int) -> float:
-    """Bytes a step, spread over the interval: two float32 numbers a parameter are all-reduced, or none."""
+    """Return the bytes that a rank sends for AGVM per step, averaged over the interval of its measurements.
+
+    Two float32 values per parameter are all-reduced, or none with all_splits of unscaled gradients.
+    """
     agvm = run.giantdet.agvm
     if not agvm.enabled or (agvm.estimator == "all_splits" and not agvm.preconditioned):
         return 0.0
@@ -88,25 +96,28 @@ def agvm_traffic(run: ResolvedRun, trainable: int, ranks: int) -> float:
 
 
 def cgbn_traffic(run: ResolvedRun, model: Architecture, ranks: int) -> float:
-    """Bytes a micro-step: count, means and variances are gathered over the group, two sums come back."""
+    """Return the bytes that a rank sends for CGBN per micro-step.
+
+    The forward pass gathers means and variances over the group, the backward pass all-reduces two sums.
+    """
     group = min(ranks, max(1, run.giantdet.norm.bn_size // run.batch.micro))
     channels = sum(m.num_features for m in model.modules() if isinstance(m, CrossGpuBatchNorm))
     return 4.0 * (2 * channels + 2 * channels * 2) * (group - 1)
 
 
 def offloads(run: ResolvedRun) -> bool:
-    """Does the JSON keep the optimizer's states in the machine's memory?"""
+    """Return whether the run offloads the optimizer states."""
     return run.zero.offload_optimizer.device != "none"
 
 
 def persistent(run: ResolvedRun, model: Architecture) -> int:
-    """Parameters that ZeRO-3 leaves whole on every rank, because gathering them costs more than they do."""
+    """Return the number of parameters in tensors so small that ZeRO-3 keeps them whole on every rank."""
     threshold = run.zero.stage3_param_persistence_threshold
     return sum(p.numel() for p in model.parameters() if p.numel() <= threshold)
 
 
 def buffers(run: ResolvedRun, parameters: int, bytes_each: int, stage: int) -> float:
-    """Bytes of DeepSpeed's buckets, and at stage 3 of the weights that are gathered at a time."""
+    """Return the bytes of DeepSpeed's buckets and, at stage 3, of the weights that are gathered at a time."""
     zero = run.zero
     if stage == 0:
         return 0.0
@@ -119,7 +130,10 @@ def buffers(run: ResolvedRun, parameters: int, bytes_each: int, stage: int) -> f
 
 
 def machine_of(name: str, memory: float | None, tflops: float | None) -> Machine:
-    """A known GPU, or one described by its numbers (GB, TFLOP/s). ValueError for neither."""
+    """Return a known GPU, or one described by `memory` (GB) and `tflops` (TFLOP/s), which take precedence.
+
+    Raises InputError, a ValueError, for an unknown GPU without both numbers.
+    """
     known: Any = MACHINES.get(name.lower())
     if known is None and (memory is None or tflops is None):
         raise InputError(

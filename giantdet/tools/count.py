@@ -1,9 +1,9 @@
-"""What a training step computes and holds, counted by running it without data.
+"""Count the FLOPs and the memory of a training step by running it on fake tensors.
 
-The step runs on fake tensors, which have shapes and a device but no content. FLOPs are PyTorch's counter's
-(2 a multiply-add; matrix products, convolutions and attention). Memory is the sum of the tensors that are
-alive, as autograd makes and drops them, at its peak in forward and backward: activations with their
-recomputation, losses, temporary tensors, and one parameter's gradient at a time.
+Fake tensors have shapes and a device but no content. FLOPs are those of PyTorch's counter (2 per
+multiply-add, for matrix products, convolutions and attention). Memory is the peak, over forward and backward
+pass, of the total size of all tensors that exist at a time: activations, kept or recomputed, losses,
+temporary tensors, and one parameter's gradient at a time.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ _ATTENTION_ON_CPUS = {
 
 
 class Count(NamedTuple):
-    """Of one micro-batch."""
+    """FLOPs and memory of one micro-batch."""
 
     forward: int
-    """FLOPs."""
+    """FLOPs of the forward pass."""
     backward: int
-    """FLOPs, recomputed blocks included."""
+    """FLOPs of the backward pass, including recomputed blocks."""
     memory: int
-    """Bytes beside weights and accumulated gradients, at the peak."""
+    """Bytes at the peak, without weights and accumulated gradients."""
 
 
 def count(run: ResolvedRun, micro_batch: int) -> Count:
-    """A forward and a backward of the run's model with `micro_batch` images, in the run's precision."""
+    """Count a forward and backward pass of the run's model with `micro_batch` images, in its precision."""
     model = meta_model(run)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        # Of the CPU, where attention is the fused kernel that it is on GPUs; the meta device knows none.
+        # On the CPU, because attention is a fused kernel there, as on GPUs, but not on the meta device.
         model = model.to_empty(device="cpu")
         batch = fake_batch(run, micro_batch, model.targets)
         for parameter in model.parameters():
-            if parameter.requires_grad:  # ZeRO takes each gradient away as it comes
+            if parameter.requires_grad:  # ZeRO reduces each gradient and frees it as soon as it is complete
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPUS) as flops:
             loss = _loss(model, batch)
             forward = flops.get_total_flops()
             loss.backward()
-        # By itself: the counter of FLOPs holds on to what recomputed blocks compute again.
+        # A pass of its own: the FLOP counter keeps references to the tensors of recomputed blocks.
         with _Live([*model.parameters(), *model.buffers(), *tree_leaves(batch)]) as live:
             _loss(model, batch).backward()
     return Count(forward, flops.get_total_flops() - forward, live.peak)
@@ -77,7 +77,7 @@ def _loss(model: Architecture, batch: Batch) -> Tensor:
 
 
 def meta_model(run: ResolvedRun) -> Architecture:
-    """The run's model on the meta device, in training mode and in its precision."""
+    """Return the run's model on the meta device, in training mode and in the run's precision."""
     config = run.giantdet
     with deferred_init():
         model = build_model(config.model, config.data.size, config.norm)
@@ -85,12 +85,12 @@ def meta_model(run: ResolvedRun) -> Architecture:
 
 
 def assumed_classes(run: RunConfig) -> int | None:
-    """COCO's 80 where the run takes the number from annotations, which are not read here; None: its own."""
+    """Return 80, as in COCO, where the run reads its classes from annotations; None where it has them."""
     return 80 if run.giantdet.model.num_classes == "auto" else None
 
 
 def fake_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
-    """A training batch without content, with the `wanted` targets of a model."""
+    """Return an uninitialised training batch with the `wanted` targets of a model."""
     data = run.giantdet.data
     height, width = data.size
     slots = data.max_objects if "boxes" in wanted else 0
@@ -122,7 +122,7 @@ def _drop_gradient(parameter: nn.Parameter) -> None:
 
 
 class _Live(TorchDispatchMode):
-    """Adds up the storages that operations make, until nobody holds them any more."""
+    """Tracks the total size of the storages that operations allocate and that still exist, and its peak."""
 
     def __init__(self, known: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""The largest micro-batch of this machine, found by trying: `giantdet plan --measure`.
+"""Find the largest micro-batch of this machine by trying: `giantdet plan --measure`.
 
-Every try is a start of its own, on as many processes as there are GPUs: running out of memory costs that try
-and nothing else. A try is two whole optimizer steps, AGVM's measurement among them, of images without content
-and without objects; shapes are fixed, so that neither changes what is allocated.
+Every try runs in new processes, one per GPU, so that running out of memory ends only that try. A try is two
+whole optimizer steps, including AGVM's measurement, on images of noise without objects. Shapes are fixed, so
+the content of the images does not change what is allocated.
 """
 
 from __future__ import annotations
@@ -30,25 +30,27 @@ from giantdet.tools.count import assumed_classes, fake_batch
 
 STEPS = 2
 OUT_OF_MEMORY = 75
-KILLED = (-9, 137)  # the operating system's answer where a process takes all of the machine's memory
+KILLED = (-9, 137)  # exit codes of a process that the operating system kills for its use of memory
 LIMIT = 4096
 
 
 class Try(NamedTuple):
-    """What became of one micro-batch."""
+    """The result of trying one micro-batch."""
 
     images: int
     fits: bool
     memory: float
-    """Bytes at the peak, of the GPU or of the process; 0 where it did not fit."""
+    """Peak bytes of the GPU, or of the process; 0 if the micro-batch did not fit."""
 
 
 def measure(
     path: Path, overrides: list[str], ranks: int, memory: float | None, say: Callable[[str], None]
 ) -> int:
-    """The largest micro-batch of the run on `ranks` processes of this machine; 0: not even one image.
+    """Return the largest micro-batch, in images, of the run on `ranks` processes of this machine; 0: none
+    fits.
 
-    `memory` (bytes a rank) bounds what a try may take. RuntimeError where a try ends for another reason.
+    `memory` limits the bytes per rank that a try may allocate. `say` prints the result of each try. Raises
+    RuntimeError where a try fails for a reason other than memory.
     """
 
     def fits(images: int) -> bool:
@@ -61,7 +63,10 @@ def measure(
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, by doubling and halving; what fits, fits with less. At most LIMIT."""
+    """Return the largest number that fits, found by doubling and bisection; it is less than 2 x LIMIT.
+
+    All numbers below one that fits must fit too.
+    """
     good, bad = 0, 1
     while bad <= LIMIT and fits(bad):
         good, bad = bad, 2 * bad
@@ -75,7 +80,7 @@ def largest(fits: Callable[[int], bool]) -> int:
 
 
 def start(path: Path, overrides: list[str], ranks: int, memory: float | None, images: int) -> Try:
-    """Try one micro-batch in processes of its own."""
+    """Try one micro-batch in new processes."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "memory.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -91,9 +96,9 @@ def start(path: Path, overrides: list[str], ranks: int, memory: float | None, im
 
 
 def run_with(path: Path, overrides: list[str], images: int, world: int) -> ResolvedRun:
-    """The run with that micro-batch, without data or weights to load.
+    """Return the run with a micro-batch of `images`, and without data and pretrained weights.
 
-    Two micro-steps are accumulated on a single process, where AGVM has no other shards, and one elsewhere.
+    A single process accumulates two micro-steps, because AGVM needs two shards; several processes do one.
     """
     micro_steps = 2 if world == 1 else 1
     fixed = [
@@ -109,7 +114,7 @@ def run_with(path: Path, overrides: list[str], images: int, world: int) -> Resol
 
 
 def blank_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
-    """Noise that fills the canvas, without a single object."""
+    """Return a batch of noise that fills the canvas, without objects."""
     batch = fake_batch(run, images, wanted)
     height, width = run.giantdet.data.size
     targets = Targets._make(map(torch.zeros_like, batch.targets))
@@ -122,7 +127,7 @@ def blank_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
 
 
 def steps(run: ResolvedRun, device: torch.device) -> None:
-    """Whole optimizer steps, as in training."""
+    """Run STEPS whole optimizer steps, as in training."""
     images = run.batch.micro
     model = zero.build(run, images)
     engine = zero.initialize(model, run)
@@ -138,7 +143,7 @@ def steps(run: ResolvedRun, device: torch.device) -> None:
 
 
 def bound(memory: float, device: torch.device) -> None:
-    """Let this process allocate at most `memory` bytes more: of its GPU, or of the machine."""
+    """Limit what this process may allocate to `memory` bytes, of its GPU or, without one, of CPU memory."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
@@ -151,7 +156,7 @@ def bound(memory: float, device: torch.device) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """One rank of a try: JSON ANSWER IMAGES MEMORY override ..."""
+    """Run one rank of a try and return its exit code; arguments: JSON ANSWER IMAGES MEMORY override ..."""
     path, answer, images, memory, *overrides = arguments
     device = comm.start()
     run = run_with(Path(path), overrides, int(images), comm.world_size())

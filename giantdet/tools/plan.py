@@ -1,9 +1,9 @@
-"""What a run needs on a cluster: memory of a rank, communication and time of a step, before it is started.
+"""Estimate what a run needs on a cluster, before it starts: memory per rank, communication and time per step.
 
 Weights, optimizer states and gradients follow from the number of parameters, the precision and the ZeRO
-stage; activations and FLOPs are counted (`count.py`); communication is that of ring collectives. Time is
-computation at a stated share of the machine's peak, and communication at a stated bandwidth; DeepSpeed
-overlaps part of the two, so that a step takes between the longer one and their sum.
+stage; activations and FLOPs are counted (`count.py`); communication is that of ring collectives. The time of
+a step is computation at a stated fraction of the GPU's peak, and communication at a stated bandwidth.
+DeepSpeed overlaps part of the two, so a step takes between the longer one and their sum.
 """
 
 from __future__ import annotations
@@ -35,23 +35,27 @@ from giantdet.tools.count import Count, assumed_classes, count, meta_model
 
 
 class Choice(NamedTuple):
-    """One way to run: its memory, its largest micro-batch, its step."""
+    """One configuration of a run, with its memory, its largest micro-batch and the time of its step."""
 
     stage: int
     every: int
-    """Each how many-th block is recomputed; 0: none."""
+    """Every `every`-th block is recomputed; 0: none."""
     offload: bool
-    """The optimizer's states live in the machine's memory."""
+    """True if the optimizer states are in CPU memory."""
     memory: float
+    """Bytes of GPU memory per rank."""
     host: float
-    """Bytes of the machine's memory for this GPU."""
+    """Bytes of CPU memory per rank."""
     largest: int
+    """Largest micro-batch that fits, in images; 0: none."""
     computation: float
+    """Seconds per step."""
     communication: float
+    """Seconds per step."""
 
     @property
     def seconds(self) -> float:
-        """Of a step without any overlap."""
+        """Seconds per step without any overlap."""
         return self.computation + self.communication
 
     def fits(self, machine: Machine) -> bool:
@@ -59,7 +63,7 @@ class Choice(NamedTuple):
 
 
 def with_recompute(run: ResolvedRun, every: int) -> ResolvedRun:
-    """The run with each `every`-th block recomputed, 0 for none, and nothing compiled."""
+    """Return the run with every `every`-th block recomputed, 0 for none, and no block compiled."""
     update = {"checkpoint_blocks": every, "compile_blocks": False}
     backbone = run.giantdet.model.backbone.model_copy(update=update)
     model = run.giantdet.model.model_copy(update={"backbone": backbone})
@@ -67,7 +71,11 @@ def with_recompute(run: ResolvedRun, every: int) -> ResolvedRun:
 
 
 class Plan:
-    """A resolved run on `gpus` GPUs; `bandwidth` in bytes a second of each, `efficiency` of its peak."""
+    """The estimates for a resolved run on `gpus` GPUs, for its own configuration and for alternatives.
+
+    `bandwidth` is in bytes per second and GPU; `efficiency` is the fraction of the GPU's peak that is
+    reached.
+    """
 
     def __init__(
         self, run: ResolvedRun, gpus: int, machine: Machine, bandwidth: float, efficiency: float
@@ -91,7 +99,10 @@ class Plan:
         )
 
     def _recompute_choices(self) -> list[int]:
-        """None, the run's own and all, where the backbone's blocks are known."""
+        """Return the recompute settings to compare: no block, as the run says, and all blocks.
+
+        It is the run's own setting alone where the blocks of the backbone are not known.
+        """
         wanted = int(self.run.giantdet.model.backbone.checkpoint_blocks)
         try:
             meta_model(with_recompute(self.run, 1))
@@ -107,26 +118,29 @@ class Plan:
         return [self._choice(stage, every, offload) for every in self.counts for stage in range(4)]
 
     def activations(self, every: int, images: int) -> float:
-        """Bytes at a micro-batch, from those at 1 and 2."""
+        """Return the bytes of activations for a micro-batch, extrapolated from those for 1 and 2 images."""
         one, two = self.counts[every]
         return one.memory + (images - 1) * (two.memory - one.memory)
 
     def states(self, stage: int, ranks: int | None = None) -> States:
-        """Of one rank, wherever they are kept."""
+        """Return the states of one rank, on the GPU or offloaded."""
         return states(
             self.parameters, self.trainable, self.bytes_each, self.moments, stage, ranks or self.gpus
         )
 
     def on_host(self, stage: int, offload: bool, ranks: int | None = None) -> float:
-        """Bytes that DeepSpeed keeps in the machine's memory: float32 weights, moments and, where gradients
-        are partitioned, those in float32 too. Stage 0 has no offload."""
+        """Return the bytes per rank that DeepSpeed keeps in CPU memory.
+
+        These are float32 weights, moments and, where gradients are partitioned, float32 gradients. Stage 0
+        has no offload.
+        """
         if not offload or stage == 0:
             return 0.0
         held = self.states(stage, ranks)
         return held.master + held.moments + (held.master if stage >= 2 else 0.0)
 
     def fixed(self, stage: int, offload: bool, ranks: int | None = None) -> float:
-        """Bytes of a GPU that do not depend on the micro-batch."""
+        """Return the bytes of GPU memory per rank that do not depend on the micro-batch."""
         held = self.states(stage, ranks)
         total = held.weights + held.gradients + held.master + held.moments
         if offload and stage:
@@ -164,8 +178,11 @@ class Plan:
         )
 
     def with_offload(self) -> Choice | None:
-        """The quickest that fits with the optimizer's states in the machine's memory, if the run keeps them
-        on the GPU. What the CPU's optimizer step takes is not in its time."""
+        """Return the fastest choice that fits with the optimizer states in CPU memory, or None.
+
+        It is None also if the run itself offloads them. Its time does not include the optimizer step on the
+        CPU.
+        """
         if offloads(self.run):
             return None
         return quickest(self._choices(True), self.machine)
@@ -174,7 +191,10 @@ class Plan:
         return quickest(self.choices, self.machine)
 
     def fewest_gpus(self) -> int | None:
-        """GPUs from which on the run's micro-batch fits at ZeRO-3 with all blocks recomputed; None: never."""
+        """Return the smallest number of GPUs on which the run's micro-batch fits; None: it never fits.
+
+        This is at ZeRO-3, with all blocks recomputed.
+        """
         held, offload = self.activations(list(self.counts)[-1], self.micro_batch), offloads(self.run)
         if self.fixed(3, offload, 10**9) + held > self.machine.memory:
             return None
@@ -185,7 +205,10 @@ class Plan:
 
 
 def quickest(choices: list[Choice], machine: Machine) -> Choice | None:
-    """Of those that fit; of those within 2% of it, the one with the least memory."""
+    """Return the fastest choice that fits, or None.
+
+    Of the choices within 2% of its time, it is the one that needs the least memory.
+    """
     fitting = [choice for choice in choices if choice.fits(machine)]
     best = min((c.seconds for c in fitting), default=0.0)
     near = [choice for choice in fitting if choice.seconds <= 1.02 * best]
@@ -195,7 +218,10 @@ def quickest(choices: list[Choice], machine: Machine) -> Choice | None:
 def make_plan(
     run: RunConfig, gpus: int, machine: Machine, bandwidth: float, efficiency: float, images: int
 ) -> Plan:
-    """Of an unresolved run; `images` is the training set's size. ConfigError for a batch that cannot be."""
+    """Return the plan of an unresolved run; `images` is the size of the training set.
+
+    Raises ConfigError where the batch size does not fit the number of GPUs.
+    """
     try:
         resolved = resolve(run, gpus, images, assumed_classes(run))
         check_norms(resolved.giantdet.norm, resolved.batch.micro, gpus)
@@ -205,7 +231,7 @@ def make_plan(
 
 
 def report(plan: Plan) -> str:
-    """The plan as text."""
+    """Return the plan as text."""
     run, batch = plan.run, plan.run.batch.total
     steps = run.giantdet.train.steps
     one, _ = plan.counts[plan.own.every]
@@ -242,7 +268,7 @@ def _row(plan: Plan, choice: Choice) -> str:
 
 
 def blocks_text(every: int) -> str:
-    """What happens to the activations of the backbone's blocks."""
+    """Return in words how many of the backbone's blocks are recomputed."""
     return {0: "kept", 1: "recomputed"}.get(every, f"1 in {every} rec.")
 
 
@@ -250,29 +276,29 @@ def _verdict(plan: Plan, steps: int | None, batch: int) -> list[str]:
     best, own, room = plan.best(), plan.own, plan.machine.memory / GIB
     lines = []
     if not own.fits(plan.machine):
-        lines.append(f"As it is, it does not fit: {own.memory / GIB:.1f} GiB of {room:.1f}.")
+        lines.append(f"The recipe does not fit: it needs {own.memory / GIB:.1f} GiB of {room:.1f} GiB.")
     if own.offload:
         lines.append(
-            f"Offload keeps {own.host / GIB:.1f} GiB of each GPU's states in the machine's memory; the time "
-            "that its CPUs take for the optimizer step is not in these numbers."
+            f"Offload keeps {own.host / GIB:.1f} GiB of each GPU's states in CPU memory; these times do "
+            "not include the optimizer step on the CPU."
         )
     if best is None:
         other, fewest = plan.with_offload(), plan.fewest_gpus()
         if other is not None:
             lines.append(
-                "Nothing fits with the optimizer's states on the GPU. With offload_optimizer, "
-                f"ZeRO-{other.stage} with blocks {blocks_text(other.every)} does: "
-                f"{other.memory / GIB:.1f} GiB, and {other.host / GIB:.1f} GiB of the machine for each GPU."
+                "Nothing fits with the optimizer states on the GPU. With offload_optimizer, "
+                f"ZeRO-{other.stage} with blocks {blocks_text(other.every)} fits: "
+                f"{other.memory / GIB:.1f} GiB, and {other.host / GIB:.1f} GiB of CPU memory, per GPU."
             )
         if fewest is not None:
             lines.append(
-                f"Nothing fits on {plan.gpus} GPUs; ZeRO-3 with recomputed blocks does from {fewest} on."
+                f"Nothing fits on {plan.gpus} GPUs; ZeRO-3 with recomputed blocks fits from {fewest} on."
             )
         else:
             largest = max(choice.largest for choice in plan.choices)
             lines.append(
-                f"No number of GPUs holds a micro-batch of {plan.micro_batch}; "
-                + (f"{largest} is the most." if largest else "offload, or take a smaller canvas or model.")
+                f"No number of GPUs is enough for a micro-batch of {plan.micro_batch}; "
+                + (f"the largest is {largest}." if largest else "offload, or use a smaller canvas or model.")
             )
         return lines
     if best is own:

@@ -1,4 +1,4 @@
-"""Pictures of a run, from its metrics.jsonl."""
+"""Plots of a run, from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from giantdet.optim.schedules import lr_function
 
 
 def plot_run(metrics: Path, folder: Path) -> list[Path]:
-    """Draw all pictures that a run has data for: losses.png, and agvm.png with AGVM. Returns their paths."""
+    """Draw all plots that a run has data for, losses.png and with AGVM agvm.png, and return their paths."""
     pictures = {"losses.png": plot_losses}
     if any(key.startswith("agvm/") for line in _logged(metrics) for key in line):
         pictures["agvm.png"] = plot_agvm
@@ -23,9 +23,10 @@ def plot_run(metrics: Path, folder: Path) -> list[Path]:
 
 
 def plot_schedule(run: ResolvedRun, folder: Path) -> str:
-    """Draw the LR of a resolved run over its steps, `NAME_schedule.png`; returns what there is to say of it.
+    """Draw the LR of a resolved run over its steps, `NAME_schedule.png`, and return a summary of the
+    schedule.
 
-    Raises ValueError where the run has no scheduler block.
+    Raises InputError, a ValueError, where the run has no scheduler block.
     """
     scheduler, steps, lr = run.scheduler, run.giantdet.train.steps, run.optimizer.lr
     if scheduler is None:
@@ -52,7 +53,7 @@ def plot_schedule(run: ResolvedRun, folder: Path) -> str:
 
 
 def plot_losses(path: Path, picture: Path) -> None:
-    """Draw the losses (and the LR below) of a metrics.jsonl into a PNG."""
+    """Draw the losses of a metrics.jsonl, and the LR below them, into a PNG file."""
     plt = _pyplot()
     lines = _logged(path)
     steps = [line["step"] for line in lines]
@@ -69,13 +70,13 @@ def plot_losses(path: Path, picture: Path) -> None:
 
 
 def plot_agvm(path: Path, picture: Path) -> None:
-    """Draw each module's gradient variance, factor and LR over the steps into a PNG (AGVM's figure 1).
+    """Draw each module's gradient variance, factor and LR over the steps into a PNG file (AGVM's figure 1).
 
-    Raises ValueError where the run was without AGVM.
+    Raises InputError, a ValueError, where AGVM was not enabled in the run.
     """
     lines = [line for line in _logged(path) if any(key.startswith("agvm/") for key in line)]
     if not lines:
-        raise InputError(f"{path}: no line of AGVM; it was not enabled in this run")
+        raise InputError(f"{path}: no values of AGVM; it was not enabled in this run")
     plt = _pyplot()
     figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 9))
     for module in [key.split("/")[1] for key in lines[0] if key.endswith("/factor")]:

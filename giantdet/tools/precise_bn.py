@@ -1,8 +1,9 @@
 """Precise BN: re-estimate the running statistics over many batches, with fixed weights.
 
-What training leaves behind is an average over its last steps, whose weights were still moving. Here every
-batch norm takes its input's mean and variance over N batches, as if they were one (Wu, Johnson: Rethinking
-"Batch" in BatchNorm, 2021, section 3). Batches are as large as those that training normalised together.
+The running statistics after training are averages over its last steps, in which the weights still changed.
+Here every batch norm gets the mean and variance of its input over N batches, as if they were one batch (Wu,
+Johnson: Rethinking "Batch" in BatchNorm, 2021, section 3). Batches are as large as those that training
+normalised together.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from giantdet.structures import Batch
 
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable[Batch], number: int, device: Any) -> int:
-    """Replace the running statistics of every BatchNorm by those of `number` training batches a rank.
+    """Replace the running statistics of every BatchNorm by those of `number` training batches per rank.
 
-    The ranks' batches are merged by count. All ranks call it. Leaves the model in training mode; returns
-    the number of batch norms, 0 where all are frozen or have no running statistics.
+    The statistics of all ranks are merged, weighted by count. All ranks call this. The model stays in
+    training mode. Returns the number of batch norms, 0 where all are frozen or have no running statistics.
     """
     norms = moving_norms(model)
     if not norms:
@@ -55,7 +56,7 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], number: int, device: 
 
 
 def bn_images(run: ResolvedRun) -> int:
-    """Images that a resolved run normalises together; of several sizes in its `norm` section the largest."""
+    """Return how many images a resolved run normalises together: the largest number in its `norm` block."""
     batch, micro, accumulation = run.batch
     world = batch // (micro * accumulation)
     parts = run.giantdet.norm.parts().values()

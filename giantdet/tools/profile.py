@@ -1,7 +1,7 @@
-"""Where a step's time goes: `giantdet train --profile`, with PyTorch's profiler.
+"""Profile a few training steps with PyTorch's profiler: `giantdet train --profile`.
 
-After a few steps that warm up, some are recorded on the main rank: `profile/trace.json.gz` (for
-https://ui.perfetto.dev) and `profile/operators.txt`, the ten most expensive operators.
+After some warm-up steps, the main rank records a few steps to `profile/trace.json.gz` (for
+https://ui.perfetto.dev), and writes the ten most expensive operators to `profile/operators.txt`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TOP = 10
 
 
 class Profile:
-    """Records the steps after the first few; files appear when the last of them is done.
+    """Records a few steps after the first ones, and writes its files after the last of them.
 
-    On the main rank: `step` does nothing on the others.
+    It runs on the main rank only; `step` does nothing on the others.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # The ranks do not know one another yet: the launcher says who this is.
+        # torch.distributed has not started yet: the rank is that of the launcher's environment variables.
         self.is_done = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0"
         if self.is_done:
             return
@@ -40,12 +40,12 @@ class Profile:
         self.profiler.start()
 
     def step(self) -> None:
-        """At the end of an optimizer step."""
+        """Mark the end of an optimizer step."""
         if not self.is_done:
             self.profiler.step()
 
     def close(self) -> None:
-        """Write what there is of a run that was shorter."""
+        """Write what has been recorded, if the run ended before the last step to record."""
         if not self.is_done:
             self.profiler.stop()
 
@@ -59,7 +59,7 @@ class Profile:
 
 
 def operator_table(profiler: profile) -> str:
-    """The most expensive operators by their own time, on the GPU where there is one."""
+    """Return a table of the most expensive operators by their own time, on the GPU if there is one."""
     on_gpu = torch.cuda.is_available()
     events = [event for event in profiler.key_averages() if not event.key.startswith("ProfilerStep")]
 
