@@ -18,7 +18,7 @@ RANKS = "distributed"  # the folder of tests that launch several ranks
 # What DeepSpeed compiles must not meet the lock of a killed run elsewhere.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions"))
 # Bytecode of what is imported, beside no sources: an environment that forbids it, as those of containers do,
-# makes every process compile torch, timm and DeepSpeed anew, which takes twice as long as all else.
+# makes every process compile torch, timm and DeepSpeed again, which takes twice as long as all else.
 sys.dont_write_bytecode, sys.pycache_prefix = False, str(REPO / "runs/bytecode")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix

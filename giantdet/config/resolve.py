@@ -79,8 +79,8 @@ def resolve(
     moved = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
     if moved.get("device") == "nvme" or moved.get("ratio", 1.0) < 1.0:
         raise ConfigError(
-            "zero_optimization.offload_optimizer: checkpoints need the whole optimizer state in GPU or CPU "
-            'memory; set device to "cpu", and leave ratio out'
+            "zero_optimization.offload_optimizer: checkpoints need the optimizer's state in one memory, of "
+            'the GPU or the CPU; set device to "cpu", and leave ratio out'
         )
     offload = deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device")
     if giantdet.ema.enabled and offload == "nvme":
@@ -186,7 +186,7 @@ def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> Giantdet
     if scaling.reference_batch is None:
         raise ConfigError(
             f'giantdet.lr_scaling.rule "{scaling.rule}" needs giantdet.lr_scaling.reference_batch, the batch '
-            "size that the learning rate was chosen for"
+            "that the learning rate was chosen for"
         )
     ratio = deepspeed[BATCH] / scaling.reference_batch
     factor = ratio if scaling.rule == "linear" else math.sqrt(ratio)

@@ -159,4 +159,4 @@ def _move_strides(config: BackboneConfig, body: nn.Module) -> None:
 
 
 def _no_bottleneck(config: BackboneConfig) -> str:
-    return f"stride_in_1x1 needs a ResNet with bottlenecks and strided 3x3 convolutions, not '{config.name}'"
+    return f"stride_in_1x1 is for ResNets with bottlenecks with strided 3x3 layers, not for '{config.name}'"

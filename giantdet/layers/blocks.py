@@ -43,7 +43,7 @@ def blocks_of(config: BackboneConfig, body: nn.Module) -> list[nn.Module]:
     if inside < _LEAST_SHARE * sum(p.numel() for p in body.parameters()):
         raise InputError(
             f"backbone '{config.name}': its blocks are not known, so they cannot be recomputed or compiled: "
-            "set checkpoint_blocks and compile_blocks to false"
+            "set checkpoint_blocks and compile_blocks false"
         )
     return found
 

@@ -216,7 +216,7 @@ def parent(pid: int) -> int:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[Path], Job]]:
-    """Starts a run, or goes on with it."""
+    """Starts a run, or resumes it."""
     started: list[Job] = []
 
     def job(path: Path) -> Job:
