@@ -26,7 +26,7 @@ def spoil(kind: str, first: int, last: int) -> None:
     """Let the loop's losses come out so."""
     calls = 0
 
-    def spoilt(model: MaskRcnn, predictions: Any, batch: Any) -> dict[str, Tensor]:
+    def corrupted(model: MaskRcnn, predictions: Any, batch: Any) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
         losses = losses_of(model, predictions, batch)
@@ -37,7 +37,7 @@ def spoil(kind: str, first: int, last: int) -> None:
                 losses["loss_cls"] = losses["loss_cls"] * 0.0 + float(kind)
         return losses
 
-    MaskRcnn.losses = spoilt  # type: ignore[method-assign]
+    MaskRcnn.losses = corrupted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

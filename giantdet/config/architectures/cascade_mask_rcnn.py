@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
-from giantdet.config.architectures.common import (
-    ArchitectureConfig,
-    BaseBoxHeadConfig,
-    FpnConfig,
-    MaskHeadConfig,
-    NormPart,
-    RpnConfig,
-)
+from giantdet.config.architectures.common import BaseBoxHeadConfig
+from giantdet.config.architectures.mask_rcnn import TwoStageConfig
 from giantdet.config.section import Fraction, PositiveFloat
 
 DeltaWeights = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
@@ -34,7 +27,7 @@ class CascadeBoxHeadConfig(BaseBoxHeadConfig):
     """Factors of dx, dy, dw and dh in what the heads regress, by stage."""
 
 
-class CascadeMaskRcnnConfig(ArchitectureConfig):
+class CascadeMaskRcnnConfig(TwoStageConfig):
     """Cascade Mask R-CNN (Cai and Vasconcelos 2018) with FPN, with detectron2's choices.
 
     mmdetection's differ: it samples in every stage, weights the losses of the stages by 1, 0.5 and 0.25,
@@ -43,20 +36,4 @@ class CascadeMaskRcnnConfig(ArchitectureConfig):
 
     type: Literal["cascade_mask_rcnn"]
     conventions: Literal["detectron2"] = "detectron2"
-    fpn: FpnConfig = FpnConfig()
-    rpn: RpnConfig = RpnConfig()
     box_head: CascadeBoxHeadConfig = CascadeBoxHeadConfig()
-    mask_head: MaskHeadConfig = MaskHeadConfig()
-
-    def problems(self) -> Iterator[str]:
-        """See `ArchitectureConfig.problems`."""
-        yield from self.rpn.problems()
-        yield from super().problems()
-
-    def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
-        """See `ArchitectureConfig.batch_norms`."""
-        heads = (self.box_head.norm, self.mask_head.norm if self.mask_head.enabled else "none")
-        return {
-            "fpn": ("model.fpn", self.fpn.norm == "batch"),
-            "heads": ("model.box_head or model.mask_head", "batch" in heads),
-        }

@@ -7,6 +7,7 @@ from typing import Literal
 
 from giantdet.config.architectures.common import (
     ArchitectureConfig,
+    BaseBoxHeadConfig,
     BoxHeadConfig,
     FpnConfig,
     MaskHeadConfig,
@@ -15,12 +16,12 @@ from giantdet.config.architectures.common import (
 )
 
 
-class RcnnConfig(ArchitectureConfig):
-    """What the two-stage detectors have in common."""
+class TwoStageConfig(ArchitectureConfig):
+    """What the two-stage detectors have in common, whatever their box head."""
 
     fpn: FpnConfig = FpnConfig()
     rpn: RpnConfig = RpnConfig()
-    box_head: BoxHeadConfig = BoxHeadConfig()
+    box_head: BaseBoxHeadConfig = BaseBoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
 
     def problems(self) -> Iterator[str]:
@@ -35,6 +36,12 @@ class RcnnConfig(ArchitectureConfig):
             "fpn": ("model.fpn", self.fpn.norm == "batch"),
             "heads": ("model.box_head or model.mask_head", "batch" in heads),
         }
+
+
+class RcnnConfig(TwoStageConfig):
+    """A two-stage detector with a single box head."""
+
+    box_head: BoxHeadConfig = BoxHeadConfig()
 
 
 class MaskRcnnConfig(RcnnConfig):
