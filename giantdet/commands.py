@@ -49,10 +49,10 @@ def print_config(run: Any) -> None:
 
     images = classes = None
     data = run.giantdet.data
-    if data.train is not None and Path(data.train.annotations).is_file():
+    if data.train is not None and all(source.path.exists() for source in data.train.sources()):
         dataset = open_dataset(data.train)
         images = len(dataset.training_indices(data.filter_empty))
-        classes = dataset.num_classes
+        classes = dataset.classes
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
         resolved = resolve(run, world, images, classes, torch.cuda.is_available())
@@ -61,17 +61,16 @@ def print_config(run: Any) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    from giantdet.config.types import DataConfig, DatasetConfig
-    from giantdet.data.dataset import check_categories, open_dataset
+    from giantdet.config.types import DataConfig
+    from giantdet.data.dataset import check_classes, open_dataset
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate
     from giantdet.export import load_detector
 
     device = comm.start()
     model, config = load_detector(options.export, device)
-    dataset = open_dataset(DatasetConfig(annotations=str(options.annotations), images=str(options.images)))
-    category_ids = [number for number, _ in config.categories]
-    check_categories(dataset, category_ids, options.export)
+    dataset = open_dataset(_evaluated_data(options))
+    check_classes(dataset, config.classes, options.export)
     if options.results is not None and comm.is_main():
         options.results.parent.mkdir(parents=True, exist_ok=True)
     found = evaluate(
@@ -81,8 +80,9 @@ def run_eval(options: argparse.Namespace) -> None:
         options.batch_size,
         device,
         tasks=model.tasks,
-        category_ids=category_ids,
-        conventions=model.conventions,
+        model_config=config.model,
+        classes=config.classes,
+        window_stride=config.window_stride,
         results=options.results,
     )
     if comm.is_main():
@@ -90,14 +90,31 @@ def run_eval(options: argparse.Namespace) -> None:
     comm.barrier()
 
 
+def _evaluated_data(options: argparse.Namespace) -> Any:
+    """Return the section of the data set to score: that of a run's JSON, or of a COCO instances JSON."""
+    from giantdet.config.datasets import CocoDatasetConfig
+    from giantdet.config.load import load_run
+    from giantdet.config.resolve import check_data
+
+    both = (options.annotations, options.images)
+    if options.config is not None and both == (None, None):
+        run = load_run(options.config)
+        check_data(run, ["val"])
+        return run.giantdet.data.val
+    if options.config is not None or None in both:
+        raise InputError("eval: give --annotations and --images, or --config, a run's JSON with data.val")
+    return CocoDatasetConfig(annotations=str(options.annotations), images=str(options.images))
+
+
 def run_predict(options: argparse.Namespace) -> None:
     """Predict all readable images. Raises InputError at the end if some could not be read."""
     from giantdet.data.records import logger
-    from giantdet.engine.predict import draw, image_files, load_image, load_predictor, picture_names
+    from giantdet.engine.draw import draw
+    from giantdet.engine.predict import image_files, load_image, load_predictor, picture_names
+    from giantdet.engine.results import Results
 
     predictor = load_predictor(options.export)
-    options.output.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
+    results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
     left_out: list[str] = []
     files = image_files(options.images)
     for number, (path, picture) in enumerate(zip(files, picture_names(files, options.output), strict=True)):
@@ -109,10 +126,9 @@ def run_predict(options: argparse.Namespace) -> None:
             continue
         found = predictor(image, options.threshold)
         draw(image, found).save(picture)
-        results += [{"file_name": str(path), **result} for result in found.to_coco(number)]
-        print(f"{path}: {len(found.names)} objects, {picture}")
-    (options.output / "results.json").write_text(json.dumps(results))
-    print(f"results: {options.output / 'results.json'}")
+        print(f"{path}: {results.add(number, path, picture.stem, found)}, {picture}")
+    for file in results.write():
+        print(f"results: {file}")
     if left_out:
         raise InputError(f"{len(left_out)} of {len(files)} images are left out, the first: {left_out[0]}")
 
@@ -130,7 +146,7 @@ def run_export(options: argparse.Namespace) -> None:
     folder = options.run / "checkpoints"
     checkpoint = folder / options.checkpoint if options.checkpoint else newest(folder)
     output = options.output or options.run / "export"
-    exported = export_config(run, dataset.category_ids, dataset.class_names)
+    exported = export_config(run, run.giantdet.model.predicted(dataset.classes))
     export_checkpoint(checkpoint, output, exported, run.giantdet.train.export_shard)
     print(output)
 

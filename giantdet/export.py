@@ -25,6 +25,7 @@ from giantdet.architectures import Architecture, build_model
 from giantdet.checkpoint.files import SavedTensors, damage
 from giantdet.config.architectures import ArchitectureConfig, ModelConfig
 from giantdet.config.architectures.common import NormConfig
+from giantdet.config.classes import Category, Classes
 from giantdet.config.load import RunConfig
 from giantdet.config.section import Section
 from giantdet.distributed import comm
@@ -53,12 +54,24 @@ class ExportConfig(Section):
     """Canvas (height, width) in pixels."""
     short_side: PositiveInt
     """Short side in pixels that images are scaled to."""
-    categories: tuple[tuple[int, str], ...]
-    """(category id of the data set, name) by class index."""
+    window_stride: PositiveInt | None = None
+    """See `EvalConfig`."""
+    categories: tuple[Category, ...]
+    """(category id of the data set, name) of the classes of objects, by class index."""
+    semantic_categories: tuple[Category, ...] = ()
+    """The same of the classes of semantic maps, by number."""
+
+    @property
+    def classes(self) -> Classes:
+        """The classes that the model predicts."""
+        return Classes(objects=self.categories, semantic=self.semantic_categories)
 
 
-def export_config(run: RunConfig, category_ids: list[int], class_names: list[str]) -> ExportConfig:
-    """Return the config.json of an export of this run, without the paths of its initial weights."""
+def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
+    """Return the config.json of an export of this run, without the paths of its initial weights.
+
+    `classes` are those that the model predicts.
+    """
     model = run.giantdet.model
     backbone = model.backbone.model_copy(
         update={"init_weights": None, "pretrained": False, "compile_blocks": False}
@@ -68,7 +81,9 @@ def export_config(run: RunConfig, category_ids: list[int], class_names: list[str
         norm=run.giantdet.norm,
         size=run.giantdet.data.size,
         short_side=run.giantdet.data.short_side,
-        categories=tuple(zip(category_ids, class_names, strict=True)),
+        window_stride=run.giantdet.eval.window_stride,
+        categories=classes.objects,
+        semantic_categories=classes.semantic,
     )
 
 

@@ -47,6 +47,9 @@ class Batch(NamedTuple):
     seeds_B: Tensor  # int64, number of the sample in the training stream: seeds its RoI sampling
     image_ids_B: Tensor  # int64, the data set's own id; -1 where the slot only fills up the batch
     original_sizes_B2: Tensor  # int64 (height, width) of the file, EXIF rotation applied
+    windows_B6: Tensor | None = None
+    """int64; what part of an image the canvas shows: (top, left) in the scaled image, (height, width) of that
+    image, number of the window and how many the image has. None: all of it."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; asynchronous from pinned memory."""

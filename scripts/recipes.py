@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from giantdet.cli import COCO_IMAGES
+from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 
@@ -67,7 +68,7 @@ def about(run: RunConfig) -> dict[str, Any]:
 def row(run: RunConfig) -> str:
     assert run.path is not None
     gpus = about(run)["gpus"]
-    found = resolve(run, gpus, COCO_IMAGES, 80)
+    found = resolve(run, gpus, COCO_IMAGES, Classes.numbered(80, 54))
     train, batch, optimizer = found.giantdet.train, found.batch, found.optimizer
     epochs = run.giantdet.train.epochs
     length = f"{train.steps:,} steps" if epochs is None else f"{epochs:g} epochs, {train.steps:,} steps"

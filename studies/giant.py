@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from giantdet.config.classes import Classes
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.engine.metrics import read_metrics
@@ -55,7 +56,8 @@ def main() -> None:
         "train.log_every=1",
         *options.overrides,
     ]
-    run = resolve(load_run(options.config, [*settings, f"train.steps={options.steps}"]), ranks, 1000, 80)
+    run = load_run(options.config, [*settings, f"train.steps={options.steps}"])
+    run = resolve(run, ranks, 1000, Classes.numbered(80))
     dtype = weight_dtype(run)
     rate = matrix_rate(dtype, torch.device("cuda" if has_gpu else "cpu"))
     train(

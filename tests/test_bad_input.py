@@ -29,7 +29,8 @@ from giantdet import cli
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import CATEGORIES, make_demo
-from giantdet.data.loader import TrainStream, eval_loader, sample_index, train_loader
+from giantdet.data.loader import eval_loader, train_loader
+from giantdet.data.streams import TrainStream, sample_index
 from giantdet.data.truth import ground_truth
 from giantdet.data.validate import validate
 from giantdet.engine.metrics import read_metrics

@@ -21,7 +21,8 @@ from giantdet.architectures import build_model
 from giantdet.architectures.mask_rcnn import MaskRcnn
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
-from giantdet.engine.predict import draw, load_image, load_predictor
+from giantdet.engine.draw import draw
+from giantdet.engine.predict import load_image, load_predictor
 from giantdet.export import export_checkpoint, load_detector, load_weights, read_export_config, shard_plan
 
 

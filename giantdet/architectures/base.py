@@ -37,10 +37,11 @@ class Architecture(nn.Module):
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
-        if config.num_classes == "auto":
-            raise InputError(
-                "model.num_classes is still 'auto': give a number, or a training set to read it from"
-            )
+        for key in config.CLASS_KEYS:
+            if getattr(config, key) == "auto":
+                raise InputError(
+                    f"model.{key} is still 'auto': give a number, or a training set to read it from"
+                )
         self.num_classes = int(config.num_classes)
         self.conventions = config.reference
         self.backbone: Backbone = build_backbone(config.backbone, image_size)

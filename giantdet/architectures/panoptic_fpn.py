@@ -40,7 +40,7 @@ class PanopticFpn(MaskRcnn):
         super().__init__(config, image_size)
         self.semantic_weight, self.instance_weight = config.semantic_loss_weight, config.instance_loss_weight
         self.semantic_head = SemanticHead(
-            config.semantic_head, config.fpn.channels, STRIDES[:ROI_LEVELS], 1 + config.num_stuff_classes
+            config.semantic_head, config.fpn.channels, STRIDES[:ROI_LEVELS], 1 + int(config.num_stuff_classes)
         )
         if config.checkpoint_heads:
             recompute(self.semantic_head)

@@ -12,14 +12,13 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from giantdet.config.architectures import SECTIONS
 from giantdet.config.deepspeed import DeepSpeedConfig
 from giantdet.config.lengths import LENGTH_WORDS
 from giantdet.config.names import all_paths, keys_of, nearest
 from giantdet.config.optimizers import OPTIMIZERS, OptimizerConfig
 from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
 from giantdet.config.section import Section
-from giantdet.config.types import GiantdetConfig
+from giantdet.config.types import UNIONS, GiantdetConfig
 from giantdet.config.unsupported import UNSUPPORTED
 from giantdet.errors import ConfigError
 
@@ -87,18 +86,22 @@ def _one_liners(
     messages: dict[str, str] = {}
     for item in error.errors():
         kind, context, location = item["type"], item.get("ctx", {}), item["loc"]
-        architecture = None
-        if section is GiantdetConfig and location[:1] == ("model",):
+        where = next((path for path in UNIONS if location[: len(path)] == path), None)
+        if section is not GiantdetConfig:
+            where = None
+        chosen = None
+        if where is not None:
+            key, types = UNIONS[where]
             if kind.startswith("union_tag"):
-                location, kind = ("model", "type"), "literal_error"
-                context = {"expected": " or ".join(f"'{name}'" for name in SECTIONS)}
-            elif len(location) > 1:  # pydantic adds the name of the architecture
-                architecture, location = str(location[1]), ("model", *location[2:])
+                location, kind = (*where, key), "literal_error"
+                context = {"expected": " or ".join(f"'{name}'" for name in types)}
+            elif len(location) > len(where):  # pydantic adds the name of the type
+                chosen, location = str(location[len(where)]), (*where, *location[len(where) + 1 :])
         names = [str(part) for part in location]
         if kind == "extra_forbidden":
             of = f" of {owner}" if owner else ""
             path = _join(prefix, *names)
-            messages[path] = f"unknown key {path}{of}{_hint(section, names, architecture)}"
+            messages[path] = f"unknown key {path}{of}{_hint(section, names, where, chosen)}"
             continue
         if kind == "missing":
             needs = f"; {owner} needs it" if owner else ""
@@ -164,12 +167,14 @@ def _be(wishes: list[str]) -> str:
     return f"be {' or '.join(limits or wishes)}"
 
 
-def _hint(section: type[Section], names: list[str], architecture: str | None) -> str:
-    """Return a hint for an unknown key: the architectures that have it, or a similar key."""
-    owners = [name for name in SECTIONS if architecture and _has(keys_of(section, name), names)]
-    if owners:
-        return f": it is a key of {', '.join(owners)}, and giantdet.model.type is {architecture}"
-    siblings: Any = keys_of(section, architecture)
+def _hint(section: type[Section], names: list[str], where: tuple[str, ...] | None, chosen: str | None) -> str:
+    """Return a hint for an unknown key: the types of a section that have it, or a similar key."""
+    if where is not None and chosen is not None:
+        key, types = UNIONS[where]
+        owners = [name for name in types if _has(keys_of(section, name), names)]
+        if owners:
+            return f": it is a key of {', '.join(owners)}, and giantdet.{_join(*where, key)} is {chosen}"
+    siblings: Any = keys_of(section, chosen)
     for name in names[:-1]:
         siblings = siblings[name]
     hint = nearest(names[-1], siblings)
@@ -262,6 +267,17 @@ def _check_giantdet(config: GiantdetConfig) -> None:
             data.augment.short_sides is None,
             "giantdet.data.augment.jitter and giantdet.data.augment.short_sides exclude each other; drop one",
         )
+    if data.augment.scale is not None:
+        low, high = data.augment.scale
+        require(
+            0 < low <= high,
+            f"giantdet.data.augment.scale must be [low, high] with 0 < low <= high, got {[low, high]}",
+        )
+        for other in ("jitter", "short_sides"):
+            require(
+                getattr(data.augment, other) is None,
+                f"giantdet.data.augment.scale and giantdet.data.augment.{other} exclude each other; drop one",
+            )
     require(
         data.augment.short_sides is None or len(data.augment.short_sides) > 0,
         "giantdet.data.augment.short_sides must not be empty; leave it out to use giantdet.data.short_side",

@@ -6,12 +6,11 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from giantdet.config.architectures import SECTIONS
 from giantdet.config.deepspeed import DeepSpeedConfig
 from giantdet.config.optimizers import OPTIMIZERS
 from giantdet.config.schedulers import SCHEDULERS
 from giantdet.config.section import Section
-from giantdet.config.types import GiantdetConfig
+from giantdet.config.types import UNIONS, GiantdetConfig
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -34,15 +33,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {last[match[0]]}?" if match else ""
 
 
-def keys_of(section: type[Section], architecture: str | None = None) -> dict[str, Any]:
+def keys_of(section: type[Section], chosen: str | None = None) -> dict[str, Any]:
     """Return the nested names of a section's fields; leaves are None.
 
-    The `model` section has the keys of `architecture`, or those of all architectures.
+    A section of one of several types has the keys of the type `chosen`, or those of all types.
     """
     keys: dict[str, Any] = {name: _subsection(info.annotation) for name, info in section.model_fields.items()}
     if section is GiantdetConfig:
-        chosen = [model for name, model in SECTIONS.items() if architecture in (None, name)]
-        keys["model"] = {key: inner for model in chosen for key, inner in keys_of(model).items()}
+        for (*above, last), (_, types) in UNIONS.items():
+            parent = keys
+            for name in above:
+                parent = parent[name]
+            possible = [types[chosen]] if chosen is not None and chosen in types else list(types.values())
+            parent[last] = {key: inner for section in possible for key, inner in keys_of(section).items()}
     return keys
 
 

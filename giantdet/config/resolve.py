@@ -10,10 +10,11 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.checks import canonical_name
+from giantdet.config.classes import Classes
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
@@ -29,6 +30,7 @@ BATCH, MICRO, ACCUMULATION = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
+_CLASS_WORDS = {"objects": "classes of objects", "semantic": "semantic maps", "stuff": "classes of stuff"}
 # Blocks in which DeepSpeed reads "auto" as "not given".
 AUTO_BLOCKS = [
     name for name, field in DeepSpeedConfig.model_fields.items() if isinstance(field.default, AutoSection)
@@ -39,14 +41,15 @@ def resolve(
     run: RunConfig,
     world_size: int,
     train_images: int | None = None,
-    num_classes: int | None = None,
+    classes: Classes | None = None,
     has_gpu: bool = True,
 ) -> ResolvedRun:
     """Return the run with every "auto" replaced and every important default made explicit.
 
-    world_size: number of data-parallel processes. train_images, num_classes: of the training set; None where
+    world_size: number of data-parallel processes. train_images, classes: of the training set; None where
     it is unknown (evaluation, --print-config without data). Then `train.steps`, the values that depend on it,
-    and `model.num_classes` stay unresolved. has_gpu: False chooses optimizers that need no compiler.
+    and the model's numbers of classes stay unresolved. has_gpu: False chooses optimizers that need no
+    compiler.
 
     Raises ConfigError where the values do not fit each other, the processes or the data set.
     """
@@ -89,16 +92,8 @@ def resolve(
             'nvme; set its device to "cpu"'
         )
 
-    if num_classes is not None:
-        declared = giantdet.model.num_classes
-        if declared != "auto" and declared < num_classes:
-            raise ConfigError(
-                f"giantdet.model.num_classes is {declared}, but the training annotations have "
-                f'{num_classes} categories; use "auto" or {num_classes}'
-            )
-        classes = num_classes if declared == "auto" else declared
-        model = giantdet.model.model_copy(update={"num_classes": classes})
-        giantdet = giantdet.model_copy(update={"model": model})
+    if classes is not None:
+        giantdet = giantdet.model_copy(update={"model": _with_classes(giantdet.model, classes)})
     return ResolvedRun(giantdet, deepspeed, run.about, run.path)
 
 
@@ -119,16 +114,14 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
                 f'giantdet.data.{split} is missing; give {{"annotations": ..., "images": ...}}, a COCO '
                 "instances JSON and the folder of its images"
             )
-        annotations, images = Path(dataset.annotations), Path(dataset.images)
-        if not annotations.is_file():
-            beside = (
-                [p.name for p in annotations.parent.glob("*.json")] if annotations.parent.is_dir() else []
-            )
-            raise ConfigError(
-                f"giantdet.data.{split}.annotations: no file {annotations}{nearest(annotations.name, beside)}"
-            )
-        if not images.is_dir():
-            raise ConfigError(f"giantdet.data.{split}.images: no folder {images}")
+        for source in dataset.sources():
+            where = f"giantdet.data.{split}.{source.key}"
+            if source.is_folder and not source.path.is_dir():
+                raise ConfigError(f"{where}: no folder {source.path}")
+            if not source.is_folder and not source.path.is_file():
+                folder = source.path.parent
+                beside = [p.name for p in folder.glob(f"*{source.path.suffix}")] if folder.is_dir() else []
+                raise ConfigError(f"{where}: no file {source.path}{nearest(source.path.name, beside)}")
 
 
 def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, int]:
@@ -161,6 +154,25 @@ def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, i
             f"process{'es' if world_size > 1 else ''}; nearest possible {BATCH}: {possible}"
         )
     return batch, micro_size, accumulated
+
+
+def _with_classes(model: ArchitectureConfig, classes: Classes) -> ArchitectureConfig:
+    """Return the `model` section with its numbers of classes. Raises ConfigError if they do not fit."""
+    numbers: dict[str, int] = {}
+    for key, kind in model.CLASS_KEYS.items():
+        declared, found = getattr(model, key), len(getattr(classes, kind))
+        if found == 0:
+            raise ConfigError(
+                f"{model.type} needs {_CLASS_WORDS[kind]}, and the training set has none; change "
+                "giantdet.model.type or giantdet.data.train.format"
+            )
+        if declared != "auto" and declared < found:
+            raise ConfigError(
+                f"giantdet.model.{key} is {declared}, but the training annotations have "
+                f'{found} categories; use "auto" or {found}'
+            )
+        numbers[key] = found if declared == "auto" else declared
+    return model.model_copy(update=numbers)
 
 
 def _check_norm_parts(giantdet: GiantdetConfig) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from giantdet.config.lengths import LENGTH_PATTERN, LENGTH_WORDS, is_length
@@ -74,3 +75,17 @@ class Section(BaseModel):
     def given(self) -> dict[str, Any]:
         """Return the values that were given, without defaults, for JSON."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def tagged_union(known: Mapping[str, type[Section]], key: str, default: str) -> Any:
+    """Return the union of sections, one of which is chosen by the value of `key`, or by `default` without."""
+
+    def tag_of(section: Any) -> Any:
+        """Return the name of a JSON object or of a section."""
+        return section.get(key, default) if isinstance(section, dict) else getattr(section, key, default)
+
+    union: Any = None
+    for name, section in known.items():
+        member = Annotated[section, Tag(name)]  # type: ignore[valid-type]
+        union = member if union is None else union | member
+    return Annotated[union, Discriminator(tag_of)]

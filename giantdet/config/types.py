@@ -5,25 +5,20 @@ Each component of the system reads only its own section. The sections of models 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from giantdet.config.architectures import ModelConfig
+from giantdet.config.architectures import SECTIONS, ModelConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.datasets import FORMATS, DatasetConfig
 from giantdet.config.section import Auto, Fraction, Length, PositiveFloat, PositiveInt, Section
 
 
-class DatasetConfig(Section):
-    annotations: str
-    """A JSON file of annotations in COCO's instances format."""
-    images: str
-    """Folder that the file names in the annotations are relative to."""
-
-
 class AugmentConfig(Section):
-    """Geometric augmentation of training images; every image ends up on the same canvas."""
+    """Augmentation of training images; every image ends up on the same canvas."""
 
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
@@ -33,6 +28,14 @@ class AugmentConfig(Section):
     jitter: tuple[float, float] | None = None
     """Large-scale jitter (Ghiasi et al. 2021): range of the random scale, relative to the size that fills the
     canvas; a random crop follows."""
+    scale: tuple[float, float] | None = None
+    """Range of the random scale, relative to `short_side`; a random crop follows (mmsegmentation's
+    RandomResize and RandomCrop). Excludes the two above."""
+    crop_class_share: Fraction = 1.0
+    """Semantic maps: the crop is drawn again, at most 10 times, while it has one class only or a class with
+    this share of its labelled pixels or more. mmsegmentation: 0.75; 1: it is drawn once."""
+    photometric: bool = False
+    """Change brightness, contrast, saturation and hue at random (data/photometric.py)."""
 
 
 class DataConfig(Section):
@@ -154,6 +157,10 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     batch_size: PositiveInt = 1
     """Images per rank and step."""
+    window_stride: PositiveInt | None = None
+    """Semantic models: scale images to `short_side` whatever their other side is, and slide a window of the
+    canvas' size over them with this stride in pixels; logits are averaged where windows overlap. None: scale
+    whole images to fit on the canvas."""
 
 
 class GiantdetConfig(Section):
@@ -168,3 +175,11 @@ class GiantdetConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+
+UNIONS: dict[tuple[str, ...], tuple[str, Mapping[str, type[Section]]]] = {
+    ("model",): ("type", SECTIONS),
+    ("data", "train"): ("format", FORMATS),
+    ("data", "val"): ("format", FORMATS),
+}
+"""Where the giantdet block has a section of one of several types: the key that chooses it, and the types."""

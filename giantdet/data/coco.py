@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from pycocotools import mask as mask_util
 
+from giantdet.config.classes import Classes
+from giantdet.data.images import read_image
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import (
     Fault,
+    Instances,
     category_fault,
     category_name,
     image_fault,
@@ -36,7 +38,6 @@ from giantdet.data.records import (
 from giantdet.errors import DataError
 
 _BOX_ONLY, _POLYGONS, _RLE = 0, 1, 2
-_ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,15 @@ class CocoDataset:
     Args:
         annotations: COCO instances JSON; objects without `segmentation` are boxes (`has_masks` is False).
         images: folder that the `file_name`s are relative to.
+        content: the lists of the JSON; None: they are read from `annotations`.
 
     Records that cannot be used are skipped, counted by kind in `skipped` and named in one warning per kind;
     `giantdet validate-data` lists them all. Raises `DataError` (a `ValueError`) if the whole file cannot be
     used: no such file, invalid JSON, a missing list, no image, no category.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path) -> None:
+    def __init__(self, annotations: str | Path, images: str | Path, content: Instances | None = None) -> None:
         self.annotations, self.root = Path(annotations), Path(images)
-        self.semantic_names: list[str] = []
-        self.stuff_ids: list[int] = []
         if not self.root.is_dir():
             raise DataError(f"the image folder {images} does not exist")
         self.skipped: Counter[str] = Counter()
@@ -97,15 +97,20 @@ class CocoDataset:
         gc_was_on = gc.isenabled()
         gc.disable()  # the collector would walk a million new dicts again and again
         try:
-            content = read_instances(annotations)
+            content = read_instances(annotations) if content is None else content
             self._read_categories(content["categories"])
             self._read_images(content["images"])
             self._read_objects(content["annotations"])
         finally:
             if gc_was_on:
                 gc.enable()
+        self._report_skipped()
+
+    def _report_skipped(self) -> None:
         for kind, count in self.skipped.items():
-            logger.warning("%s: skipped %d (%s), e.g. %s", annotations, count, kind, self._examples[kind])
+            logger.warning(
+                "%s: skipped %d (%s), e.g. %s", self.annotations, count, kind, self._examples[kind]
+            )
 
     def _skip(self, fault: Fault, what: str, record: Any) -> None:
         kind, text = fault
@@ -124,6 +129,7 @@ class CocoDataset:
         self.class_names = [names[i] for i in self.category_ids]
         if not names:
             raise DataError(f"annotations {self.annotations} have no usable category")
+        self.classes = Classes(objects=tuple(zip(self.category_ids, self.class_names, strict=True)))
 
     def _read_images(self, records: list[Any]) -> None:
         good: dict[int, tuple[str, int, int]] = {}
@@ -207,11 +213,6 @@ class CocoDataset:
         return len(self.image_ids)
 
     @property
-    def num_classes(self) -> int:
-        """Number of usable categories."""
-        return len(self.category_ids)
-
-    @property
     def nonempty(self) -> NDArray[np.int64]:
         """The indices of the images that have an object."""
         return np.flatnonzero(np.diff(self.object_start))
@@ -236,47 +237,13 @@ class CocoDataset:
         """None: an instances JSON has no segments."""
         return None
 
+    def instances(self) -> Instances:
+        """See `Dataset.instances`."""
+        return read_instances(self.annotations)
+
     def path(self, i: int) -> Path:
         return self.root / str(self.file_names[i])
 
     def read_image(self, i: int) -> NDArray[np.uint8]:
-        """Return image i as RGB uint8 [h, w, 3], in the size of its record.
-
-        EXIF rotation is applied if the record's size is that of the rotated image (as label tools and
-        browsers show it), and ignored if only the stored size fits (as in COCO itself). If both fit, for a
-        square or a half turn, it is applied, as in detectron2. Alpha is dropped, the colours under it are
-        kept; grey, palette and CMYK images become RGB; 16-bit grey is scaled to 8 bits.
-        Raises `DataError`, which names the file, if it cannot be read or has another size.
-        """
-        path, size = self.path(i), (int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1]))
-        try:
-            with Image.open(path) as file:
-                return np.array(to_rgb(orient(file, size)))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL's plugins raise any exception on broken files
-            raise DataError(f"{path}: {type(error).__name__} {error}") from error
-
-
-def orient(image: Image.Image, size_hw: tuple[int, int]) -> Image.Image:
-    """Return `image`, rotated by EXIF if that gives `size_hw`, else as it is; otherwise `DataError`."""
-    stored = (image.height, image.width)
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    rotated = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-    if rotated == size_hw:
-        return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-    if stored == size_hw:
-        return image
-    raise DataError(f"the file is {rotated[1]} x {rotated[0]}, its record says {size_hw[1]} x {size_hw[0]}")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any PIL mode to RGB; see `CocoDataset.read_image`."""
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, the modes of 16-bit PNG and TIFF files
-        wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+        """See `Dataset.read_image`."""
+        return read_image(self.path(i), (int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1])))

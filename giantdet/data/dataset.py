@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from giantdet.config.types import DatasetConfig
+from giantdet.config.classes import Category, Classes
+from giantdet.config.datasets import CocoDatasetConfig, CocoPanopticDatasetConfig, DatasetConfig
 from giantdet.data.coco import CocoDataset
+from giantdet.data.coco_panoptic import CocoPanopticDataset
 from giantdet.data.panoptic import PanopticMap
+from giantdet.data.records import Instances
+from giantdet.data.semantic_png import SemanticPngDataset
 from giantdet.errors import DataError
 
 
@@ -48,21 +54,13 @@ class Dataset(Protocol):
     """Images with their classes, objects and semantic maps, by index."""
 
     annotations: Path
-    """The file that describes the data set, for messages."""
-    class_names: list[str]
-    category_ids: list[int]
-    """The data set's own id of each class."""
+    """The file or folder that describes the data set, for messages."""
+    classes: Classes
+    """Those of objects, and those of semantic maps; either may be empty."""
     image_ids: NDArray[np.int64]
     sizes_hw: NDArray[np.int64]  # [N, 2]
     has_masks: bool
     """Whether objects have masks, so that masks can be evaluated."""
-    semantic_names: list[str]
-    """Name of each class of the semantic maps, by its number; empty without maps."""
-    stuff_ids: list[int]
-    """The data set's own ids of the classes without objects; class 1 of the semantic maps is the first."""
-
-    @property
-    def num_classes(self) -> int: ...
 
     def __len__(self) -> int:
         """Return the number of images, with or without objects."""
@@ -81,27 +79,65 @@ class Dataset(Protocol):
         ...
 
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
-        """Return each pixel's class in image i, uint8 [h, w] with `structures.IGNORE`; None without maps."""
+        """Return each pixel's class in image i, uint8 [h, w] with `structures.IGNORE`; None without maps.
+
+        Raises DataError if it cannot be read.
+        """
         ...
 
     def panoptic_map(self, i: int) -> PanopticMap | None:
-        """The segments of image i, or None without panoptic annotations."""
+        """Return the segments of image i, or None without panoptic annotations. Raises DataError as above."""
         ...
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """Return the indices of the images to train on: all, or those with something to learn."""
         ...
 
+    def instances(self) -> Instances:
+        """Return all records, also of crowd regions, as in a COCO instances JSON: the truth of its scores."""
+        ...
 
-def open_dataset(config: DatasetConfig) -> Dataset:
-    """Open the data set of a section of `data`. Raises DataError if it cannot be used."""
+
+def _coco(config: CocoDatasetConfig) -> Dataset:
     return CocoDataset(config.annotations, config.images)
 
 
-def check_categories(dataset: Dataset, known: list[int], whose: str | Path) -> None:
-    """Raise DataError if the data set has categories that are not among a model's classes."""
-    if unknown := set(dataset.category_ids) - set(known):
+def _coco_panoptic(config: CocoPanopticDatasetConfig) -> Dataset:
+    return CocoPanopticDataset(config.annotations, config.images, config.segments_folder, config.instances)
+
+
+READERS: dict[str, Callable[[Any], Dataset]] = {
+    "coco": _coco,
+    "coco_panoptic": _coco_panoptic,
+    "semantic_png": SemanticPngDataset,
+}
+"""How a data set of each format is opened; config/datasets.py has their sections."""
+
+
+def open_dataset(config: DatasetConfig) -> Dataset:
+    """Open the data set of a section of `data`. Raises DataError if it cannot be used."""
+    return READERS[config.format](config)
+
+
+def check_classes(dataset: Dataset, known: Classes, whose: str | Path) -> None:
+    """Raise DataError if the data set has other classes than those that a model predicts, `known`."""
+    unknown = set(dataset.classes.object_ids) - set(known.object_ids)
+    if unknown and known.objects:
         raise DataError(
             f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "
-            f"was trained on, {known}"
+            f"was trained on, {known.object_ids}"
         )
+    theirs, ours = dataset.classes.semantic, known.semantic
+    if theirs and ours and theirs != ours:
+        for number, (this, that) in enumerate(itertools.zip_longest(theirs, ours)):
+            if this != that:
+                raise DataError(
+                    f"{dataset.annotations}: class {number} of its semantic maps is {_named(this)}, "
+                    f"but {_named(that)} in what {whose} was trained on"
+                )
+    if not (known.objects and dataset.classes.objects) and not (ours and theirs):
+        raise DataError(f"{dataset.annotations}: there is nothing in it that the model of {whose} predicts")
+
+
+def _named(category: Category | None) -> str:
+    return "missing" if category is None else f"{category[1]!r} (id {category[0]})"

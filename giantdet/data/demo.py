@@ -1,8 +1,9 @@
-"""A generated instance segmentation data set: shapes of four classes on a textured background.
+"""A generated data set with instance, panoptic and semantic annotations: shapes on a textured ground.
 
 It tests the whole system without a download. Circles, rectangles, triangles and stars of any colour, slightly
 rotated, 18 to 40 % of the image's side, overlap; some images contain crowds of small ones (14 to 18 %), one
-in twenty is empty.
+in twenty is empty. The ground is stuff of two classes, dark and light; parts of shapes too small to count
+are void.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from giantdet.data.panoptic import panoptic_png
+from giantdet.structures import IGNORE
+
 # Ids with gaps, as COCO's have.
 CATEGORIES = {1: "circle", 3: "rectangle", 4: "triangle", 7: "star"}
+STUFF = {92: "dark ground", 95: "light ground"}
 _EMPTY, _CROWDED = 0.05, 0.2  # fractions of the images
 _MIN_VISIBLE, _MIN_PIXELS = 0.3, 16
 _TURN = 0.25  # radians, either way
@@ -26,17 +31,24 @@ _TURN = 0.25  # radians, either way
 def make_demo(folder: str | Path, train_images: int, val_images: int, size: int = 128, seed: int = 0) -> None:
     """Write train.json, val.json, train/ and val/ into `folder`: COCO format, square images of `size` pixels.
 
-    Image n of a split depends only on (seed, split, n). Masks contain visible pixels only: later shapes cover
-    earlier ones. Unoccluded shapes are polygons, the others compressed RLE.
+    Beside them are panoptic_train.json and panoptic_train/ in COCO's panoptic format, and semantic_train/,
+    PNG files of labels whose names are in semantic_classes.json; the same for val. Image n of a split depends
+    only on (seed, split, n). Masks contain visible pixels only: later shapes cover earlier ones. Unoccluded
+    shapes are polygons, the others compressed RLE.
     """
+    kinds = list(CATEGORIES) + list(STUFF)
+    names = CATEGORIES | STUFF
     for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
         directory = Path(folder) / name
         directory.mkdir(parents=True, exist_ok=True)
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
+        panoptic: list[dict[str, Any]] = []
+        for kind in ("panoptic", "semantic"):
+            (Path(folder) / f"{kind}_{name}").mkdir(exist_ok=True)
         for n in range(count):
             rng = np.random.default_rng((seed, split, n))
-            pixels, objects = _draw(rng, size)
+            pixels, objects, segments_HW, ground = _draw(rng, size)
             # ids start at 1 and differ between the splits, so that confusing them is noticed
             image_id = split * 10**6 + n + 1
             file_name = f"{n:06d}.{'png' if n % 2 else 'jpg'}"
@@ -44,13 +56,36 @@ def make_demo(folder: str | Path, train_images: int, val_images: int, size: int 
             images.append({"id": image_id, "file_name": file_name, "height": size, "width": size})
             for fields in objects:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **fields})
+            owners = [*(fields["category_id"] for fields in objects), ground]
+            png = f"{n:06d}.png"
+            (Path(folder) / f"panoptic_{name}" / png).write_bytes(panoptic_png(segments_HW))
+            labels = np.array([IGNORE, *(kinds.index(owner) for owner in owners)], np.uint8)
+            Image.fromarray(labels[segments_HW]).save(Path(folder) / f"semantic_{name}" / png)
+            infos = [_segment(segments_HW == number, number, owner) for number, owner in enumerate(owners, 1)]
+            infos = [info for info in infos if info["area"]]
+            panoptic.append({"image_id": image_id, "file_name": png, "segments_info": infos})
         categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (Path(folder) / f"{name}.json").write_text(json.dumps(content))
+        classes = [{"id": i, "name": names[i], "isthing": int(i in CATEGORIES)} for i in kinds]
+        content = {"images": images, "annotations": panoptic, "categories": classes}
+        (Path(folder) / f"panoptic_{name}.json").write_text(json.dumps(content))
+    (Path(folder) / "semantic_classes.json").write_text(json.dumps([names[i] for i in kinds]))
 
 
-def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
-    """Return one image and the fields of its visible objects."""
+def _segment(mask_HW: NDArray[np.bool_], number: int, category: int) -> dict[str, Any]:
+    rle = mask_util.encode(np.asfortranarray(mask_HW.astype(np.uint8)))
+    bbox = [int(v) for v in mask_util.toBbox(rle)]
+    return {"id": number, "category_id": category, "area": int(mask_HW.sum()), "bbox": bbox, "iscrowd": 0}
+
+
+def _draw(
+    rng: np.random.Generator, size: int
+) -> tuple[NDArray[np.uint8], list[dict[str, Any]], NDArray[np.int32], int]:
+    """Return an image, the fields of its visible objects, its segments and the category of its ground.
+
+    The segments are the number of the object of each pixel, from 1, one more for the ground, and 0 for void.
+    """
     ground = _ground(rng, size)
     canvas = ground.copy()
     shapes: list[tuple[int, float, float, float]] = []  # category, centre x and y, radius
@@ -78,7 +113,8 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[
         canvas[mask] = (_colour(rng, ground[mask].mean(axis=0) if mask.any() else ground[0, 0]) + texture)[
             mask
         ]
-    objects = []
+    objects: list[dict[str, Any]] = []
+    segments_HW = np.zeros((size, size), np.int32)
     for n, (kind, *_) in enumerate(shapes):
         visible = owner == n
         area = int(visible.sum())
@@ -90,9 +126,13 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[
         segmentation: Any = [outlines[n].ravel().tolist()]
         if not whole:
             segmentation = {"size": [size, size], "counts": rle["counts"].decode()}
+        segments_HW[visible] = len(objects) + 1
         objects.append({"category_id": kind, "bbox": bbox, "area": area, "segmentation": segmentation})
     pixels = canvas + rng.normal(0, 3, canvas.shape)
-    return np.clip(pixels, 0, 255).astype(np.uint8), objects
+    segments_HW[owner == -1] = len(objects) + 1
+    dark, light = STUFF
+    kind = dark if ground.mean() < 128 else light
+    return np.clip(pixels, 0, 255).astype(np.uint8), objects, segments_HW, kind
 
 
 def _outline(rng: np.random.Generator, kind: int) -> NDArray[np.float64]:

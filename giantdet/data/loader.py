@@ -12,32 +12,25 @@ counted in `Loader.counters`, and named in warnings of the logger "giantdet".
 from __future__ import annotations
 
 import atexit
-import functools
+import itertools
 import signal
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as TorchDataset
 
 from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.records import logger
-from giantdet.data.samples import NO_MAP, Sample, collate, make_sample
-from giantdet.data.transforms import draw_geometry
+from giantdet.data.streams import BOXES_AND_MASKS, Delivery, EvalStream, Stream, TrainStream
 from giantdet.errors import DataError
-from giantdet.structures import IGNORE, Batch
+from giantdet.structures import Batch
 
-MAX_BAD_IN_A_ROW = 50
 MAX_RESTARTS = 3
-BOXES_AND_MASKS = frozenset({"boxes", "masks"})
-_AUGMENT = 1  # second word of the augmentation's seeds; the permutations use 0
 _EXPLAIN = {
     "dropped_objects": "objects beyond max_objects, the smallest of each image, are left out",
     "tiny_objects": "objects narrower than a pixel after scaling are left out",
@@ -47,135 +40,34 @@ _EXPLAIN = {
 }
 
 
-class Delivery(NamedTuple):
-    """What workers send. An error is sent as text, since torch wraps a worker's exceptions in a traceback."""
+class TrainSampler(Sampler[list[int]]):
+    """Yields the sample numbers of one rank's micro-batches without end, from micro-step `start` on."""
 
-    batch: Batch | None
-    counts: dict[str, int]
-    bad: tuple[str, ...]
-    error: str
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(epoch: int, n: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed % 2**63, 0, epoch)).permutation(n)
-
-
-def sample_index(k: int, n: int, seed: int, shuffle: bool = True) -> int:
-    """Return which of n images sample k is: every image once per epoch, in a new order each epoch."""
-    return int(_permutation(k // n, n, seed)[k % n]) if shuffle else k % n
-
-
-class _Stream(TorchDataset[Sample]):
-    """Base of both streams: turns lists of sample numbers into deliveries."""
-
-    def __init__(self, dataset: Dataset, config: DataConfig, targets: frozenset[str]) -> None:
-        self.dataset, self.config, self.targets = dataset, config, targets
-        self.side = config.mask_frame if "masks" in targets else 0
-
-    def __getitem__(self, k: int) -> Sample:
-        raise NotImplementedError
-
-    def __getitems__(self, numbers: list[int]) -> Delivery:
-        """Make the delivery of one batch's sample numbers; called by torch's fetcher."""
-        try:
-            samples = [self[k] for k in numbers]
-        except DataError as error:
-            return Delivery(None, {}, (), str(error))
-        counts = Counter[str]()
-        for sample in samples:
-            counts.update(sample.counts)
-        slots = self.config.max_objects if "boxes" in self.targets else 0
-        batch = collate(samples, slots, self.side)
-        return Delivery(batch, dict(counts), tuple(text for s in samples for text in s.bad), "")
-
-
-class TrainStream(_Stream):
-    """The training stream; the module's docstring defines sample k."""
-
-    def __init__(
-        self, dataset: Dataset, config: DataConfig, seed: int, targets: frozenset[str] = BOXES_AND_MASKS
-    ) -> None:
-        super().__init__(dataset, config, targets)
-        self.seed = seed
-        self.indices = dataset.training_indices(config.filter_empty)
-        if len(self.indices) == 0:
-            raise DataError(f"no image of {dataset.annotations} has an object; there is nothing to train on")
-
-    def __len__(self) -> int:
-        """Return the number of samples per epoch."""
-        return len(self.indices)
-
-    def __getitem__(self, k: int) -> Sample:
-        """Return sample k. The image of k + 1, k + 2, ... replaces a bad one, with k's random numbers."""
-        bad: list[str] = []
-        for j in range(k, k + MAX_BAD_IN_A_ROW):
-            i = int(self.indices[sample_index(j, len(self), self.seed)])
-            height, width = self.dataset.sizes_hw[i]
-            rng = np.random.default_rng((self.seed % 2**63, _AUGMENT, k))
-            geometry = draw_geometry(rng, (int(height), int(width)), self.config, training=True)
-            try:
-                sample = make_sample(self.dataset, i, k, self.config, geometry, self.targets)
-            except DataError as error:
-                path = str(self.dataset.path(i))
-                bad.append(str(error) if path in str(error) else f"{path}: {error}")
-                continue
-            return sample._replace(counts=sample.counts | {"replaced_images": len(bad)}, bad=tuple(bad))
-        # If the whole data set is bad, all ranks name the same example, and the error is printed once.
-        annotations = self.dataset.annotations
-        raise DataError(f"{annotations}: {MAX_BAD_IN_A_ROW} images in a row cannot be used, e.g. {min(bad)}")
-
-
-class EvalStream(_Stream):
-    """The evaluation stream: sample k is image k; numbers beyond the data set fill up the last batches."""
-
-    def __init__(self, dataset: Dataset, config: DataConfig, targets: frozenset[str]) -> None:
-        super().__init__(dataset, config, targets)
-        self._no_rng = np.random.default_rng(0)
-
-    def __getitem__(self, k: int) -> Sample:
-        if k >= len(self.dataset):
-            return self._nothing(k)
-        height, width = (int(v) for v in self.dataset.sizes_hw[k])
-        geometry = draw_geometry(self._no_rng, (height, width), self.config, training=False)
-        try:
-            return make_sample(self.dataset, k, k, self.config, geometry, self.targets)
-        except DataError as error:
-            return self._nothing(k)._replace(counts={"unreadable_images": 1}, bad=(str(error),))
-
-    def _nothing(self, k: int) -> Sample:
-        """Return a black image that fills the canvas, with the id -1 and no object."""
-        size = self.config.size
-        none = np.zeros((0, 4), np.float32)
-        masks = np.zeros((0, self.side, self.side), np.uint8)
-        return Sample(
-            np.zeros((*size, 3), np.uint8),
-            size,
-            size,
-            -1,
-            k,
-            none,
-            np.zeros(0, np.int64),
-            masks,
-            none,
-            {},
-            (),
-            np.full(size, IGNORE, np.uint8) if "semantic" in self.targets else NO_MAP,
-        )
-
-
-class RankSampler(Sampler[list[int]]):
-    """Yields sample numbers of one rank's micro-batches, micro-steps `start` to `stop` (None: endless)."""
-
-    def __init__(self, batch: int, rank: int, world: int, start: int = 0, stop: int | None = None) -> None:
-        self.batch, self.rank, self.world, self.start, self.stop = batch, rank, world, start, stop
+    def __init__(self, batch: int, rank: int, world: int, start: int = 0) -> None:
+        self.batch, self.rank, self.world, self.start = batch, rank, world, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
-        while self.stop is None or step < self.stop:
+        for step in itertools.count(self.start):
             first = (step * self.world + self.rank) * self.batch
             yield list(range(first, first + self.batch))
-            step += 1
+
+    def after(self, delivered: int) -> TrainSampler:
+        """Return the sampler of what follows the first `delivered` batches."""
+        return TrainSampler(self.batch, self.rank, self.world, self.start + delivered)
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Yields lists of sample numbers."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def after(self, delivered: int) -> EvalSampler:
+        """Return the sampler of what follows the first `delivered` batches."""
+        return EvalSampler(self.batches[delivered:])
 
 
 # Workers ignore SIGTERM, by which multiprocessing ends them when Python exits, so it would wait for them for
@@ -201,9 +93,9 @@ def _end(deliveries: Any) -> None:
 class Loader:
     """Iterator of `Batch`; `counters` counts what was left out of the batches delivered so far."""
 
-    def __init__(self, stream: _Stream, sampler: RankSampler, pin_memory: bool) -> None:
+    def __init__(self, stream: Stream, sampler: TrainSampler | EvalSampler, pin_memory: bool) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(_EXPLAIN, 0))
-        self.steps = None if sampler.stop is None else sampler.stop - sampler.start
+        self.steps = len(sampler.batches) if isinstance(sampler, EvalSampler) else None
         self._stream, self._sampler, self._pin_memory = stream, sampler, pin_memory
         self._named: set[str] = set()
         self._delivered = self._restarts = 0
@@ -211,14 +103,10 @@ class Loader:
 
     def _start(self) -> None:
         """Make torch's iterator, from the first batch that was not delivered yet."""
-        sampler = self._sampler
-        sampler = RankSampler(
-            sampler.batch, sampler.rank, sampler.world, sampler.start + self._delivered, sampler.stop
-        )
         self._deliveries: Iterator[Delivery] = iter(
             DataLoader(
                 self._stream,
-                batch_sampler=sampler,
+                batch_sampler=self._sampler.after(self._delivered),
                 num_workers=self._stream.config.workers,
                 collate_fn=_as_is,
                 worker_init_fn=_init_worker,
@@ -297,11 +185,11 @@ def train_loader(
     """Return the endless training batches of one rank, from micro-step `start_micro_step` on.
 
     Only the given `targets` ("boxes", "masks", "semantic") are made: without masks S is 0. Raises `DataError`
-    if there is nothing to train on, or, while iterating, if `MAX_BAD_IN_A_ROW` images in a row
+    if there is nothing to train on, or, while iterating, if 50 images in a row
     cannot be used.
     """
     stream = TrainStream(dataset, config, seed, targets)
-    return Loader(stream, RankSampler(batch, rank, world, start_micro_step), pin_memory)
+    return Loader(stream, TrainSampler(batch, rank, world, start_micro_step), pin_memory)
 
 
 def eval_loader(
@@ -312,16 +200,18 @@ def eval_loader(
     world: int = 1,
     pin_memory: bool = False,
     targets: frozenset[str] = frozenset(),
+    window_stride: int | None = None,
 ) -> Loader:
     """Return a loader of every image once over all ranks, in `loader.steps` batches on each rank.
+
+    With `window_stride` images are seen in windows of the canvas' size, all those of an image on one rank.
 
     Filler slots hold a black image of the canvas' size with the id -1; so do unreadable images, which
     therefore count as missed. Without `targets`, M and S are 0: the ground truth of an evaluation is the
     annotation file.
     """
-    steps = -(-len(dataset) // (batch * world))
-    stream = EvalStream(dataset, config, targets)
-    return Loader(stream, RankSampler(batch, rank, world, 0, steps), pin_memory)
+    stream = EvalStream(dataset, config, targets, window_stride)
+    return Loader(stream, EvalSampler(stream.batches(batch, rank, world)), pin_memory)
 
 
 def _as_is(delivery: Any) -> Any:

@@ -31,8 +31,12 @@ _MAX_COORDINATE = 100_000
 _RLE_STRING = re.compile("[0-o]*[0-O]")
 
 
-def read_instances(path: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the three lists of a COCO instances JSON, with bad records, or raise `DataError`."""
+Instances = Mapping[str, list[dict[str, Any]]]
+"""The lists `images`, `annotations` and `categories` of a COCO instances JSON."""
+
+
+def read_instances(path: str | Path, kind: str = "instances") -> Instances:
+    """Return the three lists of a COCO instances or panoptic JSON, with bad records, or raise `DataError`."""
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -43,7 +47,7 @@ def read_instances(path: str | Path) -> dict[str, list[dict[str, Any]]]:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(
                 f'annotations {path} have no list "{key}"; '
-                "a COCO instances file has images, annotations and categories"
+                f"a COCO {kind} file has images, annotations and categories"
             )
     if not content["images"]:
         raise DataError(f"annotations {path} name no images")

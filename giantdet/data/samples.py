@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.masks import object_frame
+from giantdet.data.photometric import distort_colors
 from giantdet.data.transforms import (
     Geometry,
     clip_boxes,
+    draw_balanced_crop,
     sides_ok,
     transform_boxes,
     transform_image,
@@ -40,16 +42,33 @@ class Sample(NamedTuple):
     counts: dict[str, int]
     bad: tuple[str, ...]  # why images before this one could not be used
     semantic_HW: NDArray[np.uint8]  # [0, 0] if not requested
+    window: tuple[int, ...] | None = None  # a row of `Batch.windows_B6`
 
 
 def make_sample(
-    dataset: Dataset, i: int, k: int, config: DataConfig, geometry: Geometry, targets: frozenset[str]
+    dataset: Dataset,
+    i: int,
+    k: int,
+    config: DataConfig,
+    geometry: Geometry,
+    targets: frozenset[str],
+    rng: np.random.Generator | None = None,
 ) -> Sample:
     """Return image i of the data set under `geometry`, with `targets` of "boxes", "masks", "semantic".
 
-    Raises `DataError` if the image, a mask or a map is broken, or a requested map does not exist.
+    `rng`, in training, draws what depends on the content: balanced crops and colours. Raises `DataError` if
+    the image, a mask or a map is broken, or a requested map does not exist.
     """
+    semantic = NO_MAP
+    if "semantic" in targets:
+        found = _semantic_map(dataset, i)
+        if rng is not None and config.augment.crop_class_share < 1:
+            geometry = draw_balanced_crop(rng, geometry, found, config.augment.crop_class_share)
+        semantic = transform_semantic(found, geometry, config.size)
     image = transform_image(dataset.read_image(i), geometry, config.size)
+    if rng is not None and config.augment.photometric:
+        height, width = geometry.size_hw
+        image[:height, :width] = distort_colors(image[:height, :width], rng)
     objects = dataset.objects(i)
     boxes = transform_boxes(objects.boxes_N4, geometry)
     tiny = ~sides_ok(boxes)
@@ -78,15 +97,19 @@ def make_sample(
         np.stack([frame for _, frame in frames]) if frames else np.zeros((len(keep), 4), np.float32),
         counts,
         (),
-        _semantic(dataset, i, config, geometry) if "semantic" in targets else NO_MAP,
+        semantic,
     )
 
 
-def _semantic(dataset: Dataset, i: int, config: DataConfig, geometry: Geometry) -> NDArray[np.uint8]:
+def _semantic_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:
     found = dataset.semantic_map(i)
     if found is None:
         raise DataError(f"{dataset.annotations}: there are no semantic maps, which the model needs")
-    return transform_semantic(found, geometry, config.size)
+    if found.shape != tuple(dataset.sizes_hw[i]):
+        raise DataError(
+            f"the semantic map of {dataset.path(i)} has {found.shape} pixels, not the image's size"
+        )
+    return found
 
 
 def collate(samples: list[Sample], slots: int, side: int) -> Batch:
@@ -116,4 +139,5 @@ def collate(samples: list[Sample], slots: int, side: int) -> Batch:
         torch.tensor([s.k for s in samples], dtype=torch.int64),
         torch.tensor([s.image_id for s in samples], dtype=torch.int64),
         torch.tensor([s.original_hw for s in samples], dtype=torch.int64),
+        None if samples[0].window is None else torch.tensor([s.window for s in samples], dtype=torch.int64),
     )

@@ -1,8 +1,9 @@
 """Geometric transforms: scale, crop and flip an image onto the top left of a fixed canvas.
 
 One `Geometry` describes the transform of an image, its boxes and its masks. Training draws it at random:
-multi-scale (detectron2's ResizeShortestEdge) or large-scale jitter (Ghiasi et al. 2021, as in detectron2's
-ResizeScale and FixedSizeCrop), and a horizontal flip. In evaluation it is deterministic.
+multi-scale (detectron2's ResizeShortestEdge), large-scale jitter (Ghiasi et al. 2021, as in detectron2's
+ResizeScale and FixedSizeCrop) or a random scale and crop (mmsegmentation's RandomResize and RandomCrop), and
+a horizontal flip. In evaluation it is deterministic.
 """
 
 from __future__ import annotations
@@ -50,34 +51,78 @@ def draw_geometry(
 ) -> Geometry:
     """Return the geometry of one sample. In evaluation `rng` is not used.
 
-    `jitter` (scale of the size that fills the canvas, then a random crop) takes precedence over
-    `short_sides`. Otherwise the whole image is kept: it is scaled to the short side, or less so that it fits.
+    `jitter` (of the scale that fills the canvas) and `scale` (of `short_side`) are followed by a random crop.
+    Without them the whole image is kept: it is scaled to the short side, or less so that it fits.
     """
     (height, width), (canvas_h, canvas_w) = image_hw, config.size
-    fit = min(canvas_h / height, canvas_w / width)
-    jitter = config.augment.jitter if training else None
-    if jitter is not None:
-        scale = fit * rng.uniform(*jitter)
-        limit_h, limit_w = 2**31, 2**31
+    augment = config.augment
+    fit, short = min(canvas_h / height, canvas_w / width), config.short_side
+    cropped = training and (augment.jitter is not None or augment.scale is not None)
+    if training and augment.jitter is not None:
+        scale = fit * rng.uniform(*augment.jitter)
+    elif training and augment.scale is not None:
+        scale = short / min(height, width) * rng.uniform(*augment.scale)
     else:
-        short = config.short_side
-        if training and config.augment.short_sides:
-            short = int(rng.choice(config.augment.short_sides))
+        if training and augment.short_sides:
+            short = int(rng.choice(augment.short_sides))
         scale = min(short / min(height, width), fit)
-        limit_h, limit_w = canvas_h, canvas_w
-    resized = (
-        min(max(int(height * scale + 0.5), 1), limit_h),
-        min(max(int(width * scale + 0.5), 1), limit_w),
+    resized_h, resized_w = scaled(image_hw, scale)
+    if not cropped:
+        resized_h, resized_w = min(resized_h, canvas_h), min(resized_w, canvas_w)
+    geometry = Geometry(
+        image_hw, (resized_h, resized_w), (0, 0), (min(resized_h, canvas_h), min(resized_w, canvas_w)), False
     )
-    size = (min(resized[0], canvas_h), min(resized[1], canvas_w))
-    offset = (0, 0)
-    if jitter is not None:
-        offset = (
-            int(rng.integers(resized[0] - size[0] + 1)),
-            int(rng.integers(resized[1] - size[1] + 1)),
-        )
-    flip = training and bool(rng.random() < config.augment.flip)
-    return Geometry(image_hw, resized, offset, size, flip)
+    if cropped:
+        geometry = draw_crop(rng, geometry)
+    return geometry._replace(flip=training and bool(rng.random() < augment.flip))
+
+
+def scaled(size_hw: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Return a size times `scale`, rounded to whole pixels, at least 1."""
+    return max(int(size_hw[0] * scale + 0.5), 1), max(int(size_hw[1] * scale + 0.5), 1)
+
+
+def draw_crop(rng: np.random.Generator, geometry: Geometry) -> Geometry:
+    """Return the geometry with its crop somewhere in the image."""
+    (resized_h, resized_w), (crop_h, crop_w) = geometry.resized_hw, geometry.size_hw
+    top = int(rng.integers(resized_h - crop_h + 1))
+    return geometry._replace(offset_yx=(top, int(rng.integers(resized_w - crop_w + 1))))
+
+
+def draw_balanced_crop(
+    rng: np.random.Generator, geometry: Geometry, map_hw: NDArray[np.uint8], share: float
+) -> Geometry:
+    """Return the geometry with a crop in which no class has `share` or more of the labelled pixels.
+
+    A crop of one class is not balanced. After 10 more crops the last is taken (mmsegmentation's RandomCrop).
+    """
+    for _ in range(10):
+        counts = np.bincount(transform_semantic(map_hw, geometry, geometry.size_hw).ravel(), minlength=256)
+        counts = np.delete(counts, IGNORE)
+        if np.count_nonzero(counts) > 1 and counts.max() < share * counts.sum():
+            break
+        geometry = draw_crop(rng, geometry)
+    return geometry
+
+
+def windows(image_hw: tuple[int, int], config: DataConfig, stride: int) -> list[Geometry]:
+    """Return windows of the canvas' size, `stride` apart, over the image scaled to `short_side`.
+
+    The last of each row and column ends at the border (mmsegmentation's `slide_inference`).
+    """
+    resized = scaled(image_hw, config.short_side / min(image_hw))
+    size = (min(resized[0], config.size[0]), min(resized[1], config.size[1]))
+    offsets = [
+        [min(i * stride, whole - part) for i in range(-(-(whole - part) // stride) + 1)]
+        for whole, part in zip(resized, size, strict=True)
+    ]
+    return [Geometry(image_hw, resized, (y, x), size, False) for y in offsets[0] for x in offsets[1]]
+
+
+def window_row(views: list[Geometry], number: int) -> tuple[int, ...]:
+    """Return the row of `Batch.windows_B6` for one of the windows of an image."""
+    view = views[number]
+    return (*view.offset_yx, *view.resized_hw, number, len(views))
 
 
 def transform_image(

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from giantdet.data.masks import adds_up, rle_counts
 from giantdet.data.records import (
     Fault,
+    Instances,
     Size,
     category_fault,
     category_name,
@@ -31,14 +32,16 @@ from giantdet.data.records import (
 )
 
 
-def ground_truth(annotations: str | Path) -> COCO:
+def ground_truth(annotations: str | Path, content: Instances | None = None) -> COCO:
     """Return the usable images, categories and annotations of a file, including crowd regions.
+
+    `content` are the lists of the file; None: they are read from it.
 
     Annotations are renumbered from 1, as pycocotools keeps only the last annotation of an id and treats id 0
     as none; a missing `area` is computed from the mask or box, a missing segmentation is the box. Categories
     of the same name get their ids appended. A warning counts what is left out. Raises `DataError`.
     """
-    content = read_instances(annotations)
+    content = read_instances(annotations) if content is None else content
     categories: dict[int, str] = {}
     for record in content["categories"]:
         if not category_fault(record, categories):

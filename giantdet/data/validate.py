@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from giantdet.data.coco import orient, to_rgb
+from giantdet.data.images import orient, to_rgb
 from giantdet.data.masks import adds_up, rle_counts
 from giantdet.data.records import (
     Fault,

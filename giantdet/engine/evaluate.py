@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from giantdet.config.conventions import Conventions
+from giantdet.config.architectures import ArchitectureConfig
+from giantdet.config.classes import Classes
 from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.loader import eval_loader
 from giantdet.distributed import comm
-from giantdet.evaluation import EVALUATORS, Scores, primary_score
+from giantdet.errors import ConfigError
+from giantdet.evaluation import EVALUATORS, Evaluator, Scores, primary_score
 from giantdet.structures import Batch, Outputs
 
 
@@ -40,8 +42,9 @@ def evaluate(
     device: torch.device,
     *,
     tasks: Sequence[str],
-    category_ids: Sequence[int],
-    conventions: Conventions,
+    model_config: ArchitectureConfig,
+    classes: Classes,
+    window_stride: int | None = None,
     results: Path | None = None,
 ) -> Evaluation:
     """Score a model on a data set and return the scores. All ranks call it.
@@ -51,15 +54,18 @@ def evaluate(
         data: canvas and loader settings.
         batch_size: images per rank and step.
         tasks: the tasks of the model; those with ground truth in the data set are scored.
-        category_ids: the data set's category ids of the model's classes, by class index.
-        results: file to which the main rank writes the detections; None: they are not written.
+        model_config: the model's section.
+        classes: the classes that the model predicts.
+        window_stride: see `EvalConfig`.
+        results: file to which the main rank writes the detections, maps beside it; None: nothing is written.
     """
+    check_windows(tasks, window_stride)
     evaluators = [
-        metric(dataset, [task for task in tasks if task in metric.PRIMARY], category_ids, conventions)
-        for metric in EVALUATORS
-        if any(task in metric.PRIMARY for task in tasks)
+        metric(dataset, [task for task in tasks if task in metric.PRIMARY], classes, model_config)
+        for metric in metrics_of(tasks)
     ]
-    for batch in eval_loader(dataset, data, batch_size, comm.rank(), comm.world_size()):
+    rank, world = comm.rank(), comm.world_size()
+    for batch in eval_loader(dataset, data, batch_size, rank, world, window_stride=window_stride):
         outputs = model(batch.to(device))
         for evaluator in evaluators:
             evaluator.add(outputs, batch)
@@ -77,3 +83,18 @@ def evaluate(
                 evaluator.save(results)
     scores = comm.broadcast_object(scores)
     return Evaluation(scores, primary_score(scores, tasks, numbers), "\n".join(tables))
+
+
+def metrics_of(tasks: Sequence[str]) -> list[type[Evaluator]]:
+    """Return the metrics that score some of these tasks."""
+    return [metric for metric in EVALUATORS if any(task in metric.PRIMARY for task in tasks)]
+
+
+def check_windows(tasks: Sequence[str], window_stride: int | None) -> None:
+    """Raise ConfigError if windows are wanted, and a task of the model cannot be joined from them."""
+    whole = [task for metric in metrics_of(tasks) if not metric.WINDOWS for task in metric.PRIMARY]
+    if window_stride is not None and whole:
+        raise ConfigError(
+            "giantdet.eval.window_stride is for models that predict only semantic maps; this one predicts "
+            f"{', '.join(tasks)}, so leave it out"
+        )

@@ -8,37 +8,42 @@ found = predictor("image.jpg")
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from giantdet.architectures import Architecture
+from giantdet.config.classes import Classes
 from giantdet.config.types import DataConfig
-from giantdet.data.coco import to_rgb
-from giantdet.data.transforms import draw_geometry, transform_image
+from giantdet.data.images import IMAGE_ENDINGS, to_rgb
+from giantdet.data.panoptic import PanopticMap
+from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
 from giantdet.errors import InputError
 from giantdet.evaluation.coco import encode_mask, to_original
+from giantdet.evaluation.panoptic import panoptic_map
+from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig, load_detector
-from giantdet.structures import Batch, Targets
-
-_PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
-            (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128))  # fmt: skip
+from giantdet.structures import Batch, Detections, Outputs, Targets
 
 
 class Found(NamedTuple):
-    """The detections of one image, best first, in pixels of that image."""
+    """What was found in one image, in pixels of that image. A model without objects finds no detection."""
 
-    boxes_D4: Tensor  # float32 xyxy
+    boxes_D4: Tensor  # float32 xyxy, best first
     scores_D: Tensor  # float32
     labels_D: Tensor  # int64, class index
     names: list[str]  # by detection
     category_ids: list[int]  # by detection, of the training data set
-    masks_DHW: Tensor | None  # bool
+    masks_DHW: Tensor | None = None  # bool
+    semantic_HW: Tensor | None = None  # int64, number of a class in `ExportConfig.semantic_categories`
+    panoptic: PanopticMap | None = None  # its segments' categories are the training data set's ids
+    classes: Classes = Classes()  # all that the model knows
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """Return the detections as COCO results."""
@@ -57,7 +62,7 @@ class Found(NamedTuple):
 
 
 class Predictor:
-    """A detector with the image size and the class names of its export."""
+    """A model with the image size and the class names of its export."""
 
     def __init__(
         self, detector: Architecture, config: ExportConfig, device: torch.device | str = "cpu"
@@ -67,18 +72,27 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: str | Path | NDArray[np.uint8], threshold: float = 0.5) -> Found:
-        """Return the detections with a score of at least `threshold` in one image.
+        """Return what is in an image: detections with a score of at least `threshold`, and maps.
 
         The image is a file or a uint8 RGB array `[h, w, 3]`. Raises InputError, a ValueError, for a file that
         is not a readable image.
         """
         pixels = image if isinstance(image, np.ndarray) else load_image(image)
-        batch = image_batch(pixels, self.data)
-        detections = self.detector(batch.to(self.device)).detections
-        if detections is None:
-            raise InputError(
-                f"{self.config.model.type} predicts no objects, and predict shows nothing else yet"
-            )
+        maps = SemanticMaps()
+        semantic_HW = None
+        for batch in image_batches(pixels, self.data, self.config.window_stride):
+            outputs = self.detector(batch.to(self.device))
+            if outputs.semantic_BCHW is not None:
+                complete = [classes_HW for _, classes_HW in maps.add(outputs.semantic_BCHW, batch)]
+                semantic_HW = complete[0] if complete else None
+        found = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [])
+        if outputs.detections is not None:
+            found = self._objects(outputs.detections, batch, threshold)
+        if "panoptic" in self.detector.tasks:
+            found = found._replace(panoptic=self._panoptic(outputs, batch))
+        return found._replace(semantic_HW=semantic_HW, classes=self.config.classes)
+
+    def _objects(self, detections: Detections, batch: Batch, threshold: float) -> Found:
         # A model may have more classes than names: those outputs mean nothing.
         named_BD = detections.labels_BD < len(self.config.categories)
         shown_BD = detections.valid_BD & named_BD & (detections.scores_BD >= threshold)
@@ -96,6 +110,16 @@ class Predictor:
             masks_DHW=masks_DHW,
         )
 
+    def _panoptic(self, outputs: Outputs, batch: Batch) -> PanopticMap:
+        model, classes = self.config.model, self.config.classes
+        categories = [*classes.objects, *classes.stuff]
+        found = panoptic_map(
+            outputs, batch, 0, len(classes.objects), len(categories), model.reference, model.merge_rule
+        )
+        return found._replace(
+            segments=[s._replace(category=categories[s.category][0]) for s in found.segments]
+        )
+
 
 def load_image(path: str | Path) -> NDArray[np.uint8]:
     """Return an image file as uint8 RGB `[h, w, 3]`, rotated as its EXIF data say.
@@ -111,17 +135,31 @@ def load_image(path: str | Path) -> NDArray[np.uint8]:
 
 def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
     """Return a batch of one image, scaled to the canvas as in evaluation, without targets."""
-    height, width = pixels_HW3.shape[:2]
-    geometry = draw_geometry(np.random.default_rng(0), (height, width), config, training=False)
-    canvas = transform_image(pixels_HW3, geometry, config.size)
-    return Batch(
-        images_B3HW=torch.from_numpy(canvas).permute(2, 0, 1)[None],
-        sizes_B2=torch.tensor([geometry.size_hw], dtype=torch.float32),
-        targets=no_targets(1),
-        seeds_B=torch.zeros(1, dtype=torch.int64),
-        image_ids_B=torch.zeros(1, dtype=torch.int64),
-        original_sizes_B2=torch.tensor([[height, width]]),
-    )
+    (batch,) = image_batches(pixels_HW3, config, None)
+    return batch
+
+
+def image_batches(
+    pixels_HW3: NDArray[np.uint8], config: DataConfig, window_stride: int | None
+) -> Iterator[Batch]:
+    """Yield batches of one view of an image as in evaluation, without targets: the image, or its windows."""
+    size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])
+    if window_stride is None:
+        views = [draw_geometry(np.random.default_rng(0), size_hw, config, training=False)]
+    else:
+        views = windows(size_hw, config, window_stride)
+    for number, view in enumerate(views):
+        canvas = transform_image(pixels_HW3, view, config.size)
+        row = None if window_stride is None else torch.tensor([window_row(views, number)])
+        yield Batch(
+            images_B3HW=torch.from_numpy(canvas).permute(2, 0, 1)[None],
+            sizes_B2=torch.tensor([view.size_hw], dtype=torch.float32),
+            targets=no_targets(1),
+            seeds_B=torch.zeros(1, dtype=torch.int64),
+            image_ids_B=torch.zeros(1, dtype=torch.int64),
+            original_sizes_B2=torch.tensor([size_hw]),
+            windows_B6=row,
+        )
 
 
 def no_targets(batch: int) -> Targets:
@@ -167,38 +205,16 @@ def image_files(paths: list[Path]) -> list[Path]:
 
     Raises InputError, a ValueError, for a path that does not exist, and where there is no image.
     """
-    endings = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+            files += sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
         elif path.exists():
             files.append(path)
         else:
             raise InputError(f"{path}: no such image or folder")
     if not files:
-        raise InputError(f"{paths[0]}: no image in this folder (looked for {', '.join(sorted(endings))})")
+        raise InputError(
+            f"{paths[0]}: no image in this folder (looked for {', '.join(sorted(IMAGE_ENDINGS))})"
+        )
     return files
-
-
-def draw(image: NDArray[np.uint8], found: Found) -> Image.Image:
-    """Return the image `[h, w, 3]` with masks, boxes, class names and scores drawn on it."""
-    canvas = image.astype(np.float32)
-    if found.masks_DHW is not None:
-        for mask_HW, label in zip(found.masks_DHW.numpy(), found.labels_D.tolist(), strict=True):
-            paint = np.array(_PALETTE[label % len(_PALETTE)], np.float32)
-            canvas[mask_HW] = 0.5 * canvas[mask_HW] + 0.5 * paint
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    # Small images are enlarged; otherwise their labels would cover them.
-    zoom = max(1, round(512 / max(picture.size)))
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(picture)
-    labels = found.labels_D.tolist()
-    for box, label, name, score in zip(
-        found.boxes_D4.tolist(), labels, found.names, found.scores_D.tolist(), strict=True
-    ):
-        colour = _PALETTE[label % len(_PALETTE)]
-        x0, y0, x1, y1 = (value * zoom for value in box)
-        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=2)
-        pen.text((x0 + 3, y0 + 1), f"{name} {score:.2f}", fill=colour, stroke_width=1, stroke_fill=(0, 0, 0))
-    return picture

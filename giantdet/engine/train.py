@@ -16,15 +16,16 @@ import torch
 
 from giantdet.architectures import Architecture, total_loss
 from giantdet.checkpoint.saver import Checkpoints
+from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
-from giantdet.data.dataset import Dataset, check_categories, open_dataset
+from giantdet.data.dataset import Dataset, check_classes, open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
 from giantdet.engine import zero
-from giantdet.engine.evaluate import Evaluation, evaluate
+from giantdet.engine.evaluate import Evaluation, check_windows, evaluate
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
@@ -59,6 +60,11 @@ class Training:
         """The folder of the run."""
         return Path(self.run.giantdet.train.output)
 
+    @property
+    def classes(self) -> Classes:
+        """The classes that the model predicts."""
+        return self.run.giantdet.model.predicted(self.dataset.classes)
+
     @contextmanager
     def as_evaluated(self) -> Iterator[None]:
         """Put the weights and statistics to evaluate or export into the model, and restore its own on exit.
@@ -81,8 +87,9 @@ class Training:
                 config.eval.batch_size,
                 self.device,
                 tasks=self.model.tasks,
-                category_ids=self.dataset.category_ids,
-                conventions=self.model.conventions,
+                model_config=config.model,
+                classes=self.classes,
+                window_stride=config.eval.window_stride,
                 results=self.output / "results.json",
             )
         self.engine.train()
@@ -93,7 +100,7 @@ class Training:
 
     def export(self) -> None:
         """Write the model to the folder export/ of the run."""
-        described = export_config(self.run, self.dataset.category_ids, self.dataset.class_names)
+        described = export_config(self.run, self.classes)
         with self.as_evaluated():
             shard = self.run.giantdet.train.export_shard
             export_model(self.engine.module, self.output / "export", described, shard)
@@ -112,9 +119,9 @@ def prepare(run: RunConfig) -> Training:
     # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)
     if validation is not None:
-        check_categories(validation, dataset.category_ids, data.train.annotations)
+        check_classes(validation, run.giantdet.model.predicted(dataset.classes), dataset.annotations)
     images = len(dataset.training_indices(data.filter_empty))
-    resolved = resolve(run, comm.world_size(), images, dataset.num_classes, device.type == "cuda")
+    resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
     config, output = resolved.giantdet, Path(resolved.giantdet.train.output)
     check_norms(config.norm, resolved.batch.micro, comm.world_size())
     if comm.is_main():
@@ -124,6 +131,7 @@ def prepare(run: RunConfig) -> Training:
 
     set_determinism(config.train.deterministic)
     model = zero.build(resolved, resolved.batch.micro)
+    check_windows(model.tasks, config.eval.window_stride)
     announce(resolved, model, device)
     engine = zero.initialize(model, resolved)
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None

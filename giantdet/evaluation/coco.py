@@ -19,6 +19,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from giantdet.config.architectures.common import ArchitectureConfig
+from giantdet.config.classes import Classes
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.data.dataset import Dataset
 from giantdet.data.truth import ground_truth
@@ -38,11 +40,12 @@ class CocoEvaluator:
     """Box and mask AP; see `Evaluator`. Masks are scored if every object of the data set has one."""
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"box": "AP", "mask": "AP"}
+    WINDOWS: ClassVar[bool] = False
 
     def __init__(
-        self, dataset: Dataset, tasks: Sequence[str], category_ids: Sequence[int], conventions: Conventions
+        self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
     ) -> None:
-        self.dataset, self.category_ids, self.conventions = dataset, category_ids, conventions
+        self.dataset, self.category_ids, self.conventions = dataset, classes.object_ids, model.reference
         self.masks = "mask" in tasks and dataset.has_masks
         self.results: list[dict[str, Any]] = []
 
@@ -56,8 +59,11 @@ class CocoEvaluator:
         self.results = [result for part in comm.gather_objects(self.results) for result in part]
 
     def scores(self) -> Scores:
-        """Return the 12 COCO numbers and AP by class, of boxes and masks."""
-        return evaluate_results(self.dataset.annotations, self.results, self.masks)
+        """Return the 12 COCO numbers and AP by class, of boxes and masks; {} without classes of objects."""
+        if not self.dataset.classes.objects:
+            return {}
+        truth = ground_truth(self.dataset.annotations, self.dataset.instances())
+        return all_scores(truth, self.results, self.masks)
 
     def save(self, file: Path) -> None:
         """Write the detections in COCO's results format."""
@@ -65,7 +71,7 @@ class CocoEvaluator:
 
     def table(self, scores: Scores) -> str:
         """See `score_table`."""
-        return score_table(scores)
+        return score_table({kind: scores[kind] for kind in KIND.values() if kind in scores})
 
 
 def to_coco(
@@ -182,13 +188,19 @@ def _no_results(truth: COCO) -> COCO:
 
 def evaluate_results(annotations: str | Path, results: list[dict[str, Any]], masks: bool) -> Scores:
     """Return `{"box": scores, "mask": scores}` of COCO results; without `masks` only the box scores."""
+    return all_scores(ground_truth(annotations), results, masks)
+
+
+def all_scores(truth: COCO, results: list[dict[str, Any]], masks: bool) -> Scores:
+    """Return the same for a truth of `data/truth.py`."""
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
-    truth = ground_truth(annotations)
     return {KIND[kind]: coco_scores(truth, results, kind) for kind in kinds}
 
 
 def score_table(scores: Scores) -> str:
     """Return a text table of the 12 numbers of boxes and masks, and of AP by class."""
+    if not scores:
+        return ""
     lines = ["      " + "".join(f"{name:>7}" for name in COCO_NUMBERS)]
     for kind, values in scores.items():
         lines.append(f"{kind:<6}" + "".join(f"{values[name]:>7.3f}" for name in COCO_NUMBERS))

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from giantdet.config.conventions import Conventions
+from giantdet.config.architectures.common import ArchitectureConfig
+from giantdet.config.classes import Classes
 from giantdet.data.dataset import Dataset
 from giantdet.structures import Batch, Outputs
 
@@ -19,13 +20,15 @@ class Evaluator(Protocol):
 
     PRIMARY: ClassVar[Mapping[str, str]]
     """The main number of each of its tasks: {"box": "AP", "mask": "AP"}."""
+    WINDOWS: ClassVar[bool]
+    """Whether it joins what was predicted in several windows of an image."""
 
     def __init__(
-        self, dataset: Dataset, tasks: Sequence[str], category_ids: Sequence[int], conventions: Conventions
+        self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
     ) -> None:
         """Create an evaluator of the `tasks` of PRIMARY that the model predicts.
 
-        `category_ids` are the data set's ids of the model's classes, by class index.
+        `classes` are those that it predicts, and `model` is its section.
         """
         ...
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from giantdet.config.architectures.common import ArchitectureConfig, PanopticMergeConfig
+from giantdet.config.classes import Classes
 from giantdet.config.conventions import Conventions
 from giantdet.data.dataset import Dataset
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, panoptic_png
@@ -23,7 +25,8 @@ from giantdet.distributed import comm
 from giantdet.errors import DataError
 from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.evaluator import Scores
-from giantdet.evaluation.semantic import semantic_classes
+from giantdet.evaluation.semantic import whole_image_classes
+from giantdet.evaluation.truth import Truth
 from giantdet.structures import Batch, Outputs
 
 THINGS = 0
@@ -32,15 +35,7 @@ PANOPTIC_NUMBERS = ("PQ", "SQ", "RQ")
 _KINDS = {"": "all", "_th": "things", "_st": "stuff"}
 
 
-class MergeRule(NamedTuple):
-    """When objects and stuff enter the map; the defaults are detectron2's."""
-
-    score: float = 0.5  # least score of an object; mmdetection: 0.6
-    overlap: float = 0.5  # share of an object that better ones may cover; beyond, it is left out
-    stuff_area: int = 4096  # least number of free pixels of a stuff class
-
-
-DETECTRON2 = MergeRule()
+DETECTRON2 = PanopticMergeConfig()
 
 
 class Merged(NamedTuple):
@@ -56,7 +51,7 @@ def merge(
     labels_D: NDArray[np.int64],
     semantic_HW: NDArray[np.int64],
     num_classes: int,
-    rule: MergeRule = DETECTRON2,
+    rule: PanopticMergeConfig = DETECTRON2,
 ) -> Merged:
     """Objects by falling score, each on the pixels that are free, then stuff on what is left.
 
@@ -168,66 +163,99 @@ def panoptic_table(scores: Mapping[str, Any]) -> str:
     )
 
 
+class PanopticResult(NamedTuple):
+    """One image's segments in COCO's format."""
+
+    image_id: int
+    png: bytes
+    segments_info: list[dict[str, int]]
+
+
+def panoptic_result(image_id: int, found: PanopticMap) -> PanopticResult:
+    """Return a map, whose categories are the data set's ids, in COCO's format."""
+    infos = [{"id": s.id, "category_id": s.category} for s in found.segments]
+    return PanopticResult(image_id, panoptic_png(found.ids_HW), infos)
+
+
+def save_panoptic(
+    folder: Path, results: Sequence[PanopticResult], images: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write COCO's panoptic results: the JSON FOLDER.json, with the records of `images`, and PNG files."""
+    folder.mkdir(exist_ok=True)
+    annotations = []
+    for image_id, png, segments in results:
+        name = f"{image_id:012d}.png"
+        (folder / name).write_bytes(png)
+        annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
+    content: dict[str, Any] = {"images": list(images)} if images else {}
+    folder.with_suffix(".json").write_text(json.dumps(content | {"annotations": annotations}))
+
+
 class PanopticEvaluator:
     """PQ; see `Evaluator`. Images without panoptic annotations are not scored."""
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"panoptic": "PQ"}
+    WINDOWS: ClassVar[bool] = False
 
     def __init__(
-        self, dataset: Dataset, tasks: Sequence[str], category_ids: Sequence[int], conventions: Conventions
+        self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
     ) -> None:
-        self.dataset, self.conventions, self.things = dataset, conventions, len(category_ids)
-        self.categories = [*category_ids, *dataset.stuff_ids]
-        self.index = {int(image_id): i for i, image_id in enumerate(dataset.image_ids)}
+        self.dataset, self.model, self.things = dataset, model, len(classes.objects)
+        self.categories = [number for number, _ in (*classes.objects, *classes.stuff)]
+        self.names = [name for _, name in (*classes.objects, *classes.stuff)]
+        self.number = {category: k for k, category in enumerate(self.categories)}
+        self.truth = Truth(dataset, "panoptic")
         self.counts_K4 = torch.zeros(len(self.categories), 4, dtype=torch.float64)
-        self.results: list[tuple[int, bytes, list[dict[str, Any]]]] = []  # of COCO's format, with a PNG each
+        self.results: list[PanopticResult] = []
 
     def add(self, outputs: Outputs, batch: Batch) -> None:
         """See `Evaluator.add`."""
-        number = {category: k for k, category in enumerate(self.categories)}
         for b, image_id in enumerate(batch.image_ids_B.tolist()):
-            truth = self.dataset.panoptic_map(self.index[image_id]) if image_id >= 0 else None
+            truth = self.truth.of(image_id)
             if truth is None:
                 continue
-            found = panoptic_map(outputs, batch, b, self.things, len(self.categories), self.conventions)
-            name = f"the panoptic map of {self.dataset.path(self.index[image_id])}"
-            if truth.ids_HW.shape != found.ids_HW.shape:
-                raise DataError(f"{name} has {truth.ids_HW.shape} pixels, its image {found.ids_HW.shape}")
-            if unknown := {segment.category for segment in truth.segments} - set(number):
-                raise DataError(f"{name}: category {min(unknown)} is none of the model's")
-            segments = [segment._replace(category=number[segment.category]) for segment in truth.segments]
-            try:
-                counts_K4 = match_segments(truth._replace(segments=segments), found, len(self.categories))
-            except ValueError as error:
-                raise DataError(f"{name}: {error}") from None
-            self.counts_K4 += torch.from_numpy(counts_K4)
-            infos = [{"id": s.id, "category_id": self.categories[s.category]} for s in found.segments]
-            self.results.append((image_id, panoptic_png(found.ids_HW), infos))
+            found = panoptic_map(
+                outputs,
+                batch,
+                b,
+                self.things,
+                len(self.categories),
+                self.model.reference,
+                self.model.merge_rule,
+            )
+            self._count(image_id, truth, found)
+            segments = [s._replace(category=self.categories[s.category]) for s in found.segments]
+            self.results.append(panoptic_result(image_id, found._replace(segments=segments)))
+
+    def _count(self, image_id: int, truth: PanopticMap, found: PanopticMap) -> None:
+        name = f"the panoptic map of {self.truth.path(image_id)}"
+        if truth.ids_HW.shape != found.ids_HW.shape:
+            raise DataError(f"{name} has {truth.ids_HW.shape} pixels, its image {found.ids_HW.shape}")
+        if unknown := {segment.category for segment in truth.segments} - set(self.number):
+            raise DataError(f"{name}: category {min(unknown)} is none of the model's")
+        segments = [segment._replace(category=self.number[segment.category]) for segment in truth.segments]
+        try:
+            counts_K4 = match_segments(truth._replace(segments=segments), found, len(self.categories))
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from None
+        self.counts_K4 += torch.from_numpy(counts_K4)
 
     def merge(self) -> None:
-        """See `Evaluator.merge`."""
+        """See `Evaluator.merge`. The segments of images that could not be read are missed."""
+        for image_id, truth in self.truth.missed():
+            self._count(image_id, truth, PanopticMap(np.zeros_like(truth.ids_HW), []))
         comm.sum_on_cpus_(self.counts_K4)
         self.results = [result for part in comm.gather_objects(self.results) for result in part]
 
     def scores(self) -> Scores:
         """PQ, SQ and RQ, see `panoptic_scores`; {} where no image has panoptic annotations."""
-        if not self.results:
+        if not self.counts_K4.any():
             return {}
-        stuff = self.dataset.semantic_names[1:]
-        names = dict(zip(self.categories, [*self.dataset.class_names, *stuff], strict=False))
-        shown = [names.get(category, str(category)) for category in self.categories]
-        return {"panoptic": panoptic_scores(self.counts_K4.numpy(), shown, self.things)}
+        return {"panoptic": panoptic_scores(self.counts_K4.numpy(), self.names, self.things)}
 
     def save(self, file: Path) -> None:
-        """COCO's panoptic results beside `file`: NAME_panoptic.json, and a folder NAME_panoptic of PNGs."""
-        folder = file.with_name(f"{file.stem}_panoptic")
-        folder.mkdir(exist_ok=True)
-        annotations = []
-        for image_id, png, segments in self.results:
-            name = f"{image_id:012d}.png"
-            (folder / name).write_bytes(png)
-            annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
-        folder.with_suffix(".json").write_text(json.dumps({"annotations": annotations}))
+        """Write COCO's panoptic results beside `file`: NAME_panoptic.json, and a folder of PNG files."""
+        save_panoptic(file.with_name(f"{file.stem}_panoptic"), self.results)
 
     def table(self, scores: Scores) -> str:
         """See `panoptic_table`."""
@@ -241,7 +269,7 @@ def panoptic_map(
     things: int,
     classes: int,
     conventions: Conventions,
-    rule: MergeRule = DETECTRON2,
+    rule: PanopticMergeConfig = DETECTRON2,
 ) -> PanopticMap:
     """The segments of image b at its original size; classes that the data set does not have are left out."""
     detections = outputs.detections
@@ -251,7 +279,7 @@ def panoptic_map(
     detections = detections._replace(valid_BD=wanted_BD)
     _, masks_DHW = to_original(detections, batch, b, conventions)
     assert masks_DHW is not None
-    semantic_HW = semantic_classes(outputs.semantic_BCHW, batch, b)
+    semantic_HW = whole_image_classes(outputs.semantic_BCHW, batch, b)
     semantic_HW = torch.where(semantic_HW <= classes - things, semantic_HW, THINGS)
     return merge(
         masks_DHW.numpy(),

@@ -8,6 +8,7 @@ temporary tensors, and one parameter's gradient at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from giantdet.architectures import Architecture, build_model, total_loss
+from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig
 from giantdet.config.resolved import ResolvedRun
 from giantdet.engine.zero import weight_dtype
@@ -39,6 +41,10 @@ _ATTENTION_ON_CPUS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+COCO = Classes.numbered(80, 54)
+"""As many classes as COCO's panoptic annotations have: 80 of objects, 53 of stuff."""
 
 
 class Count(NamedTuple):
@@ -84,9 +90,16 @@ def meta_model(run: ResolvedRun) -> Architecture:
     return model.to("meta").to(weight_dtype(run)).train()
 
 
-def assumed_classes(run: RunConfig) -> int | None:
-    """Return 80, as in COCO, where the run reads its classes from annotations; None where it has them."""
-    return 80 if run.giantdet.model.num_classes == "auto" else None
+def with_assumed_classes(run: RunConfig) -> RunConfig:
+    """Return the run with COCO's numbers of classes where it reads them from annotations."""
+    model = run.giantdet.model
+    numbers = {
+        key: len(getattr(COCO, kind))
+        for key, kind in model.CLASS_KEYS.items()
+        if getattr(model, key) == "auto"
+    }
+    giantdet = run.giantdet.model_copy(update={"model": model.model_copy(update=numbers)})
+    return dataclasses.replace(run, giantdet=giantdet)
 
 
 def fake_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:

@@ -26,7 +26,7 @@ from giantdet.engine import zero
 from giantdet.optim.agvm import Agvm
 from giantdet.structures import Batch, Targets
 from giantdet.tools.costs import GIB
-from giantdet.tools.count import assumed_classes, fake_batch
+from giantdet.tools.count import fake_batch, with_assumed_classes
 
 STEPS = 2
 OUT_OF_MEMORY = 75
@@ -109,8 +109,8 @@ def run_with(path: Path, overrides: list[str], images: int, world: int) -> Resol
         "agvm.start_step=0",
         "agvm.interval=1",
     ]
-    run = load_run(path, [*overrides, *fixed])
-    return resolve(run, world, 10**6, assumed_classes(run), has_gpu=torch.cuda.is_available())
+    run = with_assumed_classes(load_run(path, [*overrides, *fixed]))
+    return resolve(run, world, 10**6, has_gpu=torch.cuda.is_available())
 
 
 def blank_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:

@@ -31,7 +31,7 @@ from giantdet.tools.costs import (
     states,
     traffic,
 )
-from giantdet.tools.count import Count, assumed_classes, count, meta_model
+from giantdet.tools.count import Count, count, meta_model, with_assumed_classes
 
 
 class Choice(NamedTuple):
@@ -223,7 +223,7 @@ def make_plan(
     Raises ConfigError where the batch size does not fit the number of GPUs.
     """
     try:
-        resolved = resolve(run, gpus, images, assumed_classes(run))
+        resolved = resolve(with_assumed_classes(run), gpus, images)
         check_norms(resolved.giantdet.norm, resolved.batch.micro, gpus)
     except ConfigError as error:
         raise ConfigError(f"{gpus} GPUs: {error}") from None

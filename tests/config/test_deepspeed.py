@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from giantdet.config.classes import Classes
 from giantdet.config.deepspeed import AutoSection
 from giantdet.config.deepspeed import DeepSpeedConfig as Ours
 from giantdet.config.load import load_run
@@ -155,7 +156,9 @@ def test_blocks_without_models() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_deepspeed_accepts_resolved_recipes(recipe: Path) -> None:
-    run = resolve(load_run(recipe), world_size=1, train_images=1000, num_classes=80, has_gpu=False)
+    run = resolve(
+        load_run(recipe), world_size=1, train_images=1000, classes=Classes.numbered(80, 54), has_gpu=False
+    )
     config = DeepSpeedConfig(run.deepspeed_json())
     assert config.train_batch_size == run.deepspeed["train_batch_size"]
     assert config.gradient_clipping == run.deepspeed["gradient_clipping"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig, load_run, parse_run
 from giantdet.config.resolve import check_data, describe, resolve, solve_batch
 from giantdet.errors import ConfigError
@@ -118,13 +119,13 @@ def test_no_images() -> None:
 
 @pytest.mark.parametrize(("declared", "found", "resolved"), [("auto", 80, 80), (90, 80, 90), (80, 80, 80)])
 def test_num_classes(declared: Any, found: int, resolved: int) -> None:
-    run = resolve(make(model={"num_classes": declared}), 2, num_classes=found)
+    run = resolve(make(model={"num_classes": declared}), 2, classes=Classes.numbered(found))
     assert run.giantdet.model.num_classes == resolved
 
 
 def test_too_few_classes() -> None:
     with pytest.raises(ConfigError, match="num_classes is 3, but the training annotations have 80"):
-        resolve(make(model={"num_classes": 3}), 2, num_classes=80)
+        resolve(make(model={"num_classes": 3}), 2, classes=Classes.numbered(80, 54))
 
 
 def scheduler_of(kind: str, params: dict[str, Any], steps: int = 2000) -> dict[str, Any]:
@@ -350,7 +351,7 @@ def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
     assert isinstance(run.about, dict) and f"ds_configs/{recipe.name}" in run.about["command"]
     gpus = run.about["gpus"]
     for world in (gpus, 2):
-        resolved = resolve(run, world, train_images=117_266, num_classes=80)
+        resolved = resolve(run, world, train_images=117_266, classes=Classes.numbered(80, 54))
         text = describe(resolved)
         assert '"auto"' not in text
         printed = tmp_path / "printed.json"
@@ -362,7 +363,7 @@ def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
             resolved.about,
         )
         # Nothing is left to resolve.
-        assert describe(resolve(again, world, train_images=1, num_classes=80)) == text
+        assert describe(resolve(again, world, train_images=1, classes=Classes.numbered(80, 54))) == text
     # No accumulation where the recipe was meant for.
     assert resolve(run, gpus, 117_266).deepspeed["gradient_accumulation_steps"] == 1
     assert {"what", "command", "hardware", "time", "expected"} <= set(run.about)

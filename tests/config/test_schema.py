@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from giantdet.config.classes import Classes
 from giantdet.config.load import load_run
 from giantdet.config.resolve import describe, resolve
 from giantdet.config.schema import SCHEMA_PATH, render
@@ -26,7 +27,7 @@ def test_recipe_is_valid_and_names_the_schema(recipe: Path) -> None:
     run = json.loads(recipe.read_text())
     VALIDATOR.validate(run)
     assert (recipe.parent / run["$schema"]).resolve() == SCHEMA_PATH.resolve()
-    VALIDATOR.validate(json.loads(describe(resolve(load_run(recipe), 2, 1000, 80))))
+    VALIDATOR.validate(json.loads(describe(resolve(load_run(recipe), 2, 1000, Classes.numbered(80, 54)))))
 
 
 @pytest.mark.parametrize(

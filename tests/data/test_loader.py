@@ -17,14 +17,8 @@ from tiny import environment, run_together
 from giantdet.config.types import AugmentConfig, DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
-from giantdet.data.loader import (
-    BOXES_AND_MASKS,
-    Loader,
-    TrainStream,
-    eval_loader,
-    sample_index,
-    train_loader,
-)
+from giantdet.data.loader import Loader, eval_loader, train_loader
+from giantdet.data.streams import BOXES_AND_MASKS, TrainStream, sample_index
 from giantdet.structures import Batch
 
 CONFIG = DataConfig(
@@ -69,7 +63,11 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 def joined(batches: list[Batch]) -> list[Batch]:
     targets = type(batches[0].targets)(*map(torch.cat, zip(*(b.targets for b in batches), strict=True)))
-    whole = {f: torch.cat([getattr(b, f) for b in batches]) for f in Batch._fields if f != "targets"}
+    whole = {
+        f: torch.cat([getattr(b, f) for b in batches])
+        for f in Batch._fields
+        if f not in ("targets", "windows_B6")
+    }
     return [Batch(targets=targets, **whole)]
 
 

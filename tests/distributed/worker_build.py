@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from giantdet.architectures.mask_rcnn import MaskRcnn
+from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
@@ -67,9 +68,9 @@ def main() -> None:
     comm.start()
     give_back_at_once()
     torch.set_num_threads(1)
-    run = resolve(load_run(path), comm.world_size(), 100, 4, has_gpu=False)
+    run = resolve(load_run(path), comm.world_size(), 100, Classes.numbered(4), has_gpu=False)
     # Once in small: what is imported and cached is nothing of the model's.
-    build(resolve(load_run(path, WARM_UP), comm.world_size(), 100, 4, has_gpu=False))
+    build(resolve(load_run(path, WARM_UP), comm.world_size(), 100, Classes.numbered(4), has_gpu=False))
     gc.collect()
     before, peak = memory(), Peak()
     peak.start()

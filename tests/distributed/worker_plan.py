@@ -17,6 +17,7 @@ from worker_build import Peak, give_back_at_once, memory
 
 from giantdet.architectures import total_loss
 from giantdet.architectures.mask_rcnn import mask_rcnn_losses
+from giantdet.config.classes import Classes
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.distributed import comm
@@ -82,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for path in paths:
-        run = resolve(load_run(path), comm.world_size(), 100, 4, has_gpu=False)
+        run = resolve(load_run(path), comm.world_size(), 100, Classes.numbered(4), has_gpu=False)
         images = run.deepspeed["train_micro_batch_size_per_gpu"]
         if path.stem.startswith("peak"):
             found[path.stem] = {"peak": peak_of_a_step(run, images)}

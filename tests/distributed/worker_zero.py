@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from giantdet.architectures import build_model, total_loss
 from giantdet.architectures.mask_rcnn import MaskRcnn, Predictions, mask_rcnn_losses
 from giantdet.config.architectures.common import NormConfig
+from giantdet.config.classes import Classes
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.config.load import RunConfig, parse_run
 from giantdet.config.resolve import resolve
@@ -69,11 +70,13 @@ def build(run: RunConfig, norm: NormConfig | None = None) -> MaskRcnn:
 
 
 def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
-    raw = tiny_run(folder, folder, giantdet__model__num_classes=4, **case)
+    raw = tiny_run(folder, folder, giantdet__model__classes=Classes.numbered(4), **case)
     # Far above rounding noise, which AdamW would else blow up to steps of the size of the LR.
     if raw["optimizer"]["type"] == "AdamW":
         raw["optimizer"]["params"]["eps"] = 1e-4
-    return resolve(parse_run(raw), comm.world_size(), train_images=100, num_classes=4, has_gpu=False)
+    return resolve(
+        parse_run(raw), comm.world_size(), train_images=100, classes=Classes.numbered(4), has_gpu=False
+    )
 
 
 def loss_of(predictions: Predictions) -> torch.Tensor:

@@ -12,7 +12,7 @@ from tiny import MODEL
 from giantdet.architectures import build_model, total_loss
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
 from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
-from giantdet.config.conventions import CONVENTIONS
+from giantdet.config.classes import Classes
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import train_loader
@@ -28,7 +28,8 @@ class Scenes(CocoDataset):
 
     def __init__(self, folder: Path, split: str) -> None:
         super().__init__(folder / f"{split}.json", folder / split)
-        self.stuff_ids, self.semantic_names = [101, 102], ["things", "above", "below"]
+        semantic = ((0, "things"), (101, "above"), (102, "below"))
+        self.classes = Classes(objects=self.classes.objects, semantic=semantic)
 
     def semantic_map(self, i: int) -> NDArray[np.uint8]:
         objects = self.objects(i)
@@ -41,7 +42,7 @@ class Scenes(CocoDataset):
     def panoptic_map(self, i: int) -> PanopticMap:
         semantic, objects = self.semantic_map(i), self.objects(i)
         ids = np.where(semantic == IGNORE, 0, semantic).astype(np.int32)
-        segments = [Segment(n, self.stuff_ids[n - 1]) for n in (1, 2) if (ids == n).any()]
+        segments = [Segment(n, self.classes.stuff[n - 1][0]) for n in (1, 2) if (ids == n).any()]
         for n, mask in enumerate(objects.masks(), 3):
             ids[mask & (semantic == 0)] = n
             segments.append(Segment(n, self.category_ids[objects.labels_N[n - 3]]))
@@ -63,8 +64,8 @@ def train_and_evaluate(config: PanopticFpnConfig | SemanticFpnConfig, folder: Pa
         2,
         torch.device("cpu"),
         tasks=model.tasks,
-        category_ids=training.category_ids,
-        conventions=CONVENTIONS["detectron2"],
+        model_config=config,
+        classes=training.classes,
         results=out / "results.json",
     )
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from pycocotools import mask as mask_util
 
-from giantdet.config.conventions import CONVENTIONS
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
-from giantdet.data.loader import BOXES_AND_MASKS, eval_loader
+from giantdet.data.loader import eval_loader
+from giantdet.data.streams import BOXES_AND_MASKS
 from giantdet.data.truth import ground_truth
 from giantdet.engine.evaluate import evaluate as evaluate_model
 from giantdet.engine.predict import no_targets
@@ -173,8 +174,8 @@ def test_evaluators_score_what_the_model_predicts(demo_data: Path, tmp_path: Pat
             1,
             torch.device("cpu"),
             tasks=tasks,
-            category_ids=dataset.category_ids,
-            conventions=CONVENTIONS["detectron2"],
+            model_config=MaskRcnnConfig(),
+            classes=dataset.classes,
             results=tmp_path / "results.json",
         )
     assert set(found["box",].scores) == {"box"} and found["box",].primary == pytest.approx(1.0)

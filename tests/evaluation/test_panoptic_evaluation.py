@@ -13,14 +13,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from giantdet.config.conventions import CONVENTIONS
+from giantdet.config.architectures.common import PanopticMergeConfig
+from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
+from giantdet.config.classes import Classes
 from giantdet.data.panoptic import PanopticMap, Segment, panoptic_png, read_panoptic_png
-from giantdet.distributed import comm
 from giantdet.engine.predict import no_targets
 from giantdet.errors import DataError
 from giantdet.evaluation import EVALUATORS
 from giantdet.evaluation.panoptic import (
-    MergeRule,
     PanopticEvaluator,
     match_segments,
     merge,
@@ -156,7 +156,7 @@ def test_merging() -> None:
     semantic = np.full((4, 8), 2)
     semantic[0], semantic[1, 7] = 0, 1
     scores, labels = np.array([0.9, 0.8, 0.95, 0.1], np.float32), np.array([1, 0, 0, 1])
-    merged = merge(masks, scores, labels, semantic, num_classes=2, rule=MergeRule(0.5, 0.5, 2))
+    merged = merge(masks, scores, labels, semantic, num_classes=2, rule=PanopticMergeConfig(stuff_area=2))
     # Row 2 comes first; row 0 loses a third of itself, row 1 more than half; stuff 1 has one pixel alone.
     assert merged.rows == [2, 0, -1]
     assert merged.panoptic.segments == [Segment(1, 0), Segment(2, 1), Segment(3, 3)]
@@ -165,10 +165,12 @@ def test_merging() -> None:
     assert (merged.panoptic.ids_HW == expected).all()
 
 
+CLASSES = Classes(objects=((7, "cat"), (9, "dog")), semantic=((0, "things"), (20, "sky"), (30, "road")))
+
+
 class Panoptics:
     """As much of a data set as the evaluator asks for: objects 7, 9; stuff 20, 30."""
 
-    class_names, semantic_names, stuff_ids = ("cat", "dog"), ("things", "sky", "road"), [20, 30]
     image_ids = np.array([5, 6])
 
     def __init__(self, maps: list[PanopticMap | None]) -> None:
@@ -183,7 +185,7 @@ class Panoptics:
 
 def evaluator(maps: list[PanopticMap | None]) -> PanopticEvaluator:
     data: Any = Panoptics(maps)
-    return PanopticEvaluator(data, ["panoptic"], [7, 9], CONVENTIONS["detectron2"])
+    return PanopticEvaluator(data, ["panoptic"], CLASSES, PanopticFpnConfig(type="panoptic_fpn"))
 
 
 def an_answer() -> tuple[Outputs, Batch]:
@@ -227,21 +229,6 @@ def test_evaluator(tmp_path: Path) -> None:
     written = read_panoptic_png(tmp_path / "results_panoptic" / record["file_name"])
     categories = {info["id"]: info["category_id"] for info in record["segments_info"]}
     assert record["image_id"] == 5 and categories[written[64, 10]] == 9 and categories[written[64, 90]] == 30
-
-
-def test_ranks_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = np.full((128, 128), 1, np.int32)
-    truth = PanopticMap(ids, [Segment(1, 30)])
-    whole, first, second = (evaluator([truth, truth]) for _ in range(3))
-    outputs, batch = an_answer()
-    whole.add(outputs, batch)
-    first.add(outputs, batch._replace(image_ids_B=torch.tensor([5, -1])))
-    second.add(outputs, batch._replace(image_ids_B=torch.tensor([-1, 6])))
-    monkeypatch.setattr(comm, "sum_on_cpus_", lambda tensor: tensor.add_(second.counts_K4))
-    monkeypatch.setattr(comm, "gather_objects", lambda value: [value, second.results])
-    first.merge()
-    assert torch.equal(first.counts_K4, whole.counts_K4) and first.counts_K4.any()
-    assert [image_id for image_id, *_ in first.results] == [5, 6]
 
 
 def test_no_maps_and_maps_that_do_not_fit() -> None:

@@ -13,21 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from giantdet.config.conventions import CONVENTIONS
-from giantdet.distributed import comm
+from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
+from giantdet.config.classes import Classes
 from giantdet.engine.predict import no_targets
 from giantdet.errors import DataError
 from giantdet.evaluation import EVALUATORS, semantic
-from giantdet.evaluation.semantic import SemanticEvaluator, confusion, semantic_classes, semantic_scores
+from giantdet.evaluation.semantic import SemanticEvaluator, confusion, semantic_scores, whole_image_classes
 from giantdet.structures import IGNORE, Batch, Outputs
 
-CLASSES, SIZE = 4, (24, 32)
+COUNT, SIZE = 4, (24, 32)
+NAMES = ("sky", "road", "tree", "sea")
+CLASSES = Classes(semantic=tuple(enumerate(NAMES)))
 
 
 class Maps:
     """As much of a data set as the evaluator asks for."""
-
-    semantic_names = ("sky", "road", "tree")
 
     def __init__(self, maps: list[NDArray[np.uint8] | None]) -> None:
         self.maps, self.image_ids = maps, np.arange(len(maps)) + 10
@@ -41,7 +41,7 @@ class Maps:
 
 def evaluator(maps: list[NDArray[np.uint8] | None]) -> SemanticEvaluator:
     data: Any = Maps(maps)
-    return SemanticEvaluator(data, ["semantic"], [], CONVENTIONS["detectron2"])
+    return SemanticEvaluator(data, ["semantic"], CLASSES, SemanticFpnConfig(type="semantic_fpn"))
 
 
 def batch_of(ids: list[int], originals: list[tuple[int, int]]) -> Batch:
@@ -54,7 +54,7 @@ def batch_of(ids: list[int], originals: list[tuple[int, int]]) -> Batch:
 
 def logits_of(classes_Bhw: Tensor) -> Tensor:
     """Logits at stride 4 whose best class is known."""
-    return torch.nn.functional.one_hot(classes_Bhw, CLASSES).permute(0, 3, 1, 2).float()
+    return torch.nn.functional.one_hot(classes_Bhw, COUNT).permute(0, 3, 1, 2).float()
 
 
 def by_loops(pairs: list[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def by_loops(pairs: list[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> dict[s
                 true.add((i, n, int(t)))
                 found.add((i, n, int(f)))
     iou, accuracy = [], []
-    for c in range(CLASSES):
+    for c in range(COUNT):
         a, b = ({pixel for pixel in pixels if pixel[2] == c} for pixels in (true, found))
         iou.append(len(a & b) / len(a | b) if a else math.nan)
         accuracy.append(len(a & b) / len(a) if a else math.nan)
@@ -74,7 +74,7 @@ def by_loops(pairs: list[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> dict[s
         "mIoU": np.nanmean(iou),
         "mACC": np.nanmean(accuracy),
         "pACC": len(true & found) / len(true),
-        "per_class": dict(zip(("sky", "road", "tree", "3"), iou, strict=True)),
+        "per_class": dict(zip(NAMES, iou, strict=True)),
     }
 
 
@@ -90,7 +90,7 @@ def test_scores_by_loops(limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(semantic, "_LOGITS_BYTES", limit)
     maps = random_maps(3)
     judge = evaluator(list(maps))
-    small = torch.randint(0, CLASSES, (4, 6, 8), generator=torch.Generator().manual_seed(0))
+    small = torch.randint(0, COUNT, (4, 6, 8), generator=torch.Generator().manual_seed(0))
     batches = [
         batch_of([10, 12], [maps[0].shape, maps[2].shape]),
         batch_of([11, -1], [maps[1].shape, SIZE]),
@@ -110,41 +110,24 @@ def test_scores_by_loops(limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     classes, wanted = scores.pop("per_class"), expected.pop("per_class")
     assert scores == pytest.approx(expected, abs=1e-12)
     assert classes == pytest.approx(wanted, abs=1e-12, nan_ok=True)
-    assert math.isnan(classes["3"])
+    assert math.isnan(classes["sea"])
     table = judge.table(judge.scores())
     assert "mIoU" in table and f"road  {classes['road']:.3f}" in table
     judge.save(tmp_path / "results.json")
     saved = json.loads((tmp_path / "results_semantic.json").read_text())
-    assert saved["classes"] == ["sky", "road", "tree", "3"]
+    assert saved["classes"] == [*NAMES, "none"]
     assert np.sum(saved["confusion"]) == sum((m != IGNORE).sum() for m in maps)
-
-
-def test_ranks_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    maps = random_maps(2)
-    batch = batch_of([10, 11], [m.shape for m in maps])
-    logits = logits_of(torch.randint(0, CLASSES, (2, 6, 8), generator=torch.Generator().manual_seed(1)))
-    whole = evaluator(list(maps))
-    whole.add(Outputs(semantic_BCHW=logits), batch)
-    parts = [evaluator(list(maps)) for _ in range(2)]
-    for b, part in enumerate(parts):
-        ids = torch.where(torch.arange(2) == b, batch.image_ids_B, -1)
-        part.add(Outputs(semantic_BCHW=logits), batch._replace(image_ids_B=ids))
-    monkeypatch.setattr(comm, "sum_on_cpus_", lambda tensor: tensor.add_(parts[1].confusion_CC))
-    parts[0].merge()
-    assert parts[0].scores()["semantic"]["per_class"] == pytest.approx(
-        whole.scores()["semantic"]["per_class"], nan_ok=True
-    )
 
 
 def test_no_maps_no_scores() -> None:
     judge = evaluator([None])
-    judge.add(Outputs(semantic_BCHW=torch.zeros(1, CLASSES, 6, 8)), batch_of([10], [SIZE]))
+    judge.add(Outputs(semantic_BCHW=torch.zeros(1, COUNT, 6, 8)), batch_of([10], [SIZE]))
     judge.merge()
     assert judge.scores() == {} and judge.table({}) == ""
 
 
 def test_maps_that_do_not_fit() -> None:
-    outputs = Outputs(semantic_BCHW=torch.zeros(1, CLASSES, 6, 8))
+    outputs = Outputs(semantic_BCHW=torch.zeros(1, COUNT, 6, 8))
     with pytest.raises(DataError, match=r"0\.jpg: class 9 is none of the model's 4"):
         evaluator([np.full(SIZE, 9, np.uint8)]).add(outputs, batch_of([10], [SIZE]))
     with pytest.raises(DataError, match=r"has \(5, 5\) pixels"):
@@ -153,7 +136,7 @@ def test_maps_that_do_not_fit() -> None:
 
 def test_a_perfect_answer() -> None:
     truth = torch.from_numpy(random_maps(1)[0])
-    scores = semantic_scores(confusion(truth, truth.where(truth != IGNORE, 3), CLASSES), "abcd")
+    scores = semantic_scores(confusion(truth, truth.where(truth != IGNORE, 3), COUNT), "abcd")
     assert scores["mIoU"] == scores["mACC"] == scores["pACC"] == 1.0
 
 
@@ -172,7 +155,7 @@ def test_classes_of_the_original_image(shared: Path, name: str) -> None:
     )
     logits = torch.from_numpy(expected["sem.logits_stride4"])
     for i in range(2):
-        found = semantic_classes(logits, batch, i)
+        found = whole_image_classes(logits, batch, i)
         assert (found.numpy() == expected[f"sem_post.{i}.argmax"]).all()
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from giantdet.architectures import build_model
 from giantdet.config.architectures.common import BackboneConfig
+from giantdet.config.classes import Classes
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.layers.backbone import build_backbone
@@ -58,7 +59,7 @@ def test_backbone(name: str) -> None:
 
 def test_a_detector_of_a_billion_parameters_is_built_in_megabytes() -> None:
     path = Path(__file__).parents[2] / "ds_configs/mask_rcnn_vitdet_giant_960_agvm_adamw.json"
-    run = resolve(load_run(path, ["model.backbone.pretrained=false"]), 480, 117_266, 80)
+    run = resolve(load_run(path, ["model.backbone.pretrained=false"]), 480, 117_266, Classes.numbered(80))
     config = run.giantdet
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with deferred_init():

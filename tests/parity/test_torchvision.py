@@ -31,7 +31,8 @@ from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
-from giantdet.data.loader import BOXES_AND_MASKS, collate, make_sample
+from giantdet.data.samples import collate, make_sample
+from giantdet.data.streams import BOXES_AND_MASKS
 from giantdet.data.transforms import Geometry
 from giantdet.layers.weights import load_strictly
 from giantdet.ops.masks import paste_masks

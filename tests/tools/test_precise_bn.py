@@ -12,6 +12,7 @@ from tiny import launch_ok, tiny_run
 from torch import nn
 
 from giantdet import cli
+from giantdet.config.classes import Classes
 from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
 from giantdet.layers.cgbn import convert_batchnorm
@@ -49,7 +50,10 @@ def test_evaluation_equals_training_on_the_batch_of_the_estimate() -> None:
 )
 def test_images_of_a_batch_norm(tmp_path: Path, norm: dict[str, object], expected: int) -> None:
     raw = tiny_run(tmp_path, tmp_path, gradient_accumulation_steps=3, giantdet__norm=norm)
-    assert bn_images(resolve(parse_run(raw), world_size=4, train_images=12, num_classes=4)) == expected
+    assert (
+        bn_images(resolve(parse_run(raw), world_size=4, train_images=12, classes=Classes.numbered(4)))
+        == expected
+    )
 
 
 def test_command(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

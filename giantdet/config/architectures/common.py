@@ -6,11 +6,12 @@ Boxes and images are measured in pixels of the padded image that the network see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.section import Auto, Fraction, PositiveInt, Section
 
@@ -154,6 +155,17 @@ class SemanticHeadConfig(Section):
             yield f"semantic_head.width must be a multiple of 32, the groups of its norm, got {self.width}"
 
 
+class PanopticMergeConfig(Section):
+    """When objects and stuff enter a panoptic map (Kirillov et al. 2019, section 4.1)."""
+
+    score: Fraction = 0.5
+    """Lowest score of an object. mmdetection: 0.6."""
+    overlap: Fraction = 0.5
+    """Share of an object that better ones may cover; beyond it, the object is left out."""
+    stuff_area: Annotated[int, Field(ge=0)] = 4096
+    """Smallest number of free pixels of a class of stuff, at the image's original size."""
+
+
 NormPart = Literal["fpn", "heads"]
 
 
@@ -173,10 +185,26 @@ class ArchitectureConfig(Section):
     """A giantdet export (folder or model.safetensors), or a file of torchvision's Mask or Faster R-CNN, with
     the initial weights of the whole model."""
 
+    CLASS_KEYS: ClassVar[Mapping[str, ClassKind]] = {"num_classes": "objects"}
+    """The keys that hold a number of classes, and which classes of a data set they count."""
+
+    def predicted(self, classes: Classes) -> Classes:
+        """Return those of a data set's classes that the model predicts."""
+        kinds = set(self.CLASS_KEYS.values())
+        return Classes(
+            objects=classes.objects if "objects" in kinds else (),
+            semantic=classes.semantic if kinds & {"semantic", "stuff"} else (),
+        )
+
     @property
     def reference(self) -> Conventions:
         """The choices that `conventions` stands for."""
         return CONVENTIONS[self.conventions]
+
+    @property
+    def merge_rule(self) -> PanopticMergeConfig:
+        """How the outputs become a panoptic map."""
+        return PanopticMergeConfig()
 
     def problems(self) -> Iterator[str]:
         """Yield messages about wrong combinations of values; each begins with a path in `giantdet.model`."""

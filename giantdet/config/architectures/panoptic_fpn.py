@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from giantdet.config.architectures.common import NormPart, SemanticHeadConfig
+from giantdet.config.architectures.common import NormPart, PanopticMergeConfig, SemanticHeadConfig
 from giantdet.config.architectures.mask_rcnn import RcnnConfig
-from giantdet.config.section import PositiveInt
+from giantdet.config.classes import ClassKind
+from giantdet.config.section import Auto
 
 
 class PanopticFpnConfig(RcnnConfig):
@@ -21,12 +22,22 @@ class PanopticFpnConfig(RcnnConfig):
 
     type: Literal["panoptic_fpn"]
     semantic_head: SemanticHeadConfig = SemanticHeadConfig()
-    num_stuff_classes: Annotated[PositiveInt, Field(le=254)] = 53
-    """Classes without objects (sky, road, ...), of which COCO has 53."""
+    num_stuff_classes: Annotated[int, Field(gt=0, le=254)] | Auto = "auto"
+    """Number of classes without objects (sky, road, ...), of which COCO has 53; auto: as in the training
+    annotations."""
     semantic_loss_weight: Annotated[float, Field(ge=0)] = 0.5
     instance_loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the three losses of box and mask head, as in the paper; those of the RPN keep the weight 1.
     detectron2 leaves out loss_cls, too, which makes no difference at its default of 1."""
+
+    merge: PanopticMergeConfig = PanopticMergeConfig()
+
+    CLASS_KEYS: ClassVar[Mapping[str, ClassKind]] = {"num_classes": "objects", "num_stuff_classes": "stuff"}
+
+    @property
+    def merge_rule(self) -> PanopticMergeConfig:
+        """See `ArchitectureConfig.merge_rule`."""
+        return self.merge
 
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 from giantdet.config.architectures.common import ArchitectureConfig, FpnConfig, NormPart, SemanticHeadConfig
+from giantdet.config.classes import ClassKind
 
 
 class SemanticFpnConfig(ArchitectureConfig):
@@ -15,6 +16,8 @@ class SemanticFpnConfig(ArchitectureConfig):
     conventions: Literal["detectron2"] = "detectron2"
     fpn: FpnConfig = FpnConfig()
     semantic_head: SemanticHeadConfig = SemanticHeadConfig()
+
+    CLASS_KEYS: ClassVar[Mapping[str, ClassKind]] = {"num_classes": "semantic"}
 
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""

@@ -1,0 +1,41 @@
+"""The identity of a data set's classes: what runs, exports and predictions call them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from giantdet.config.section import Section
+
+ClassKind = Literal["objects", "semantic", "stuff"]
+"""Attributes of `Classes`."""
+Category = tuple[int, str]
+"""The data set's id of a class, and its name."""
+
+
+class Classes(Section):
+    """Classes of objects and of semantic maps. A class of either may be missing from the images."""
+
+    objects: tuple[Category, ...] = ()
+    """By class index of boxes and masks."""
+    semantic: tuple[Category, ...] = ()
+    """By number in the semantic maps. For panoptic data, 0 stands for all objects ("things"), and the others
+    are the classes of stuff."""
+
+    @classmethod
+    def numbered(cls, objects: int, semantic: int = 0) -> Classes:
+        """Return as many classes without real names, for plans and tests."""
+
+        def some(count: int) -> tuple[Category, ...]:
+            return tuple((number, str(number)) for number in range(count))
+
+        return cls(objects=some(objects), semantic=some(semantic))
+
+    @property
+    def object_ids(self) -> list[int]:
+        """The data set's ids of the classes of objects."""
+        return [number for number, _ in self.objects]
+
+    @property
+    def stuff(self) -> tuple[Category, ...]:
+        """The classes of stuff of panoptic data."""
+        return self.semantic[1:]

@@ -1,0 +1,220 @@
+"""COCO panoptic annotations: a JSON of segments, a folder of PNG files of their ids, and the images.
+
+Format: https://cocodataset.org/#format-data, section 4. The semantic maps are those of detectron2's Panoptic
+FPN (`prepare_panoptic_fpn.py`): 0 for all things, crowd regions too, stuff from 1, `IGNORE` for void.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as mask_util
+
+from giantdet.config.classes import Category, Classes
+from giantdet.data.coco import CocoDataset, Objects
+from giantdet.data.panoptic import VOID, PanopticMap, Segment, read_panoptic_png
+from giantdet.data.records import Instances, category_fault, category_name, is_id, read_instances
+from giantdet.errors import DataError
+from giantdet.structures import IGNORE
+
+THINGS: Category = (0, "things")
+
+
+@dataclass(frozen=True)
+class SegmentObjects(Objects):
+    """Objects whose masks are segments of a panoptic PNG, which is read when the first mask is needed."""
+
+    dataset: CocoPanopticDataset
+    i: int = 0
+
+    @cached_property
+    def _map(self) -> PanopticMap:
+        return self.dataset.panoptic_map(self.i)
+
+    def rle(self, n: int) -> dict[str, Any]:
+        """Return object n's compressed RLE over the whole image. Raises DataError if the PNG lacks its id."""
+        return self.dataset.segment_rle(self._map, int(self.ids_N[n]), self.i)
+
+
+class CocoPanopticDataset(CocoDataset):
+    """A COCO panoptic JSON with its PNG files and images.
+
+    Args:
+        annotations: COCO panoptic JSON.
+        images: folder that the `file_name`s of the images are relative to.
+        segments: folder of the PNG files.
+        instances: COCO instances JSON of the objects of the same images; None: the segments of things.
+
+    Records that cannot be used are skipped and counted as in `CocoDataset`. Raises `DataError` if the whole
+    file cannot be used.
+    """
+
+    def __init__(
+        self, annotations: str | Path, images: str | Path, segments: Path, instances: str | None = None
+    ) -> None:
+        content = read_instances(annotations, "panoptic")
+        self.segments, self.instances_file = segments, instances
+        things, stuff = _categories(content["categories"])
+        if not things:
+            raise DataError(f"annotations {annotations} have no category with isthing 1")
+        objects = _object_records(content, set(things)) if instances is None else _read_objects(instances)
+        # The categories are those of the panoptic JSON, so that objects and segments agree on their ids.
+        records = [record for record in content["categories"] if _id(record) in things]
+        super().__init__(
+            annotations, images, {"images": content["images"], "categories": records, "annotations": objects}
+        )
+        self.classes = Classes(objects=self.classes.objects, semantic=(THINGS, *stuff.items()))
+        if len(stuff) >= IGNORE:
+            raise DataError(
+                f"annotations {annotations}: {len(stuff)} categories of stuff, at most 254 are possible"
+            )
+        self.number = dict.fromkeys(things, 0) | {category: n for n, category in enumerate(stuff, 1)}
+        self.skipped.clear()  # the objects' are reported
+        self._pack(content["annotations"])
+        self._report_skipped()
+        if instances is None:
+            self.has_masks = len(self.labels_K) > 0
+
+    def _pack(self, records: list[Any]) -> None:
+        """Keep the segments of each image in arrays, which forked workers share."""
+        by_image: dict[int, Any] = {}
+        for record in records:
+            if isinstance(record, dict) and is_id(record.get("image_id")):
+                by_image[record["image_id"]] = record
+        names: list[str] = []
+        ids, categories, crowds, start = array("q"), array("q"), array("b"), array("q", [0])
+        for image_id in self.image_ids.tolist():
+            record = by_image.pop(image_id, None)
+            name = record.get("file_name") if record else None
+            names.append(name if isinstance(name, str) else "")
+            for segment in _segments(record):
+                if not _id(segment) or segment.get("category_id") not in self.number:
+                    fault = ("bad segment", "it needs an id above 0 and a category of the file")
+                    self._skip(fault, f"image {image_id}, segment", segment)
+                    continue
+                ids.append(segment["id"])
+                categories.append(segment["category_id"])
+                crowds.append(bool(segment.get("iscrowd")))
+            start.append(len(ids))
+        self.segment_files = np.array(names)
+        self.segment_ids, self.segment_categories = np.array(ids, np.int64), np.array(categories, np.int64)
+        self.segment_crowds, self.segment_start = np.array(crowds, bool), np.array(start, np.int64)
+
+    def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
+        """Return the indices of the images to train on: all, or those that have a segment."""
+        return np.flatnonzero(np.diff(self.segment_start)) if filter_empty else np.arange(len(self))
+
+    def objects(self, i: int) -> Objects:
+        """Return the objects of image i."""
+        found = super().objects(i)
+        if self.instances_file is not None:
+            return found
+        return SegmentObjects(
+            found.boxes_N4, found.labels_N, found.ids_N, found.size_hw, found.first, dataset=self, i=i
+        )
+
+    def panoptic_map(self, i: int) -> PanopticMap:
+        """See `Dataset.panoptic_map`."""
+        rows = slice(int(self.segment_start[i]), int(self.segment_start[i + 1]))
+        segments = [
+            Segment(*values)
+            for values in zip(
+                self.segment_ids[rows].tolist(),
+                self.segment_categories[rows].tolist(),
+                self.segment_crowds[rows].tolist(),
+                strict=True,
+            )
+        ]
+        path = self.segments / str(self.segment_files[i])
+        if not self.segment_files[i]:
+            raise DataError(f"{self.annotations}: image {self.image_ids[i]} has no PNG file of segments")
+        try:
+            ids_HW = read_panoptic_png(path)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from error
+        if ids_HW.shape != tuple(self.sizes_hw[i]):
+            raise DataError(
+                f"{path}: it has {ids_HW.shape} pixels, its image {tuple(self.sizes_hw[i].tolist())}"
+            )
+        return PanopticMap(ids_HW, segments)
+
+    def semantic_map(self, i: int) -> NDArray[np.uint8]:
+        """See `Dataset.semantic_map`; pixels of ids without a segment are `IGNORE`."""
+        ids_HW, segments = self.panoptic_map(i)
+        known = sorted(segments)
+        numbers = np.array([IGNORE, *(self.number[segment.category] for segment in known)], np.uint8)
+        ids = np.array([VOID, *(segment.id for segment in known)])
+        at = np.searchsorted(ids, ids_HW).clip(max=len(ids) - 1)
+        found: NDArray[np.uint8] = np.where(ids[at] == ids_HW, numbers[at], IGNORE).astype(np.uint8)
+        return found
+
+    def segment_rle(self, panoptic: PanopticMap, segment: int, i: int) -> dict[str, Any]:
+        """Return the compressed RLE of a segment of image i. Raises DataError if it has no pixel."""
+        mask_HW = panoptic.ids_HW == segment
+        if not mask_HW.any():
+            raise DataError(f"{self.segments / str(self.segment_files[i])}: no pixel has the id {segment}")
+        rle: dict[str, Any] = mask_util.encode(np.asfortranarray(mask_HW.view(np.uint8)))
+        return rle
+
+    def instances(self) -> Instances:
+        """See `Dataset.instances`; without a file of objects, their masks are read from all PNG files."""
+        content = read_instances(self.annotations, "panoptic")
+        records = [record for record in content["categories"] if self.number.get(_id(record)) == 0]
+        return {"images": content["images"], "categories": records, "annotations": self._annotations(content)}
+
+    def _annotations(self, content: Instances) -> list[dict[str, Any]]:
+        if self.instances_file is not None:
+            return _read_objects(self.instances_file)
+        index = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
+        maps: dict[int, PanopticMap] = {}
+        annotations = _object_records(content, {c for c, number in self.number.items() if number == 0})
+        for record in annotations:
+            if (i := index.get(record["image_id"])) is not None:
+                if i not in maps:
+                    maps = {i: self.panoptic_map(i)}  # records of an image follow each other
+                rle = self.segment_rle(maps[i], record["id"], i)
+                record["segmentation"] = {**rle, "counts": rle["counts"].decode("ascii")}
+        return annotations
+
+
+def _id(record: Any) -> Any:
+    """Return the id of a record, or None if it has none that can be used."""
+    found = record.get("id") if isinstance(record, dict) else None
+    return found if is_id(found) else None
+
+
+def _categories(records: list[Any]) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the names of things and of stuff by id, in the order of ids. Without `isthing` it is a thing."""
+    found: tuple[dict[int, str], dict[int, str]] = ({}, {})
+    for record in records:
+        if not category_fault(record, found[0] | found[1]):
+            found[record.get("isthing", 1) == 0][record["id"]] = category_name(record)
+    return dict(sorted(found[0].items())), dict(sorted(found[1].items()))
+
+
+def _segments(record: Any) -> list[dict[str, Any]]:
+    """Return the segments of an annotation; those that are no JSON objects are empty ones."""
+    found = record.get("segments_info") if isinstance(record, dict) else None
+    return [s if isinstance(s, dict) else {} for s in found] if isinstance(found, list) else []
+
+
+def _object_records(content: Instances, things: set[int]) -> list[dict[str, Any]]:
+    """Return the segments of things as annotations of an instances JSON, without masks."""
+    return [
+        {key: value for key, value in segment.items() if key != "segmentation"}
+        | {"image_id": record["image_id"]}
+        for record in content["annotations"]
+        if isinstance(record, dict) and "image_id" in record
+        for segment in _segments(record)
+        if segment.get("category_id") in things
+    ]
+
+
+def _read_objects(instances: str) -> list[dict[str, Any]]:
+    return list(read_instances(instances)["annotations"])

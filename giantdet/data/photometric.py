@@ -1,0 +1,9 @@
+"""Placeholder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def distort_colors(image: Any, rng: Any) -> Any:
+    raise NotImplementedError

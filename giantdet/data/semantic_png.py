@@ -1,0 +1,143 @@
+"""Semantic maps as a folder of images and a folder of label PNGs: ADE20K, Cityscapes, CamVid, COCO-Stuff."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from giantdet.config.classes import Classes
+from giantdet.config.datasets import SemanticPngDatasetConfig
+from giantdet.data.images import IMAGE_ENDINGS, read_image
+from giantdet.data.labels import LabelTable, read_classes
+from giantdet.data.records import Instances, logger
+from giantdet.errors import DataError
+
+
+@dataclass(frozen=True)
+class NoObjects:
+    """The objects of an image: none."""
+
+    size_hw: tuple[int, int]
+    boxes_N4: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    labels_N: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    ids_N: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return 0
+
+    def rle(self, n: int) -> dict[str, Any]:
+        """Raise IndexError."""
+        raise IndexError(f"object {n} of none")
+
+
+class SemanticPngDataset:
+    """Images and label maps of the same names; see `SemanticPngDatasetConfig` for the keys.
+
+    Image ids are positions in the sorted list of files. Images without a label map are left out and counted
+    in a warning. Raises `DataError` where nothing is left.
+    """
+
+    def __init__(self, config: SemanticPngDatasetConfig) -> None:
+        self.annotations, self.images = Path(config.labels), Path(config.images)
+        try:
+            self.table = LabelTable(read_classes(config.classes), config.ignore, config.reduce_zero_label)
+        except DataError as error:
+            raise DataError(f"{self.annotations}: {error}") from error
+        self.classes = Classes(semantic=self.table.categories)
+        self.has_masks = False
+        self.pairs = self._find(config.image_suffix, config.label_suffix)
+        self.image_ids = np.arange(len(self.pairs))
+        self.sizes_hw = np.array([_size(self.annotations / label) for _, label in self.pairs], np.int64)
+
+    def _find(self, image_suffix: str, label_suffix: str) -> list[tuple[str, str]]:
+        """Return the paths of images and their labels, relative to the two folders."""
+        labels = {name for name in _files(self.annotations) if name.lower().endswith(".png")}
+        images = [name for name in _files(self.images) if Path(name).suffix.lower() in IMAGE_ENDINGS]
+        pairs, without = [], []
+        for image in images:
+            stem = os.path.splitext(image)[0]
+            if not stem.endswith(image_suffix):
+                continue
+            label = f"{stem.removesuffix(image_suffix)}{label_suffix}.png"
+            if label in labels:
+                pairs.append((image, label))
+            else:
+                without.append((image, label))
+        if not pairs:
+            example = f", e.g. {without[0][0]} would need {without[0][1]}" if without else ""
+            raise DataError(
+                f"{self.annotations}: no label map belongs to one of the {len(images)} images in "
+                f"{self.images}{example}; see image_suffix and label_suffix"
+            )
+        if without:
+            logger.warning(
+                "%s: left out %d of %d images without a label map, e.g. %s (no %s)",
+                self.annotations,
+                len(without),
+                len(images),
+                *without[0],
+            )
+        return pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def path(self, i: int) -> Path:
+        """See `Dataset.path`."""
+        return self.images / self.pairs[i][0]
+
+    def read_image(self, i: int) -> NDArray[np.uint8]:
+        """See `Dataset.read_image`. The size is that of the label map."""
+        return read_image(self.path(i), (int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1])))
+
+    def semantic_map(self, i: int) -> NDArray[np.uint8]:
+        """See `Dataset.semantic_map`."""
+        path = self.annotations / self.pairs[i][1]
+        try:
+            with Image.open(path) as file:
+                if file.mode in ("RGB", "RGBA"):
+                    return self.table.of_colors(np.asarray(file.convert("RGB")))
+                # The numbers of a palette image, not its colours.
+                return self.table.of_labels(np.asarray(file if file.mode != "1" else file.convert("L")))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from error
+
+    def panoptic_map(self, i: int) -> None:
+        """Return None: there are no segments."""
+
+    def objects(self, i: int) -> NoObjects:
+        """Return no objects."""
+        return NoObjects((int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1])))
+
+    def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
+        """Return the indices of all images."""
+        return np.arange(len(self))
+
+    def instances(self) -> Instances:
+        """See `Dataset.instances`; there are none."""
+        return {"images": [], "annotations": [], "categories": []}
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder and its subfolders, relative to it, sorted."""
+    found = []
+    for parent, _, names in os.walk(folder, followlinks=True):
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in names]
+    return sorted(found)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Return (height, width) of a PNG, from its header. Raises DataError."""
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
