@@ -56,7 +56,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "fpn": {"channels": 16},
         "semantic_head": {"width": 32},
     },
-    "panoptic_fpn": {**MODEL, "type": "panoptic_fpn", "semantic_head": {"width": 32}},
+    "panoptic_fpn": {
+        **MODEL,
+        "type": "panoptic_fpn",
+        "semantic_head": {"width": 32},
+        "merge": {"score": 0.1, "stuff_area": 16},
+    },
 }
 """A small section of each architecture."""
 FORMATS: dict[str, str] = {

@@ -22,12 +22,12 @@ from test_trace import Recorder
 
 from giantdet.architectures import build_model, total_loss
 from giantdet.architectures.panoptic_fpn import PanopticFpn
-from giantdet.config.architectures.common import NormConfig
+from giantdet.config.architectures.common import NormConfig, PanopticMergeConfig
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.evaluation.coco import to_original
-from giantdet.evaluation.panoptic import DETECTRON2, MergeRule, merge, panoptic_map
-from giantdet.evaluation.semantic import semantic_classes
+from giantdet.evaluation.panoptic import DETECTRON2, merge, panoptic_map
+from giantdet.evaluation.semantic import whole_image_classes
 from giantdet.structures import IGNORE, Batch
 
 RAW = {
@@ -57,6 +57,7 @@ RAW = {
     "semantic_head": {"width": 64},
     "instance_loss_weight": 0.8,
 }
+LOOSE = PanopticMergeConfig(score=0.3, overlap=0.3, stuff_area=500)
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +180,9 @@ def test_masks_are_needed() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "rule"), [("panoptic", DETECTRON2), ("panoptic_loose", MergeRule(0.3, 0.3, 500))]
+    ("name", "rule"), [("panoptic", DETECTRON2), ("panoptic_loose", LOOSE)]
 )
-def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: MergeRule) -> None:
+def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: PanopticMergeConfig) -> None:
     """Objects and stuff merged as in detectron2."""
     expected, batch = np.load(golden / "panoptic_A.npz"), load_batch(golden)
     found = model.eval()(batch)
@@ -190,7 +191,7 @@ def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: MergeR
         masks = to_original(found.detections, batch, i)[1]
         assert masks is not None
         scores, labels = found.detections.scores_BD[i][chosen], found.detections.labels_BD[i][chosen]
-        semantic = semantic_classes(found.semantic_BCHW, batch, i)
+        semantic = whole_image_classes(found.semantic_BCHW, batch, i)
         merged = merge(masks.numpy(), scores.numpy(), labels.numpy(), semantic.numpy(), 5, rule)
         ids, segments = merged.panoptic
         assert (ids != expected[f"{name}.{i}.ids"]).mean() < 2e-4
