@@ -179,9 +179,7 @@ def test_masks_are_needed() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("name", "rule"), [("panoptic", DETECTRON2), ("panoptic_loose", LOOSE)]
-)
+@pytest.mark.parametrize(("name", "rule"), [("panoptic", DETECTRON2), ("panoptic_loose", LOOSE)])
 def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: PanopticMergeConfig) -> None:
     """Objects and stuff merged as in detectron2."""
     expected, batch = np.load(golden / "panoptic_A.npz"), load_batch(golden)
