@@ -1,7 +1,7 @@
 """One rank of test_metrics.py: every architecture's evaluation of a small set.
 
-worker_metrics.py FOLDER CASES_JSON; a case is {"kind", "data", "window_stride"}. Writes FOLDER/CASE.pt with the
-scores, and the results of the metrics into FOLDER/CASE/.
+worker_metrics.py FOLDER CASES_JSON; a case is {"kind", "data", "window_stride"}. Writes FOLDER/CASE.pt with
+the scores, and the results of the metrics into FOLDER/CASE/.
 """
 
 from __future__ import annotations
