@@ -269,7 +269,9 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
         return
     config, (total, micro_batch, accumulation) = run.giantdet, run.batch
     keys = config.model.CLASS_KEYS
-    classes = ", ".join(f"{getattr(config.model, k)} {k.removeprefix('num_').replace('_', ' ')}" for k in keys)
+    classes = ", ".join(
+        f"{getattr(config.model, k)} {k.removeprefix('num_').replace('_', ' ')}" for k in keys
+    )
     print(
         f"giantdet: {config.model.type}, {config.model.backbone.name}, {classes}, "
         f"canvas {config.data.size}, ZeRO-{run.stage}, {comm.world_size()} ranks on {device.type}, "
