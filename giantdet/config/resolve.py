@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from giantdet.config.architectures.common import PartNormConfig
 from giantdet.config.checks import canonical_name
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
 from giantdet.config.lengths import to_steps
@@ -165,8 +166,13 @@ def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, i
 
 def _check_norm_parts(giantdet: GiantdetConfig) -> None:
     """Raise ConfigError if the `norm` block has settings for a part of the model without BatchNorms."""
-    norm, model = giantdet.norm, giantdet.model
-    for name, (where, is_batch) in model.batch_norms().items():
+    norm, parts = giantdet.norm, giantdet.model.batch_norms()
+    for name, part in norm:
+        if isinstance(part, PartNormConfig) and name not in parts:
+            raise ConfigError(
+                f"giantdet.norm.{name} is given, but {giantdet.model.type} has no such part: leave it out"
+            )
+    for name, (where, is_batch) in parts.items():
         if getattr(norm, name) is not None and not is_batch:
             raise ConfigError(
                 f"giantdet.norm.{name} is given, but there is no BatchNorm: "
