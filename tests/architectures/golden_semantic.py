@@ -23,9 +23,10 @@ BACKBONE: dict[str, Any] = {"name": "resnet50", "timm_args": {"channels": [8, 16
 SLOTS, MARGIN, SIDE = 8, 8, 336  # of the masks' frames: the whole image and a border, a cell a pixel
 
 
-def load_weights(model_json: Path) -> dict[str, Tensor]:
-    """{detectron2's key: weight} by the rule beside the model's description."""
-    spec = importlib.util.spec_from_file_location("weight_rule", model_json.parent / "weight_rule.py")
+def load_weights(golden: Path, name: str) -> dict[str, Tensor]:
+    """{the reference's key: weight} of the model `name`, by the rule in the folder `golden`."""
+    model_json = golden / f"{name}.json"
+    spec = importlib.util.spec_from_file_location("weight_rule", golden / "weight_rule.py")
     assert spec is not None and spec.loader is not None
     rule = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rule)
@@ -86,7 +87,7 @@ def fill(
     body.bn1 = FrozenBatchNorm2d(8)
     body.layer1[0].conv1 = nn.Conv2d(8, 8, 1, bias=False)
     body.layer1[0].downsample[0] = nn.Conv2d(8, 32, 1, bias=False)
-    state = {our_name(key): value for key, value in load_weights(golden / f"{name}.json").items()}
+    state = {our_name(key): value for key, value in load_weights(golden, name).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith("num_batches_tracked") for key in missing), missing

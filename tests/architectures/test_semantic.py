@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from golden_semantic import BACKBONE, CANVAS, fill, grad_norms, load_batch, resn
 from test_trace import Recorder
 from torch.utils._pytree import tree_flatten
 
-from giantdet.architectures import build_model, total_loss
+from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.architectures.semantic_fpn import SemanticFpn
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
@@ -73,18 +74,18 @@ def test_logits(model: SemanticFpn, golden: Path) -> None:
     assert wrong.float().mean() < 2e-4
 
 
-def test_no_labelled_pixel(model: SemanticFpn, golden: Path) -> None:
+@pytest.mark.parametrize("divisor", ["labelled", "all"])
+def test_no_labelled_pixel(model: SemanticFpn, golden: Path, divisor: Any) -> None:
     """As in a crop of a rank that is all ignored: a loss of 0, and gradients of 0 for every parameter."""
-    batch = load_batch(golden)
-    ignored = torch.full_like(batch.targets.semantic_BHW, IGNORE)
-    batch = batch._replace(targets=batch.targets._replace(semantic_BHW=ignored))
-    model.train().zero_grad()
-    predictions = model(batch)
-    losses = model.losses(predictions, batch)
-    assert losses["loss_sem_seg"] == 0 and model.counts(predictions)["labelled_pixels"] == 0
-    total_loss(losses).backward()  # type: ignore[no-untyped-call]
+    batch = all_ignored(load_batch(golden))
+    model.loss_divisor = divisor
+    losses = train_step(model, batch)
+    model.loss_divisor = "labelled"
+    assert losses == {"loss_sem_seg": 0.0}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
+    predictions = model(batch)
+    assert model.counts(predictions)["labelled_pixels"] == 0
     assert all(t.isfinite().all() for t in tree_flatten(predictions)[0])
 
 
@@ -106,21 +107,46 @@ def noise(size: tuple[int, int], classes: int) -> Batch:
     return Batch(images, hw.float(), targets, torch.arange(2), torch.arange(2), hw)
 
 
-def test_batch_norms_and_plain_backbones() -> None:
-    """Heads on a plain ViT's pyramid, recomputed in the backward pass, their norms over the batch."""
+def all_ignored(batch: Batch) -> Batch:
+    """The batch without a labelled pixel."""
+    ignored = torch.full_like(batch.targets.semantic_BHW, IGNORE)
+    return batch._replace(targets=batch.targets._replace(semantic_BHW=ignored))
+
+
+def train_step(model: Architecture, batch: Batch) -> dict[str, float]:
+    """The losses of one step, after which every parameter has a finite gradient."""
+    model.train().zero_grad()
+    losses = model.losses(model(batch), batch)
+    total_loss(losses).backward()  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "plain ViT": {"name": "vit_tiny_patch16_224", "timm_args": {"depth": 2}, "window": 2, "global_blocks": 1},
+    "Swin": {
+        "name": "swin_tiny_patch4_window7_224",
+        "timm_args": {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
+    },
+    "ConvNeXt": {"name": "convnext_atto", "timm_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}},
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones(name: str) -> None:
+    """Each parameter is trained, with activations recomputed and the head's norms over the batch."""
     raw = {
         "type": "semantic_fpn",
         "num_classes": 3,
-        "backbone": {"name": "vit_tiny_patch16_224", "window": 0},
+        "backbone": BACKBONES[name],
         "fpn": {"channels": 8, "norm": "layer"},
-        "semantic_head": {"width": 16, "norm": "batch"},
+        "semantic_head": {"width": 16, "norm": "batch", "dropout": 0.1},
         "checkpoint_heads": True,
     }
     config = SemanticFpnConfig.model_validate(raw)
     assert not list(config.problems()) and config.batch_norms()["heads"] == ("model.semantic_head", True)
-    model = build_model(config, (64, 96)).train()
-    batch = noise((64, 96), classes=3)
-    losses = model.losses(model(batch), batch)
-    total_loss(losses).backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model, batch = build_model(config, (64, 96)), noise((64, 96), classes=3)
+    train_step(model, batch)
+    assert all(p.grad is not None and p.grad.any() for p in model.semantic_head.parameters())
     assert model.eval()(batch).semantic_BCHW.shape == (2, 3, 16, 24)

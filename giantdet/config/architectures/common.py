@@ -141,6 +141,10 @@ class MaskHeadConfig(Section):
     too. detectron2 trains the masks of all positives, at most 128."""
 
 
+LossDivisor = Literal["labelled", "all"]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class SemanticHeadConfig(Section):
     """Classes of pixels from P2 to P5 (Semantic FPN, Kirillov et al. 2019)."""
 
@@ -148,6 +152,11 @@ class SemanticHeadConfig(Section):
     norm: Literal["none", "batch", "group"] = "group"
     """Norm layer after each convolution: `group` is GroupNorm of 32 groups, `batch` follows the `norm`
     block."""
+    dropout: Dropout = 0.0
+    """Probability that training sets a channel to zero before the last convolution. mmsegmentation: 0.1."""
+    loss_divisor: LossDivisor = "labelled"
+    """Pixels that the summed cross-entropy is divided by. labelled: those with a class, as in detectron2;
+    all: all pixels of the canvas, ignored ones and padding too, as in mmsegmentation."""
 
     def problems(self) -> Iterator[str]:
         """Messages as those of `ArchitectureConfig.problems`."""
