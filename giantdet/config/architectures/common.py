@@ -79,6 +79,12 @@ class RpnConfig(Section):
     post_nms_test: PositiveInt = 1000
     """The same, in evaluation."""
     nms_iou: Fraction = 0.7
+    convs: PositiveInt = 1
+    """Number of 3x3 convolutions, each followed by a ReLU. ViTDet: 2."""
+    loss_pass: Literal["dense", "sampled"] = "dense"
+    """Which cells the gradient of the RPN passes through. dense: all; sampled: those of the sampled anchors,
+    which pass through the head a second time. The losses are the same up to rounding; sampled is
+    faster and needs less memory with large canvases, and has a single convolution (docs/benchmarks.md)."""
 
     def problems(self) -> Iterator[str]:
         """Yield messages like those of `ArchitectureConfig.problems`."""
@@ -89,6 +95,8 @@ class RpnConfig(Section):
             yield f"rpn.anchor_ratios must be positive numbers, got {list(ratios)}"
         if self.iou_low > self.iou_high:
             yield f"rpn.iou_low ({self.iou_low}) must not exceed iou_high ({self.iou_high})"
+        if self.loss_pass == "sampled" and self.convs != 1:
+            yield f"rpn.loss_pass must be dense with rpn.convs {self.convs}: sampled has one convolution"
 
 
 BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
