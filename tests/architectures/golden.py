@@ -54,11 +54,14 @@ _NAMES = (
     (r"^backbone\.bottom_up\.(res\d.*)\.conv(\d)\.norm\.", r"backbone.bottom_up.\1.bn\2."),
     (r"\.shortcut\.norm\.", ".downsample.1."),
     (r"\.shortcut\.", ".downsample.0."),
+    (r"^backbone\.net\.", "backbone.body."),
     (r"^backbone\.top_block", "fpn.top"),
     (r"^head\.cls_score", "head.classes"),
     (r"^head\.bbox_pred", "head.deltas"),
     (r"^proposal_generator\.rpn_head\.objectness_logits", "rpn.head.objectness"),
     (r"^proposal_generator\.rpn_head\.anchor_deltas", "rpn.head.deltas"),
+    (r"^proposal_generator\.rpn_head\.conv\.conv0", "rpn.head.conv"),
+    (r"^proposal_generator\.rpn_head\.conv\.conv1", "rpn.head.further_convs.0"),
     (r"^proposal_generator\.rpn_head", "rpn.head"),
     (r"^roi_heads\.box_predictor\.(\d\.)?cls_score", r"box_head.\1classes"),
     (r"^roi_heads\.box_predictor\.(\d\.)?bbox_pred", r"box_head.\1deltas"),
@@ -80,11 +83,19 @@ def our_name(key: str, finest: int = 2) -> str:
         (r"^backbone\.bottom_up\.res(\d)", lambda m: f"backbone.body.layer{int(m[1]) - 1}"),
         (r"^roi_heads\.box_head\.(\d\.)?fc(\d)", lambda m: f"box_head.{m[1] or ''}fcs.{int(m[2]) - 1}"),
         (r"^roi_heads\.mask_head\.mask_fcn(\d)", lambda m: f"mask_head.convs.{int(m[1]) - 1}.0"),
-        (r"^sem_seg_head\.p(\d)\.(\d)\.norm", lambda m: f"semantic_head.levels.{int(m[1]) - 2}.{m[2]}.1"),
+        (r"^roi_heads\.box_head\.(\d\.)?conv(\d)", lambda m: f"box_head.{m[1] or ''}convs.{int(m[2]) - 1}.0"),
+        (r"^backbone\.simfp_(\d)\.(\d)", _simple_pyramid_name),
         (r"^sem_seg_head\.p(\d)\.(\d)", lambda m: f"semantic_head.levels.{int(m[1]) - 2}.{m[2]}.0"),
     ):
         key = re.sub(pattern, renamed, key)
-    return key
+    return re.sub(r"\.0\.norm\.", ".1.", key)  # a convolution and its norm are a block here
+
+
+def _simple_pyramid_name(key: re.Match[str]) -> str:
+    """Return our name of a layer of ViTDet's simple pyramid: `simfp_LEVEL.LAYER`."""
+    level, layer = int(key[1]), int(key[2])
+    rescaling = {2: 4, 3: 1, 4: 0, 5: 1}[level]  # number of layers before the convolutions
+    return f"fpn.stages.{level - 2}.{layer}" + (".0" if layer >= rescaling else "")
 
 
 def build(

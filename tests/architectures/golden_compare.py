@@ -29,10 +29,8 @@ def as_golden(losses: dict[str, Tensor], anchors: int) -> dict[str, Tensor]:
 
 def modules_by_golden_name(model: Any) -> dict[str, list[nn.Module]]:
     """Return the modules of a model by the names that detectron2 has for them."""
-    found = {
-        "backbone.bottom_up": [model.backbone],
-        "backbone.fpn": [model.fpn],
-    }
+    name = "backbone.net" if model.backbone.is_plain else "backbone.bottom_up"
+    found = {name: [model.backbone], "backbone.fpn": [model.fpn]}
     for name, attribute in (
         ("proposal_generator", "rpn"),
         ("roi_heads.mask_head", "mask_head"),
@@ -98,6 +96,19 @@ def same_boxes(ours_N4: Tensor, theirs_N4: Tensor, atol: float = 1e-2) -> Tensor
     assert (nearest_N < atol).all(), f"{(nearest_N >= atol).sum()} boxes differ, by {nearest_N.max():.2g}"
     assert len(index_N.unique()) == len(index_N)
     return index_N
+
+
+def assert_same_features(maps: list[Tensor], expected: Any, names: list[str]) -> None:
+    """Compare means and standard deviations by channel, and the first channels, of the maps `names`."""
+    for level, name in zip(maps, names, strict=True):
+        first = torch.from_numpy(expected[f"{name}.slice"])
+        for ours, part in (
+            (level.mean((2, 3)), "mean"),
+            (level.std((2, 3), correction=0), "std"),
+            (level[:, : first.shape[1]], "slice"),
+        ):
+            theirs = torch.from_numpy(expected[f"{name}.{part}"])
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
 def assert_same_proposals(model: Any, batch: Batch, expected: Any) -> None:
