@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_semantic import CANVAS, grad_norms, load_batch, load_weights
+from golden import CANVAS, load, load_weights
+from golden_compare import norm
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -63,13 +64,15 @@ def check_training(
     expected = json.loads((golden / f"mm/{name}_A.json").read_text())
     evaluate_norms(model)
     model.zero_grad()
-    batch = load_batch(golden)
+    batch = load(golden)
     losses = model.losses(model(batch), batch)
     names = {"loss_sem_seg": "decode.loss_ce", "loss_sem_seg_aux": "aux.loss_ce"}
     found = {names[key]: float(loss.detach()) for key, loss in losses.items()}
     assert found == pytest.approx(expected["losses"], rel=TOLERANCE)
     total_loss(losses).backward()  # type: ignore[no-untyped-call]
-    norms = grad_norms({theirs: model.get_submodule(ours) for theirs, ours in parts.items()})
+    norms = {
+        theirs: norm(p.grad for p in model.get_submodule(ours).parameters()) for theirs, ours in parts.items()
+    }
     assert norms == pytest.approx(expected["grad_norms"]["total"], rel=TOLERANCE)
     ours = dict(model.named_parameters())
     each = {key: ours[our_name(key)].grad for key in expected["grad_norm_per_parameter"]}

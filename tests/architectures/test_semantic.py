@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden_semantic import BACKBONE, CANVAS, fill, grad_norms, load_batch, resnet_names, semantic_names
+from golden import BACKBONE, build, golden_step, load
+from golden_compare import assert_same_step
 from test_trace import Recorder
 from torch.utils._pytree import tree_flatten
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.architectures.semantic_fpn import SemanticFpn
-from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
 from giantdet.layers.semantic_head import to_canvas
 from giantdet.structures import IGNORE, Batch, Targets
-
-
-@pytest.fixture(scope="module")
-def golden(shared: Path) -> Path:
-    return shared / "golden/models"
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +29,15 @@ def model(golden: Path) -> SemanticFpn:
         "fpn": {"channels": 32},
         "semantic_head": {"width": 64},
     }
-    built = build_model(SemanticFpnConfig.model_validate(raw), CANVAS, NormConfig(type="frozen"))
+    built = build(golden, "semantic", raw)
     assert isinstance(built, SemanticFpn)
-    fill(built, golden, "semantic", lambda key: semantic_names(resnet_names(key)))
     return built
 
 
 def test_losses_and_gradients(model: SemanticFpn, golden: Path) -> None:
-    expected = json.loads((golden / "semantic_A.json").read_text())
-    model.train().zero_grad()
-    batch = load_batch(golden)
-    predictions = model(batch)
-    losses = model.losses(predictions, batch)
-    found = {name: float(loss.detach()) for name, loss in losses.items()}
-    assert found == pytest.approx(expected["losses"], rel=1e-4)
-    total_loss(losses).backward()  # type: ignore[no-untyped-call]
-    parts = {
-        "backbone.bottom_up": model.backbone,
-        "backbone.fpn": model.fpn,
-        "sem_seg_head": model.semantic_head,
-    }
-    assert grad_norms(parts) == pytest.approx(expected["grad_norms"]["total"], rel=1e-4)
-    ours = dict(model.named_parameters())
-    each = {key: ours[semantic_names(resnet_names(key))] for key in expected["grad_norm_per_parameter"]}
-    assert len(each) == len(ours)
-    norms = {key: float(p.grad.norm()) for key, p in each.items() if p.grad is not None}
-    assert norms == pytest.approx(expected["grad_norm_per_parameter"], rel=1e-4)
+    batch = load(golden)
+    predictions = model.train()(batch)
+    assert_same_step(model, model.losses(predictions, batch), golden_step(golden, "semantic"))
     pixels = model.counts(predictions)["labelled_pixels"]
     assert float(pixels) == float((batch.targets.semantic_BHW != IGNORE).sum() / 2)
 
@@ -68,7 +45,7 @@ def test_losses_and_gradients(model: SemanticFpn, golden: Path) -> None:
 @torch.no_grad()
 def test_logits(model: SemanticFpn, golden: Path) -> None:
     expected = np.load(golden / "semantic_A.npz")
-    found = model.eval()(load_batch(golden)).semantic_BCHW
+    found = model.eval()(load(golden)).semantic_BCHW
     torch.testing.assert_close(found, torch.from_numpy(expected["sem.logits_stride4"]), atol=2e-4, rtol=0)
     wrong = to_canvas(found).argmax(1) != torch.from_numpy(expected["sem.argmax_padded"])
     assert wrong.float().mean() < 2e-4
@@ -77,7 +54,7 @@ def test_logits(model: SemanticFpn, golden: Path) -> None:
 @pytest.mark.parametrize("divisor", ["labelled", "all"])
 def test_no_labelled_pixel(model: SemanticFpn, golden: Path, divisor: Any) -> None:
     """As in a crop of a rank that is all ignored: a loss of 0, and gradients of 0 for every parameter."""
-    batch = all_ignored(load_batch(golden))
+    batch = all_ignored(load(golden))
     model.loss_divisor = divisor
     losses = train_step(model, batch)
     model.loss_divisor = "labelled"
@@ -90,7 +67,7 @@ def test_no_labelled_pixel(model: SemanticFpn, golden: Path, divisor: Any) -> No
 
 
 def test_a_step_never_asks_the_device(model: SemanticFpn, golden: Path) -> None:
-    batch = load_batch(golden)
+    batch = load(golden)
     with Recorder() as recorder:
         total_loss(model.train().losses(model(batch), batch)).backward()  # type: ignore[no-untyped-call]
         model.eval()(batch)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden import load
 from golden_mmseg import build, check_classes, check_maps, check_training, common_names
-from golden_semantic import load_batch
 
 from giantdet.architectures import Architecture
 from giantdet.architectures.semantic_fpn import SemanticFpn
@@ -40,7 +40,7 @@ def test_losses_and_gradients(model: SemanticFpn, golden: Path) -> None:
 
 @torch.no_grad()
 def test_maps_and_logits(model: SemanticFpn, golden: Path) -> None:
-    batch, arrays = load_batch(golden), np.load(golden / f"mm/{NAME}_A.npz")
+    batch, arrays = load(golden), np.load(golden / f"mm/{NAME}_A.npz")
     maps = model.eval().backbone(model.normalise(batch.images_B3HW, batch.sizes_B2))
     check_maps(maps, arrays, "backbone")
     check_maps(model.fpn(maps), arrays, "neck")

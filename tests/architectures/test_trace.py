@@ -53,6 +53,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "torchvision": {"conventions": "torchvision"},
     "giou": {"box_head": {"loss": "giou"}},
     "ciou": {"kind": "cascade_mask_rcnn", "box_head": {"loss": "ciou"}},
+    "sampled": {"rpn": {"loss_pass": "sampled"}},
+    "convs": {"rpn": {"convs": 2}},
 }
 
 

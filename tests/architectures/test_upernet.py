@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import load
 from golden_mmseg import build, check_classes, check_maps, check_training, close, common_names
-from golden_semantic import load_batch
 from test_semantic import all_ignored, noise, train_step
 from test_trace import Recorder
 from torch import nn
@@ -54,7 +54,7 @@ def test_losses_and_gradients(model: UperNet, golden: Path) -> None:
 
 @torch.no_grad()
 def test_maps_and_logits(model: UperNet, golden: Path) -> None:
-    batch, arrays = load_batch(golden), np.load(golden / f"mm/{NAME}_A.npz")
+    batch, arrays = load(golden), np.load(golden / f"mm/{NAME}_A.npz")
     maps = model.eval().maps(batch)
     check_maps(maps, arrays, "backbone")
     assert model.auxiliary_head is not None
