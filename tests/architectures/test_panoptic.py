@@ -150,6 +150,18 @@ def test_nothing_to_learn(model: PanopticFpn, golden: Path) -> None:
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+@torch.no_grad()
+def test_semantic_loss_over_all_pixels(model: PanopticFpn, golden: Path) -> None:
+    batch = load_batch(golden)
+    predictions, share = model.train()(batch), (batch.targets.semantic_BHW != IGNORE).float().mean()
+    labelled = model.losses(predictions, batch)["loss_sem_seg"]
+    config = PanopticFpnConfig.model_validate({**RAW, "semantic_head": {"width": 64, "loss_divisor": "all"}})
+    other = build_model(config, CANVAS, NormConfig(type="frozen"))
+    torch.testing.assert_close(other.losses(predictions, batch)["loss_sem_seg"], labelled * share)
+    batch = without_targets(batch)
+    assert other.losses(model(batch), batch)["loss_sem_seg"] == 0
+
+
 def without_targets(batch: Batch) -> Batch:
     targets = batch.targets
     nothing = targets._replace(
