@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import BOX_HEAD, RCNN, build, golden_step, load
+from golden import BOX_HEAD, CANVAS, RCNN, build, golden_step, load
 from golden_compare import as_golden, assert_same_step
 from test_trace import Recorder
 
-from giantdet.architectures import total_loss
+from giantdet.architectures import build_model, total_loss
 from giantdet.architectures.panoptic_fpn import PanopticFpn
-from giantdet.config.architectures.common import PanopticMergeConfig
+from giantdet.config.architectures.common import NormConfig, PanopticMergeConfig
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.evaluation.coco import to_original
@@ -87,6 +87,18 @@ def test_nothing_to_learn(model: PanopticFpn, golden: Path) -> None:
     total_loss(losses).backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@torch.no_grad()
+def test_semantic_loss_over_all_pixels(model: PanopticFpn, golden: Path) -> None:
+    batch = load(golden)
+    predictions, share = model.train()(batch), (batch.targets.semantic_BHW != IGNORE).float().mean()
+    labelled = model.losses(predictions, batch)["loss_sem_seg"]
+    config = PanopticFpnConfig.model_validate({**RAW, "semantic_head": {"width": 64, "loss_divisor": "all"}})
+    other = build_model(config, CANVAS, NormConfig(type="frozen"))
+    torch.testing.assert_close(other.losses(predictions, batch)["loss_sem_seg"], labelled * share)
+    batch = without_targets(batch)
+    assert other.losses(model(batch), batch)["loss_sem_seg"] == 0
 
 
 def without_targets(batch: Batch) -> Batch:

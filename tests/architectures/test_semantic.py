@@ -74,6 +74,19 @@ def test_a_step_never_asks_the_device(model: SemanticFpn, golden: Path) -> None:
     assert not recorder.broken and "aten::upsample_bilinear2d" in recorder.names
 
 
+def test_one_graph(model: SemanticFpn, golden: Path) -> None:
+    """The forward pass and the losses compile without a break, to the same numbers."""
+    batch = load(golden)
+
+    def losses_of() -> dict[str, torch.Tensor]:
+        return model.losses(model(batch), batch)
+
+    model.train()
+    torch._dynamo.reset()
+    compiled = torch.compile(losses_of, backend="eager", fullgraph=True, dynamic=False)()
+    torch.testing.assert_close(compiled, losses_of(), rtol=1e-5, atol=0)
+
+
 def noise(size: tuple[int, int], classes: int) -> Batch:
     """Two images without objects and with a class for each pixel."""
     none = torch.zeros(2, 0)

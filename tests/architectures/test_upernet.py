@@ -24,6 +24,7 @@ from giantdet.config.architectures.upernet import UperNetConfig
 from giantdet.errors import InputError
 from giantdet.layers.deferred import deferred_init
 from giantdet.layers.uper_head import PoolingPyramid
+from giantdet.structures import Batch
 
 NAME = "mmseg_upernet"
 SECTION = {
@@ -176,6 +177,23 @@ def test_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(losses_of, backend="eager", fullgraph=True, dynamic=False)()
     torch.testing.assert_close(compiled, losses_of(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_image_has_no_variance() -> None:
+    """Pooled to 1 x 1, it has one value per channel: an error of the input, and none with GroupNorm."""
+    model, batch = tiny(norm=NormConfig(type="local")), one_image(noise((64, 96), classes=3))
+    with pytest.raises(InputError, match="one value per channel") as caught:
+        train_step(model, batch)
+    assert "cgbn" in str(caught.value) and "\n" not in str(caught.value)
+    group = {"width": 64, "norm": "group"}
+    train_step(tiny(decode_head=group, auxiliary_head=group), batch)
+
+
+def one_image(batch: Batch) -> Batch:
+    """The first image of a batch."""
+    first = batch.targets._make(target[:1] for target in batch.targets)
+    others = {name: value[:1] for name, value in batch._asdict().items() if name != "targets"}
+    return Batch(targets=first, **others)
 
 
 def test_without_the_auxiliary_head() -> None:
