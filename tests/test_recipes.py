@@ -12,7 +12,7 @@ from giantdet.config.load import load_run
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO / "ds_configs").glob("*.json"))
 NAME = re.compile(
-    r"(?P<model>megdet|retinanet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
+    r"(?P<model>megdet|retinanet|upernet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
     r"(sgd|adamw)(_long)?"
 )
 # Started on what there is, not on a number of GPUs.
