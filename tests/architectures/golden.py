@@ -118,7 +118,9 @@ def build(
     for module in model.modules():
         if hasattr(module, "conventions"):
             module.conventions = dataclasses.replace(CONVENTIONS["detectron2"], anchors_in_padding=True)
-    config = json.loads((golden / f"{name}.json").read_text())["config"]
+    description = json.loads((golden / f"{name}.json").read_text())
+    # A model of a Python configuration (ViTDet's) has everything in its overrides.
+    config = description["config"] or {key.upper(): v for key, v in description["overrides"].items()}
     mean, std = config["PIXEL_MEAN"], config["PIXEL_STD"]
     model.pixel_scale = tuple(1 / s for s in std)
     model.pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))

@@ -58,6 +58,27 @@ class BackboneConfig(Section):
     """Plain ViTs: number of evenly spaced blocks with global attention (ViTDet's 4)."""
     patch_size: PositiveInt = 16
     """Plain ViTs: the patch embedding is resampled to this size."""
+    position_grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Plain ViTs with windows: rows and columns of the absolute position embeddings, which are interpolated
+    (bicubic) to the canvas in every forward pass; ViTDet: [14, 14]. None: they have the size of the canvas,
+    and are interpolated once, when weights are loaded."""
+    relative_positions: bool = False
+    """Plain ViTs with windows: learnt relative positions in every block, by rows and by columns (ViTDet)."""
+    attend_padding: bool = False
+    """Plain ViTs with windows: tokens also attend to the padding of windows that reach beyond the canvas, as
+    in ViTDet's code. False masks it."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield messages like those of `ArchitectureConfig.problems`."""
+        if self.drop_path_rate >= 1:
+            yield "backbone.drop_path_rate must be less than 1: it is the share of dropped blocks"
+        if self.pretrained and self.init_weights:
+            yield (
+                "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
+            )
+        for key in ("position_grid", "relative_positions", "attend_padding"):
+            if getattr(self, key) and not self.window:
+                yield f"backbone.{key} needs windows: set backbone.window to the side of a window in patches"
 
 
 class FpnConfig(Section):
@@ -249,12 +270,7 @@ class ArchitectureConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield messages about wrong combinations of values; each begins with a path in `giantdet.model`."""
-        if self.backbone.drop_path_rate >= 1:
-            yield "backbone.drop_path_rate must be less than 1: it is the share of dropped blocks"
-        if self.backbone.pretrained and self.backbone.init_weights:
-            yield (
-                "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
-            )
+        yield from self.backbone.problems()
 
     def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
         """Return, by part of the `norm` block, which section enables its batch norms, and whether it does."""
