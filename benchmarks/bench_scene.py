@@ -99,7 +99,7 @@ def model_config(args: argparse.Namespace) -> MaskRcnnConfig:
             "num_classes": CLASSES,
             "conventions": "torchvision",
             "backbone": {"name": args.backbone},
-            "rpn": {"post_nms_train": 2000},
+            "rpn": {"post_nms_train": 2000, "loss_pass": "sampled"},
             "box_head": {"batch_per_image": args.rois},
             "mask_head": {"slots": args.mask_slots},
         }

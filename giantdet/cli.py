@@ -105,7 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("predictions"),
         help="folder for overlays and results.json; default: predictions",
     )
-    predict.add_argument("--threshold", type=float, default=0.5, help="lowest score to show; default: 0.5")
+    predict.add_argument(
+        "--threshold", type=float, default=0.5, help="lowest score of the detections; default: 0.5"
+    )
     predict.set_defaults(command=commands.run_predict)
 
     export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")

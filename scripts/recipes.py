@@ -1,7 +1,7 @@
 """Write docs/recipes.md from the recipes in ds_configs/: python scripts/recipes.py
 
-A test checks that the page is current. Learning rates and lengths are those of COCO train2017 on the
-recipe's GPUs.
+A test checks that the page is current. Learning rates and lengths are those of COCO train2017, or of
+ADE20K's training set, on the recipe's GPUs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 
 REPO = Path(__file__).resolve().parents[1]
+# Training images of COCO with objects, of COCO, and of ADE20K.
+IMAGES = {"coco": COCO_IMAGES, "coco_panoptic": 118_287, "semantic_png": 20_210}
 RECIPES, PAGE = REPO / "ds_configs", REPO / "docs/recipes.md"
 
 HEAD = """# Recipes
@@ -68,7 +70,8 @@ def about(run: RunConfig) -> dict[str, Any]:
 def row(run: RunConfig) -> str:
     assert run.path is not None
     gpus = about(run)["gpus"]
-    found = resolve(run, gpus, COCO_IMAGES, Classes.numbered(80, 54))
+    assert run.giantdet.data.train is not None
+    found = resolve(run, gpus, IMAGES[run.giantdet.data.train.format], Classes.numbered(80, 54))
     train, batch, optimizer = found.giantdet.train, found.batch, found.optimizer
     epochs = run.giantdet.train.epochs
     length = f"{train.steps:,} steps" if epochs is None else f"{epochs:g} epochs, {train.steps:,} steps"

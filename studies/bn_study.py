@@ -5,6 +5,9 @@ python studies/bn_study.py DATA [key=value ...] --output runs/bn_study --plot do
 DATA is a COCO-format folder (annotations/instances_{train,val}.json, images/). For every seed and BN size
 there is one run of 8 ranks with 2 images each, as per GPU in the paper: the batch is 16, and only the number
 of ranks that share their batch norms changes. Finished runs are not repeated. Prints a Markdown table.
+
+With --semantic it trains Semantic FPN on panoptic annotations (annotations/panoptic_{train,val}.json), with
+batch norm in pyramid and head, and compares mIoU and pixel accuracy.
 """
 
 from __future__ import annotations
@@ -34,6 +37,16 @@ SETTINGS = {
     "train.log_every": 5,
     "norm.type": "cgbn",
 }
+_NOT_SEMANTIC = [key for key in SETTINGS if key.startswith("model.")]
+SEMANTIC_SETTINGS = {key: value for key, value in SETTINGS.items() if key not in _NOT_SEMANTIC} | {
+    "model": {
+        "type": "semantic_fpn",
+        "backbone": {"name": "resnet10t"},
+        "fpn": {"channels": 64, "norm": "batch"},
+        "semantic_head": {"width": 64, "norm": "batch"},
+    },
+}
+NUMBERS = {"box": ("AP", "AP50"), "semantic": ("mIoU", "pACC")}
 
 
 def main() -> None:
@@ -46,6 +59,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--semantic", action="store_true", help="Semantic FPN instead of Faster R-CNN")
     parser.add_argument("--plot", type=Path, help="draw the figure here")
     options = parser.parse_args()
     for seed in options.seeds:
@@ -66,15 +80,19 @@ def main() -> None:
 def run(options: argparse.Namespace, size: int, seed: int, folder: Path) -> None:
     """Train one detector under the deepspeed launcher; log to FOLDER.log."""
     data = options.data.resolve()
-    settings = SETTINGS | {
+    settings = (SEMANTIC_SETTINGS if options.semantic else SETTINGS) | {
         "norm.bn_size": size,
         "train.seed": seed,
         "train.steps": options.steps,
         "train.output": str(folder),
     }
     for split in ("train", "val"):
-        settings[f"data.{split}.annotations"] = str(data / f"annotations/instances_{split}.json")
-        settings[f"data.{split}.images"] = str(data / "images")
+        kind = "panoptic" if options.semantic else "instances"
+        settings[f"data.{split}"] = {
+            "format": "coco_panoptic" if options.semantic else "coco",
+            "annotations": str(data / f"annotations/{kind}_{split}.json"),
+            "images": str(data / "images"),
+        }
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(RANKS)]
     command += [str(REPO / "scripts/train.py"), "--deepspeed_config", str(REPO / "ds_configs/demo.json")]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,19 +105,23 @@ def run(options: argparse.Namespace, size: int, seed: int, folder: Path) -> None
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return scores, losses by step, and the mean loss of the last fifth of the steps."""
+    """Return both numbers, losses by step, and the mean loss of the last fifth of the steps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     late = [loss for step, loss in losses if step > 0.8 * losses[-1][0]]
-    box = json.loads((folder / "scores.json").read_text())["box"]
-    return {"AP": box["AP"], "AP50": box["AP50"], "losses": losses, "late": statistics.fmean(late)}
+    scores = json.loads((folder / "scores.json").read_text())
+    task = next(task for task in NUMBERS if task in scores)
+    first, second = (scores[task][name] for name in NUMBERS[task])
+    return {"first": first, "second": second, "losses": losses, "late": statistics.fmean(late), "task": task}
 
 
 def table(results: dict[int, list[dict[str, Any]]]) -> str:
-    lines = ["| BN size | AP | AP50 | loss at the end | AP of each seed |", "|---|---|---|---|---|"]
+    names = NUMBERS[next(iter(results.values()))[0]["task"]]
+    lines = [f"| BN size | {' | '.join(names)} | loss at the end | {names[0]} of each seed |"]
+    lines.append("|---|---|---|---|---|")
     for size, runs in results.items():
-        means = " | ".join(spread([r[key] for r in runs]) for key in ("AP", "AP50", "late"))
-        each = ", ".join(format(r["AP"], ".3f") for r in runs)
+        means = " | ".join(spread([r[key] for r in runs]) for key in ("first", "second", "late"))
+        each = ", ".join(format(r["first"], ".3f") for r in runs)
         lines.append(f"| {size} | {means} | {each} |")
     return "\n".join(lines)
 
@@ -133,14 +155,16 @@ def plot(results: dict[int, list[dict[str, Any]]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     sizes = list(results)
     for size, runs in results.items():
-        left.plot([size] * len(runs), [r["AP"] for r in runs], "o", color="tab:blue", alpha=0.5)
+        left.plot([size] * len(runs), [r["first"] for r in runs], "o", color="tab:blue", alpha=0.5)
         steps = [step for step, _ in runs[0]["losses"]]
         mean = [statistics.fmean(r["losses"][i][1] for r in runs) for i in range(len(steps))]
         right.plot(steps, mean, label=f"BN size {size}")
-    left.plot(sizes, [statistics.fmean(r["AP"] for r in runs) for runs in results.values()], color="tab:blue")
+    means = [statistics.fmean(r["first"] for r in runs) for runs in results.values()]
+    left.plot(sizes, means, color="tab:blue")
+    task = results[sizes[0]][0]["task"]
     left.set_xscale("log", base=2)
     left.set_xticks(sizes, [str(size) for size in sizes])
-    left.set(xlabel="images normalised together", ylabel="box AP, one dot per seed")
+    left.set(xlabel="images normalised together", ylabel=f"{task} {NUMBERS[task][0]}, one dot per seed")
     right.set(xlabel="step", ylabel="training loss, mean of the seeds")
     right.legend()
     figure.savefig(path, dpi=110)

@@ -12,7 +12,8 @@ from giantdet.config.load import load_run
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO / "ds_configs").glob("*.json"))
 NAME = re.compile(
-    r"(?P<model>[a-z]+(_rcnn)?)_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?(sgd|adamw)(_long)?"
+    r"(?P<model>megdet|retinanet|upernet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
+    r"(sgd|adamw)(_long)?"
 )
 # Started on what there is, not on a number of GPUs.
 FREE = {"demo", "mask_rcnn_resnet50_finetune_adamw"}
@@ -42,7 +43,10 @@ def test_names_say_what_is_in_them() -> None:
         assert int(name["batch"]) == deepspeed["train_batch_size"]
         assert deepspeed["optimizer"]["type"].lower() in path.stem
         assert giantdet.agvm.enabled == ("agvm" in path.stem)
-        assert giantdet.model.mask_head.enabled == (name["model"] == "mask_rcnn")
+        kind = {"megdet": "mask_rcnn", "faster_rcnn": "mask_rcnn"}.get(name["model"], name["model"])
+        assert giantdet.model.type == kind
+        if kind == "mask_rcnn":
+            assert giantdet.model.mask_head.enabled == (name["model"] == "mask_rcnn")
         assert giantdet.train.output == f"runs/{path.stem}"
         family = ("vit", "eva") if name["backbone"].startswith("vitdet") else name["backbone"].split("_")[0]
         assert giantdet.model.backbone.name.startswith(family)
@@ -56,6 +60,9 @@ def test_the_papers_batches_are_there() -> None:
     assert "megdet_resnet50_256_sgd_long" in stems
     for model in ("faster_rcnn", "mask_rcnn"):
         assert {f"{model}_resnet50_{b}_agvm_sgd" for b in (32, 256, 512, 1024)} < stems
+    assert {f"panoptic_fpn_resnet50_{b}_agvm_sgd" for b in (32, 256, 512, 1024)} < stems
+    assert {f"semantic_fpn_resnet50_{b}_agvm_sgd" for b in (32, 512, 1024, 2048)} < stems
+    assert {f"retinanet_resnet18_{b}_agvm_adamw" for b in (32, 4096, 10240)} < stems
     assert {f"faster_rcnn_resnet50_{b}_agvm_adamw" for b in (32, 256, 512, 1024, 1536)} < stems
     assert {f"mask_rcnn_swin_{s}_16_adamw" for s in ("tiny", "small", "base", "large")} < stems
     assert {f"mask_rcnn_vitdet_{s}_64_adamw" for s in ("base", "large", "huge")} < stems

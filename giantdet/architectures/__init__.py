@@ -13,6 +13,7 @@ from giantdet.architectures.mask_rcnn import MaskRcnn
 from giantdet.architectures.panoptic_fpn import PanopticFpn
 from giantdet.architectures.retinanet import RetinaNet
 from giantdet.architectures.semantic_fpn import SemanticFpn
+from giantdet.architectures.upernet import UperNet
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.layers.norm import apply_norm
@@ -25,6 +26,7 @@ MODELS: dict[str, Any] = {
     "panoptic_fpn": PanopticFpn,
     "retinanet": RetinaNet,
     "semantic_fpn": SemanticFpn,
+    "upernet": UperNet,
 }
 
 

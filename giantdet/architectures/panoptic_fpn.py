@@ -39,6 +39,7 @@ class PanopticFpn(MaskRcnn):
     def __init__(self, config: PanopticFpnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.semantic_weight, self.instance_weight = config.semantic_loss_weight, config.instance_loss_weight
+        self.loss_divisor = config.semantic_head.loss_divisor
         self.semantic_head = SemanticHead(
             config.semantic_head, config.fpn.channels, STRIDES[:ROI_LEVELS], 1 + int(config.num_stuff_classes)
         )
@@ -73,7 +74,7 @@ class PanopticFpn(MaskRcnn):
         """Mask R-CNN's losses and the semantic one, weighted."""
         losses = super().losses(predictions.objects, batch)
         losses |= {name: self.instance_weight * losses[name] for name in INSTANCE_LOSSES}
-        semantic = semantic_loss(predictions.semantic)
+        semantic = semantic_loss(predictions.semantic, self.loss_divisor)
         return losses | {name: self.semantic_weight * loss for name, loss in semantic.items()}
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:  # type: ignore[override]

@@ -1,7 +1,9 @@
 """Semantic FPN (Kirillov et al. 2019, "Panoptic Feature Pyramid Networks"): backbone, pyramid, semantic head.
 
 Shapes: B images · C classes of pixels · h, w a quarter of the canvas.
-Reference: detectron2's `SemanticSegmentor` with `SemSegFPNHead`.
+References: detectron2's `SemanticSegmentor` with `SemSegFPNHead`, and mmsegmentation's `FPNHead`, which has
+batch norms, dropout and another divisor of the loss: `"semantic_head": {"norm": "batch", "dropout": 0.1,
+"loss_divisor": "all"}`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class SemanticFpn(Architecture):
     def __init__(self, config: SemanticFpnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         backbone, channels = self.backbone, config.fpn.channels
+        self.loss_divisor = config.semantic_head.loss_divisor
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
         self.semantic_head = SemanticHead(config.semantic_head, channels, STRIDES, self.num_classes)
         if config.checkpoint_heads:
@@ -60,7 +63,7 @@ class SemanticFpn(Architecture):
 
     def losses(self, predictions: SemanticPredictions, batch: Batch) -> dict[str, Tensor]:
         """See `semantic_loss`."""
-        return semantic_loss(predictions)
+        return semantic_loss(predictions, self.loss_divisor)
 
     def counts(self, predictions: SemanticPredictions) -> dict[str, Tensor]:
         """Pixels that have a class."""

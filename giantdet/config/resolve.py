@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from giantdet.config.architectures import ArchitectureConfig
+from giantdet.config.architectures.common import PartNormConfig
 from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
@@ -177,8 +178,13 @@ def _with_classes(model: ArchitectureConfig, classes: Classes) -> ArchitectureCo
 
 def _check_norm_parts(giantdet: GiantdetConfig) -> None:
     """Raise ConfigError if the `norm` block has settings for a part of the model without BatchNorms."""
-    norm, model = giantdet.norm, giantdet.model
-    for name, (where, is_batch) in model.batch_norms().items():
+    norm, parts = giantdet.norm, giantdet.model.batch_norms()
+    for name, part in norm:
+        if isinstance(part, PartNormConfig) and name not in parts:
+            raise ConfigError(
+                f"giantdet.norm.{name} is given, but {giantdet.model.type} has no such part: leave it out"
+            )
+    for name, (where, is_batch) in parts.items():
         if getattr(norm, name) is not None and not is_batch:
             raise ConfigError(
                 f"giantdet.norm.{name} is given, but there is no BatchNorm: "

@@ -124,6 +124,7 @@ class CocoPanopticDataset(CocoDataset):
         self.segment_files = np.array(names)
         self.segment_ids, self.segment_categories = np.array(ids, np.int64), np.array(categories, np.int64)
         self.segment_crowds, self.segment_start = np.array(crowds, bool), np.array(start, np.int64)
+        self._last: tuple[int, PanopticMap] | None = None
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """Return the indices of the images to train on: all, or those that have a segment."""
@@ -139,7 +140,15 @@ class CocoPanopticDataset(CocoDataset):
         )
 
     def panoptic_map(self, i: int) -> PanopticMap:
-        """See `Dataset.panoptic_map`. Pixels of ids without a segment are void, and a warning names one."""
+        """See `Dataset.panoptic_map`. The last one is kept: a sample needs it for masks and for classes.
+
+        Pixels of ids without a segment are void, and a warning names one.
+        """
+        if self._last is None or self._last[0] != i:
+            self._last = i, self._read_map(i)
+        return self._last[1]
+
+    def _read_map(self, i: int) -> PanopticMap:
         rows = slice(int(self.segment_start[i]), int(self.segment_start[i + 1]))
         segments = [
             Segment(*values)

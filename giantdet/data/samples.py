@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.masks import object_frame
-from giantdet.data.photometric import distort_colors
+from giantdet.data.photometric import distort, draw_distortion
 from giantdet.data.transforms import (
     Geometry,
     clip_boxes,
@@ -68,7 +68,7 @@ def make_sample(
     image = transform_image(dataset.read_image(i), geometry, config.size)
     if rng is not None and config.augment.photometric:
         height, width = geometry.size_hw
-        image[:height, :width] = distort_colors(image[:height, :width], rng)
+        image[:height, :width] = distort(image[:height, :width], draw_distortion(rng))
     objects = dataset.objects(i)
     boxes = transform_boxes(objects.boxes_N4, geometry)
     tiny = ~sides_ok(boxes)

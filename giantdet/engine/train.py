@@ -268,8 +268,12 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
     if not comm.is_main():
         return
     config, (total, micro_batch, accumulation) = run.giantdet, run.batch
+    keys = config.model.CLASS_KEYS
+    classes = ", ".join(
+        f"{getattr(config.model, k)} {k.removeprefix('num_').replace('_', ' ')}" for k in keys
+    )
     print(
-        f"giantdet: {config.model.type}, {config.model.backbone.name}, {model.num_classes} classes, "
+        f"giantdet: {config.model.type}, {config.model.backbone.name}, {classes}, "
         f"canvas {config.data.size}, ZeRO-{run.stage}, {comm.world_size()} ranks on {device.type}, "
         f"{config.train.steps} steps\n"
         f"batch {total} = {micro_batch} images x {accumulation} accumulated x {comm.world_size()} ranks\n"

@@ -45,6 +45,9 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
     plain = is_model_in_modules(name, _PLAIN)
     if config.stride_in_1x1 and plain:
         raise InputError(_no_bottleneck(config))
+    for key in ("position_grid", "relative_positions", "attend_padding"):
+        if getattr(config, key) and not plain:
+            raise InputError(f"{key} is for plain ViTs, not for '{config.name}'")
     backbone = PlainViT(config, image_size) if plain else Pyramid(config, image_size)
     wrap_blocks(config, backbone.body)
     return backbone

@@ -35,6 +35,8 @@ class Backbone(nn.Module):
     """Arguments with which `timm.create_model` made the body."""
     dropped_keys: frozenset[str]
     """Keys of timm's model that this backbone does not use (head, final norm, class token)."""
+    added_keys: frozenset[str] = frozenset()
+    """Keys of the body that timm's model does not have; checkpoints may lack them."""
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Return `[B, C, h, w]` maps, finest first, of normalised float images of the constructed size."""

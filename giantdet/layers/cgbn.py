@@ -174,6 +174,11 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
 
     def _normalise_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise over this rank's batch in one fused kernel, which updates the running statistics too."""
+        if x.numel() == self.num_features:
+            raise InputError(
+                f"BatchNorm of {self.num_features} channels got one value per channel, so no variance: use "
+                'a micro-batch of at least 2, "norm": {"type": "cgbn"} over several ranks, or GroupNorm'
+            )
         mean, var, factor = self.running_mean, self.running_var, self.momentum
         if self._moves():
             assert self.num_batches_tracked is not None

@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-NormName = Literal["none", "batch", "layer", "group"]
-
-GROUPS = 32
-"""Groups of GroupNorm (Wu and He 2018), the field's number."""
+from giantdet.config.architectures.common import GROUPS, NormName
 
 _NORMS: dict[NormName, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,

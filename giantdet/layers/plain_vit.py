@@ -2,9 +2,10 @@
 
 Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection": attention within
 windows, a few evenly spaced blocks with global attention, one map of stride 16. The blocks are timm's own;
-this file calls them with another layout of tokens. Deviations from ViTDet's code: there is no relative
-position bias (timm's checkpoints have none), and padded tokens are masked as keys, while ViTDet attends to
-them.
+this file calls them with another layout of tokens. Three defaults deviate from ViTDet's code, each with an
+option for ViTDet's way: no relative positions, which timm's checkpoints do not have (`relative_positions`);
+padded tokens are masked as keys (`attend_padding`); absolute positions are interpolated when weights are
+loaded and not in every forward pass (`position_grid`).
 
 The blocks see patch tokens only: class and register tokens are dropped. With `window` 0 they are kept, all
 blocks are global, and the result equals timm's own forward pass.
@@ -24,6 +25,7 @@ from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
 from torch import Tensor
 
 from giantdet.config.architectures.common import BackboneConfig
+from giantdet.errors import InputError
 from giantdet.layers.blocks import StochasticDepth
 from giantdet.layers.body import (
     Backbone,
@@ -34,6 +36,7 @@ from giantdet.layers.body import (
     require_multiple,
 )
 from giantdet.layers.cgbn import Float32Buffers
+from giantdet.layers.relative_attention import RelativeAttention
 
 _PREFIX_TOKENS = ("cls_token", "reg_token", "dist_token")
 
@@ -53,6 +56,8 @@ class PlainViT(Float32Buffers, Backbone):
         super().__init__()
         require_multiple(config, image_size, config.patch_size)
         own = dict(num_classes=0, img_size=image_size, patch_size=config.patch_size, dynamic_img_size=True)
+        if config.position_grid is not None:
+            own["img_size"] = tuple(side * config.patch_size for side in config.position_grid)
         self.timm_args = config.timm_args | own
         body = create_body(config, self.timm_args)
         keys = set(body.state_dict())
@@ -70,8 +75,11 @@ class PlainViT(Float32Buffers, Backbone):
             self._drop_prefix_tokens()
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         self._store_rope()
+        self.position_grid = self._position_grid(config)
         self.register_buffer("key_mask", self._key_mask(), persistent=False)
         self._made_mask: Tensor | None = None
+        if config.relative_positions or config.attend_padding:
+            self._replace_attention(config)
         self._tell_windows()
         if config.frozen_stages:
             # Stages of a plain ViT: the embedding, then quarters of the blocks.
@@ -94,6 +102,27 @@ class PlainViT(Float32Buffers, Backbone):
             for module in block.modules():
                 if isinstance(module, StochasticDepth) and index not in self.global_blocks:
                     module.windows = math.prod(-(-side // self.window) for side in self.grid)
+
+    def _position_grid(self, config: BackboneConfig) -> tuple[int, int] | None:
+        """Return the grid of the absolute positions where they are interpolated in every forward pass."""
+        if config.position_grid is not None and self.body.pos_embed is None:
+            raise InputError(f"backbone '{config.name}' has no absolute positions: leave out position_grid")
+        return config.position_grid
+
+    def _replace_attention(self, config: BackboneConfig) -> None:
+        """Give each block the attention of ViTDet's code."""
+        inside = None
+        if config.attend_padding and self.key_mask is not None:
+            inside, self.key_mask = self.key_mask[:, 0, 0], None
+        for index, block in enumerate(self.body.blocks):
+            is_global = index in self.global_blocks
+            grid = self.grid if is_global else (self.window, self.window)
+            block.attn = RelativeAttention(
+                block.attn, grid, config.relative_positions, None if is_global else inside
+            )
+        if config.relative_positions:
+            tables = ("rel_pos_h", "rel_pos_w")
+            self.added_keys = frozenset(key for key in self.body.state_dict() if key.endswith(tables))
 
     def _store_rope(self) -> None:
         """Store the part of the rotary embeddings that depends only on the grid.
@@ -158,9 +187,17 @@ class PlainViT(Float32Buffers, Backbone):
         tokens = x_BHWC.flatten(1, 2)
         if body.pos_embed is not None:
             first = 0 if body.no_embed_class else self.num_prefix_tokens
-            tokens = tokens + body.pos_embed[:, first:]
+            tokens = tokens + self._on_canvas(body.pos_embed[:, first:])
         dropped: Tensor = body.pos_drop(tokens)
         return dropped
+
+    def _on_canvas(self, positions_1NC: Tensor) -> Tensor:
+        """Return absolute positions for each patch of the canvas, `[1, H * W, C]`."""
+        if self.position_grid is None:
+            return positions_1NC
+        grid = rearrange(positions_1NC, "b (h w) c -> b c h w", h=self.position_grid[0])
+        resized = F.interpolate(grid.float(), self.grid, mode="bicubic", align_corners=False)
+        return resized.to(positions_1NC.dtype).flatten(2).mT
 
     def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the rotary embeddings of global and of windowed blocks.

@@ -4,10 +4,6 @@ Shapes: B images · A anchors (all levels) · N proposals · R sampled anchors �
 Reference: detectron2's `RPN` and `find_top_rpn_proposals`. One deliberate difference: anchors centred in
 the padding are neither trained nor proposed, because our canvas is fixed and may have more padding
 than a batch that is padded to its largest image (torchvision's conventions keep them).
-
-The loss reads only 256 of about 250,000 anchors, and no gradient flows through the proposals. So the forward
-pass over all cells keeps no graph, and the cells of the sampled anchors, with their 3 x 3 neighbours, pass
-through the head a second time. The numbers are the same, and the backward pass covers only those cells.
 """
 
 from __future__ import annotations
@@ -16,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from giantdet.config.architectures.common import RpnConfig
 from giantdet.config.conventions import Conventions
 from giantdet.errors import InputError
-from giantdet.layers.common import box_distance, gather_slots, normal_
+from giantdet.layers.common import box_distance, gather_slots
+from giantdet.layers.rpn_head import RpnHead, SampledRpnHead
 from giantdet.ops.anchors import centred_in_padding, grid_anchors
 from giantdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas, non_empty, pairwise_iou
 from giantdet.ops.matching import match
@@ -52,60 +48,6 @@ class RpnPredictions(NamedTuple):
     valid_BR: Tensor  # bool
 
 
-class RpnHead(nn.Module):
-    """A 3x3 convolution and two 1x1 predictors, shared by all levels."""
-
-    def __init__(self, channels: int, anchors_per_cell: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3)  # its callers pad the input with zeros
-        self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
-        self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
-            normal_(layer, std=0.01)
-
-    def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Return objectness logits `[B, h*w*K]` and deltas `[B, h*w*K, 4]`, float32, of `[B, C, h, w]`."""
-        return self.predict(F.pad(level, (1, 1, 1, 1)))
-
-    def at_anchors(self, levels: list[Tensor], index_BR: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs of `forward`, `[B, R]` and `[B, R, 4]`, at anchors `index_BR` of all levels."""
-        anchors_per_cell = self.objectness.out_channels
-        around_BRX = _neighbours(levels)[index_BR // anchors_per_cell]
-        batch, channels = levels[0].shape[:2]
-        beyond_B1C = levels[0].new_zeros(batch, 1, channels)  # the zero padding beyond the border
-        cells_BNC = torch.cat([*(level.flatten(2).mT for level in levels), beyond_B1C], 1)
-        count = cells_BNC.shape[1]
-        first_B11 = torch.arange(batch, device=index_BR.device)[:, None, None] * count
-        patches = F.embedding(around_BRX + first_B11, cells_BNC.flatten(0, 1))
-        objectness, deltas = self.predict(rearrange(patches, "b r (y x) c -> (b r) c y x", y=3))
-        which_K = (index_BR % anchors_per_cell).flatten()
-        deltas_K4 = gather_slots(deltas, which_K[:, None]).squeeze(1)
-        return objectness.gather(1, which_K[:, None]).view_as(index_BR), deltas_K4.view(*index_BR.shape, 4)
-
-    def predict(self, padded: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `forward`'s outputs for a map that is already padded by one cell on each side."""
-        hidden = F.relu(self.conv(padded))
-        objectness = rearrange(self.objectness(hidden), "b k h w -> b (h w k)")
-        deltas = rearrange(self.deltas(hidden), "b (k d) h w -> b (h w k) d", d=4)
-        return objectness.float(), deltas.float()
-
-
-def _neighbours(levels: list[Tensor]) -> Tensor:
-    """Return the indices `[N, 9]` of the 3 x 3 cells around each cell, row by row, over all levels.
-
-    The index of a neighbour beyond the border of its level is N.
-    """
-    shapes = [level.shape[-2:] for level in levels]
-    total = sum(height * width for height, width in shapes)
-    first, around = 0, []
-    for height, width in shapes:
-        number_hw = torch.arange(first, first + height * width, device=levels[0].device).view(height, width)
-        bordered = F.pad(number_hw, (1, 1, 1, 1), value=total)
-        around.append(bordered.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
-        first += height * width
-    return torch.cat(around)
-
-
 class Rpn(nn.Module):
     """Proposals from a pyramid and, in training, predictions at sampled anchors."""
 
@@ -124,7 +66,12 @@ class Rpn(nn.Module):
             )
         self.config, self.strides, self.image_size = config, strides, image_size
         self.conventions = conventions
-        self.head = RpnHead(channels, len(config.anchor_ratios))
+        per_cell = len(config.anchor_ratios)
+        self.head = (
+            RpnHead(channels, per_cell, config.convs)
+            if config.loss_pass == "dense"
+            else SampledRpnHead(channels, per_cell)
+        )
 
     def anchors(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
         """Return the anchors of each level, float32 `[A_l, 4]` in pixels.
@@ -145,12 +92,11 @@ class Rpn(nn.Module):
         self, levels: list[Tensor], sizes_B2: Tensor, targets: Targets | None, seeds_B: Tensor
     ) -> tuple[Proposals, RpnPredictions | None]:
         anchors = self.anchors(levels)
-        with torch.no_grad():
-            objectness, deltas = zip(*(self.head(level) for level in levels), strict=True)
+        objectness, deltas = self.head.over_levels(levels)
         outside = [self._outside(a, sizes_B2) for a in anchors]
-        proposals = select_proposals(
-            [score.masked_fill(out, -torch.inf) for score, out in zip(objectness, outside, strict=True)],
-            list(deltas),
+        proposals = select_proposals(  # constants: no gradient flows through them
+            [s.detach().masked_fill(out, -torch.inf) for s, out in zip(objectness, outside, strict=True)],
+            [delta.detach() for delta in deltas],
             anchors,
             sizes_B2,
             self.config.pre_nms_train if self.training else self.config.pre_nms_test,
@@ -160,28 +106,26 @@ class Rpn(nn.Module):
         )
         if targets is None:
             return proposals, None
-        predictions = self._at_sampled_anchors(
-            levels,
-            torch.cat(anchors),
-            torch.cat(outside, 1),
-            targets,
-            seeds_B,
+        labels = self._sample_anchors(torch.cat(anchors), torch.cat(outside, 1), targets, seeds_B)
+        index_BR, target_deltas_BR4, positive_BR, valid_BR = labels
+        objectness_BR, deltas_BR4 = self.head.at_anchors(levels, objectness, deltas, index_BR)
+        return proposals, RpnPredictions(
+            objectness_BR=objectness_BR,
+            deltas_BR4=deltas_BR4,
+            target_deltas_BR4=target_deltas_BR4,
+            positive_BR=positive_BR,
+            valid_BR=valid_BR,
         )
-        return proposals, predictions
 
     def _outside(self, anchors_A4: Tensor, sizes_B2: Tensor) -> Tensor:
         """Return bool `[B, A]`, True for anchors that are neither trained nor proposed."""
         outside_BA = centred_in_padding(anchors_A4, sizes_B2)
         return torch.zeros_like(outside_BA) if self.conventions.anchors_in_padding else outside_BA
 
-    def _at_sampled_anchors(
-        self,
-        levels: list[Tensor],
-        anchors_A4: Tensor,
-        outside_BA: Tensor,
-        targets: Targets,
-        seeds_B: Tensor,
-    ) -> RpnPredictions:
+    def _sample_anchors(
+        self, anchors_A4: Tensor, outside_BA: Tensor, targets: Targets, seeds_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return indices `[B, R]`, target deltas `[B, R, 4]`, and which are positive and valid, `[B, R]`."""
         config = self.config
         # Masked before matching: the best anchor of an object at the border must be one that can be sampled.
         iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4).masked_fill_(outside_BA[:, None], 0.0)
@@ -197,14 +141,8 @@ class Rpn(nn.Module):
         boxes_BR4 = gather_slots(targets.boxes_BM4, index_BA.gather(1, index_BR))
         # Negatives have no target box; with the anchor itself as the target the encoding is finite.
         boxes_BR4 = torch.where(positive_BR[..., None], boxes_BR4, anchors_BR4)
-        objectness_BR, deltas_BR4 = self.head.at_anchors(levels, index_BR)
-        return RpnPredictions(
-            objectness_BR=objectness_BR,
-            deltas_BR4=deltas_BR4,
-            target_deltas_BR4=encode_deltas(boxes_BR4, anchors_BR4, DELTA_WEIGHTS),
-            positive_BR=positive_BR,
-            valid_BR=valid_BR,
-        )
+        target_deltas_BR4 = encode_deltas(boxes_BR4, anchors_BR4, DELTA_WEIGHTS)
+        return index_BR, target_deltas_BR4, positive_BR, valid_BR
 
 
 def select_proposals(

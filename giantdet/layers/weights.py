@@ -37,7 +37,7 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
 
     timm's own filter of the model family runs first: it renames the keys of other projects and resamples
     patch and position embeddings. Head, final norm and class token, which the backbone does not use, are left
-    out and logged.
+    out and logged. Relative positions that the file lacks stay zero.
 
     Raises InputError, a ValueError, for a missing file, a file without weights, and any mismatch of keys.
     """
@@ -55,6 +55,8 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
             state = translate(state, backbone.body)
         except _FOREIGN as error:
             raise InputError(f"{what} does not look like weights of '{config.name}': {error}") from error
+    own = backbone.body.state_dict()
+    state = {key: own[key] for key in backbone.added_keys} | dict(state)
     what = f"{what} as backbone '{config.name}'"
     ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
     load_strictly(backbone.body, state, what, ignore)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden import (
-    BOX_HEAD,
-    RCNN,
-    as_golden,
-    assert_same_detections,
-    assert_same_gradient_of_each_parameter,
-    assert_same_gradients,
-    assert_same_proposals,
-    build,
-    load,
-)
+from golden import BOX_HEAD, RCNN, build, golden_step, load
+from golden_compare import as_golden, assert_same_detections, assert_same_proposals, assert_same_step
 from test_detector import build as small
 from test_detector import dataset, emptied, step  # noqa: F401
 from test_detector import load as demo
@@ -70,15 +60,8 @@ class Stages:
         monkeypatch.setattr(model, "stage", record)
 
 
-@torch.no_grad()
 def test_proposals(model: CascadeMaskRcnn, golden: Path, arrays: Any) -> None:
-    batch = load(golden)
-    for training, name in ((False, "proposals"), (True, "train_proposals")):
-        model.train(training)
-        proposals, _ = model.rpn(model.pyramid(batch), batch.sizes_B2, None, batch.seeds_B)
-        assert proposals.valid_BN.all()
-        for i in range(2):
-            assert_same_proposals(proposals.boxes_BN4[i], proposals.scores_BN[i], arrays, f"{name}.{i}")
+    assert_same_proposals(model, load(golden), arrays)
 
 
 @torch.no_grad()
@@ -103,15 +86,11 @@ def test_detections_and_stages(
 
 @pytest.mark.parametrize("empty", [(), (1,)])
 def test_losses_and_gradients(model: CascadeMaskRcnn, golden: Path, empty: tuple[int, ...]) -> None:
-    expected = json.loads((golden / "cascade_A.json").read_text())
-    norms = expected["grad_norms"]
-    if empty:
-        expected = expected["second_image_without_objects"]
-        norms = {"total": expected["grad_norms_total"]}
+    expected = golden_step(golden, "cascade", empty)
     batch = load(golden, *empty)
     predictions = model.train()(batch)
     counts = {name: float(count) for name, count in model.counts(predictions).items()}
-    wanted = expected["counts"]
+    wanted = expected.counts
     assert counts["rpn_positive"] == wanted["rpn/num_pos_anchors"]
     for k, prefix in enumerate(("", "stage1/", "stage2/")):
         sampled = float(predictions.stages[k].valid_BR.sum()) / 2
@@ -119,12 +98,7 @@ def test_losses_and_gradients(model: CascadeMaskRcnn, golden: Path, empty: tuple
         assert sampled - counts[f"roi_positive_stage{k}"] == wanted[f"{prefix}roi_head/num_bg_samples"]
     assert counts["mask_slots_used"] == counts["roi_positive_stage0"]
     losses = as_golden(model.losses(predictions, batch), predictions.rpn.valid_BR.shape[1])
-    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(expected["losses"], rel=1e-4)
-    for name, modules in norms.items():
-        loss = total_loss(losses) if name == "total" else losses[name]
-        assert_same_gradients(model, loss, modules, rel=1e-3)
-    if not empty:  # the last one was the total
-        assert_same_gradient_of_each_parameter(model, expected["grad_norm_per_parameter"], rel=2e-3)
+    assert_same_step(model, losses, expected, rel=1e-3, parameter_rel=2e-3)
 
 
 def test_a_batch_without_objects_has_clean_gradients(model: CascadeMaskRcnn, golden: Path) -> None:

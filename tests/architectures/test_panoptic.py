@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden_semantic import (
-    BACKBONE,
-    CANVAS,
-    fill,
-    grad_norms,
-    load_batch,
-    rcnn_names,
-    resnet_names,
-    semantic_names,
-)
+from golden import BOX_HEAD, CANVAS, RCNN, build, golden_step, load
+from golden_compare import as_golden, assert_same_step
 from test_trace import Recorder
 
 from giantdet.architectures import build_model, total_loss
@@ -31,97 +22,44 @@ from giantdet.evaluation.semantic import whole_image_classes
 from giantdet.structures import IGNORE, Batch
 
 RAW = {
+    **RCNN,
     "type": "panoptic_fpn",
-    "num_classes": 5,
     "num_stuff_classes": 6,
-    "backbone": {**BACKBONE, "stride_in_1x1": True},
-    "fpn": {"channels": 32},
-    # Samples larger than there are candidates: everything is taken.
-    "rpn": {
-        "batch_per_image": 32768,
-        "positive_fraction": 1.0,
-        "pre_nms_train": 1000,
-        "pre_nms_test": 200,
-        "post_nms_train": 300,
-        "post_nms_test": 100,
-    },
-    "box_head": {
-        "width": 64,
-        "sampling_ratio": 0,
-        "batch_per_image": 4096,
-        "positive_fraction": 1.0,
-        "score_threshold": 0.2,
-        "detections": 60,
-    },
-    "mask_head": {"convs": 2, "width": 32, "sampling_ratio": 0},
+    "box_head": BOX_HEAD,
     "semantic_head": {"width": 64},
     "instance_loss_weight": 0.8,
 }
+
+
 LOOSE = PanopticMergeConfig(score=0.3, overlap=0.3, stuff_area=500)
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> Path:
-    return shared / "golden/models"
-
-
-def our_name(key: str) -> str:
-    return semantic_names(rcnn_names(resnet_names(key)))
-
-
-@pytest.fixture(scope="module")
 def model(golden: Path) -> PanopticFpn:
-    built = build_model(PanopticFpnConfig.model_validate(RAW), CANVAS, NormConfig(type="frozen"))
+    built = build(golden, "panoptic", RAW)
     assert isinstance(built, PanopticFpn)
-    fill(built, golden, "panoptic", our_name, caffe=True)
     return built
 
 
-@pytest.mark.parametrize("empty", [None, 1])
-def test_losses_and_gradients(model: PanopticFpn, golden: Path, empty: int | None) -> None:
-    expected = json.loads((golden / "panoptic_A.json").read_text())
-    whole = expected if empty is None else expected["second_image_without_objects"]
-    norms = expected["grad_norms"]["total"] if empty is None else whole["grad_norms_total"]
-    model.train().zero_grad()
-    batch = load_batch(golden, empty)
-    predictions = model(batch)
+@pytest.mark.parametrize("empty", [(), (1,)])
+def test_losses_and_gradients(model: PanopticFpn, golden: Path, empty: tuple[int, ...]) -> None:
+    expected = golden_step(golden, "panoptic", empty)
+    batch = load(golden, *empty)
+    predictions = model.train()(batch)
     counts = {name: float(count) for name, count in model.counts(predictions).items()}
-    assert counts["rpn_positive"] == whole["counts"]["rpn/num_pos_anchors"]
-    assert counts["roi_positive"] == whole["counts"]["roi_head/num_fg_samples"]
+    assert counts["rpn_positive"] == expected.counts["rpn/num_pos_anchors"]
+    assert counts["roi_positive"] == expected.counts["roi_head/num_fg_samples"]
     assert counts["labelled_pixels"] == float((batch.targets.semantic_BHW != IGNORE).sum() / 2)
-    losses = model.losses(predictions, batch)
-    # detectron2 gives the instance weight to all of these but loss_cls, and divides the RPN's by the size
-    # of the sample that was asked for, of which there are fewer anchors.
-    asked = 32768 / predictions.objects.rpn.valid_BR.shape[1]
-    factors = {"loss_cls": 1 / 0.8, "loss_rpn_cls": 1 / asked, "loss_rpn_loc": 1 / asked}
-    losses = {name: loss * factors.get(name, 1.0) for name, loss in losses.items()}
-    found = {name: float(loss.detach()) for name, loss in losses.items()}
-    assert found == pytest.approx(whole["losses"], rel=1e-4)
-    total_loss(losses).backward()  # type: ignore[no-untyped-call]
-    box = model.box_head
-    assert model.mask_head is not None
-    parts: dict[str, torch.nn.Module | list[torch.nn.Module]] = {
-        "backbone.bottom_up": model.backbone,
-        "backbone.fpn": model.fpn,
-        "proposal_generator": model.rpn,
-        "roi_heads.box_head": box.fcs,
-        "roi_heads.box_predictor": [box.classes, box.deltas],
-        "roi_heads.mask_head": model.mask_head,
-        "sem_seg_head": model.semantic_head,
-    }
-    assert grad_norms(parts) == pytest.approx(norms, rel=1e-4)
-    if empty is None:
-        ours = dict(model.named_parameters())
-        each = {key: ours[our_name(key)] for key in expected["grad_norm_per_parameter"]}
-        assert len(each) == len(ours)
-        per_parameter = {key: float(p.grad.norm()) for key, p in each.items() if p.grad is not None}
-        assert per_parameter == pytest.approx(expected["grad_norm_per_parameter"], rel=1e-3)
+    losses = as_golden(model.losses(predictions, batch), predictions.objects.rpn.valid_BR.shape[1])
+    # detectron2 gives the instance weight to all losses of the heads but loss_cls.
+    losses["loss_cls"] = losses["loss_cls"] / 0.8
+    assert_same_step(model, losses, expected, parameter_rel=1e-3)
 
 
 @torch.no_grad()
 def test_answers(model: PanopticFpn, golden: Path) -> None:
     """Detections and their masks at the asked size, and the semantic logits."""
-    expected, batch = np.load(golden / "panoptic_A.npz"), load_batch(golden)
+    expected, batch = np.load(golden / "panoptic_A.npz"), load(golden)
     found = model.eval()(batch)
     logits = torch.from_numpy(expected["sem.logits_stride4"])
     torch.testing.assert_close(found.semantic_BCHW, logits, atol=2e-4, rtol=0)
@@ -142,13 +80,25 @@ def test_answers(model: PanopticFpn, golden: Path) -> None:
 
 def test_nothing_to_learn(model: PanopticFpn, golden: Path) -> None:
     """Without an object and a labelled pixel, every parameter has a finite gradient all the same."""
-    batch = without_targets(load_batch(golden))
+    batch = without_targets(load(golden))
     model.train().zero_grad()
     losses = model.losses(model(batch), batch)
     assert losses["loss_sem_seg"] == losses["loss_mask"] == losses["loss_box_reg"] == 0
     total_loss(losses).backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@torch.no_grad()
+def test_semantic_loss_over_all_pixels(model: PanopticFpn, golden: Path) -> None:
+    batch = load(golden)
+    predictions, share = model.train()(batch), (batch.targets.semantic_BHW != IGNORE).float().mean()
+    labelled = model.losses(predictions, batch)["loss_sem_seg"]
+    config = PanopticFpnConfig.model_validate({**RAW, "semantic_head": {"width": 64, "loss_divisor": "all"}})
+    other = build_model(config, CANVAS, NormConfig(type="frozen"))
+    torch.testing.assert_close(other.losses(predictions, batch)["loss_sem_seg"], labelled * share)
+    batch = without_targets(batch)
+    assert other.losses(model(batch), batch)["loss_sem_seg"] == 0
 
 
 def without_targets(batch: Batch) -> Batch:
@@ -161,7 +111,7 @@ def without_targets(batch: Batch) -> Batch:
 
 
 def test_a_step_never_asks_the_device(model: PanopticFpn, golden: Path) -> None:
-    batch = load_batch(golden)
+    batch = load(golden)
     with Recorder() as recorder:
         total_loss(model.train().losses(model(batch), batch)).backward()  # type: ignore[no-untyped-call]
         model.eval()(batch)
@@ -179,10 +129,16 @@ def test_masks_are_needed() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "rule"), [("panoptic", DETECTRON2), ("panoptic_loose", LOOSE)])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("panoptic", DETECTRON2),
+        ("panoptic_loose", LOOSE),
+    ],
+)
 def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: PanopticMergeConfig) -> None:
     """Objects and stuff merged as in detectron2."""
-    expected, batch = np.load(golden / "panoptic_A.npz"), load_batch(golden)
+    expected, batch = np.load(golden / "panoptic_A.npz"), load(golden)
     found = model.eval()(batch)
     for i in range(2):
         chosen = found.detections.valid_BD[i]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden import BACKBONE, build, load, norm
+from golden import BACKBONE, build, golden_step, load
+from golden_compare import assert_same_step
 from torch.utils._pytree import tree_flatten
 
 from giantdet.architectures import build_model, total_loss
@@ -34,27 +34,16 @@ def model(golden: Path) -> RetinaNet:
 
 @pytest.mark.parametrize("empty", [(), (1,)])
 def test_losses_and_gradients(model: RetinaNet, golden: Path, empty: tuple[int, ...]) -> None:
-    expected = json.loads((golden / "retinanet_A.json").read_text())
-    norms = expected["grad_norms"]["total"]
-    if empty:
-        expected = expected["second_image_without_objects"]
-        norms = expected["grad_norms_total"]
-    model.train().zero_grad()
+    expected = golden_step(golden, "retinanet", empty)
+    model.train()
     with torch.no_grad():
         model.head.normalizer.fill_(100.0)
     batch = load(golden, *empty)
     predictions = model(batch)
     losses = model.losses(predictions, batch)
-    assert float(model.counts(predictions)["anchors_positive"]) == expected["counts"]["num_pos_anchors"]
-    assert float(model.head.normalizer) == pytest.approx(expected["loss_normalizer"], rel=1e-6)
-    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(expected["losses"], rel=1e-4)
-    total_loss(losses).backward()  # type: ignore[no-untyped-call]
-    found = {
-        "backbone.bottom_up": norm([p.grad for p in model.backbone.parameters()]),
-        "backbone.fpn": norm([p.grad for p in model.fpn.parameters()]),
-        "head": norm([p.grad for p in model.head.parameters()]),
-    }
-    assert found == pytest.approx(norms, rel=1e-4)
+    assert float(model.counts(predictions)["anchors_positive"]) == expected.counts["num_pos_anchors"]
+    assert float(model.head.normalizer) == pytest.approx(expected.whole["loss_normalizer"], rel=1e-6)
+    assert_same_step(model, losses, expected, finest=3)
 
 
 @torch.no_grad()

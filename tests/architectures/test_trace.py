@@ -54,6 +54,19 @@ TRAINED: dict[str, dict[str, Any]] = {
     "torchvision": {"conventions": "torchvision"},
     "giou": {"box_head": {"loss": "giou"}},
     "ciou": {"kind": "cascade_mask_rcnn", "box_head": {"loss": "ciou"}},
+    "sampled": {"rpn": {"loss_pass": "sampled"}},
+    "vitdet": {
+        "backbone": {
+            "name": "vit_tiny_patch16_224",
+            "timm_args": {"embed_dim": 24, "depth": 2, "num_heads": 3},
+            "window": 3,
+            "global_blocks": 1,
+            "position_grid": [3, 3],
+            "relative_positions": True,
+            "attend_padding": True,
+        },
+        "rpn": {"convs": 2},
+    },
 }
 
 

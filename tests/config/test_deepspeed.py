@@ -157,7 +157,7 @@ def test_blocks_without_models() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_deepspeed_accepts_resolved_recipes(recipe: Path) -> None:
     run = resolve(
-        load_run(recipe), world_size=1, train_images=1000, classes=Classes.numbered(80, 54), has_gpu=False
+        load_run(recipe), world_size=1, train_images=100_000, classes=Classes.numbered(80, 54), has_gpu=False
     )
     config = DeepSpeedConfig(run.deepspeed_json())
     assert config.train_batch_size == run.deepspeed["train_batch_size"]

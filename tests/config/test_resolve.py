@@ -135,6 +135,7 @@ def scheduler_of(kind: str, params: dict[str, Any], steps: int = 2000) -> dict[s
 
 RUN_OF_2 = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
 FPN_BATCH = {"fpn": {"norm": "batch"}}
+UPERNET = {"type": "upernet", "num_classes": 3}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ FPN_BATCH = {"fpn": {"norm": "batch"}}
     [
         ({"fpn": {"type": "local"}}, {}, ["giantdet.norm.fpn", "giantdet.model.fpn"]),
         ({"heads": {"type": "local"}}, FPN_BATCH, ["giantdet.norm.heads", "giantdet.model.box_head"]),
+        ({"fpn": {"type": "local"}}, UPERNET, ["giantdet.norm.fpn", "upernet has no such part"]),
     ],
 )
 def test_norms_for_parts_without_batch_norm(

@@ -1,17 +1,19 @@
-"""A panoptic and a semantic model, trained and evaluated on a data set that has everything they need."""
+"""A panoptic and two semantic models, trained and evaluated on a data set that has everything they need."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from tiny import MODEL
 
 from giantdet.architectures import build_model, total_loss
+from giantdet.config.architectures import SECTIONS, ArchitectureConfig
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
-from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
 from giantdet.config.classes import Classes
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
@@ -49,7 +51,7 @@ class Scenes(CocoDataset):
         return PanopticMap(ids, segments)
 
 
-def train_and_evaluate(config: PanopticFpnConfig | SemanticFpnConfig, folder: Path, out: Path) -> Evaluation:
+def train_and_evaluate(config: ArchitectureConfig, folder: Path, out: Path) -> Evaluation:
     torch.manual_seed(0)
     model, training = build_model(config, (64, 64)), Scenes(folder, "train")
     batch = next(train_loader(training, CONFIG, 2, targets=model.targets))
@@ -86,15 +88,17 @@ def test_panoptic_model(demo_data: Path, tmp_path: Path) -> None:
     assert "mIoU" in found.table and "PQ by class" in found.table
 
 
-def test_semantic_model(demo_data: Path, tmp_path: Path) -> None:
-    raw = {
-        "type": "semantic_fpn",
-        "num_classes": 3,
-        "backbone": MODEL["backbone"],
-        "fpn": MODEL["fpn"],
-        "semantic_head": {"width": 32},
-    }
-    found = train_and_evaluate(SemanticFpnConfig.model_validate(raw), demo_data, tmp_path)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"type": "semantic_fpn", "fpn": MODEL["fpn"], "semantic_head": {"width": 32}},
+        {"type": "upernet", "decode_head": {"width": 32}, "auxiliary_head": {"width": 16}},
+    ],
+)
+def test_semantic_models(demo_data: Path, tmp_path: Path, parts: dict[str, Any]) -> None:
+    section = SECTIONS[parts["type"]]
+    raw = {"num_classes": 3, "backbone": MODEL["backbone"], **parts}
+    found = train_and_evaluate(section.model_validate(raw), demo_data, tmp_path)
     assert set(found.scores) == {"semantic"}
     assert set(found.scores["semantic"]["per_class"]) == {"things", "above", "below"}
     assert found.primary == found.scores["semantic"]["mIoU"] >= 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torchmetrics.functional.detection import panoptic_quality
 
 from giantdet.config.architectures.common import PanopticMergeConfig
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
@@ -251,3 +252,26 @@ def test_png() -> None:
 
 def test_it_is_one_of_the_metrics() -> None:
     assert PanopticEvaluator in EVALUATORS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_torchmetrics(seed: int) -> None:
+    """Maps without void, of which torchmetrics takes a found one out of the union too, and without crowds."""
+    rng = np.random.default_rng(seed)
+    category = {1: 0, 2: 0, 3: 1, 4: 2, 5: 2, 6: 3, 7: 4, 8: 5}  # 3 classes of things, 3 of stuff
+    blocks = np.kron(rng.integers(1, 9, (6, 7)), np.ones((6, 6), np.int64)).astype(np.int32)
+    noise = rng.random(blocks.shape) < rng.choice([0.1, 0.4], blocks.shape[1])
+    found = np.where(noise, rng.integers(1, 9, blocks.shape), blocks).astype(np.int32)
+    maps = [
+        PanopticMap(ids, [Segment(n, c) for n, c in category.items() if (ids == n).any()])
+        for ids in (found, blocks)
+    ]
+    kinds = [np.vectorize(category.__getitem__)(panoptic.ids_HW) for panoptic in maps]
+    pairs = [
+        torch.from_numpy(np.stack([kind, np.where(kind < 3, panoptic.ids_HW, 0)], -1))[None].long()
+        for kind, panoptic in zip(kinds, maps, strict=True)
+    ]
+    theirs = panoptic_quality(*pairs, things={0, 1, 2}, stuffs={3, 4, 5}, return_per_class=True)
+    ours = panoptic_scores(match_segments(maps[1], maps[0], 6), "abcdef", 3)["per_class"]
+    assert list(ours.values()) == pytest.approx(theirs.flatten().tolist(), abs=1e-6)  # float32
+    assert 0 < theirs.max() < 1

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import FpnConfig
 from giantdet.layers.fpn import FeaturePyramid, Subsampled, build_fpn
 
@@ -49,11 +50,33 @@ def test_initialisation_is_detectron2s() -> None:
 
 
 def test_norms_replace_biases() -> None:
-    for norm in ("batch", "layer"):
-        fpn = FeaturePyramid(FpnConfig(channels=8, norm=norm), CHANNELS, Subsampled())
+    for norm in ("batch", "layer", "group"):
+        fpn = FeaturePyramid(FpnConfig(channels=32, norm=norm), CHANNELS, Subsampled())
         for block in (*fpn.laterals, *fpn.outputs):
             assert block[0].bias is None and len(block) == 2
-        assert [level.shape[1] for level in fpn(maps(64, 64))] == [8] * 5
+        assert [level.shape[1] for level in fpn(maps(64, 64))] == [32] * 5
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "retinanet", "semantic_fpn"])
+def test_group_norms_need_multiples_of_their_groups(kind: str) -> None:
+    """The message names the key that gives the number of channels; unused layers are no problem."""
+    head = {"mask_rcnn": "box_head", "retinanet": "head"}.get(kind)
+    sections = {"fpn": {"channels": 48, "norm": "group"}}
+    (problem,) = _problems(kind, sections)
+    assert problem.startswith("fpn.channels must be a multiple of 32, the groups of GroupNorm, got 48")
+    assert not _problems(kind, {"fpn": {"channels": 64, "norm": "group"}})
+    if head is not None:
+        group = {"fpn": {"channels": 48}, head: {"convs": 1, "norm": "group"}}
+        assert _problems(kind, group)[0].startswith(f"fpn.channels (with {head}.norm group)")
+        assert not _problems(kind, {**group, head: {"convs": 0, "norm": "group"}})
+    if kind == "mask_rcnn":
+        mask = {"width": 40, "norm": "group"}
+        assert _problems(kind, {"mask_head": mask})[0].startswith("mask_head.width must be a multiple of 32")
+        assert not _problems(kind, {"mask_head": {**mask, "enabled": False}})
+
+
+def _problems(kind: str, sections: dict[str, dict[str, object]]) -> list[str]:
+    return list(SECTIONS[kind].model_validate({"type": kind, **sections}).problems())
 
 
 def test_simple_pyramid_has_the_same_strides() -> None:

@@ -10,6 +10,7 @@ from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
 from giantdet.config.architectures.retinanet import RetinaNetConfig
 from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
+from giantdet.config.architectures.upernet import UperNetConfig
 from giantdet.config.section import tagged_union
 
 __all__ = ["DEFAULT", "SECTIONS", "ArchitectureConfig", "ModelConfig"]
@@ -20,6 +21,7 @@ SECTIONS: dict[str, type[ArchitectureConfig]] = {
     "panoptic_fpn": PanopticFpnConfig,
     "retinanet": RetinaNetConfig,
     "semantic_fpn": SemanticFpnConfig,
+    "upernet": UperNetConfig,
 }
 DEFAULT = "mask_rcnn"
 

@@ -15,6 +15,19 @@ from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.section import Auto, Fraction, PositiveInt, Section
 
+NormName = Literal["none", "batch", "layer", "group"]
+"""Norm after a convolution of a pyramid or a head: `batch` is set by the `norm` block, `layer` is ViTDet's
+LayerNorm over the channels of each position, `group` GroupNorm (Wu and He 2018)."""
+
+GROUPS = 32
+"""Groups of GroupNorm, the field's number."""
+
+
+def group_norm_problems(norm: NormName, key: str, channels: int) -> Iterator[str]:
+    """Yield a message where the `channels`, given by the setting `key`, cannot be divided into groups."""
+    if norm == "group" and channels % GROUPS:
+        yield f"{key} must be a multiple of {GROUPS}, the groups of GroupNorm, got {channels}"
+
 
 class BackboneConfig(Section):
     """A timm model as the backbone; `layers/backbone.py` has the three adapters."""
@@ -45,14 +58,40 @@ class BackboneConfig(Section):
     """Plain ViTs: number of evenly spaced blocks with global attention (ViTDet's 4)."""
     patch_size: PositiveInt = 16
     """Plain ViTs: the patch embedding is resampled to this size."""
+    position_grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Plain ViTs with windows: rows and columns of the absolute position embeddings, which are interpolated
+    (bicubic) to the canvas in every forward pass; ViTDet: [14, 14]. None: they have the size of the canvas,
+    and are interpolated once, when weights are loaded."""
+    relative_positions: bool = False
+    """Plain ViTs with windows: learnt relative positions in every block, by rows and by columns (ViTDet)."""
+    attend_padding: bool = False
+    """Plain ViTs with windows: tokens also attend to the padding of windows that reach beyond the canvas, as
+    in ViTDet's code. False masks it."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield messages like those of `ArchitectureConfig.problems`."""
+        if self.drop_path_rate >= 1:
+            yield "backbone.drop_path_rate must be less than 1: it is the share of dropped blocks"
+        if self.pretrained and self.init_weights:
+            yield (
+                "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
+            )
+        for key in ("position_grid", "relative_positions", "attend_padding"):
+            if getattr(self, key) and not self.window:
+                yield f"backbone.{key} needs windows: set backbone.window to the side of a window in patches"
 
 
 class FpnConfig(Section):
     """Feature pyramid P2-P6 (Lin et al. 2017; for plain ViTs the simple pyramid of ViTDet)."""
 
     channels: PositiveInt = 256
-    norm: Literal["none", "batch", "layer"] = "none"
-    """Norm after each FPN convolution; `batch` is set by the `norm` block, `layer` is ViTDet's LayerNorm."""
+    norm: NormName = "none"
+    """Norm after each FPN convolution; `batch` is set by the `norm` block, `layer` is ViTDet's LayerNorm,
+    `group` is GroupNorm of 32 groups."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield messages like those of `ArchitectureConfig.problems`."""
+        yield from group_norm_problems(self.norm, "fpn.channels", self.channels)
 
 
 class RpnConfig(Section):
@@ -80,6 +119,12 @@ class RpnConfig(Section):
     post_nms_test: PositiveInt = 1000
     """The same, in evaluation."""
     nms_iou: Fraction = 0.7
+    convs: PositiveInt = 1
+    """Number of 3x3 convolutions, each followed by a ReLU. ViTDet: 2."""
+    loss_pass: Literal["dense", "sampled"] = "dense"
+    """Which cells the gradient of the RPN passes through. dense: all; sampled: those of the sampled anchors,
+    which pass through the head a second time. The losses are the same up to rounding; sampled is
+    faster and needs less memory with large canvases, and has a single convolution (docs/benchmarks.md)."""
 
     def problems(self) -> Iterator[str]:
         """Yield messages like those of `ArchitectureConfig.problems`."""
@@ -90,6 +135,8 @@ class RpnConfig(Section):
             yield f"rpn.anchor_ratios must be positive numbers, got {list(ratios)}"
         if self.iou_low > self.iou_high:
             yield f"rpn.iou_low ({self.iou_low}) must not exceed iou_high ({self.iou_high})"
+        if self.loss_pass == "sampled" and self.convs != 1:
+            yield f"rpn.loss_pass must be dense with rpn.convs {self.convs}: sampled has one convolution"
 
 
 BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
@@ -102,7 +149,8 @@ class BaseBoxHeadConfig(Section):
     """Number of 3x3 convolutions before the fully connected layers (4 with fcs=1 is 4conv1fc)."""
     fcs: Annotated[int, Field(ge=1)] = 2
     width: PositiveInt = 1024
-    norm: Literal["none", "batch", "layer"] = "none"
+    norm: NormName = "none"
+    """Norm after each convolution, as in `fpn`."""
     resolution: PositiveInt = 7
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
     """RoIAlign points per bin and axis. 0: adaptive, detectron2's default, slower (`ops/roi_align.py`)."""
@@ -132,13 +180,23 @@ class MaskHeadConfig(Section):
     """False gives Faster R-CNN."""
     convs: PositiveInt = 4
     width: PositiveInt = 256
-    norm: Literal["none", "batch", "layer"] = "none"
+    norm: NormName = "none"
+    """Norm after each convolution, as in `fpn`."""
     resolution: PositiveInt = 14
     """Side of the RoIAlign output; the predicted mask has twice this side."""
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
     slots: PositiveInt = 64
     """Maximum number of sampled positive RoIs per image whose mask is trained; unused slots are computed
     too. detectron2 trains the masks of all positives, at most 128."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield messages like those of `ArchitectureConfig.problems`."""
+        if self.enabled:
+            yield from group_norm_problems(self.norm, "mask_head.width", self.width)
+
+
+LossDivisor = Literal["labelled", "all"]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class SemanticHeadConfig(Section):
@@ -148,11 +206,15 @@ class SemanticHeadConfig(Section):
     norm: Literal["none", "batch", "group"] = "group"
     """Norm layer after each convolution: `group` is GroupNorm of 32 groups, `batch` follows the `norm`
     block."""
+    dropout: Dropout = 0.0
+    """Probability that training sets a channel to zero before the last convolution. mmsegmentation: 0.1."""
+    loss_divisor: LossDivisor = "labelled"
+    """Pixels that the summed cross-entropy is divided by. labelled: those with a class, as in detectron2;
+    all: all pixels of the canvas, ignored ones and padding too, as in mmsegmentation."""
 
     def problems(self) -> Iterator[str]:
-        """Messages as those of `ArchitectureConfig.problems`."""
-        if self.norm == "group" and self.width % 32:
-            yield f"semantic_head.width must be a multiple of 32, the groups of its norm, got {self.width}"
+        """Yield messages like those of `ArchitectureConfig.problems`."""
+        yield from group_norm_problems(self.norm, "semantic_head.width", self.width)
 
 
 class PanopticMergeConfig(Section):
@@ -208,12 +270,7 @@ class ArchitectureConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield messages about wrong combinations of values; each begins with a path in `giantdet.model`."""
-        if self.backbone.drop_path_rate >= 1:
-            yield "backbone.drop_path_rate must be less than 1: it is the share of dropped blocks"
-        if self.backbone.pretrained and self.backbone.init_weights:
-            yield (
-                "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
-            )
+        yield from self.backbone.problems()
 
     def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
         """Return, by part of the `norm` block, which section enables its batch norms, and whether it does."""

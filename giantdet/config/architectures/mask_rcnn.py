@@ -13,6 +13,7 @@ from giantdet.config.architectures.common import (
     MaskHeadConfig,
     NormPart,
     RpnConfig,
+    group_norm_problems,
 )
 
 
@@ -26,7 +27,13 @@ class TwoStageConfig(ArchitectureConfig):
 
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
+        yield from self.fpn.problems()
         yield from self.rpn.problems()
+        if self.box_head.convs:
+            yield from group_norm_problems(
+                self.box_head.norm, "fpn.channels (with box_head.norm group)", self.fpn.channels
+            )
+        yield from self.mask_head.problems()
         yield from super().problems()
 
     def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:

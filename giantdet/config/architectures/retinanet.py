@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from giantdet.config.architectures.common import ArchitectureConfig, FpnConfig, NormPart
+from giantdet.config.architectures.common import (
+    ArchitectureConfig,
+    FpnConfig,
+    NormName,
+    NormPart,
+    group_norm_problems,
+)
 from giantdet.config.section import Fraction, PositiveFloat, PositiveInt, Section
 
 
@@ -16,7 +22,8 @@ class RetinaHeadConfig(Section):
 
     convs: Annotated[int, Field(ge=0)] = 4
     """Number of 3x3 convolutions in each tower."""
-    norm: Literal["none", "batch", "layer"] = "none"
+    norm: NormName = "none"
+    """Norm after each convolution, as in `fpn`."""
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
     """Side of the square anchor on each of P3 to P7, in pixels."""
     anchor_scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
@@ -60,6 +67,11 @@ class RetinaNetConfig(ArchitectureConfig):
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
         head = self.head
+        yield from self.fpn.problems()
+        if head.convs:
+            yield from group_norm_problems(
+                head.norm, "fpn.channels (with head.norm group)", self.fpn.channels
+            )
         if len(head.anchor_sizes) != 5 or min(head.anchor_sizes) <= 0:
             yield f"head.anchor_sizes must be 5 positive numbers, for P3 to P7, got {list(head.anchor_sizes)}"
         for name, values in (("anchor_scales", head.anchor_scales), ("anchor_ratios", head.anchor_ratios)):

@@ -21,6 +21,7 @@ class SemanticFpnConfig(ArchitectureConfig):
 
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
+        yield from self.fpn.problems()
         yield from self.semantic_head.problems()
         yield from super().problems()
 

@@ -1,0 +1,103 @@
+"""Golden models of mmsegmentation: their weights in our names, and comparisons with what they gave.
+
+Tolerances are 1e-4, relative; for an array, of its largest value. A change of 1e-6 on every weight moves the
+arrays by at most 2e-5 of it and the gradient norms of modules by at most 7e-5 (`mmseg_*_A_noise.json`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden import CANVAS, load, load_weights
+from golden_compare import norm
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from giantdet.architectures import Architecture, build_model, total_loss
+from giantdet.config.architectures import SECTIONS
+from giantdet.config.architectures.common import NormConfig
+from giantdet.layers.semantic_head import to_canvas
+
+# Theirs is ResNetV1c: three 3x3 convolutions in the stem.
+BACKBONE: dict[str, Any] = {
+    "name": "resnet50c",
+    "timm_args": {"stem_width": 4, "channels": [8, 16, 32, 64]},
+}
+TOLERANCE = 1e-4
+
+
+def common_names(key: str) -> str:
+    """Our name of a parameter of the backbone; in the rest, of the layers of a `ConvModule`."""
+    if not key.startswith("backbone."):
+        return key.replace(".conv.", ".0.").replace(".bn.", ".1.").replace(".conv_seg.", ".classes.")
+    key = re.sub(r"^backbone\.stem\.7", "backbone.bn1", key)
+    return re.sub(r"^backbone\.stem", "backbone.conv1", key).replace("backbone.", "backbone.body.", 1)
+
+
+def build(golden: Path, name: str, section: dict[str, Any], our_name: Callable[[str], str]) -> Architecture:
+    """The model of this section with mmsegmentation's weights, its BatchNorms trainable."""
+    config = SECTIONS[section["type"]].model_validate({"num_classes": 7, "backbone": BACKBONE, **section})
+    model = build_model(config, CANVAS, NormConfig(type="local"))
+    state = {our_name(key): value for key, value in load_weights(golden, f"mm/{name}").items()}
+    model.load_state_dict(state)
+    return model
+
+
+def evaluate_norms(model: Architecture) -> None:
+    """Training mode, except for BatchNorms, which use their running statistics."""
+    for module in model.train().modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def check_training(
+    model: Architecture, golden: Path, name: str, our_name: Callable[[str], str], parts: dict[str, str]
+) -> None:
+    """Assert equal losses, gradient norms of the `parts` {theirs: ours} and of each parameter."""
+    expected = json.loads((golden / f"mm/{name}_A.json").read_text())
+    evaluate_norms(model)
+    model.zero_grad()
+    batch = load(golden)
+    losses = model.losses(model(batch), batch)
+    names = {"loss_sem_seg": "decode.loss_ce", "loss_sem_seg_aux": "aux.loss_ce"}
+    found = {names[key]: float(loss.detach()) for key, loss in losses.items()}
+    assert found == pytest.approx(expected["losses"], rel=TOLERANCE)
+    total_loss(losses).backward()  # type: ignore[no-untyped-call]
+    norms = {
+        theirs: norm(p.grad for p in model.get_submodule(ours).parameters()) for theirs, ours in parts.items()
+    }
+    assert norms == pytest.approx(expected["grad_norms"]["total"], rel=TOLERANCE)
+    ours = dict(model.named_parameters())
+    each = {key: ours[our_name(key)].grad for key in expected["grad_norm_per_parameter"]}
+    assert len(each) == len(ours)
+    found = {key: float(grad.norm()) for key, grad in each.items() if grad is not None}
+    assert found == pytest.approx(expected["grad_norm_per_parameter"], rel=3 * TOLERANCE)
+
+
+def check_maps(maps: list[Tensor], arrays: Any, name: str) -> None:
+    """Assert equal means and deviations of all channels, and equal first channels."""
+    for number, level in enumerate(maps[:4]):
+        close(level.mean((2, 3)), arrays[f"{name}.{number}.mean"])
+        close(level.std((2, 3), correction=0), arrays[f"{name}.{number}.std"])
+        first = arrays[f"{name}.{number}.slice"]
+        close(level[:, : first.shape[1]], first)
+
+
+def check_classes(logits_BChw: Tensor, arrays: Any) -> None:
+    """Assert equal logits at stride 4, and equal classes of all pixels of the canvas but a few."""
+    close(logits_BChw, arrays["logits"])
+    wrong = to_canvas(logits_BChw).argmax(1).numpy() != arrays["argmax"]
+    assert wrong.mean() < TOLERANCE
+
+
+def close(found: Tensor, expected: np.ndarray[Any, Any]) -> None:
+    """Assert equality up to the tolerance, of the largest value."""
+    largest = float(np.abs(expected).max())
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=TOLERANCE * largest, rtol=0)
