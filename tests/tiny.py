@@ -56,6 +56,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "fpn": {"channels": 16},
         "semantic_head": {"width": 32},
     },
+    "upernet": {
+        "type": "upernet",
+        "backbone": {"name": "test_resnet"},
+        # Without dropout, so that ranks and one process draw the same.
+        "decode_head": {"width": 16, "pool_scales": [1, 2], "dropout": 0.0},
+        "auxiliary_head": {"width": 16, "dropout": 0.0},
+    },
     "panoptic_fpn": {
         **MODEL,
         "type": "panoptic_fpn",
@@ -69,6 +76,7 @@ FORMATS: dict[str, str] = {
     "cascade_mask_rcnn": "coco",
     "retinanet": "coco",
     "semantic_fpn": "semantic_png",
+    "upernet": "semantic_png",
     "panoptic_fpn": "coco_panoptic",
 }
 """The format of the data set that each architecture is trained on."""

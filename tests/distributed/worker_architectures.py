@@ -1,4 +1,4 @@
-"""One rank of test_every_architecture.py: steps of each architecture under ZeRO, and by hand on rank 0.
+"""One rank of test_zero_every_architecture.py: steps of each architecture under ZeRO, and by hand on rank 0.
 
 worker_architectures.py FOLDER CASES_JSON; a case is {"kind", "data", "by_hand", changes of the run by path}.
 Writes FOLDER/CASE.pt with losses, weights, and the variances and factors that AGVM measures, but does not

@@ -1,4 +1,4 @@
-"""One rank of test_metrics.py: every architecture's evaluation of a small set.
+"""One rank of test_metrics_over_ranks.py: every architecture's evaluation of a small set.
 
 worker_metrics.py FOLDER CASES_JSON; a case is {"kind", "data", "window_stride"}. Writes FOLDER/CASE.pt with
 the scores, and the results of the metrics into FOLDER/CASE/.
