@@ -31,6 +31,12 @@ from giantdet.export import load_detector
 WORKER = Path(__file__).with_name("worker_train.py")
 STEPS, STOP = 4, 2
 THRESHOLD = 0.0
+# Where maps are all that is predicted, evaluation and prediction slide windows over larger images.
+WINDOWS: dict[str, dict[str, Any]] = {
+    kind: {"giantdet__eval__window_stride": 32, "giantdet__data__short_side": 96}
+    for kind in MODELS
+    if FORMATS[kind] == "semantic_png"
+}
 PANOPTIC = [kind for kind in MODELS if FORMATS[kind] == "coco_panoptic"]
 
 
@@ -40,8 +46,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
 
     def write(kind: str, name: str, steps: int, **changes: Any) -> Path:
-        settings = {"zero_optimization__stage": 2, "giantdet__train__steps": steps, **changes}
-        raw = tiny_run(demo_data, folder / f"{kind}{name}", kind, **settings)
+        settings = {"zero_optimization__stage": 2, "giantdet__train__steps": steps, **WINDOWS.get(kind, {})}
+        raw = tiny_run(demo_data, folder / f"{kind}{name}", kind, **settings, **changes)
         file = folder / f"{kind}{name}_{steps}.json"
         file.write_text(json.dumps(raw))
         return file
@@ -126,6 +132,17 @@ def test_export_command_writes_the_same_model(runs: Path, tmp_path: Path, kind: 
     assert cli.main(["export", str(runs / kind), "--output", str(tmp_path / "export")]) == 0
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "export" / name).read_bytes() == (runs / kind / "export" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.usefixtures("one_process")
+def test_precise_batch_norms(runs: Path, tmp_path: Path, kind: str) -> None:
+    """The command changes running statistics, and nothing else."""
+    arguments = ["--batches", "2", "--batch-size", "2", "--output", str(tmp_path)]
+    assert cli.main(["precise-bn", str(runs / kind), *arguments]) == 0
+    mine, before = (load_file(f / "model.safetensors") for f in (tmp_path, runs / kind / "export"))
+    changed = {name.rsplit(".", 1)[1] for name in before if not torch.equal(mine[name], before[name])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
 
 
 @pytest.mark.parametrize("kind", MODELS)
