@@ -1,7 +1,8 @@
-"""What holds for every architecture in one process: recomputation, and what the plan counts."""
+"""What holds for every architecture in one process: recomputation, one graph, and what the plan counts."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny import MODELS, tiny_run
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from giantdet.architectures import Architecture, build_model, total_loss
@@ -17,7 +19,7 @@ from giantdet.config.resolve import resolve
 from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import open_dataset
 from giantdet.data.loader import train_loader
-from giantdet.structures import Batch
+from giantdet.structures import IGNORE, Batch
 from giantdet.tools.costs import MACHINES
 from giantdet.tools.count import COCO, count
 from giantdet.tools.plan import make_plan, report
@@ -77,6 +79,37 @@ def test_recomputation_changes_nothing_but_memory(demo_data: Path, kind: str) ->
         for key, tensor in tensors.items():
             torch.testing.assert_close(mine[1][key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
         assert mine[2] < 0.97 * kept, name
+
+
+# Tracing takes seconds: these are compiled in their own tests.
+COMPILED_ELSEWHERE = ("mask_rcnn", "cascade_mask_rcnn", "semantic_fpn", "upernet")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in COMPILED_ELSEWHERE])
+def test_compiles_to_one_graph(demo_data: Path, kind: str) -> None:
+    """Forward pass and losses, with and without objects and labelled pixels."""
+    torch._dynamo.reset()
+    run, batch = run_of(demo_data, kind, giantdet__norm={"type": "frozen"})
+    model, counter = build(run), CompileCounterWithBackend("eager")
+    state = copy.deepcopy(model.state_dict())
+
+    def losses_of(given: Batch) -> dict[str, Tensor]:
+        return model.losses(model(given), given)
+
+    compiled = torch.compile(losses_of, backend=counter, fullgraph=True, dynamic=False)
+    targets = batch.targets
+    nothing = targets._replace(
+        valid_BM=torch.zeros_like(targets.valid_BM),
+        semantic_BHW=torch.full_like(targets.semantic_BHW, IGNORE),
+    )
+    for given in (batch, batch._replace(targets=nothing)):
+        model.load_state_dict(state)  # RetinaNet's normalizer moves in each step
+        mine = compiled(given)
+        model.load_state_dict(state)
+        for name, loss in losses_of(given).items():
+            torch.testing.assert_close(mine[name], loss, atol=1e-5, rtol=1e-5, msg=name)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", MODELS)
