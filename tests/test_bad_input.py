@@ -22,12 +22,15 @@ from bad_inputs.cases import Case, Error, Replaced, Skipped, Works
 from bad_inputs.commands import COMMANDS
 from bad_inputs.configurations import CONFIGURATIONS
 from bad_inputs.images import IMAGES, SIZE, encoded
+from bad_inputs.maps import MAPS
 from bad_inputs.weights import EXPORTS, WEIGHTS
 from tiny import MODEL, REPO, free_port, launch, logs, set_path, tiny_run
 
 from giantdet import cli
+from giantdet.config.load import load_run
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
+from giantdet.data.dataset import open_dataset
 from giantdet.data.demo import CATEGORIES, make_demo
 from giantdet.data.loader import eval_loader, train_loader
 from giantdet.data.streams import TrainStream, sample_index
@@ -224,6 +227,36 @@ def test_image(case: Case, data: Path, tiny_export: Path, caplog: Any, capsys: A
     assert "a.png: " in out and "b.png: " in out, "what is good is predicted"
     if case in IMAGES[::6]:
         assert seen(dataset, workers=1) == (ids, counts)
+
+
+@each(MAPS)
+def test_maps(case: Case, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Six images, the first of which is the bad one; each is drawn in the first two batches."""
+    make_demo(tmp_path, train_images=6, val_images=1, size=64)
+    kind, change = case.make
+    raw = tiny_run(tmp_path, tmp_path / "out", kind)
+    section = raw["giantdet"]["data"]["train"]
+    change(tmp_path, section)
+    raw["giantdet"]["data"]["train"] = {key: value for key, value in section.items() if value is not None}
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    if isinstance(case.outcome, Error):
+        ends_with(case.outcome, ["train", "--config", str(tmp_path / "run.json")], capsys)
+        return
+    run = load_run(tmp_path / "run.json")
+    targets = frozenset({"semantic"} if kind == "semantic_fpn" else {"boxes", "masks", "semantic"})
+    with caplog.at_level(logging.WARNING, logger="giantdet"):
+        assert run.giantdet.data.train is not None
+        dataset = open_dataset(run.giantdet.data.train)
+        loader = train_loader(dataset, run.giantdet.data, 3, seed=1, targets=targets)
+        ids = {int(i) for _ in range(2) for i in next(loader).image_ids_B}
+    counts = {name: count for name, count in loader.counters.items() if count and "objects" not in name}
+    if isinstance(case.outcome, Skipped):
+        assert f"skipped {case.outcome.records} ({case.outcome.kind})" in caplog.text and not counts
+    elif isinstance(case.outcome, Replaced):
+        assert counts == {"replaced_images": 1} and matches(case.outcome.reason, caplog.text)
+        assert ids <= set(dataset.image_ids.tolist()) - {dataset.image_ids[0]}
+    else:
+        assert not counts and len(ids) == len(dataset) and caplog.text.count("WARNING") >= 1
 
 
 @each(WEIGHTS)

@@ -50,12 +50,56 @@ MODELS: dict[str, dict[str, Any]] = {
             "score_threshold": 0.0,
         },
     },
+    "semantic_fpn": {
+        "type": "semantic_fpn",
+        "backbone": {"name": "test_resnet"},
+        "fpn": {"channels": 16},
+        "semantic_head": {"width": 32},
+    },
+    "upernet": {
+        "type": "upernet",
+        "backbone": {"name": "test_resnet"},
+        # Without dropout, so that ranks and one process draw the same.
+        "decode_head": {"width": 16, "pool_scales": [1, 2], "dropout": 0.0},
+        "auxiliary_head": {"width": 16, "dropout": 0.0},
+    },
+    "panoptic_fpn": {
+        **MODEL,
+        "type": "panoptic_fpn",
+        "semantic_head": {"width": 32},
+        "merge": {"score": 0.1, "stuff_area": 16},
+    },
 }
 """A small section of each architecture."""
+FORMATS: dict[str, str] = {
+    "mask_rcnn": "coco",
+    "cascade_mask_rcnn": "coco",
+    "retinanet": "coco",
+    "semantic_fpn": "semantic_png",
+    "upernet": "semantic_png",
+    "panoptic_fpn": "coco_panoptic",
+}
+"""The format of the data set that each architecture is trained on."""
 
 
-def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """A run's JSON on the demo set in `data` (canvas 64 x 64); `changes` by dotted path, `__` for a dot."""
+def demo_section(data: Path, split: str, kind: str = "mask_rcnn") -> dict[str, Any]:
+    """The section of a split of the demo set in `data`, in the format for an architecture."""
+    own = {
+        "coco": {"annotations": str(data / f"{split}.json")},
+        "coco_panoptic": {"annotations": str(data / f"panoptic_{split}.json")},
+        "semantic_png": {
+            "labels": str(data / f"semantic_{split}"),
+            "classes": str(data / "semantic_classes.json"),
+        },
+    }
+    return {"format": FORMATS[kind], "images": str(data / split), **own[FORMATS[kind]]}
+
+
+def tiny_run(data: Path, output: Path, kind: str = "mask_rcnn", **changes: Any) -> dict[str, Any]:
+    """A run's JSON of an architecture on the demo set in `data`, canvas 64 x 64.
+
+    `changes` by dotted path, `__` for a dot.
+    """
     raw: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
@@ -63,11 +107,11 @@ def tiny_run(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "zero_optimization": {"stage": 0},
         "gradient_clipping": 0.0,
         "giantdet": {
-            "model": MODEL,
+            "model": MODELS[kind],
             "norm": {"type": "local"},
             "data": {
-                "train": {"annotations": str(data / "train.json"), "images": str(data / "train")},
-                "val": {"annotations": str(data / "val.json"), "images": str(data / "val")},
+                "train": demo_section(data, "train", kind),
+                "val": demo_section(data, "val", kind),
                 "size": [64, 64],
                 "short_side": 64,
                 "max_objects": 8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from giantdet.config.section import Section
@@ -10,6 +11,17 @@ ClassKind = Literal["objects", "semantic", "stuff"]
 """Attributes of `Classes`."""
 Category = tuple[int, str]
 """The data set's id of a class, and its name."""
+
+
+def unique_names(categories: Sequence[Category]) -> list[str]:
+    """Return the names of classes; the id is appended to a name that an earlier class has.
+
+    Two of ADE20K's 150 classes are a "screen".
+    """
+    found: dict[str, int] = {}
+    for number, name in categories:
+        found[f"{name} ({number})" if name in found else name] = number
+    return list(found)
 
 
 class Classes(Section):

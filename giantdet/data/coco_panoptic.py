@@ -7,6 +7,7 @@ FPN (`prepare_panoptic_fpn.py`): 0 for all things, crowd regions too, stuff from
 from __future__ import annotations
 
 from array import array
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,18 @@ from pycocotools import mask as mask_util
 
 from giantdet.config.classes import Category, Classes
 from giantdet.data.coco import CocoDataset, Objects
+from giantdet.data.images import named
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, read_panoptic_png
-from giantdet.data.records import Instances, category_fault, category_name, is_id, read_instances
+from giantdet.data.records import (
+    Fault,
+    Instances,
+    category_fault,
+    category_name,
+    escapes,
+    is_id,
+    logger,
+    read_instances,
+)
 from giantdet.errors import DataError
 from giantdet.structures import IGNORE
 
@@ -76,6 +87,7 @@ class CocoPanopticDataset(CocoDataset):
             )
         self.number = dict.fromkeys(things, 0) | {category: n for n, category in enumerate(stuff, 1)}
         self.skipped.clear()  # the objects' are reported
+        self.warned = False
         self._pack(content["annotations"])
         self._report_skipped()
         if instances is None:
@@ -84,22 +96,29 @@ class CocoPanopticDataset(CocoDataset):
     def _pack(self, records: list[Any]) -> None:
         """Keep the segments of each image in arrays, which forked workers share."""
         by_image: dict[int, Any] = {}
+        known = set(self.image_ids.tolist())
         for record in records:
-            if isinstance(record, dict) and is_id(record.get("image_id")):
+            fault = _annotation_fault(record, by_image)
+            if fault is None and record["image_id"] not in known:
+                fault = "unknown image", "its image_id is not among the usable images"
+            if fault:
+                name = record.get("image_id") if isinstance(record, dict) else "?"
+                self._skip(fault, "annotation of image", {"id": name})
+            else:
                 by_image[record["image_id"]] = record
         names: list[str] = []
         ids, categories, crowds, start = array("q"), array("q"), array("b"), array("q", [0])
         for image_id in self.image_ids.tolist():
-            record = by_image.pop(image_id, None)
-            name = record.get("file_name") if record else None
-            names.append(name if isinstance(name, str) else "")
+            record = by_image.get(image_id)
+            names.append(record["file_name"] if record else "")
             for segment in _segments(record):
-                if not _id(segment) or segment.get("category_id") not in self.number:
+                category = segment.get("category_id")
+                if not _id(segment) or not is_id(category) or category not in self.number:
                     fault = ("bad segment", "it needs an id above 0 and a category of the file")
                     self._skip(fault, f"image {image_id}, segment", segment)
                     continue
                 ids.append(segment["id"])
-                categories.append(segment["category_id"])
+                categories.append(category)
                 crowds.append(bool(segment.get("iscrowd")))
             start.append(len(ids))
         self.segment_files = np.array(names)
@@ -121,7 +140,10 @@ class CocoPanopticDataset(CocoDataset):
         )
 
     def panoptic_map(self, i: int) -> PanopticMap:
-        """See `Dataset.panoptic_map`. The last one is kept: a sample needs it for masks and for classes."""
+        """See `Dataset.panoptic_map`. The last one is kept: a sample needs it for masks and for classes.
+
+        Pixels of ids without a segment are void, and a warning names one.
+        """
         if self._last is None or self._last[0] != i:
             self._last = i, self._read_map(i)
         return self._last[1]
@@ -140,24 +162,28 @@ class CocoPanopticDataset(CocoDataset):
         path = self.segments / str(self.segment_files[i])
         if not self.segment_files[i]:
             raise DataError(f"{self.annotations}: image {self.image_ids[i]} has no PNG file of segments")
-        try:
+        with named(path):
             ids_HW = read_panoptic_png(path)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from error
         if ids_HW.shape != tuple(self.sizes_hw[i]):
             raise DataError(
                 f"{path}: it has {ids_HW.shape} pixels, its image {tuple(self.sizes_hw[i].tolist())}"
             )
+        ids = np.array(sorted([VOID, *(segment.id for segment in segments)]))
+        unknown_HW = ids[np.searchsorted(ids, ids_HW).clip(max=len(ids) - 1)] != ids_HW
+        if unknown_HW.any():
+            if not self.warned:
+                text = "%s: the id %d, of %.1f%% of the pixels, is that of no segment; such pixels are void"
+                logger.warning(text, path, ids_HW[unknown_HW][0], 100 * unknown_HW.mean())
+            self.warned = True
+            ids_HW = np.where(unknown_HW, np.int32(VOID), ids_HW)
         return PanopticMap(ids_HW, segments)
 
     def semantic_map(self, i: int) -> NDArray[np.uint8]:
-        """See `Dataset.semantic_map`; pixels of ids without a segment are `IGNORE`."""
+        """See `Dataset.semantic_map`; void pixels are `IGNORE`."""
         ids_HW, segments = self.panoptic_map(i)
         known = sorted(segments)
         numbers = np.array([IGNORE, *(self.number[segment.category] for segment in known)], np.uint8)
-        ids = np.array([VOID, *(segment.id for segment in known)])
-        at = np.searchsorted(ids, ids_HW).clip(max=len(ids) - 1)
-        found: NDArray[np.uint8] = np.where(ids[at] == ids_HW, numbers[at], IGNORE).astype(np.uint8)
+        found: NDArray[np.uint8] = numbers[np.searchsorted([VOID, *(s.id for s in known)], ids_HW)]
         return found
 
     def segment_rle(self, panoptic: PanopticMap, segment: int, i: int) -> dict[str, Any]:
@@ -169,7 +195,10 @@ class CocoPanopticDataset(CocoDataset):
         return rle
 
     def instances(self) -> Instances:
-        """See `Dataset.instances`; without a file of objects, their masks are read from all PNG files."""
+        """See `Dataset.instances`; without a file of objects, their masks are read from all PNG files.
+
+        Objects whose mask cannot be read are crowds, which are neither found nor missed.
+        """
         content = read_instances(self.annotations, "panoptic")
         records = [record for record in content["categories"] if self.number.get(_id(record)) == 0]
         return {"images": content["images"], "categories": records, "annotations": self._annotations(content)}
@@ -180,12 +209,22 @@ class CocoPanopticDataset(CocoDataset):
         index = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
         maps: dict[int, PanopticMap] = {}
         annotations = _object_records(content, {c for c, number in self.number.items() if number == 0})
+        broken: set[int] = set()
         for record in annotations:
-            if (i := index.get(record["image_id"])) is not None:
-                if i not in maps:
+            i = index.get(record["image_id"])
+            if i is None:
+                continue
+            try:
+                if i not in maps and i not in broken:
                     maps = {i: self.panoptic_map(i)}  # records of an image follow each other
-                rle = self.segment_rle(maps[i], record["id"], i)
-                record["segmentation"] = {**rle, "counts": rle["counts"].decode("ascii")}
+                if i in maps:
+                    rle = self.segment_rle(maps[i], record["id"], i)
+                    record["segmentation"] = {**rle, "counts": rle["counts"].decode("ascii")}
+                    continue
+            except DataError as error:
+                logger.warning("not scored: %s", error)
+                broken |= {i} - maps.keys()
+            record["iscrowd"] = 1
         return annotations
 
 
@@ -204,6 +243,23 @@ def _categories(records: list[Any]) -> tuple[dict[int, str], dict[int, str]]:
     return dict(sorted(found[0].items())), dict(sorted(found[1].items()))
 
 
+def _annotation_fault(record: Any, seen: Container[int]) -> Fault | None:
+    """Return why the annotation of an image cannot be used, or None."""
+    if not isinstance(record, dict) or not is_id(record.get("image_id")):
+        return "bad annotation", f"{str(record)[:80]} has no image_id that is an integer of at least 0"
+    if record["image_id"] in seen:
+        return "duplicate annotation", "an earlier annotation is of the same image"
+    if not isinstance(record.get("segments_info"), list):
+        return (
+            "no segments_info",
+            f"segments_info must be a list, got {str(record.get('segments_info'))[:80]}",
+        )
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name or escapes(name):
+        return "bad file name", f"file_name of the PNG file of segments is {str(name)[:80]!r}"
+    return None
+
+
 def _segments(record: Any) -> list[dict[str, Any]]:
     """Return the segments of an annotation; those that are no JSON objects are empty ones."""
     found = record.get("segments_info") if isinstance(record, dict) else None
@@ -212,14 +268,17 @@ def _segments(record: Any) -> list[dict[str, Any]]:
 
 def _object_records(content: Instances, things: set[int]) -> list[dict[str, Any]]:
     """Return the segments of things as annotations of an instances JSON, without masks."""
-    return [
-        {key: value for key, value in segment.items() if key != "segmentation"}
-        | {"image_id": record["image_id"]}
-        for record in content["annotations"]
-        if isinstance(record, dict) and "image_id" in record
-        for segment in _segments(record)
-        if segment.get("category_id") in things
-    ]
+    found: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for record in content["annotations"]:
+        if _annotation_fault(record, seen) is None:
+            seen.add(record["image_id"])
+            for segment in _segments(record):
+                category = segment.get("category_id")
+                if is_id(category) and category in things:
+                    fields = {key: value for key, value in segment.items() if key != "segmentation"}
+                    found.append(fields | {"image_id": record["image_id"]})
+    return found
 
 
 def _read_objects(instances: str) -> list[dict[str, Any]]:

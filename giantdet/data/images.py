@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +26,15 @@ def read_image(path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
     kept; grey, palette and CMYK images become RGB; 16-bit grey is scaled to 8 bits.
     Raises `DataError`, which names the file, if it cannot be read or has another size.
     """
+    with named(path), Image.open(path) as file:
+        return np.array(to_rgb(orient(file, size_hw)))
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Raise any error of reading an image file as a `DataError` that names the file."""
     try:
-        with Image.open(path) as file:
-            return np.array(to_rgb(orient(file, size_hw)))
+        yield
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except OSError as error:

@@ -102,7 +102,7 @@ class LabelTable:
         ignore: labels as numbers in the files, and classes by name, that are not trained.
         reduce_zero_label: 0 is ignored, and every class has its label plus 1.
 
-    Raises DataError where two classes have one label, or an ignored name is none of a class.
+    Raises DataError where two classes have one label or color, or no class has an ignored name.
     """
 
     def __init__(
@@ -111,11 +111,15 @@ class LabelTable:
         names = {entry.name for entry in classes}
         if unknown := [name for name in ignore if isinstance(name, str) and name not in names]:
             raise DataError(f"ignore: no class is called {unknown[0]!r}")
-        left_out = [entry for entry in classes if entry.name in ignore or entry.label < 0]
+        shift = int(reduce_zero_label)
+        left_out = [
+            entry
+            for entry in classes
+            if entry.name in ignore or entry.label + shift in ignore or entry.label < 0
+        ]
         self.classes = [entry for entry in classes if entry not in left_out]
         if not self.classes or len(self.classes) > IGNORE:
             raise DataError(f"{len(self.classes)} semantic classes are not possible, but 1 to {IGNORE}")
-        shift = int(reduce_zero_label)
         labels = dict.fromkeys([0] if reduce_zero_label else [], IGNORE)
         labels |= {label: IGNORE for label in ignore if isinstance(label, int)}
         labels |= {entry.label + shift: IGNORE for entry in left_out}
@@ -169,5 +173,5 @@ def _code(color: Color) -> int:
 
 def _claim(taken: dict[int, int], key: int, number: int, what: str) -> None:
     if key in taken:
-        raise DataError(f"{what} is ignored, or that of another class")
+        raise DataError(f"{what} is {'ignored' if taken[key] == IGNORE else 'that of another class'} too")
     taken[key] = number

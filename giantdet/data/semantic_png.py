@@ -13,7 +13,7 @@ from PIL import Image
 
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import SemanticPngDatasetConfig
-from giantdet.data.images import IMAGE_ENDINGS, read_image
+from giantdet.data.images import IMAGE_ENDINGS, named, read_image
 from giantdet.data.labels import LabelTable, read_classes
 from giantdet.data.records import Instances, logger
 from giantdet.errors import DataError
@@ -99,16 +99,13 @@ class SemanticPngDataset:
     def semantic_map(self, i: int) -> NDArray[np.uint8]:
         """See `Dataset.semantic_map`."""
         path = self.annotations / self.pairs[i][1]
-        try:
-            with Image.open(path) as file:
-                if file.mode in ("RGB", "RGBA"):
-                    return self.table.of_colors(np.asarray(file.convert("RGB")))
-                # The numbers of a palette image, not its colours.
-                return self.table.of_labels(np.asarray(file if file.mode != "1" else file.convert("L")))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from error
+        with named(path), Image.open(path) as file:
+            if file.mode in ("RGB", "RGBA"):
+                return self.table.of_colors(np.asarray(file.convert("RGB")))
+            # The numbers of a palette image, not its colours.
+            return self.table.of_labels(
+                np.asarray(file if file.mode not in ("1", "LA") else file.convert("L"))
+            )
 
     def panoptic_map(self, i: int) -> None:
         """Return None: there are no segments."""
@@ -136,8 +133,5 @@ def _files(folder: Path) -> list[str]:
 
 def _size(path: Path) -> tuple[int, int]:
     """Return (height, width) of a PNG, from its header. Raises DataError."""
-    try:
-        with Image.open(path) as file:
-            return file.height, file.width
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+    with named(path), Image.open(path) as file:
+        return file.height, file.width

@@ -118,10 +118,10 @@ def prepare(run: RunConfig) -> Training:
     dataset = open_dataset(data.train)
     # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)
-    if validation is not None:
-        check_classes(validation, run.giantdet.model.predicted(dataset.classes), dataset.annotations)
     images = len(dataset.training_indices(data.filter_empty))
     resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
+    if validation is not None:
+        check_classes(validation, run.giantdet.model.predicted(dataset.classes), dataset.annotations)
     config, output = resolved.giantdet, Path(resolved.giantdet.train.output)
     check_norms(config.norm, resolved.batch.micro, comm.world_size())
     if comm.is_main():

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from giantdet.config.architectures.common import ArchitectureConfig, PanopticMergeConfig
-from giantdet.config.classes import Classes
+from giantdet.config.classes import Classes, unique_names
 from giantdet.config.conventions import Conventions
 from giantdet.data.dataset import Dataset
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, panoptic_png
@@ -202,7 +202,7 @@ class PanopticEvaluator:
     ) -> None:
         self.dataset, self.model, self.things = dataset, model, len(classes.objects)
         self.categories = [number for number, _ in (*classes.objects, *classes.stuff)]
-        self.names = [name for _, name in (*classes.objects, *classes.stuff)]
+        self.names = unique_names([*classes.objects, *classes.stuff])
         self.number = {category: k for k, category in enumerate(self.categories)}
         self.truth = Truth(dataset, "panoptic")
         self.counts_K4 = torch.zeros(len(self.categories), 4, dtype=torch.float64)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from giantdet.config.architectures.common import ArchitectureConfig
-from giantdet.config.classes import Classes
+from giantdet.config.classes import Classes, unique_names
 from giantdet.data.dataset import Dataset
 from giantdet.distributed import comm
 from giantdet.errors import DataError
@@ -37,7 +37,7 @@ class SemanticEvaluator:
     def __init__(
         self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
     ) -> None:
-        self.names = [name for _, name in classes.semantic]
+        self.names = unique_names(classes.semantic)
         self.truth, self.maps = Truth(dataset, "semantic"), SemanticMaps()
         # The last column counts the pixels of images that could not be read.
         self.confusion_CX = torch.zeros(len(self.names), len(self.names) + 1, dtype=torch.int64)

@@ -186,11 +186,15 @@ class Agvm:
             group["lr"] = group.pop("_agvm_lr")
 
     def _update(self, variances: Variances | None) -> None:
-        """Move the factors towards those that align the variances."""
-        # NaN: a step that all ranks skip.
-        if variances is None or any(map(math.isnan, variances.values())):
+        """Move the factors towards those that align the variances.
+
+        A module whose variance is undefined keeps its factor: the gradient of its mask head is zero where
+        half of the batch has no object. Without a variance of the anchor, as in a step that all ranks skip,
+        all keep theirs.
+        """
+        if variances is None or math.isnan(variances[self.config.anchor]):
             return
-        self.variances = variances
+        self.variances = {name: value for name, value in variances.items() if not math.isnan(value)}
         keep = self.config.momentum
         for name, factor in aligning_factors(variances, self.config.anchor, self.config.clamp).items():
             self.factors[name] = keep * self.factors[name] + (1.0 - keep) * factor

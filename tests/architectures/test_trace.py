@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_detector import build, dataset, load, step  # noqa: F401
+from test_detector import build, load, scenes, step  # noqa: F401
 from tiny import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from giantdet.data.coco import CocoDataset
+from giantdet.architectures import MODELS as ARCHITECTURES
+from giantdet.data.coco_panoptic import CocoPanopticDataset
 from giantdet.ops.nms import nms_mask_fixed_point
 
 BANNED = {
@@ -73,8 +74,8 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_training_step(dataset: CocoDataset, name: str) -> None:  # noqa: F811
-    detector, batch = build(**TRAINED[name]), load(dataset)
+def test_training_step(scenes: CocoPanopticDataset, name: str) -> None:  # noqa: F811
+    detector, batch = build(**TRAINED[name]), load(scenes)
     with Recorder() as recorder:
         step(detector, batch)
     assert not recorder.broken
@@ -83,11 +84,16 @@ def test_training_step(dataset: CocoDataset, name: str) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_evaluation(dataset: CocoDataset, kind: str) -> None:  # noqa: F811
-    detector, batch = build(kind=kind).eval(), load(dataset)
+def test_evaluation(scenes: CocoPanopticDataset, kind: str) -> None:  # noqa: F811
+    detector, batch = build(kind=kind).eval(), load(scenes)
     with torch.no_grad(), Recorder() as recorder:
         detector(batch)
-    assert not recorder.broken and "giantdet::nms_mask" in recorder.names
+    assert not recorder.broken and "aten::convolution" in recorder.names
+    assert ("giantdet::nms_mask" in recorder.names) == ("box" in detector.tasks)
+
+
+def test_every_architecture_is_traced() -> None:
+    assert MODELS.keys() == ARCHITECTURES.keys()
 
 
 def test_nms_of_the_gpu() -> None:

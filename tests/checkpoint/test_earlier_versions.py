@@ -60,8 +60,8 @@ def test_an_export_predicts(demo_data: Path, tmp_path: Path) -> None:
         1,
         torch.device("cpu"),
         tasks=model.tasks,
-        category_ids=[number for number, _ in config.categories],
-        conventions=model.conventions,
+        model_config=config.model,
+        classes=config.classes,
         results=results,
     )
     found, wanted = json.loads(results.read_text()), json.loads((FIXTURE / "results.json").read_text())

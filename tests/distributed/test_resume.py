@@ -186,8 +186,8 @@ def test_two_ranks_evaluate_as_one_process(runs: Path, demo_data: Path, tmp_path
         1,
         torch.device("cpu"),
         tasks=detector.tasks,
-        category_ids=[number for number, _ in config.categories],
-        conventions=detector.conventions,
+        model_config=config.model,
+        classes=config.classes,
         results=tmp_path / "expected.json",
     )
     expected = json.loads((tmp_path / "expected.json").read_text())

@@ -70,7 +70,7 @@ def build(run: RunConfig, norm: NormConfig | None = None) -> MaskRcnn:
 
 
 def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
-    raw = tiny_run(folder, folder, giantdet__model__classes=Classes.numbered(4), **case)
+    raw = tiny_run(folder, folder, giantdet__model__num_classes=4, **case)
     # Far above rounding noise, which AdamW would else blow up to steps of the size of the LR.
     if raw["optimizer"]["type"] == "AdamW":
         raw["optimizer"]["params"]["eps"] = 1e-4

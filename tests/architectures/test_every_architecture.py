@@ -1,0 +1,110 @@
+"""What holds for every architecture in one process: recomputation, and what the plan counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import MODELS, tiny_run
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from giantdet.architectures import Architecture, build_model, total_loss
+from giantdet.config.load import parse_run
+from giantdet.config.resolve import resolve
+from giantdet.config.resolved import ResolvedRun
+from giantdet.data.dataset import open_dataset
+from giantdet.data.loader import train_loader
+from giantdet.structures import Batch
+from giantdet.tools.costs import MACHINES
+from giantdet.tools.count import COCO, count
+from giantdet.tools.plan import make_plan, report
+
+
+def run_of(data: Path, kind: str, **changes: Any) -> tuple[ResolvedRun, Batch]:
+    """A resolved run of one architecture, and its first batch."""
+    run = parse_run(tiny_run(data, data, kind, **changes))
+    assert run.giantdet.data.train is not None
+    dataset = open_dataset(run.giantdet.data.train)
+    resolved = resolve(run, 1, len(dataset), dataset.classes, has_gpu=False)
+    batch = next(train_loader(dataset, run.giantdet.data, 2, seed=3, targets=build(resolved).targets))
+    return resolved, batch
+
+
+def build(run: ResolvedRun) -> Architecture:
+    torch.manual_seed(0)
+    return build_model(run.giantdet.model, run.giantdet.data.size, run.giantdet.norm).train()
+
+
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "blocks": {"giantdet__model__backbone__checkpoint_blocks": True},
+    "every second block": {"giantdet__model__backbone__checkpoint_blocks": 2},
+    "heads": {"giantdet__model__checkpoint_heads": True},
+}
+
+
+def losses_and_gradients(run: ResolvedRun, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """And the bytes that the graph keeps for the backward pass."""
+    kept = 0
+
+    def hold(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    model = build(run)
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        losses = model.losses(model(batch), batch)
+        total = total_loss(losses)
+    total.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {name: float(loss.detach()) for name, loss in losses.items()}, gradients | buffers, kept
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_recomputation_changes_nothing_but_memory(demo_data: Path, kind: str) -> None:
+    """Losses, gradients and running statistics to the last bits."""
+    run, batch = run_of(demo_data, kind)
+    losses, tensors, kept = losses_and_gradients(run, batch)
+    assert len(tensors) > 50 and all(tensor.isfinite().all() for tensor in tensors.values())
+    for name, changes in RECOMPUTED.items():
+        mine = losses_and_gradients(run_of(demo_data, kind, **changes)[0], batch)
+        assert mine[0] == pytest.approx(losses, rel=1e-6), name
+        assert mine[1].keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(mine[1][key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+        assert mine[2] < 0.97 * kept, name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_plan_counts_the_model(demo_data: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters of each part, and FLOPs of a real step with real images."""
+    frozen = {"giantdet__model__backbone__frozen_stages": 2, "train_micro_batch_size_per_gpu": 2}
+    run, batch = run_of(demo_data, kind, **frozen)
+    model = build(run)
+    with FlopCounterMode(display=False) as flops:
+        loss = total_loss(model.losses(model(batch), batch))
+        forward = flops.get_total_flops()
+        loss.backward()  # type: ignore[no-untyped-call]
+    counted = count(run, 2)
+    assert (counted.forward, counted.backward) == (forward, flops.get_total_flops() - forward)
+    assert counted.backward > 0.5 * forward > 0
+
+    # The plan would count again, for every choice of recomputation.
+    monkeypatch.setattr("giantdet.tools.plan.count", lambda run, images: counted)
+    changed = parse_run(tiny_run(demo_data, demo_data, kind, **frozen))
+    plan = make_plan(changed, 2, MACHINES["h100"], 1e9, 0.5, 12)
+    assumed = run.giantdet.model.model_copy(
+        update={key: len(getattr(COCO, which)) for key, which in run.giantdet.model.CLASS_KEYS.items()}
+    )
+    built = build_model(assumed, run.giantdet.data.size, run.giantdet.norm)
+    parameters = list(built.parameters())
+    assert plan.parameters == sum(p.numel() for p in parameters)
+    assert plan.trainable == sum(p.numel() for p in parameters if p.requires_grad) < plan.parameters
+    rows = {line.split()[0]: line.split()[1:] for line in report(plan).splitlines() if line}
+    for name, part in built.named_children():
+        numbers = [sum(p.numel() for p in part.parameters() if every or p.requires_grad) for every in (1, 0)]
+        assert rows[name] == [f"{number:,}" for number in numbers]
