@@ -35,11 +35,18 @@ def read_panoptic(file: Path) -> dict[int, tuple[dict[int, dict[str, Any]], dict
     return found
 
 
-def quality(truth_file: Path, found_file: Path, without: int | None = None) -> dict[str, float]:
-    """PQ of all classes, of things and of stuff; nothing was found in the image `without`."""
+def quality(
+    truth_file: Path, found_file: Path, without: int | None = None, skip: int | None = None
+) -> dict[str, float]:
+    """PQ of all classes, of things and of stuff.
+
+    Nothing was found in the image `without`; the image `skip` is not scored.
+    """
     counts: dict[int, list[float]] = defaultdict(lambda: [0.0, 0, 0, 0])  # IoU, true, false, missed
     answers = read_panoptic(found_file)
     for image_id, (segments, pixels) in read_panoptic(truth_file).items():
+        if image_id == skip:
+            continue
         answer = answers[image_id] if image_id != without else ({}, {})
         for key, values in _compare((segments, pixels), answer).items():
             counts[key] = [a + b for a, b in zip(counts[key], values, strict=True)]

@@ -25,7 +25,8 @@ from giantdet.data.samples import make_sample
 from giantdet.data.semantic_png import SemanticPngDataset
 from giantdet.data.streams import EvalStream, TrainStream
 from giantdet.data.transforms import Geometry, draw_balanced_crop, draw_crop, draw_geometry, windows
-from giantdet.engine.predict import Predictor, image_batch
+from giantdet.engine.predict import Predictor, image_batch, image_batches
+from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig
 from giantdet.structures import IGNORE
 
@@ -102,6 +103,28 @@ def test_averaged_logits(image_hw: tuple[int, int], stride: int) -> None:
     assert found.semantic_HW is not None and found.semantic_HW.shape == image_hw
     assert (found.semantic_HW != expected).float().mean() < 1e-3  # of ties
     assert len(expected.unique()) > 1, "one class everywhere: the test shows nothing"
+
+
+def test_averages_are_resized_to_the_image() -> None:
+    """Random logits of windows that the image fills in part; pixels are seen once to three times."""
+    generator = torch.Generator().manual_seed(0)
+    config, image_hw, resized = DataConfig(size=(64, 32), short_side=48), (30, 71), (48, 114)
+    batches = list(image_batches(np.zeros((*image_hw, 3), np.uint8), config, 20))
+    total, times, maps = torch.zeros(1, 4, *resized), torch.zeros(resized), SemanticMaps()
+    boxes = slide(*resized, (64, 32), 20)
+    assert len(boxes) == len(batches) == 6
+    for (top, bottom, left, right), batch in zip(boxes, batches, strict=True):
+        logits = torch.randn(1, 4, 16, 8, generator=generator)
+        whole = F.interpolate(logits, (64, 32), mode="bilinear", align_corners=False)
+        total[:, :, top:bottom, left:right] += whole[:, :, : bottom - top, : right - left]
+        times[top:bottom, left:right] += 1
+        found = list(maps.add(logits, batch))
+        assert len(found) == (batch is batches[-1])
+    assert set(times.unique().tolist()) == {1, 2, 3}
+    expected = F.interpolate(total / times, image_hw, mode="bilinear", align_corners=False)[0].argmax(0)
+    assert torch.equal(found[0][1], expected)
+    summed = F.interpolate(total, image_hw, mode="bilinear", align_corners=False)[0].argmax(0)
+    assert (summed != expected).sum() > 5, "the sum would do as well: the test shows less"
 
 
 # Random scale and crop in training

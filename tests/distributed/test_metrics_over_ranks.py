@@ -1,7 +1,7 @@
 """The metrics of every architecture on 2 and 4 real ranks against one process, an unreadable image included.
 
-An image that cannot be read counts as missed in every metric; that is held to numbers made from the results
-of the intact set, without those of that image.
+An image that cannot be read counts as missed in every metric, and one whose map cannot be read is not scored;
+that is held to numbers made from the results of the intact set, without those of that image.
 """
 
 from __future__ import annotations
@@ -32,35 +32,37 @@ CASES: dict[str, dict[str, Any]] = {
     **{kind: {"kind": kind} for kind in MODELS},
     **{f"{kind}_windows": {"kind": kind, "window_stride": STRIDE, "batch_size": 3} for kind in MAPS_ONLY},
 }
+# Each case on the intact set, on one with a broken image, and on one with a broken map.
+PAIRS = [(name, data) for name in CASES for data in ("whole", "broken")]
+PAIRS += [(name, "unlabelled") for name, case in CASES.items() if FORMATS[case["kind"]] != "coco"]
+MAPS = [name for name, case in CASES.items() if case["kind"] in MAPS_ONLY]
 Results = dict[tuple[int, str, str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metrics")
-    for name in ("whole", "broken"):
+    for name in ("whole", "broken", "unlabelled"):
         make_demo(folder / name, train_images=1, val_images=IMAGES, size=64)
     image = next((folder / "broken/val").glob(f"{BAD:06d}.*"))
     image.write_bytes(image.read_bytes()[:100])
+    (folder / f"unlabelled/panoptic_val/{BAD:06d}.png").unlink()
+    labels = folder / f"unlabelled/semantic_val/{BAD:06d}.png"
+    labels.write_bytes(labels.read_bytes()[:45])
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
     """What each world found in each case and set."""
-    cases = {
-        f"{name}_{data}": {**case, "data": str(folder / data)}
-        for name, case in CASES.items()
-        for data in ("whole", "broken")
-    }
+    cases = {f"{name}_{data}": {**CASES[name], "data": str(folder / data)} for name, data in PAIRS}
     found = {}
     for world in WORLDS:
         out = folder / str(world)
         out.mkdir()
         launch_ok(Path(worker_metrics.__file__), world, out, json.dumps(cases))
-        for name in CASES:
-            for data in ("whole", "broken"):
-                found[world, name, data] = torch.load(out / f"{name}_{data}.pt")
+        for name, data in PAIRS:
+            found[world, name, data] = torch.load(out / f"{name}_{data}.pt")
     return found
 
 
@@ -73,8 +75,7 @@ def numbers(scores: Any, path: str = "") -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("data", ["whole", "broken"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "data"), PAIRS)
 def test_ranks_score_as_one_process(results: Results, name: str, data: str) -> None:
     """Bit for bit; PQ, whose IoUs are summed in another order, to 1e-12."""
     expected = results[1, name, data]
@@ -96,47 +97,59 @@ def test_the_unreadable_image_matters(results: Results) -> None:
             assert numbers(results[1, name, "broken"]["scores"][task]) != numbers(scores), (name, task)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if FORMATS[kind] != "semantic_png"])
-def test_missed_objects(results: Results, folder: Path, kind: str) -> None:
-    """pycocotools on the detections of the intact set without those of the image."""
-    truth = COCO(str(folder / "whole/val.json"))
+@pytest.mark.parametrize(("kind", "data"), [(n, d) for n, d in PAIRS if n not in MAPS and d != "whole"])
+def test_missed_objects(results: Results, folder: Path, kind: str, data: str) -> None:
+    """pycocotools on the detections of the intact set without those of the image.
+
+    Without its map the true objects of the image are unknown, and so left out.
+    """
     bad = 10**6 + BAD + 1
+    content = json.loads((folder / "whole/val.json").read_text())
+    if data == "unlabelled":
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != bad]
+    truth = COCO()
+    truth.dataset = content
+    truth.createIndex()
+    scores = {task: s for task, s in results[1, kind, data]["scores"].items() if task in IOU_TYPES}
+    assert "box" in scores
     detections = json.loads((folder / f"1/{kind}_whole/results.json").read_text())
     kept = [record for record in detections if record["image_id"] != bad]
     assert len(kept) < len(detections)
-    scores = results[1, kind, "broken"]["scores"]
-    for task, iou_type in (("box", "bbox"), ("mask", "segm")):
-        if task not in scores:
-            continue
+    for task, found in scores.items():
         own = [{k: v for k, v in record.items() if task == "box" or k != "bbox"} for record in kept]
-        judge = COCOeval(truth, truth.loadRes(own), iou_type)
+        judge = COCOeval(truth, truth.loadRes(own), IOU_TYPES[task])
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-        assert [scores[task][key] for key in ("AP", "AP50", "AR100")] == judge.stats[[0, 1, 8]].tolist()
+        assert [found[key] for key in ("AP", "AP50", "AR100")] == judge.stats[[0, 1, 8]].tolist()
+
+
+IOU_TYPES = {"box": "bbox", "mask": "segm"}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if FORMATS[kind] == "coco_panoptic"])
 def test_missed_segments(results: Results, folder: Path, kind: str) -> None:
     files = folder / "whole/panoptic_val.json", folder / f"1/{kind}_whole/results_panoptic.json"
-    for data, missing in (("whole", None), ("broken", 10**6 + BAD + 1)):
+    assert len(json.loads(files[1].read_text())["annotations"]) == IMAGES
+    bad = 10**6 + BAD + 1
+    for data, left_out in (("whole", {}), ("broken", {"without": bad}), ("unlabelled", {"skip": bad})):
         scores = results[1, kind, data]["scores"]["panoptic"]
-        expected = quality(*files, missing)
+        expected = quality(*files, **left_out)
         assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=1e-12)
-        assert len(json.loads(files[1].read_text())["annotations"]) == IMAGES
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if FORMATS[case["kind"]] != "coco"])
 def test_missed_pixels(results: Results, folder: Path, name: str) -> None:
-    """The confusion matrix is that of the intact set, and the image's pixels are of no class."""
-    whole, broken = (
+    """The confusion matrix is that of the intact set; the image's pixels are of no class, or not counted."""
+    whole, broken, unlabelled = (
         np.array(json.loads((folder / f"1/{name}_{data}/results_semantic.json").read_text())["confusion"])
-        for data in ("whole", "broken")
+        for data in ("whole", "broken", "unlabelled")
     )
     truth = true_map(results, folder, name)
     lost = np.bincount(truth[truth != 255], minlength=len(whole))
     assert whole[:, -1].sum() == 0 and broken[:, -1].tolist() == lost.tolist()
     assert (whole.sum(1) == broken.sum(1)).all() and (broken[:, :-1] <= whole[:, :-1]).all()
+    assert (unlabelled[:, :-1] == broken[:, :-1]).all() and not unlabelled[:, -1].any()
     hits, true, found = broken.diagonal(), broken.sum(1), broken.sum(0)[:-1]
     occurs = true > 0
     expected = {

@@ -23,6 +23,7 @@ from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import Dataset, open_dataset
 from giantdet.distributed import comm
 from giantdet.engine.evaluate import evaluate
+from giantdet.errors import DataError
 from giantdet.structures import Batch, Detections, Outputs
 
 SLOTS, SIDE = 10, 28
@@ -65,7 +66,10 @@ class Helped(nn.Module):
                 continue
             rows = np.linspace(y0, y1 - 1, SIDE).round().astype(int).clip(0, 63)
             columns = np.linspace(x0, x1 - 1, SIDE).round().astype(int).clip(0, 63)
-            mask = mask_util.decode(objects.rle(n))
+            try:
+                mask = mask_util.decode(objects.rle(n))
+            except DataError:  # its map cannot be read
+                continue
             boxes[n], masks[n], valid[n] = (x0, y0, x1, y1), mask[rows][:, columns], True
             labels[n] = rng.integers(classes) if rng.random() < 0.2 else objects.labels_N[n]
             scores[n] = round(float(rng.random()), 1)  # with ties

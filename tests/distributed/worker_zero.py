@@ -88,7 +88,9 @@ def mean_loss(model: MaskRcnn, batches: list[Batch], together: bool) -> torch.Te
     if not together:
         return torch.stack([loss_of(model(batch)) for batch in batches]).mean()
     leaves, spec = zip(*(tree_flatten(batch) for batch in batches), strict=True)
-    whole = model(tree_unflatten(list(map(torch.cat, zip(*leaves, strict=True))), spec[0]))
+    # windows_B6 is None
+    joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*leaves, strict=True)]
+    whole = model(tree_unflatten(joined, spec[0]))
     each = len(batches[0].image_ids_B)
     parts = [tree_map(lambda t, r=r: t[each * r : each * (r + 1)], whole) for r in range(len(batches))]
     return torch.stack([loss_of(part) for part in parts]).mean()
