@@ -135,6 +135,7 @@ def plot(measured: dict[str, dict[str, list[tuple[int, float]]]], path: Path) ->
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), sharex=True, sharey=True, layout="constrained")
     modules = list(dict.fromkeys(module for found in measured.values() for module in found))
@@ -142,11 +143,13 @@ def plot(measured: dict[str, dict[str, list[tuple[int, float]]]], path: Path) ->
         for module, points in found.items():
             steps = [step for step, _ in points[4:]]
             means = [statistics.fmean(value for _, value in points[i : i + 5]) for i in range(len(steps))]
-            axis.plot(steps, means, label=module.replace("_", " "), color=f"C{modules.index(module)}")
+            axis.plot(steps, means, color=f"C{modules.index(module)}")
         axis.set_title(name)
-        axis.legend(fontsize="small")
+    handles = [Line2D([], [], color=f"C{n}") for n in range(len(modules))]
+    names = [module.replace("_", " ") for module in modules]
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     figure.supxlabel("step")
-    figure.supylabel("gradient variance, 1 - cos of the halves of the batch")
+    figure.supylabel("gradient variance")
     figure.savefig(path, dpi=100)
 
 

@@ -2,9 +2,11 @@
 
 Each stage refines the boxes of the one before. Without its mask head it is Cascade R-CNN.
 Shapes: B images · N proposals · R sampled RoIs · P mask slots · D detections · C classes.
-Reference: detectron2's `CascadeROIHeads`. RoIs are sampled once, for the first stage; the others take all
-slots, and match the boxes that the stage before made of them again. The mask head trains on the first
-stage's RoIs. At inference the softmax scores of the stages are averaged, and the boxes are the last stage's.
+References: detectron2's `CascadeROIHeads`, and mmdetection's `CascadeRoIHead` where its `Conventions` differ.
+In the former, RoIs are sampled once, for the first stage; the others take all slots, and match the boxes that
+the stage before made of them again. The mask head trains on the first stage's RoIs. In the latter each stage
+samples, and has a mask head of its own. At inference the scores of the stages are averaged, and the boxes are
+the last stage's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.config.architectures.cascade_mask_rcnn import CascadeMaskRcnnConfig
-from giantdet.config.architectures.common import BoxLoss, NormPart
+from giantdet.config.architectures.common import NormPart
 from giantdet.config.conventions import Conventions
 from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
@@ -40,9 +42,9 @@ from giantdet.layers.mask_head import (
     with_masks,
 )
 from giantdet.layers.roi_pool import RoiPool
-from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
+from giantdet.layers.rpn import Proposals, Rpn, RpnPredictions, rpn_losses
 from giantdet.ops.boxes import clip_boxes, non_empty
-from giantdet.structures import Batch, Outputs, Targets
+from giantdet.structures import Batch, Outputs
 
 
 class Predictions(NamedTuple):
@@ -50,7 +52,7 @@ class Predictions(NamedTuple):
 
     rpn: RpnPredictions
     stages: tuple[BoxPredictions, ...]
-    mask: MaskPredictions | None
+    masks: tuple[MaskPredictions, ...]  # one for each mask head
 
 
 class CascadeMaskRcnn(Architecture):
@@ -61,6 +63,9 @@ class CascadeMaskRcnn(Architecture):
         "box_head.1.classes.",
         "box_head.2.classes.",
         "mask_head.masks.",
+        "mask_head.0.masks.",
+        "mask_head.1.masks.",
+        "mask_head.2.masks.",
     )
 
     def __init__(self, config: CascadeMaskRcnnConfig, image_size: tuple[int, int]) -> None:
@@ -74,13 +79,22 @@ class CascadeMaskRcnn(Architecture):
             BoxHead(config.box_head, channels, self.num_classes, class_agnostic=True)
             for _ in config.box_head.ious
         )
-        self.mask_head = (
-            MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None
-        )
+        self.mask_head: nn.Module | None = None
+        if config.mask_head.enabled and self.conventions.cascade_mask_heads:
+            self.mask_head = nn.ModuleList(
+                MaskHead(config.mask_head, channels, self.num_classes) for _ in config.box_head.ious
+            )
+        elif config.mask_head.enabled:
+            self.mask_head = MaskHead(config.mask_head, channels, self.num_classes)
+        self.delta_weights = config.box_head.delta_weights or self.conventions.cascade_delta_weights
+        self.loss_weights = config.box_head.loss_weights or self.conventions.cascade_loss_weights
         if config.checkpoint_heads:
-            for part in (self.fpn, *self.box_head, self.mask_head):
-                if part is not None:
-                    recompute(part)
+            for part in (self.fpn, *self.box_head, *self.mask_heads()):
+                recompute(part)
+
+    def mask_heads(self) -> list[MaskHead]:
+        """Return the mask heads: one for all stages, one for each, or none."""
+        return [module for module in self.modules() if isinstance(module, MaskHead)]
 
     @property
     def targets(self) -> frozenset[str]:
@@ -98,79 +112,100 @@ class CascadeMaskRcnn(Architecture):
         return levels
 
     def stage(self, number: int, levels: list[Tensor], boxes_BR4: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `[B*R, C + 1]` and deltas `[B*R, 1, 4]` of a box head.
-
-        The features' gradient is divided by the number of stages, which all send theirs into the pyramid.
-        """
+        """Return the logits `[B*R, C + 1]` and deltas `[B*R, 1, 4]` of a box head."""
         config = self.config.box_head
         features = self.pool(levels, boxes_BR4, config.resolution, config.sampling_ratio)
-        logits, deltas = self.box_head[number](scale_gradient(features, 1 / len(self.box_head)))
+        if self.conventions.cascade_scales_gradients:  # all stages send theirs into the pyramid
+            features = scale_gradient(features, 1 / len(self.box_head))
+        logits, deltas = self.box_head[number](features)
         return logits, deltas
 
     def predict(self, batch: Batch) -> Predictions:
-        """Predictions at sampled anchors, RoIs of each stage and masks; see `Architecture.predict`."""
+        """Return predictions at sampled anchors, RoIs of each stage and masks; see `Architecture.predict`."""
         levels, targets = self.pyramid(batch), batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
-        config = self.config.box_head
-        sampled = sample_rois(proposals, targets, config, config.ious[0], self.num_classes, batch.seeds_B)
-        stages = self.train_stages(levels, sampled, targets, batch.sizes_B2)
-        mask = None
-        if self.mask_head is not None:
-            mask = mask_training_predictions(
-                self.mask_head, self.pool, levels, sampled, targets, self.conventions
-            )
-        return Predictions(rpn=rpn, stages=stages, mask=mask)
+        rois, stages = self.train_stages(levels, proposals, batch)
+        masks = tuple(
+            mask_training_predictions(head, self.pool, levels, of_stage, targets, self.conventions)
+            for head, of_stage in zip(self.mask_heads(), rois, strict=False)
+        )
+        return Predictions(rpn=rpn, stages=stages, masks=masks)
 
     def train_stages(
-        self, levels: list[Tensor], rois: SampledRois, targets: Targets, sizes_B2: Tensor
-    ) -> tuple[BoxPredictions, ...]:
-        """Each stage's predictions on its RoIs; `rois` are the first one's."""
-        config = self.config.box_head
+        self, levels: list[Tensor], proposals: Proposals, batch: Batch
+    ) -> tuple[list[SampledRois], tuple[BoxPredictions, ...]]:
+        """Return the RoIs of each stage, and the predictions for them."""
+        config, targets = self.config.box_head, batch.targets
+        rois: list[SampledRois] = []
         stages: list[BoxPredictions] = []
-        for number, (iou, weights) in enumerate(zip(config.ious, config.delta_weights, strict=True)):
-            if stages:
-                boxes_BR4, valid_BR = refined_rois(stages[-1].boxes_BR4, rois.valid_BR, sizes_B2)
-                rois = match_rois(boxes_BR4, valid_BR, targets, iou, self.num_classes)
-            logits, deltas = self.stage(number, levels, rois.boxes_BR4)
-            stages.append(training_predictions(logits, deltas, rois, targets, weights))
-        return tuple(stages)
+        for number, (iou, weights) in enumerate(zip(config.ious, self.delta_weights, strict=True)):
+            if not rois or self.conventions.cascade_samples_each_stage:
+                # A seed for each stage, so that they do not draw the same numbers.
+                seeds_B = batch.seeds_B if number == 0 else batch.seeds_B ^ (number << 40)
+                found = sample_rois(proposals, targets, config, iou, self.num_classes, seeds_B)
+            else:
+                found = match_rois(proposals.boxes_BN4, proposals.valid_BN, targets, iou, self.num_classes)
+            logits, deltas = self.stage(number, levels, found.boxes_BR4)
+            rois.append(found)
+            stages.append(
+                training_predictions(
+                    logits, deltas, found, targets, weights, self.conventions.clamps_shrinking
+                )
+            )
+            # Objects are proposed anew where stages sample.
+            kept_BR = found.valid_BR
+            if self.conventions.cascade_samples_each_stage:
+                kept_BR = kept_BR & ~found.is_object_BR
+            boxes_BR4, valid_BR = refined_rois(stages[-1].boxes_BR4, kept_BR, batch.sizes_B2)
+            proposals = Proposals(boxes_BR4, torch.zeros_like(valid_BR, dtype=torch.float32), valid_BR)
+        return rois, tuple(stages)
 
     def answer(self, batch: Batch) -> Outputs:
-        """Detections with masks; see `Architecture.answer`."""
+        """Return detections with masks; see `Architecture.answer`."""
         levels = self.pyramid(batch)
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
-        config = self.config.box_head
         boxes_BN4, valid_BN = proposals.boxes_BN4, proposals.valid_BN
-        scores: list[Tensor] = []
-        for number, weights in enumerate(config.delta_weights):
+        answers: list[tuple[Tensor, Tensor]] = []
+        for number, weights in enumerate(self.delta_weights):
             logits, deltas = self.stage(number, levels, boxes_BN4)
-            scores_BNC, boxes_BN14 = scores_and_boxes(logits, deltas, boxes_BN4, weights)
-            scores.append(scores_BNC)
+            scores_BNC, boxes_BN14 = scores_and_boxes(
+                logits, deltas, boxes_BN4, weights, self.conventions.clamps_shrinking
+            )
+            answers.append((logits, scores_BNC))
             boxes_BN4, valid_BN = refined_rois(boxes_BN14.squeeze(2), valid_BN, batch.sizes_B2)
         found = select_detections(
-            torch.stack(scores).mean(0),
+            self._mean_scores(answers),
             boxes_BN4[:, :, None],
             valid_BN,
             batch.sizes_B2,
-            config,
+            self.config.box_head,
             self.conventions.min_detection_size,
         )
-        if self.mask_head is not None:
-            found = with_masks(self.mask_head, self.pool, levels, found)
+        masks = [with_masks(head, self.pool, levels, found).masks_BDSS for head in self.mask_heads()]
+        probabilities = [mask for mask in masks if mask is not None]
+        if probabilities:
+            found = found._replace(masks_BDSS=torch.stack(probabilities).mean(0))
         return Outputs(found)
+
+    def _mean_scores(self, answers: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the mean of the stages' scores `[B, N, C]`, from their logits `[B*N, C + 1]` and scores."""
+        if not self.conventions.cascade_averages_logits:
+            return torch.stack([scores_BNC for _, scores_BNC in answers]).mean(0)
+        mean = torch.stack([logits for logits, _ in answers]).mean(0)
+        return mean.softmax(-1)[:, :-1].reshape(answers[0][1].shape)
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `cascade_losses`."""
-        return cascade_losses(predictions, self.conventions, self.config.box_head.loss)
+        return cascade_losses(predictions, self.conventions, self.config, self.loss_weights)
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
         """Positive anchors, positive RoIs of each stage and mask slots in use."""
         masks = {"rpn_positive": predictions.rpn.positive_BR}
         for number, stage in enumerate(predictions.stages):
             masks[f"roi_positive_stage{number}"] = stage.positive_BR
-        if predictions.mask is not None:
-            masks["mask_slots_used"] = predictions.mask.valid_BP
+        if predictions.masks:
+            masks["mask_slots_used"] = torch.cat([mask.valid_BP for mask in predictions.masks], 1)
         return mean_counts(masks)
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
@@ -187,13 +222,22 @@ def refined_rois(boxes_BR4: Tensor, valid_BR: Tensor, sizes_B2: Tensor) -> tuple
 
 
 def cascade_losses(
-    predictions: Predictions, conventions: Conventions, box_loss: BoxLoss = "smooth_l1"
+    predictions: Predictions,
+    conventions: Conventions,
+    config: CascadeMaskRcnnConfig,
+    weights: tuple[float, float, float],
 ) -> dict[str, Tensor]:
-    """The RPN's losses, two of each stage (`loss_cls_stage0`, ...) and the masks', each of weight 1."""
-    losses = rpn_losses(predictions.rpn, conventions)
-    for number, stage in enumerate(predictions.stages):
-        found = box_losses(stage, conventions.smooth_l1_beta, box_loss)
-        losses |= {f"{name}_stage{number}": loss for name, loss in found.items()}
-    if predictions.mask is not None:
-        losses |= mask_loss(predictions.mask)
+    """Return the RPN's losses, those of each stage (`loss_cls_stage0`, ...), weighted, and the masks'.
+
+    The mask losses of several mask heads are named and weighted by stage, too.
+    """
+    losses = rpn_losses(predictions.rpn, conventions, config.rpn.smooth_l1_beta)
+    beta = conventions.beta(config.box_head.smooth_l1_beta)
+    for number, (stage, weight) in enumerate(zip(predictions.stages, weights, strict=True)):
+        found = box_losses(stage, beta, config.box_head.loss)
+        losses |= {f"{name}_stage{number}": weight * loss for name, loss in found.items()}
+    if len(predictions.masks) == 1:
+        return losses | mask_loss(predictions.masks[0])
+    for number, (mask, weight) in enumerate(zip(predictions.masks, weights, strict=False)):
+        losses |= {f"{name}_stage{number}": weight * loss for name, loss in mask_loss(mask).items()}
     return losses

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
-from giantdet.config.architectures.common import BoxLoss, NormPart
-from giantdet.config.architectures.mask_rcnn import RcnnConfig
+from giantdet.config.architectures.common import NormPart
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig, RcnnConfig
 from giantdet.config.conventions import Conventions
 from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
@@ -38,6 +38,8 @@ from giantdet.layers.mask_head import (
 from giantdet.layers.roi_pool import RoiPool
 from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
 from giantdet.structures import Batch, Detections, Outputs
+
+DEFAULT = MaskRcnnConfig()
 
 
 class Predictions(NamedTuple):
@@ -97,7 +99,8 @@ class MaskRcnn(Architecture):
         rois = sample_rois(proposals, targets, config, config.iou, self.num_classes, batch.seeds_B)
         features = self.pool(levels, rois.boxes_BR4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
-        box = training_predictions(logits, deltas, rois, targets)
+        both_sides = self.conventions.clamps_shrinking
+        box = training_predictions(logits, deltas, rois, targets, both_sides=both_sides)
         mask = None
         if self.mask_head is not None:
             mask = mask_training_predictions(
@@ -115,7 +118,9 @@ class MaskRcnn(Architecture):
         config = self.config.box_head
         features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
-        scores_BNC, boxes_BNC4 = scores_and_boxes(logits, deltas, proposals.boxes_BN4)
+        scores_BNC, boxes_BNC4 = scores_and_boxes(
+            logits, deltas, proposals.boxes_BN4, both_sides=self.conventions.clamps_shrinking
+        )
         found = select_detections(
             scores_BNC,
             boxes_BNC4,
@@ -130,7 +135,7 @@ class MaskRcnn(Architecture):
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `mask_rcnn_losses`."""
-        return mask_rcnn_losses(predictions, self.conventions, self.config.box_head.loss)
+        return mask_rcnn_losses(predictions, self.conventions, self.config)
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
         """See `sample_counts`."""
@@ -147,11 +152,12 @@ class MaskRcnn(Architecture):
 
 
 def mask_rcnn_losses(
-    predictions: Predictions, conventions: Conventions, box_loss: BoxLoss = "smooth_l1"
+    predictions: Predictions, conventions: Conventions, config: RcnnConfig = DEFAULT
 ) -> dict[str, Tensor]:
-    """The five losses (four without a mask head), each of weight 1."""
-    losses = rpn_losses(predictions.rpn, conventions)
-    losses |= box_losses(predictions.box, conventions.smooth_l1_beta, box_loss)
+    """Return the five losses (four without a mask head), each of weight 1."""
+    losses = rpn_losses(predictions.rpn, conventions, config.rpn.smooth_l1_beta)
+    box_head = config.box_head
+    losses |= box_losses(predictions.box, conventions.beta(box_head.smooth_l1_beta), box_head.loss)
     if predictions.mask is not None:
         losses |= mask_loss(predictions.mask)
     return losses

@@ -1,9 +1,9 @@
 """RetinaNet (Lin et al. 2017, "Focal Loss for Dense Object Detection"): backbone, pyramid P3 to P7, one head.
 
 Shapes: B images · A anchors of all levels · M ground-truth slots · C classes · D detections.
-Reference: detectron2's `RetinaNet`. One deliberate difference: anchors centred in the padding are neither
-trained nor scored, because a fixed canvas may have more padding than a batch that is padded to its largest
-image.
+References: detectron2's `RetinaNet`, and mmdetection's where its `Conventions` differ. One deliberate
+difference: anchors centred in the padding are neither trained nor scored, because a fixed canvas may have
+more padding than a batch that is padded to its largest image.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class RetinaNet(Architecture):
         source = config.extra_levels_from or ("p5" if backbone.is_plain else "c5")
         if source == "c5" and backbone.is_plain:
             raise InputError('model.extra_levels_from: a plain ViT has no C5; give "p5", or leave it out')
-        top = TopConvolutions(backbone.channels[-1], channels, source == "c5")
+        relu = self.conventions.retina_relu_before_p7
+        top = TopConvolutions(backbone.channels[-1], channels, source == "c5", relu)
         self.fpn = build_fpn(
             config.fpn, backbone.channels, backbone.strides, backbone.is_plain, finest=3, top=top
         )
@@ -137,6 +138,7 @@ class RetinaNet(Architecture):
             [[size * scale for scale in head.anchor_scales] for size in head.anchor_sizes],
             head.anchor_ratios,
             device=levels[0].device,
+            by_ratio=self.conventions.anchors_by_ratio,
         )
         return list(found)
 
@@ -149,9 +151,10 @@ class RetinaNet(Architecture):
         """Return predictions and targets of all anchors; see `Architecture.predict`."""
         logits, deltas, anchors = self.heads(batch)
         anchors_A4 = torch.cat(anchors)
-        label_BA, labels_BA, target_deltas_BA4 = self.match(
-            anchors_A4, self.ignored(anchors_A4, batch.sizes_B2), batch.targets
-        )
+        untrained_BA = self.ignored(anchors_A4, batch.sizes_B2)
+        if self.conventions.trained_padding:
+            untrained_BA = centred_in_padding(anchors_A4, batch.sizes_B2, self.conventions.trained_padding)
+        label_BA, labels_BA, target_deltas_BA4 = self.match(anchors_A4, untrained_BA, batch.targets)
         return Predictions(
             logits_BAC=torch.cat(logits, 1),
             deltas_BA4=torch.cat(deltas, 1),
@@ -171,7 +174,12 @@ class RetinaNet(Architecture):
         head = self.config.head
         iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4).masked_fill_(ignored_BA[:, None], 0.0)
         index_BA, label_BA = match(
-            iou_BMA, targets.valid_BM, head.iou_low, head.iou_high, allow_low_quality=True
+            iou_BMA,
+            targets.valid_BM,
+            head.iou_low,
+            head.iou_high,
+            allow_low_quality=True,
+            takes_object=self.conventions.best_anchor_takes_object,
         )
         label_BA = label_BA.masked_fill(ignored_BA, -1)
         positive_BA = label_BA == 1
@@ -183,6 +191,10 @@ class RetinaNet(Architecture):
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """Return `retinanet_losses`; in training, first update the running mean of positive anchors."""
         normalizer = self.head.normalizer
+        if not self.conventions.retina_running_mean:
+            return retinanet_losses(
+                predictions, self.config.head, predictions.positive_BA.sum(1).clamp_min(1).sum()
+            )
         if self.training:
             with torch.no_grad():
                 positives = predictions.positive_BA.sum().clamp_min(1).to(normalizer.dtype)
@@ -209,13 +221,21 @@ class RetinaNet(Architecture):
             score_BK, index_BK = pairs_BX.topk(min(config.pre_nms, pairs_BX.shape[1]))
             anchor_BK = index_BK // self.num_classes
             boxes.append(
-                decode_deltas(gather_slots(deltas_BA4, anchor_BK), anchors_A4[anchor_BK], DELTA_WEIGHTS)
+                decode_deltas(
+                    gather_slots(deltas_BA4, anchor_BK),
+                    anchors_A4[anchor_BK],
+                    DELTA_WEIGHTS,
+                    self.conventions.clamps_shrinking,
+                )
             )
             scores.append(score_BK)
             labels.append(index_BK % self.num_classes)
         boxes_BK4, score_BK, label_BK = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(labels, 1)
         valid_BK = (score_BK > config.score_threshold) & score_BK.isfinite() & boxes_BK4.isfinite().all(-1)
-        # As in detectron2, NMS compares whole boxes; they are clipped to the image afterwards.
+        if self.conventions.retina_clips_before_nms:
+            boxes_BK4 = clip_boxes(boxes_BK4, batch.sizes_B2)
+            valid_BK &= non_empty(boxes_BK4)
+        # In detectron2, NMS compares whole boxes; they are clipped to the image afterwards.
         whole_BK4 = boxes_BK4.where(valid_BK[..., None], 0.0)
         whole_BK4 = whole_BK4 - whole_BK4.amin((1, 2), keepdim=True)
         extent_B = whole_BK4.amax((1, 2))

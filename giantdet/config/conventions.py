@@ -1,11 +1,14 @@
 """The choices in which the reference implementations differ, as one frozen dataclass for each of them.
 
-Sources: detectron2 0.6 (`modeling/`, `layers/mask_ops.py`) and torchvision 0.25 (`models/detection/`).
+Sources: detectron2 0.6 (`modeling/`, `layers/mask_ops.py`), torchvision 0.25 (`models/detection/`) and
+mmdetection 3.3 (`models/`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+DeltaWeights = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,47 @@ class Conventions:
     pastes_at_pixel_centres: bool
     """Predicted masks are interpolated at pixel centres; if False, boxes are rounded to pixels first."""
 
+    anchors_by_ratio: bool = False
+    """The anchors of a cell are ordered by ratio, then by size; if False, by size, then by ratio."""
+    trained_padding: int = 0
+    """Anchors are trained up to the image's sides rounded up to a multiple of this; 0: wherever they are
+    proposed."""
+    clamps_shrinking: bool = False
+    """Predicted changes of width and height are limited in both directions; if False, only upwards."""
+    best_anchor_iou: float = 0.0
+    """IoU that the best anchor of an object needs to be positive in the RPN where it is below `iou_high`."""
+    best_anchor_takes_object: bool = False
+    """The best anchor of an object predicts that object; if False, the object that it overlaps most."""
+    retina_running_mean: bool = True
+    """RetinaNet's losses are divided by a running mean of the number of positive anchors; if False, by the
+    number itself, at least 1 an image."""
+    retina_relu_before_p7: bool = True
+    """RetinaNet has a ReLU between P6 and P7."""
+    retina_clips_before_nms: bool = False
+    """RetinaNet clips boxes to the image before NMS; if False, after it."""
+    cascade_samples_each_stage: bool = False
+    """Each stage of a cascade samples RoIs, from the boxes of the one before and the objects; if False, only
+    the first one does, and the others take all of its slots."""
+    cascade_mask_heads: bool = False
+    """Each stage has a mask head, and their probabilities are averaged; if False, there is one, trained on
+    the RoIs of the first stage."""
+    cascade_averages_logits: bool = False
+    """The logits of the stages are averaged; if False, their softmax scores."""
+    cascade_scales_gradients: bool = True
+    """Each stage's gradient into the features is divided by the number of stages."""
+    cascade_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Weights of the stages' losses."""
+    cascade_delta_weights: tuple[DeltaWeights, DeltaWeights, DeltaWeights] = (
+        (10.0, 10.0, 5.0, 5.0),
+        (20.0, 20.0, 10.0, 10.0),
+        (30.0, 30.0, 15.0, 15.0),
+    )
+    """Factors of dx, dy, dw and dh in what the stages regress."""
+
+    def beta(self, chosen: float | None) -> float:
+        """Return the beta of a smooth L1 loss: the one that a section chooses, or else `smooth_l1_beta`."""
+        return self.smooth_l1_beta if chosen is None else chosen
+
 
 CONVENTIONS: dict[str, Conventions] = {
     "detectron2": Conventions(
@@ -57,5 +101,35 @@ CONVENTIONS: dict[str, Conventions] = {
         rpn_loss_over_all_slots=False,
         binary_mask_targets=False,
         pastes_at_pixel_centres=False,
+    ),
+    "mmdetection": Conventions(
+        rounded_anchors=False,
+        anchors_in_padding=False,
+        min_proposal_size=0.0,
+        min_detection_size=0.0,
+        aligned_rois=True,
+        smooth_l1_beta=0.0,
+        rpn_loss_over_all_slots=False,
+        binary_mask_targets=True,
+        pastes_at_pixel_centres=True,
+        anchors_by_ratio=True,
+        trained_padding=32,
+        clamps_shrinking=True,
+        best_anchor_iou=0.3,
+        best_anchor_takes_object=True,
+        retina_running_mean=False,
+        retina_relu_before_p7=False,
+        retina_clips_before_nms=True,
+        cascade_samples_each_stage=True,
+        cascade_mask_heads=True,
+        cascade_averages_logits=True,
+        cascade_scales_gradients=False,
+        cascade_loss_weights=(1.0, 0.5, 0.25),
+        # The inverse of mmdetection's standard deviations.
+        cascade_delta_weights=(
+            (10.0, 10.0, 5.0, 5.0),
+            (20.0, 20.0, 10.0, 10.0),
+            (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067),
+        ),
     ),
 }

@@ -89,6 +89,7 @@ class SampledRois(NamedTuple):
     index_BR: Tensor  # int64, the matched ground-truth slot
     positive_BR: Tensor
     valid_BR: Tensor
+    is_object_BR: Tensor  # bool: the RoI is a ground-truth box itself, not a proposal
 
 
 def sample_rois(
@@ -119,6 +120,7 @@ def sample_rois(
         index_BR=matched_BR,
         positive_BR=positive_BR,
         valid_BR=valid_BR,
+        is_object_BR=index_BR >= proposals.valid_BN.shape[1],
     )
 
 
@@ -135,6 +137,7 @@ def match_rois(
         index_BR=index_BR,
         positive_BR=positive_BR,
         valid_BR=valid_BR,
+        is_object_BR=torch.zeros_like(valid_BR),
     )
 
 
@@ -144,8 +147,12 @@ def training_predictions(
     rois: SampledRois,
     targets: Targets,
     weights: Weights = DELTA_WEIGHTS,
+    both_sides: bool = False,
 ) -> BoxPredictions:
-    """Pair the head's outputs, logits `[B*R, C + 1]` and deltas `[B*R, C, 4]`, with their targets."""
+    """Pair the head's outputs, logits `[B*R, C + 1]` and deltas `[B*R, C, 4]`, with their targets.
+
+    `both_sides` is that of `decode_deltas`.
+    """
     shape = rois.labels_BR.shape
     # Background RoIs have no target class; they take the deltas of class 0, which the loss leaves out. A
     # class-agnostic box is at 0.
@@ -168,18 +175,22 @@ def training_predictions(
         labels_BR=rois.labels_BR,
         positive_BR=rois.positive_BR,
         valid_BR=rois.valid_BR,
-        boxes_BR4=decode_deltas(deltas_BR4, rois.boxes_BR4, weights),
+        boxes_BR4=decode_deltas(deltas_BR4, rois.boxes_BR4, weights, both_sides),
         target_boxes_BR4=boxes_BR4,
     )
 
 
 def scores_and_boxes(
-    logits: Tensor, deltas: Tensor, rois_BN4: Tensor, weights: Weights = DELTA_WEIGHTS
+    logits: Tensor,
+    deltas: Tensor,
+    rois_BN4: Tensor,
+    weights: Weights = DELTA_WEIGHTS,
+    both_sides: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The head's outputs `[B*N, ...]` as softmax scores `[B, N, C]` and decoded boxes `[B, N, G, 4]`."""
+    """Return the head's outputs `[B*N, ...]` as softmax scores `[B, N, C]` and boxes `[B, N, G, 4]`."""
     shape = rois_BN4.shape[:2]
     scores_BNC = logits.softmax(-1)[:, :-1].reshape(*shape, -1)
-    return scores_BNC, decode_deltas(deltas.reshape(*shape, -1, 4), rois_BN4[:, :, None], weights)
+    return scores_BNC, decode_deltas(deltas.reshape(*shape, -1, 4), rois_BN4[:, :, None], weights, both_sides)
 
 
 def select_detections(
@@ -218,7 +229,7 @@ def select_detections(
 
 
 def box_losses(p: BoxPredictions, smooth_l1_beta: float, kind: BoxLoss = "smooth_l1") -> dict[str, Tensor]:
-    """Classification and box loss of the sampled RoIs, scalars (`fast_rcnn.py` of detectron2 0.6).
+    """Return the classification and box loss of the sampled RoIs (`fast_rcnn.py` of detectron2 0.6).
 
     Both sums are divided by the number of sampled RoIs, background included.
     """

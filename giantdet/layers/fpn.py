@@ -52,11 +52,14 @@ class Subsampled(nn.Module):
 
 
 class TopConvolutions(nn.Module):
-    """P6 and P7 by 3x3 convolutions of stride 2, with a ReLU between them (RetinaNet, Lin et al. 2017)."""
+    """P6 and P7 by 3x3 convolutions of stride 2, with a ReLU between them (RetinaNet, Lin et al. 2017).
 
-    def __init__(self, in_channels: int, channels: int, from_c5: bool) -> None:
+    mmdetection has no ReLU there.
+    """
+
+    def __init__(self, in_channels: int, channels: int, from_c5: bool, relu: bool = True) -> None:
         super().__init__()
-        self.from_c5 = from_c5
+        self.from_c5, self.relu = from_c5, relu
         self.p6 = nn.Conv2d(in_channels if from_c5 else channels, channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         for layer in (self.p6, self.p7):
@@ -67,7 +70,7 @@ class TopConvolutions(nn.Module):
     def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
         """Return P6 and P7: maps of half and a quarter of the size of C5, rounded up."""
         p6 = self.p6(c5 if self.from_c5 else p5)
-        return [p6, self.p7(F.relu(p6))]
+        return [p6, self.p7(F.relu(p6) if self.relu else p6)]
 
 
 class FeaturePyramid(nn.Module):

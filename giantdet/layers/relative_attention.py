@@ -64,20 +64,22 @@ class RelativeAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
+        size, scale = v.shape[-1], self.scale
         if self.positions:
             q, k = self._with_positions(q, k)
-        else:
-            q = q * self.scale
+            scale = 1.0
+            v = F.pad(v, (0, q.shape[-1] - size))  # fused kernels want the same size of all three
         dropout = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, scale=1.0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, scale=scale)[..., :size]
         projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
         return projected
 
     def _with_positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys `[B, heads, N, D + rows + columns]` whose products are the logits.
 
-        A key ends with its row and its column as one-hot vectors, a query with its terms for every row and
-        every column. So no matrix `[N, N]` of terms is stored, which a mask for the attention would need.
+        A key ends with its row and its column as one-hot vectors. A query begins with q times the scale and
+        ends with its terms for every row and every column. So a fused kernel computes the attention, and no
+        matrix `[N, N]` of terms is stored, which a mask would need.
         """
         height, width = self.grid
         rows = F.embedding(self.row_index, self.rel_pos_h)  # [query's row, key's row, D]

@@ -19,7 +19,7 @@ from giantdet.config.conventions import Conventions
 from giantdet.errors import InputError
 from giantdet.layers.common import box_distance, gather_slots
 from giantdet.layers.rpn_head import RpnHead, SampledRpnHead
-from giantdet.ops.anchors import centred_in_padding, grid_anchors
+from giantdet.ops.anchors import beyond_border, centred_in_padding, grid_anchors
 from giantdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas, non_empty, pairwise_iou
 from giantdet.ops.matching import match
 from giantdet.ops.nms import nms_mask
@@ -86,6 +86,7 @@ class Rpn(nn.Module):
             self.config.anchor_ratios,
             self.conventions.rounded_anchors,
             levels[0].device,
+            self.conventions.anchors_by_ratio,
         )
 
     def forward(
@@ -103,10 +104,16 @@ class Rpn(nn.Module):
             self.config.post_nms_train if self.training else self.config.post_nms_test,
             self.config.nms_iou,
             min_size=self.conventions.min_proposal_size,
+            both_sides=self.conventions.clamps_shrinking,
         )
         if targets is None:
             return proposals, None
-        labels = self._sample_anchors(torch.cat(anchors), torch.cat(outside, 1), targets, seeds_B)
+        anchors_A4, untrained_BA = torch.cat(anchors), torch.cat(outside, 1)
+        if self.conventions.trained_padding:
+            untrained_BA = centred_in_padding(anchors_A4, sizes_B2, self.conventions.trained_padding)
+        if self.config.allowed_border is not None:
+            untrained_BA = untrained_BA | beyond_border(anchors_A4, sizes_B2, self.config.allowed_border)
+        labels = self._sample_anchors(anchors_A4, untrained_BA, targets, seeds_B)
         index_BR, target_deltas_BR4, positive_BR, valid_BR = labels
         objectness_BR, deltas_BR4 = self.head.at_anchors(levels, objectness, deltas, index_BR)
         return proposals, RpnPredictions(
@@ -130,7 +137,13 @@ class Rpn(nn.Module):
         # Masked before matching: the best anchor of an object at the border must be one that can be sampled.
         iou_BMA = pairwise_iou(targets.boxes_BM4, anchors_A4).masked_fill_(outside_BA[:, None], 0.0)
         index_BA, label_BA = match(
-            iou_BMA, targets.valid_BM, config.iou_low, config.iou_high, allow_low_quality=True
+            iou_BMA,
+            targets.valid_BM,
+            config.iou_low,
+            config.iou_high,
+            allow_low_quality=True,
+            low_quality_iou=self.conventions.best_anchor_iou,
+            takes_object=self.conventions.best_anchor_takes_object,
         )
         label_BA = label_BA.masked_fill(outside_BA, -1)
         noise_BA = uniform_noise(seeds_B, label_BA.shape[1], SAMPLING_SALT)
@@ -154,17 +167,21 @@ def select_proposals(
     post_nms: int,
     nms_iou: float,
     min_size: float,
+    both_sides: bool = False,
 ) -> Proposals:
     """Return the best `post_nms` proposals of all levels, best first (detectron2's `find_top_rpn_proposals`).
 
     They are selected from the best `pre_nms` anchors of each level, which are decoded, clipped to `sizes_B2`
     and filtered by NMS within the level. Each level has `objectness` `[B, A_l]` and `deltas` `[B, A_l, 4]`;
-    an objectness of -inf excludes an anchor. Both sides of a proposal are larger than `min_size` pixels.
+    an objectness of -inf excludes an anchor. Both sides of a proposal are larger than `min_size` pixels;
+    `both_sides` is that of `decode_deltas`.
     """
     boxes, scores = [], []
     for score_BA, delta_BA4, anchors_A4 in zip(objectness, deltas, anchors, strict=True):
         score_BK, index_BK = score_BA.topk(min(pre_nms, score_BA.shape[1]))
-        boxes_BK4 = decode_deltas(gather_slots(delta_BA4, index_BK), anchors_A4[index_BK], DELTA_WEIGHTS)
+        boxes_BK4 = decode_deltas(
+            gather_slots(delta_BA4, index_BK), anchors_A4[index_BK], DELTA_WEIGHTS, both_sides
+        )
         boxes_BK4 = clip_boxes(boxes_BK4, sizes_B2)
         valid_BK = non_empty(boxes_BK4, min_size) & score_BK.isfinite()
         keep_BK = nms_mask(boxes_BK4, score_BK, valid_BK, nms_iou)
@@ -180,15 +197,19 @@ def select_proposals(
     )
 
 
-def rpn_losses(p: RpnPredictions, conventions: Conventions) -> dict[str, Tensor]:
+def rpn_losses(
+    p: RpnPredictions, conventions: Conventions, smooth_l1_beta: float | None = None
+) -> dict[str, Tensor]:
     """Return the objectness and box loss of the sampled anchors, scalars (detectron2 0.6, `rpn.py`).
 
     Sums are masked and run over all slots, so that a batch without objects has zero losses and finite
     gradients. The normaliser is local to the rank and micro-batch, as in all reference implementations.
+    `smooth_l1_beta` None is that of the conventions.
     """
+    beta = conventions.beta(smooth_l1_beta)
     count = p.valid_BR.numel() if conventions.rpn_loss_over_all_slots else p.valid_BR.sum().clamp_min(1)
     entropy_BR = F.binary_cross_entropy_with_logits(p.objectness_BR, p.positive_BR.float(), reduction="none")
-    distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, conventions.smooth_l1_beta)
+    distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, beta)
     return {
         "loss_rpn_cls": torch.where(p.valid_BR, entropy_BR, 0.0).sum() / count,
         "loss_rpn_loc": torch.where(p.positive_BR, distance_BR, 0.0).sum() / count,

@@ -79,16 +79,18 @@ def encode_deltas(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
     )
 
 
-def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
+def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Weights, both_sides: bool = False) -> Tensor:
     """Return the boxes of `deltas` applied to `anchors`, `[..., 4]` each (they broadcast); float32.
 
-    dw and dh are clamped from above at log(1000 / 16), as in detectron2.
+    dw and dh are clamped from above at log(1000 / 16), as in detectron2; with `both_sides` also from below at
+    its negative, as in mmdetection.
     """
+    lowest = -MAX_LOG_SCALE if both_sides else -math.inf
     xa, ya, wa, ha = _center_size(anchors.float())
     dx, dy, dw, dh = (d / w for d, w in zip(deltas.float().unbind(-1), weights, strict=True))
     x, y = dx * wa + xa, dy * ha + ya
-    half_width = 0.5 * wa * torch.exp(dw.clamp_max(MAX_LOG_SCALE))
-    half_height = 0.5 * ha * torch.exp(dh.clamp_max(MAX_LOG_SCALE))
+    half_width = 0.5 * wa * torch.exp(dw.clamp(lowest, MAX_LOG_SCALE))
+    half_height = 0.5 * ha * torch.exp(dh.clamp(lowest, MAX_LOG_SCALE))
     return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], dim=-1)
 
 

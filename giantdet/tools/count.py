@@ -24,6 +24,7 @@ from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig
 from giantdet.config.resolved import ResolvedRun
 from giantdet.engine.zero import weight_dtype
+from giantdet.errors import InputError
 from giantdet.layers.deferred import deferred_init
 from giantdet.structures import Batch, Targets
 
@@ -60,6 +61,17 @@ class Count(NamedTuple):
 
 def count(run: ResolvedRun, micro_batch: int) -> Count:
     """Count a forward and backward pass of the run's model with `micro_batch` images, in its precision."""
+    try:
+        return _count(run, micro_batch)
+    except InputError:
+        if micro_batch != 1:
+            raise
+        # A batch norm over one value per channel, as in UPerNet: in the run, others' images take part in it.
+        two = _count(run, 2)
+        return Count(two.forward // 2, two.backward // 2, two.memory // 2)
+
+
+def _count(run: ResolvedRun, micro_batch: int) -> Count:
     model = meta_model(run)
     with FakeTensorMode(allow_non_fake_inputs=True):
         # On the CPU, because attention is a fused kernel there, as on GPUs, but not on the meta device.

@@ -109,7 +109,7 @@ def build(
     """Return this section's model with the weights, pixel statistics and anchors of golden model `name`."""
     model = build_model(SECTIONS[raw["type"]].model_validate(raw), canvas, NormConfig(type=norm))
     if raw["backbone"]["name"] == BACKBONE["name"]:
-        _narrow_stem(model.backbone.body)
+        narrow_stem(model.backbone.body)
     state = {our_name(key, finest): value for key, value in load_weights(golden, name).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
@@ -127,7 +127,7 @@ def build(
     return model
 
 
-def _narrow_stem(body: Any) -> None:
+def narrow_stem(body: Any) -> None:
     """Replace the stem by one of 8 channels: timm's has 64 whatever the stages have."""
     body.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
     body.bn1 = type(body.bn1)(8)

@@ -108,7 +108,7 @@ def assert_same_features(maps: list[Tensor], expected: Any, names: list[str]) ->
             (level[:, : first.shape[1]], "slice"),
         ):
             theirs = torch.from_numpy(expected[f"{name}.{part}"])
-            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def assert_same_proposals(model: Any, batch: Batch, expected: Any) -> None:
@@ -121,7 +121,7 @@ def assert_same_proposals(model: Any, batch: Batch, expected: Any) -> None:
             for i in range(2):
                 index_N = same_boxes(proposals.boxes_BN4[i], torch.from_numpy(expected[f"{name}.{i}.boxes"]))
                 theirs_N = torch.from_numpy(expected[f"{name}.{i}.logits"])
-                torch.testing.assert_close(proposals.scores_BN[i][index_N], theirs_N, atol=5e-4, rtol=1e-4)
+                torch.testing.assert_close(proposals.scores_BN[i][index_N], theirs_N, atol=1e-4, rtol=1e-4)
 
 
 def assert_same_detections(found: Detections, batch: Batch, expected: Any) -> None:

@@ -125,6 +125,8 @@ def test_plan_counts_the_model(demo_data: Path, kind: str, monkeypatch: pytest.M
     counted = count(run, 2)
     assert (counted.forward, counted.backward) == (forward, flops.get_total_flops() - forward)
     assert counted.backward > 0.5 * forward > 0
+    one = count(run, 1)  # also where a batch norm would have a single value per channel
+    assert 2 * one.forward == counted.forward and 2 * one.backward == counted.backward
 
     # The plan would count again, for every choice of recomputation.
     monkeypatch.setattr("giantdet.tools.plan.count", lambda run, images: counted)

@@ -114,12 +114,21 @@ def setting(built: Setting) -> Setting:
 
 @torch.no_grad()
 def test_features(setting: Setting) -> None:
-    """The maps of the backbone and the pyramid."""
+    """The maps of the backbone and the pyramid, and the RPN's outputs for every anchor."""
     model, batch = setting.model.eval(), setting.batch
     maps = model.backbone(model.normalise(batch.images_B3HW, batch.sizes_B2))
     names = ("last_feat",) if model.backbone.is_plain else ("res2", "res3", "res4", "res5")
     assert_same_features(maps, setting.arrays, [f"bottom_up.{name}" for name in names])
-    assert_same_features(model.fpn(maps), setting.arrays, [f"fpn.p{level}" for level in range(2, 7)])
+    levels = model.fpn(maps)
+    assert_same_features(levels, setting.arrays, [f"fpn.p{level}" for level in range(2, 7)])
+    for number, level in enumerate(levels, start=2):
+        shape = (2, *level.shape[2:], -1)
+        for ours, name in zip(model.rpn.head(level), ("logits", "deltas"), strict=True):
+            theirs = torch.from_numpy(setting.arrays[f"rpn.p{number}.{name}"])
+            # Of wide maps the deltas of the second anchor only are stored.
+            first = 4 if name == "deltas" and theirs.shape[1] == 4 else 0
+            channels = ours.reshape(shape).permute(0, 3, 1, 2)[:, first : first + theirs.shape[1]]
+            torch.testing.assert_close(channels, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_proposals(setting: Setting) -> None:
@@ -136,7 +145,7 @@ def test_box_head(setting: Setting) -> None:
         index_N = same_boxes(proposals.boxes_BN4[i], torch.from_numpy(arrays[f"proposals.{i}.boxes"]))
         for ours, name in ((logits, "logits"), (deltas.flatten(1), "deltas")):
             theirs = torch.from_numpy(arrays[f"roi.{i}.{name}"])
-            torch.testing.assert_close(ours.view(2, 100, -1)[i][index_N], theirs, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(ours.view(2, 100, -1)[i][index_N], theirs, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -54,6 +54,9 @@ TRAINED: dict[str, dict[str, Any]] = {
     "torchvision": {"conventions": "torchvision"},
     "giou": {"box_head": {"loss": "giou"}},
     "ciou": {"kind": "cascade_mask_rcnn", "box_head": {"loss": "ciou"}},
+    "mmdetection": {"kind": "mask_rcnn", "conventions": "mmdetection", "rpn": {"allowed_border": 0}},
+    "mmdetection's retinanet": {"kind": "retinanet", "conventions": "mmdetection"},
+    "mmdetection's cascade": {"kind": "cascade_mask_rcnn", "conventions": "mmdetection"},
     "sampled": {"rpn": {"loss_pass": "sampled"}},
     "vitdet": {
         "backbone": {

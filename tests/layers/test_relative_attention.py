@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from test_plain_vit import Operators
 from timm.layers import Attention
 from torch import Tensor
 
@@ -118,8 +119,25 @@ def test_every_parameter_gets_a_gradient() -> None:
     vit(torch.randn(1, 3, 80, 64))[0].square().sum().backward()
     for key, parameter in vit.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), key
+    torch._dynamo.reset()
+    compiled = torch.compile(vit, backend="eager", fullgraph=True)
+    images = torch.randn(1, 3, 80, 64)
+    torch.testing.assert_close(compiled(images)[0], vit(images)[0])
+    torch._dynamo.reset()
     out = build(**options).bfloat16()(torch.randn(1, 3, 80, 64).bfloat16())[0]
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_one_fused_kernel_a_block_and_no_tables_made(attended: bool) -> None:
+    vit = build(relative_positions=True, attend_padding=attended).train()
+    images = torch.randn(2, 3, 80, 64)
+    vit(images)
+    with Operators() as operators:
+        vit(images)
+    counts = operators.counts
+    assert sum(n for op, n in counts.items() if op.startswith("_scaled_dot_product")) == 2
+    assert not {"_softmax", "_safe_softmax", "arange", "eye", "zeros", "repeat"} & counts.keys()
 
 
 def test_weights_may_lack_the_tables(tmp_path: Path) -> None:

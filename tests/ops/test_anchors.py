@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from giantdet.ops.anchors import base_anchors, grid_anchors
+from giantdet.ops.anchors import base_anchors, beyond_border, centred_in_padding, grid_anchors
 
 STRIDES, SIZES, RATIOS = (4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0)
 
@@ -53,3 +53,21 @@ def test_float32_whatever_the_default():
 def test_wrong_number_of_levels_is_an_error():
     with pytest.raises(ValueError, match="1 levels, 2 strides, 1 sizes"):
         grid_anchors((64, 64), [(16, 16)], [4, 8], [(32,)], RATIOS)
+
+
+def test_order_by_ratio() -> None:
+    """As mmdetection has it: [ratio, size] instead of [size, ratio]."""
+    sizes, ratios = (8.0, 16.0), (0.5, 1.0, 2.0)
+    by_size, by_ratio = (base_anchors(sizes, ratios, by_ratio=order) for order in (False, True))
+    assert by_ratio.view(3, 2, 4).equal(by_size.view(2, 3, 4).transpose(0, 1))
+
+
+def test_anchors_beyond_the_border_and_in_padding() -> None:
+    anchors = torch.tensor([[0.0, 0, 20, 10], [-1, 0, 5, 5], [0, -1, 5, 5], [0, 0, 21, 10], [0, 0, 19, 11]])
+    sizes = torch.tensor([[11.0, 21.0]])  # height, width
+    inside = [bool((a[:2] >= 0).all() and a[2] < 21 and a[3] < 11) for a in anchors]
+    assert (~beyond_border(anchors, sizes, 0)[0]).tolist() == inside
+    assert not beyond_border(anchors, sizes, 1.5).any()
+    centred = torch.tensor([[0.0, 0, 2, 2], [30, 0, 32, 2], [31, 0, 33, 2], [0, 40, 2, 42]])
+    assert centred_in_padding(centred, sizes)[0].tolist() == [False, True, True, True]
+    assert centred_in_padding(centred, sizes, 32)[0].tolist() == [False, False, True, True]

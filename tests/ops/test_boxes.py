@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torchvision
@@ -94,3 +96,13 @@ def test_area_clip_and_non_empty(random_boxes):
     assert box_ops.non_empty(flat, 0.0).nonzero()[:, 0].equal(keep)
     assert box_ops.box_area(DEGENERATE).tolist() == [0.0] * 4
     assert not box_ops.non_empty(torch.tensor([0.0, 0, 4, 4]), 4.0)
+
+
+def test_shrinking_is_limited_too() -> None:
+    boxes, deltas = torch.tensor([[0.0, 0, 64, 64]]), torch.tensor([[0.0, 0, -9, -1]])
+    free, limited = (
+        box_ops.decode_deltas(deltas, boxes, (1.0, 1.0, 1.0, 1.0), both) for both in (False, True)
+    )
+    assert float(free[0, 2] - free[0, 0]) == pytest.approx(64 * math.exp(-9), rel=1e-2)
+    assert float(limited[0, 2] - limited[0, 0]) == pytest.approx(64 * 16 / 1000, rel=1e-4)
+    torch.testing.assert_close(free[0, 1::2], limited[0, 1::2])

@@ -87,3 +87,33 @@ def test_input_is_left_alone_and_it_compiles():
     ):
         assert got.equal(expected)
     assert iou.equal(before)
+
+
+def by_loops(iou: Tensor, low: float, high: float, least: float) -> tuple[list[int], list[int]]:
+    """mmdetection's rule for one image: the best candidates of an object take it, the last object wins."""
+    objects, candidates = iou.shape
+    index, label = [], []
+    for n in range(candidates):
+        best = max(range(objects), key=lambda m: (float(iou[m, n]), -m))
+        value = float(iou[best, n])
+        index.append(best)
+        label.append(1 if value >= high else 0 if value < low else -1)
+    for m in range(objects):
+        best_value = float(iou[m].max())
+        for n in range(candidates):
+            if best_value >= least and iou[m, n] == best_value > 0:
+                index[n], label[n] = m, 1
+    return index, label
+
+
+@pytest.mark.parametrize("least", [0.0, 0.6])
+def test_best_candidates_take_their_object(least: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    iou = (torch.rand(3, 5, 60, generator=generator) * 10).round() / 13  # many ties
+    iou[:, 0] *= 0.5  # an object whose best candidates are poor
+    valid = torch.ones(3, 5, dtype=torch.bool)
+    index, label = match(iou, valid, 0.3, 0.7, True, low_quality_iou=least, takes_object=True)
+    plain, _ = match(iou, valid, 0.3, 0.7, True, low_quality_iou=least)
+    for image in range(3):
+        assert (index[image].tolist(), label[image].tolist()) == by_loops(iou[image], 0.3, 0.7, least)
+    assert not index.equal(plain)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
-from giantdet.config.section import Auto, Fraction, PositiveInt, Section
+from giantdet.config.section import Auto, Fraction, NonNegative, PositiveInt, Section
 
 NormName = Literal["none", "batch", "layer", "group"]
 """Norm after a convolution of a pyramid or a head: `batch` is set by the `norm` block, `layer` is ViTDet's
@@ -119,6 +119,11 @@ class RpnConfig(Section):
     post_nms_test: PositiveInt = 1000
     """The same, in evaluation."""
     nms_iou: Fraction = 0.7
+    smooth_l1_beta: NonNegative | None = None
+    """Error at which the box loss changes from quadratic to linear; 0 is plain L1. None: that of
+    `conventions`."""
+    allowed_border: NonNegative | None = None
+    """Pixels that a trained anchor may reach beyond the image; None: any number. mmdetection's cascade: 0."""
     convs: PositiveInt = 1
     """Number of 3x3 convolutions, each followed by a ReLU. ViTDet: 2."""
     loss_pass: Literal["dense", "sampled"] = "dense"
@@ -160,6 +165,8 @@ class BaseBoxHeadConfig(Section):
     loss: BoxLoss = "smooth_l1"
     """Box loss. smooth_l1 compares deltas; giou, diou and ciou compare the decoded boxes (Rezatofighi et al.
     2019, Zheng et al. 2020)."""
+    smooth_l1_beta: NonNegative | None = None
+    """See `rpn.smooth_l1_beta`; for `"loss": "smooth_l1"`."""
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     detections: PositiveInt = 100
@@ -237,7 +244,7 @@ class ArchitectureConfig(Section):
     type: str
     num_classes: PositiveInt | Auto = "auto"
     """Number of classes without background; auto: the categories of the training annotations."""
-    conventions: Literal["detectron2", "torchvision"] = "detectron2"
+    conventions: Literal["detectron2", "torchvision", "mmdetection"] = "detectron2"
     """Reference implementation that is followed where the two differ (config/conventions.py). Weights need
     the conventions that they were trained with."""
     backbone: BackboneConfig = BackboneConfig()
