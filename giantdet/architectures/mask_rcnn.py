@@ -61,7 +61,7 @@ class MaskRcnn(Architecture):
         channels, backbone = config.fpn.channels, self.backbone
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
         self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
-        self.pool = RoiPool(self.conventions.aligned_rois)
+        self.pool = RoiPool(self.conventions.aligned_rois, self.conventions.roi_level_epsilon)
         self.box_head = BoxHead(config.box_head, channels, self.num_classes)
         self.mask_head = (
             MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None
