@@ -153,7 +153,7 @@ class CascadeMaskRcnn(Architecture):
                     logits, deltas, found, targets, weights, self.conventions.clamps_shrinking
                 )
             )
-            # Objects are proposed anew where stages sample.
+            # Stages that sample add the ground-truth boxes again; refined ones would be duplicates.
             kept_BR = found.valid_BR
             if self.conventions.cascade_samples_each_stage:
                 kept_BR = kept_BR & ~found.is_object_BR

@@ -96,7 +96,15 @@ class MaskRcnn(Architecture):
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
         config = self.config.box_head
-        rois = sample_rois(proposals, targets, config, config.iou, self.num_classes, batch.seeds_B)
+        rois = sample_rois(
+            proposals,
+            targets,
+            config,
+            config.iou,
+            self.num_classes,
+            batch.seeds_B,
+            config.best_takes_object,
+        )
         features = self.pool(levels, rois.boxes_BR4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
         both_sides = self.conventions.clamps_shrinking
