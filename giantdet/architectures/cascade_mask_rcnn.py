@@ -74,7 +74,7 @@ class CascadeMaskRcnn(Architecture):
         channels, backbone = config.fpn.channels, self.backbone
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
         self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
-        self.pool = RoiPool(self.conventions.aligned_rois)
+        self.pool = RoiPool(self.conventions.aligned_rois, self.conventions.roi_level_epsilon)
         self.box_head = nn.ModuleList(
             BoxHead(config.box_head, channels, self.num_classes, class_agnostic=True)
             for _ in config.box_head.ious
@@ -153,7 +153,7 @@ class CascadeMaskRcnn(Architecture):
                     logits, deltas, found, targets, weights, self.conventions.clamps_shrinking
                 )
             )
-            # Objects are proposed anew where stages sample.
+            # Stages that sample add the ground-truth boxes again; refined ones would be duplicates.
             kept_BR = found.valid_BR
             if self.conventions.cascade_samples_each_stage:
                 kept_BR = kept_BR & ~found.is_object_BR

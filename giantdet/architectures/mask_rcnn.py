@@ -61,7 +61,7 @@ class MaskRcnn(Architecture):
         channels, backbone = config.fpn.channels, self.backbone
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
         self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
-        self.pool = RoiPool(self.conventions.aligned_rois)
+        self.pool = RoiPool(self.conventions.aligned_rois, self.conventions.roi_level_epsilon)
         self.box_head = BoxHead(config.box_head, channels, self.num_classes)
         self.mask_head = (
             MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None
@@ -96,7 +96,15 @@ class MaskRcnn(Architecture):
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
         config = self.config.box_head
-        rois = sample_rois(proposals, targets, config, config.iou, self.num_classes, batch.seeds_B)
+        rois = sample_rois(
+            proposals,
+            targets,
+            config,
+            config.iou,
+            self.num_classes,
+            batch.seeds_B,
+            config.best_takes_object,
+        )
         features = self.pool(levels, rois.boxes_BR4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
         both_sides = self.conventions.clamps_shrinking

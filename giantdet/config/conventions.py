@@ -48,6 +48,11 @@ class Conventions:
     """IoU that the best anchor of an object needs to be positive in the RPN where it is below `iou_high`."""
     best_anchor_takes_object: bool = False
     """The best anchor of an object predicts that object; if False, the object that it overlaps most."""
+    rpn_loss_counts_missing: bool = False
+    """In the divisor of the RPN's losses, an image without sampled positives counts one, and so does an image
+    without sampled negatives."""
+    roi_level_epsilon: float = 1e-8
+    """Added to sqrt(area) / 224 of a RoI before the logarithm that gives its pyramid level."""
     retina_running_mean: bool = True
     """RetinaNet's losses are divided by a running mean of the number of positive anchors; if False, by the
     number itself, at least 1 an image."""
@@ -117,6 +122,8 @@ CONVENTIONS: dict[str, Conventions] = {
         clamps_shrinking=True,
         best_anchor_iou=0.3,
         best_anchor_takes_object=True,
+        rpn_loss_counts_missing=True,
+        roi_level_epsilon=1e-6 / 4,  # 1e-6 of sqrt(area) / 56
         retina_running_mean=False,
         retina_relu_before_p7=False,
         retina_clips_before_nms=True,

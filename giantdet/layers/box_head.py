@@ -99,15 +99,30 @@ def sample_rois(
     iou: float,
     num_classes: int,
     seeds_B: Tensor,
+    best_takes_object: bool = False,
 ) -> SampledRois:
     """Sample `batch_per_image` RoIs from the proposals and the ground-truth boxes.
 
-    At most the share `positive_fraction` of them, 0.25 by default, is positive.
+    At most the share `positive_fraction` of them, 0.25 by default, is positive. A RoI predicts the object
+    that it overlaps most; with `best_takes_object`, the best proposal of an object predicts that object.
     """
     boxes_BN4 = torch.cat([proposals.boxes_BN4, targets.boxes_BM4], 1)
     valid_BN = torch.cat([proposals.valid_BN, targets.valid_BM], 1)
     iou_BMN = pairwise_iou(targets.boxes_BM4, boxes_BN4)
     index_BN, label_BN = match(iou_BMN, targets.valid_BM, iou, iou, allow_low_quality=False)
+    if best_takes_object:
+        # Among the proposals alone: the best box of an object is always its own.
+        count = proposals.valid_BN.shape[1]
+        taken_BN, _ = match(
+            iou_BMN[..., :count],
+            targets.valid_BM,
+            iou,
+            iou,
+            allow_low_quality=True,
+            low_quality_iou=iou,
+            takes_object=True,
+        )
+        index_BN = torch.cat([taken_BN, index_BN[:, count:]], 1)
     label_BN = label_BN.masked_fill(~valid_BN, -1)
     noise_BN = uniform_noise(seeds_B, label_BN.shape[1], SAMPLING_SALT)
     index_BR, positive_BR, valid_BR = sample(

@@ -207,10 +207,20 @@ def rpn_losses(
     `smooth_l1_beta` None is that of the conventions.
     """
     beta = conventions.beta(smooth_l1_beta)
-    count = p.valid_BR.numel() if conventions.rpn_loss_over_all_slots else p.valid_BR.sum().clamp_min(1)
+    count = _divisor(p, conventions)
     entropy_BR = F.binary_cross_entropy_with_logits(p.objectness_BR, p.positive_BR.float(), reduction="none")
     distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, beta)
     return {
         "loss_rpn_cls": torch.where(p.valid_BR, entropy_BR, 0.0).sum() / count,
         "loss_rpn_loc": torch.where(p.positive_BR, distance_BR, 0.0).sum() / count,
     }
+
+
+def _divisor(p: RpnPredictions, conventions: Conventions) -> Tensor | int:
+    """Return the number that divides the losses: of slots or of sampled anchors in the micro-batch."""
+    if conventions.rpn_loss_over_all_slots:
+        return p.valid_BR.numel()
+    if not conventions.rpn_loss_counts_missing:
+        return p.valid_BR.sum().clamp_min(1)
+    negative_BR = p.valid_BR & ~p.positive_BR
+    return (p.positive_BR.sum(1).clamp_min(1) + negative_BR.sum(1).clamp_min(1)).sum()

@@ -24,15 +24,21 @@ from giantdet.ops.boxes import box_area
 
 
 def assign_levels(
-    boxes: Tensor, num_levels: int, min_level: int = 2, canonical_size: float = 224, canonical_level: int = 4
+    boxes: Tensor,
+    num_levels: int,
+    min_level: int = 2,
+    canonical_size: float = 224,
+    canonical_level: int = 4,
+    epsilon: float = 1e-8,
 ) -> Tensor:
     """Return the pyramid level of `[..., 4]` boxes, `[...]` int64, 0 for the finest (`min_level`).
 
-    floor(canonical_level + log2(sqrt(area) / canonical_size + 1e-8)), clamped to the existing levels:
-    equation 1 of Lin et al. 2017 with detectron2's epsilon (torchvision's is 1e-6, outside the logarithm).
+    floor(canonical_level + log2(sqrt(area) / canonical_size + epsilon)), clamped to the existing levels:
+    equation 1 of Lin et al. 2017 with detectron2's epsilon (torchvision's is 1e-6, outside the logarithm;
+    mmdetection's is 1e-6 for a canonical size of 56 pixels, so 1e-6 / 4 for 224).
     """
     size = box_area(boxes.detach().float()).sqrt()
-    level = torch.floor(canonical_level + torch.log2(size / canonical_size + 1e-8)) - min_level
+    level = torch.floor(canonical_level + torch.log2(size / canonical_size + epsilon)) - min_level
     return level.nan_to_num(0.0).clamp(0, num_levels - 1).to(torch.int64)
 
 
@@ -118,21 +124,23 @@ def _level_pool(
 
 def roi_align_pyramid(
     levels: Sequence[Tensor], boxes_BR4: Tensor, strides: Sequence[float], output_size: int,
-    sampling_ratio: int, aligned: bool,
+    sampling_ratio: int, aligned: bool, level_epsilon: float = 1e-8,
 ) -> Tensor:  # fmt: skip
     """Return the features of each box, pooled from its level: `[B * R, C, output_size, output_size]`.
 
     `levels` are `[B, C, h, w]` with `strides` (pixels, powers of two, finest first); boxes are xyxy pixels
     of the canvas. `sampling_ratio` is the number of points per bin and axis, 0 for one per cell
     (detectron2's default, slower on the CPU). `aligned` is the half-pixel offset (detectron2: True,
-    torchvision: False). Computed in float32, returned in the dtype of the levels. Boxes get no gradient. A
-    degenerate box gives finite values; a box with a NaN gives 0 if the number of points is fixed.
+    torchvision: False). `level_epsilon` is that of `assign_levels`. Computed in float32, returned in the
+    dtype of the levels. Boxes get no gradient. A degenerate box gives finite values; a box with a NaN gives 0
+    if the number of points is fixed.
     """
     batch, rois = boxes_BR4.shape[:2]
     corner = boxes_BR4.detach().float()[..., :2]
     boxes_K4 = torch.cat([corner, torch.maximum(boxes_BR4.detach().float()[..., 2:], corner)], -1).view(-1, 4)
     batch_K = torch.arange(batch, device=boxes_BR4.device).repeat_interleave(rois, output_size=batch * rois)
-    level_K = assign_levels(boxes_K4, len(levels), min_level=round(math.log2(strides[0])))
+    finest = round(math.log2(strides[0]))
+    level_K = assign_levels(boxes_K4, len(levels), min_level=finest, epsilon=level_epsilon)
     pool = _gather_pool if sampling_ratio > 0 and boxes_BR4.device.type == "cpu" else _level_pool
     pooled = pool(levels, boxes_K4, batch_K, level_K, strides, output_size, sampling_ratio, aligned)
     return pooled.to(levels[0].dtype)

@@ -1,6 +1,7 @@
 """Golden models of mmdetection: their weights in our names, and comparisons with what they gave.
 
-Losses agree to a relative 1e-4. What a change of 1e-6 on every weight moves is in `mmdet_*_A_noise.json`.
+Losses and norms of gradients agree to a relative 1e-4. What a change of 1e-6 on every weight moves is in
+`mmdet_*_A_noise.json`: losses by up to 3e-5, and the area of a mask by up to 2 pixels.
 """
 
 from __future__ import annotations
@@ -135,12 +136,14 @@ def check_step(
             part: norm(p.grad for p in model.get_submodule(parts[part]).parameters())
             for part in expected["grad_norms"][theirs]
         }
-        assert norms == pytest.approx(expected["grad_norms"][theirs], rel=3 * TOLERANCE), theirs
+        assert norms == pytest.approx(expected["grad_norms"][theirs], rel=TOLERANCE), theirs
     parameters = dict(model.named_parameters())
     each = {
         key: norm([parameters.pop(our_name(key, levels)).grad]) for key in expected["grad_norm_per_parameter"]
     }
-    assert each == pytest.approx(expected["grad_norm_per_parameter"], rel=1e-3, abs=1e-6) and not parameters
+    assert (
+        each == pytest.approx(expected["grad_norm_per_parameter"], rel=TOLERANCE, abs=1e-8) and not parameters
+    )
 
 
 def check_detections(found: Detections, batch: Batch, arrays: Any) -> None:
@@ -159,7 +162,7 @@ def check_detections(found: Detections, batch: Batch, arrays: Any) -> None:
             masks_DSS = found.masks_BDSS[i][valid_D][index_D]
             pasted = paste_masks(masks_DSS, boxes_D4[index_D], height, width)
             areas = pasted.sum((1, 2)) - torch.from_numpy(arrays[f"det.{i}.mask_areas"])
-            assert areas.abs().max() <= 8, areas
+            assert areas.abs().max() <= 2, areas
 
 
 def check_proposals(model: Any, batch: Batch, arrays: Any) -> None:

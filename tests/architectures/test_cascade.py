@@ -161,11 +161,15 @@ def test_without_masks(dataset: CocoDataset) -> None:  # noqa: F811
     assert found.masks_BDSS is None and found.valid_BD.any()
 
 
-@pytest.mark.parametrize("loss", ["smooth_l1", "ciou"])
-def test_compiles_to_one_graph(dataset: CocoDataset, loss: str) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("loss", "conventions"),
+    [("smooth_l1", "detectron2"), ("ciou", "detectron2"), ("smooth_l1", "mmdetection")],
+)
+def test_compiles_to_one_graph(dataset: CocoDataset, loss: str, conventions: str) -> None:  # noqa: F811
     """Forward and losses without a break; the same graph serves images without objects."""
     torch._dynamo.reset()
-    detector = small(kind="cascade_mask_rcnn", norm="frozen", box_head={"loss": loss}).train()
+    changes: dict[str, Any] = {"box_head": {"loss": loss}, "conventions": conventions}
+    detector = small(kind="cascade_mask_rcnn", norm="frozen", **changes).train()
     counter = CompileCounterWithBackend("eager")
 
     def losses_of(batch: Batch) -> dict[str, Tensor]:

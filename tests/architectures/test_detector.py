@@ -289,16 +289,25 @@ def test_overfits_a_batch(dataset: CocoDataset) -> None:
     assert total >= 4 and hits >= 0.8 * total, f"{hits} of {total}"
 
 
-@pytest.mark.parametrize(("conventions", "backend"), [("detectron2", "aot_eager"), ("torchvision", "eager")])
-def test_compiles_to_one_graph(dataset: CocoDataset, conventions: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "conventions", "backend"),
+    [
+        ("mask_rcnn", "detectron2", "aot_eager"),
+        ("mask_rcnn", "torchvision", "eager"),
+        ("mask_rcnn", "mmdetection", "eager"),
+        ("retinanet", "mmdetection", "eager"),
+    ],
+)
+def test_compiles_to_one_graph(dataset: CocoDataset, kind: str, conventions: str, backend: str) -> None:
     """Forward and losses without a break; the same graph serves images without objects. No exceptions: NMS is
     an operator that the graph calls."""
     torch._dynamo.reset()
-    detector = build(norm="frozen").train()
+    detector = build(norm="frozen", kind=kind, conventions=conventions).train()
     counter = CompileCounterWithBackend(backend)
 
     def losses_of(batch: Batch) -> dict[str, Tensor]:
-        return mask_rcnn_losses(detector(batch), CONVENTIONS[conventions])
+        found: dict[str, Tensor] = detector.losses(detector(batch), batch)
+        return found
 
     compiled = torch.compile(losses_of, backend=counter, fullgraph=True, dynamic=False)
     batch = load(dataset)

@@ -65,7 +65,7 @@ def smooth_l1(x: float, beta: float) -> float:
 
 def by_loops(p: Predictions, conventions: str) -> dict[str, float]:
     """One image and slot at a time, from the formulas."""
-    beta, per_slot = (0.0, True) if conventions == "detectron2" else (1 / 9, False)
+    beta = 1 / 9 if conventions == "torchvision" else 0.0
     sums = dict.fromkeys(("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"), 0.0)
     sampled, masks = 0, 0
     assert p.mask is not None
@@ -90,12 +90,17 @@ def by_loops(p: Predictions, conventions: str) -> dict[str, float]:
                 goal = p.mask.targets_BPSS[b, slot].double()
                 entropy = -(goal * probability.log() + (1 - goal) * (1 - probability).log())
                 sums["loss_mask"] += float(entropy.mean())
-    anchors = B * R if per_slot else sampled
+    anchors = {"detectron2": B * R, "torchvision": sampled, "mmdetection": 0}[conventions]
+    if conventions == "mmdetection":  # at least one of each kind in every image
+        for b in range(B):
+            positives = sum(bool(p.rpn.positive_BR[b, r]) for r in range(R))
+            negatives = sum(bool(p.rpn.valid_BR[b, r]) for r in range(R)) - positives
+            anchors += max(positives, 1) + max(negatives, 1)
     divisors = (anchors, anchors, sampled, sampled, masks)
     return {name: value / max(n, 1) for (name, value), n in zip(sums.items(), divisors, strict=True)}
 
 
-@pytest.mark.parametrize("conventions", ["detectron2", "torchvision"])
+@pytest.mark.parametrize("conventions", ["detectron2", "torchvision", "mmdetection"])
 @pytest.mark.parametrize("seed", range(3))
 def test_against_loops(conventions: str, seed: int) -> None:
     predictions = make(seed)
@@ -107,7 +112,7 @@ def test_against_loops(conventions: str, seed: int) -> None:
         assert float(loss) == pytest.approx(expected[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("conventions", ["detectron2", "torchvision"])
+@pytest.mark.parametrize("conventions", ["detectron2", "torchvision", "mmdetection"])
 def test_nothing_valid_is_zero_with_zero_gradients(conventions: str) -> None:
     predictions = make(valid=False)
     leaves: list[Tensor] = [
@@ -182,8 +187,11 @@ def test_mask_loss_is_the_mean_over_real_masks(shared: Path) -> None:
 
 
 def test_rpn_loss_is_the_mean_over_a_full_sample() -> None:
+    """Where each image has positives and negatives; mmdetection counts one where an image lacks a kind."""
     p = make().rpn
-    p = p._replace(valid_BR=torch.ones_like(p.valid_BR))
+    positive_BR = p.positive_BR.clone()
+    positive_BR[:, 0], positive_BR[:, 1] = True, False
+    p = p._replace(valid_BR=torch.ones_like(p.valid_BR), positive_BR=positive_BR)
     for fine_print in CONVENTIONS.values():
         loss = rpn_losses(p, fine_print)["loss_rpn_cls"]
         expected = F.binary_cross_entropy_with_logits(p.objectness_BR, p.positive_BR.float())

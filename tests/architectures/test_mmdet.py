@@ -48,7 +48,8 @@ def test_retinanet(golden: Path) -> None:
 
 def test_mask_rcnn_on_swin(golden: Path) -> None:
     name = "mmdet_mask_rcnn_swin"
-    model = build(golden, name, {**RCNN, "type": "mask_rcnn", "backbone": SWIN})
+    box_head = {**BOX_HEAD, "best_takes_object": True}
+    model = build(golden, name, {**RCNN, "type": "mask_rcnn", "backbone": SWIN, "box_head": box_head})
     batch, arrays = load(golden), arrays_of(golden, name)
     with torch.no_grad():
         maps = model.eval().backbone(model.normalise(batch.images_B3HW, batch.sizes_B2))

@@ -54,7 +54,12 @@ TRAINED: dict[str, dict[str, Any]] = {
     "torchvision": {"conventions": "torchvision"},
     "giou": {"box_head": {"loss": "giou"}},
     "ciou": {"kind": "cascade_mask_rcnn", "box_head": {"loss": "ciou"}},
-    "mmdetection": {"kind": "mask_rcnn", "conventions": "mmdetection", "rpn": {"allowed_border": 0}},
+    "mmdetection": {
+        "kind": "mask_rcnn",
+        "conventions": "mmdetection",
+        "rpn": {"allowed_border": 0},
+        "box_head": {"best_takes_object": True},
+    },
     "mmdetection's retinanet": {"kind": "retinanet", "conventions": "mmdetection"},
     "mmdetection's cascade": {"kind": "cascade_mask_rcnn", "conventions": "mmdetection"},
     "sampled": {"rpn": {"loss_pass": "sampled"}},
@@ -83,9 +88,9 @@ def test_training_step(scenes: CocoPanopticDataset, name: str) -> None:  # noqa:
     assert ("giantdet::nms_mask" in recorder.names) == hasattr(detector, "rpn")
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_evaluation(scenes: CocoPanopticDataset, kind: str) -> None:  # noqa: F811
-    detector, batch = build(kind=kind).eval(), load(scenes)
+@pytest.mark.parametrize("name", TRAINED)
+def test_evaluation(scenes: CocoPanopticDataset, name: str) -> None:  # noqa: F811
+    detector, batch = build(**TRAINED[name]).eval(), load(scenes)
     with torch.no_grad(), Recorder() as recorder:
         detector(batch)
     assert not recorder.broken and "aten::convolution" in recorder.names

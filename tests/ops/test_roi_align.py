@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torchvision
@@ -132,3 +134,13 @@ def test_levels_at_the_thresholds():
     boxes = torch.stack([torch.zeros(10), torch.zeros(10), side, side], dim=1)
     assert assign_levels(boxes, 4)[:8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert ((assign_levels(boxes, 4) >= 0) & (assign_levels(boxes, 4) < 4)).all()
+
+
+def test_levels_as_in_mmdetection() -> None:
+    """floor(log2(sqrt(area) / 56 + 1e-6)): a box that is just too small for a level still belongs to it."""
+    sides = [30.0, 56.0, 112 * (1 - 2e-6), 112 * (1 - 4e-7), 112.0, 200.0, 224.0, 300.0, 448.0, 2000.0]
+    expected = [min(max(math.floor(math.log2(side / 56 + 1e-6)), 0), 3) for side in sides]
+    boxes = torch.tensor([[0.0, 0.0, side, side] for side in sides])
+    assert assign_levels(boxes, 4, epsilon=1e-6 / 4).tolist() == expected
+    detectron2 = assign_levels(boxes, 4).tolist()
+    assert [i for i in range(len(sides)) if detectron2[i] != expected[i]] == [3]

@@ -178,6 +178,9 @@ class BoxHeadConfig(BaseBoxHeadConfig):
 
     iou: Fraction = 0.5
     """IoU with an object from which a RoI is positive."""
+    best_takes_object: bool = False
+    """The best proposal of an object, if positive, predicts that object, even where it overlaps another one
+    more. mmdetection's Mask R-CNN: true (`match_low_quality`)."""
 
 
 class MaskHeadConfig(Section):
