@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.architectures import SECTIONS
@@ -56,7 +56,7 @@ def of_rank(batch: Batch, rank: int) -> Batch:
     """The images of one rank."""
     mine = slice(IMAGES * rank, IMAGES * (rank + 1))
     targets = batch.targets._make(target[mine] for target in batch.targets)
-    others = {name: value[mine] for name, value in batch._asdict().items() if name != "targets"}
+    others = {name: value[mine] for name, value in batch._asdict().items() if isinstance(value, Tensor)}
     return Batch(targets=targets, **others)
 
 
