@@ -53,7 +53,7 @@ class _Pending(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run. All ranks call each method together.
 
-    Raises ValueError if a checkpoint does not fit the run.
+    `identity` is that of the run (`config/identity.py`). Raises ValueError if a checkpoint does not fit it.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class Checkpoints:
         config: TrainConfig,
         agvm: Agvm | None = None,
         ema: WeightEma | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
+        self.identity = identity or {}
         self.engine, self.folder, self.config, self.agvm, self.ema = engine, folder, config, agvm, ema
         self.failed = 0  # number of failed saves
         self.best: float | None = None
@@ -84,7 +86,9 @@ class Checkpoints:
             return
         tensors, firsts = local_tensors(self.engine, self.ema, copy=self.config.async_save)
         self._require_finite(step, tensors)
-        state = json.dumps(describe_state(self.engine, step, self.agvm, self.ema), indent=1) + "\n"
+        state = (
+            json.dumps(describe_state(self.engine, step, self.agvm, self.ema, self.identity), indent=1) + "\n"
+        )
         about = {"step": step, "images": self.engine.global_samples, "score": score}
         files = self._writer.submit(_write, partial, tensors, firsts, state)
         self._pending = _Pending(step, partial, about, files)
@@ -216,7 +220,7 @@ class Checkpoints:
         if path is None:
             return 0
         saved = SavedTensors(path)
-        check_fit(self.engine, saved)
+        check_fit(self.engine, saved, self.identity)
         load_tensors(self.engine, saved, self.ema)
         if self.agvm is not None and saved.state["agvm"] is not None:
             self.agvm.load_state_dict(saved.state["agvm"])

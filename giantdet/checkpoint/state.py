@@ -16,6 +16,7 @@ from torch import Tensor
 
 from giantdet import __version__
 from giantdet.checkpoint.files import FORMAT, SavedTensors
+from giantdet.config.identity import changes, refusal
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
 from giantdet.errors import InputError
@@ -68,7 +69,9 @@ def local_tensors(
     return tensors, firsts
 
 
-def describe_state(engine: Engine, step: int, agvm: Agvm | None, ema: WeightEma | None) -> dict[str, Any]:
+def describe_state(
+    engine: Engine, step: int, agvm: Agvm | None, ema: WeightEma | None, identity: dict[str, Any]
+) -> dict[str, Any]:
     """Return all state that is not a tensor, for JSON. All ranks call it."""
     import deepspeed
 
@@ -76,6 +79,7 @@ def describe_state(engine: Engine, step: int, agvm: Agvm | None, ema: WeightEma 
     return {
         "format": FORMAT,
         "step": step,
+        "identity": identity,
         "images": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
         "groups": [group["name"] for group in groups],
@@ -101,8 +105,19 @@ def describe_state(engine: Engine, step: int, agvm: Agvm | None, ema: WeightEma 
 # Resuming
 
 
-def check_fit(engine: Engine, saved: SavedTensors) -> None:
-    """Raise ValueError unless the checkpoint has this model's parameters and parameter groups."""
+def check_fit(engine: Engine, saved: SavedTensors, identity: dict[str, Any]) -> None:
+    """Raise InputError, a ValueError, unless the checkpoint has the run's classes, model and groups.
+
+    Settings that may change are named in a warning. Checkpoints of earlier versions have no identity.
+    """
+    before = saved.state.get("identity", {})
+    if problem := refusal(before, identity):
+        raise InputError(
+            f"{saved.folder}: {problem}; set another train.output, and to fine-tune, model.init_weights"
+        )
+    if comm.is_main():
+        for change in changes(before, identity):
+            logger.warning("%s: %s", saved.folder, change)
     groups = {group["name"] for group in engine.basic_optimizer.param_groups}
     if different := sorted(groups ^ set(saved.state["groups"])):
         where = "the run" if different[0] in groups else "the checkpoint"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from giantdet.config.architectures.common import PartNormConfig
 from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
+from giantdet.config.identity import first_difference
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
 from giantdet.config.names import nearest
@@ -94,7 +96,11 @@ def resolve(
         )
 
     if classes is not None:
-        giantdet = giantdet.model_copy(update={"model": _with_classes(giantdet.model, classes)})
+        model = _with_classes(giantdet.model, classes)
+        data = giantdet.data.model_copy(
+            update={"classes": _agreed(giantdet.data.classes, model.predicted(classes))}
+        )
+        giantdet = giantdet.model_copy(update={"model": model, "data": data})
     return ResolvedRun(giantdet, deepspeed, run.about, run.path)
 
 
@@ -103,7 +109,8 @@ def describe(run: RunConfig) -> str:
     whole: dict[str, Any] = {} if run.about is None else {"about": run.about}
     whole |= run.deepspeed
     whole["giantdet"] = run.giantdet.model_dump(mode="json")
-    return json.dumps(whole, indent=2)
+    # One line for each class.
+    return re.sub(r'\[\s+(\d+),\s+("[^"\n]*")\s+\]', r"[\1, \2]", json.dumps(whole, indent=2))
 
 
 def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None:
@@ -174,6 +181,18 @@ def _with_classes(model: ArchitectureConfig, classes: Classes) -> ArchitectureCo
             )
         numbers[key] = found if declared == "auto" else declared
     return model.model_copy(update=numbers)
+
+
+def _agreed(declared: Classes | None, found: Classes) -> Classes:
+    """Return the classes of the data. Raises ConfigError if a run declares others."""
+    for kind in ("objects", "semantic"):
+        if declared is not None and getattr(declared, kind) != getattr(found, kind):
+            difference = first_difference(getattr(declared, kind), getattr(found, kind))
+            raise ConfigError(
+                f"giantdet.data.classes.{kind} are not those of the training data: {difference}; leave "
+                "giantdet.data.classes out to train on the classes of the data"
+            )
+    return found
 
 
 def _check_norm_parts(giantdet: GiantdetConfig) -> None:

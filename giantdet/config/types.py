@@ -13,6 +13,7 @@ from pydantic import Field
 from giantdet.config.architectures import SECTIONS, ModelConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.config.classes import Classes
 from giantdet.config.datasets import FORMATS, DatasetConfig
 from giantdet.config.section import Auto, Fraction, Length, PositiveFloat, PositiveInt, Section
 
@@ -41,6 +42,9 @@ class AugmentConfig(Section):
 class DataConfig(Section):
     train: DatasetConfig | None = None
     val: DatasetConfig | None = None
+    classes: Classes | None = None
+    """Names and ids of the classes that the model predicts. Training writes them here; if they are given,
+    training data with others are refused. None: those of the training data."""
     size: tuple[PositiveInt, PositiveInt] = (1024, 1024)
     """Canvas (height, width) of every batch in pixels; multiples of 32, or of 64 with P6 (see docs)."""
     short_side: PositiveInt = 800

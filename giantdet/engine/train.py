@@ -17,6 +17,7 @@ import torch
 from giantdet.architectures import Architecture, total_loss
 from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.classes import Classes
+from giantdet.config.identity import identity
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
@@ -27,6 +28,7 @@ from giantdet.distributed.engine import Engine
 from giantdet.engine import zero
 from giantdet.engine.evaluate import Evaluation, check_windows, evaluate
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
+from giantdet.engine.lock import OutputLock
 from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
@@ -54,6 +56,7 @@ class Training:
     checkpoints: Checkpoints
     first_step: int
     """Number of optimizer steps that were done before."""
+    lock: OutputLock
 
     @property
     def output(self) -> Path:
@@ -63,7 +66,7 @@ class Training:
     @property
     def classes(self) -> Classes:
         """The classes that the model predicts."""
-        return self.run.giantdet.model.predicted(self.dataset.classes)
+        return self.run.giantdet.data.classes or Classes()
 
     @contextmanager
     def as_evaluated(self) -> Iterator[None]:
@@ -122,25 +125,36 @@ def prepare(run: RunConfig) -> Training:
     resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
     if validation is not None:
         check_classes(validation, run.giantdet.model.predicted(dataset.classes), dataset.annotations)
-    config, output = resolved.giantdet, Path(resolved.giantdet.train.output)
-    check_norms(config.norm, resolved.batch.micro, comm.world_size())
-    if comm.is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").write_text(describe(resolved) + "\n")
-    comm.barrier()
+    check_norms(resolved.giantdet.norm, resolved.batch.micro, comm.world_size())
+    lock = OutputLock(Path(resolved.giantdet.train.output))
+    try:
+        return _build(resolved, device, dataset, validation, lock)
+    except BaseException:
+        lock.release()
+        raise
 
+
+def _build(
+    run: ResolvedRun, device: torch.device, dataset: Dataset, validation: Dataset | None, lock: OutputLock
+) -> Training:
+    """Build the parts of a resolved run, and resume; the run's config.json is written if it can."""
+    config, output = run.giantdet, Path(run.giantdet.train.output)
     set_determinism(config.train.deterministic)
-    model = zero.build(resolved, resolved.batch.micro)
+    model = zero.build(run, run.batch.micro)
     check_windows(model.tasks, config.eval.window_stride)
-    announce(resolved, model, device)
-    engine = zero.initialize(model, resolved)
+    announce(run, model, device)
+    engine = zero.initialize(model, run)
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
     ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
-    checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema)
+    checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema, identity(run))
     first_step = checkpoints.resume() if config.train.resume else 0
-    if first_step and comm.is_main():
-        print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
-    return Training(resolved, device, dataset, validation, model, engine, agvm, ema, checkpoints, first_step)
+    if comm.is_main():
+        # Not before: that of a run whose checkpoints do not fit must stay.
+        (output / "config.json").write_text(describe(run) + "\n")
+        if first_step:
+            print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
+    comm.barrier()
+    return Training(run, device, dataset, validation, model, engine, agvm, ema, checkpoints, first_step, lock)
 
 
 def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scores:
@@ -153,6 +167,13 @@ def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scor
     finite, and StoppedError, after saving a checkpoint, where the run was asked to stop.
     """
     training = prepare(run)
+    try:
+        return _train(training, after_step)
+    finally:
+        training.lock.release()
+
+
+def _train(training: Training, after_step: Callable[[], None]) -> Scores:
     engine, model, agvm, checkpoints = training.engine, training.model, training.agvm, training.checkpoints
     config, (_, micro_batch, accumulation) = training.run.giantdet.train, training.run.batch
     total_steps = config.steps
