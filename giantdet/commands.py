@@ -62,7 +62,7 @@ def print_config(run: Any) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
-    from giantdet.data.dataset import check_classes, open_dataset
+    from giantdet.data.dataset import meet, open_dataset
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate
     from giantdet.export import load_detector
@@ -70,7 +70,7 @@ def run_eval(options: argparse.Namespace) -> None:
     device = comm.start()
     model, config = load_detector(options.export, device)
     dataset = open_dataset(_evaluated_data(options))
-    check_classes(dataset, config.classes, options.export)
+    classes = meet(dataset, config.classes, options.export)
     if options.results is not None and comm.is_main():
         options.results.parent.mkdir(parents=True, exist_ok=True)
     found = evaluate(
@@ -81,7 +81,7 @@ def run_eval(options: argparse.Namespace) -> None:
         device,
         tasks=model.tasks,
         model_config=config.model,
-        classes=config.classes,
+        classes=classes,
         window_stride=config.window_stride,
         results=options.results,
     )
@@ -140,13 +140,19 @@ def run_export(options: argparse.Namespace) -> None:
     from giantdet.export import export_checkpoint, export_config
 
     run = load_resolved(options.run / "config.json")
-    if run.giantdet.data.train is None:
-        raise InputError(f"{options.run / 'config.json'}: no data.train, which names the classes")
-    dataset = open_dataset(run.giantdet.data.train)
+    classes = run.giantdet.data.classes
+    if classes is None:  # a run of version 0.1
+        if run.giantdet.data.train is None:
+            raise InputError(
+                f"{options.run / 'config.json'}: no data.classes, and no data.train to read them from"
+            )
+        dataset = open_dataset(run.giantdet.data.train)
+        print(f"{options.run}: the classes are those of {dataset.annotations} as it is now")
+        classes = run.giantdet.model.predicted(dataset.classes)
     folder = options.run / "checkpoints"
     checkpoint = folder / options.checkpoint if options.checkpoint else newest(folder)
     output = options.output or options.run / "export"
-    exported = export_config(run, run.giantdet.model.predicted(dataset.classes))
+    exported = export_config(run, classes)
     export_checkpoint(checkpoint, output, exported, run.giantdet.train.export_shard)
     print(output)
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from giantdet import __version__
 from giantdet.architectures import Architecture, build_model
+from giantdet.architectures.class_layers import Transfer, rows_by_name, transfer
 from giantdet.checkpoint.files import SavedTensors, damage
 from giantdet.config.architectures import ArchitectureConfig, ModelConfig
 from giantdet.config.architectures.common import NormConfig
-from giantdet.config.classes import Category, Classes
+from giantdet.config.classes import Category, Classes, ClassKind
 from giantdet.config.load import RunConfig
 from giantdet.config.section import Section
 from giantdet.distributed import comm
@@ -230,13 +231,14 @@ def load_detector(
     return model.float().to(device).eval(), config
 
 
-def load_weights(model: Architecture, config: ArchitectureConfig) -> None:
+def load_weights(model: Architecture, config: ArchitectureConfig, classes: Classes | None = None) -> None:
     """Load the initial weights of a detector: `model.init_weights`, or those that the backbone section names.
 
     `model.init_weights` is the folder of an export, its model.safetensors, or a file of torchvision's Mask or
-    Faster R-CNN. If it was trained on another number of classes, the layers that depend on it keep their
-    random initialisation and are named in a warning. Raises InputError, a ValueError, that lists every key,
-    for any other mismatch.
+    Faster R-CNN. The rows of layers that belong to classes are taken over by name from an export: `classes`
+    are those of the run. Without names on one of the sides, such a layer is taken over if it has as many
+    classes. What is taken over and what starts afresh is printed. Raises InputError, a ValueError, that lists
+    every key, for any other mismatch.
     """
     if config.init_weights is None:
         load_backbone_weights(model.backbone, config.backbone)
@@ -248,11 +250,36 @@ def load_weights(model: Architecture, config: ArchitectureConfig) -> None:
     except LookupError as error:
         raise InputError(f"{path} is not a complete file of torchvision's detectors: {error}") from error
     expected = model.state_dict()
-    fresh = [
-        key
-        for key in state
-        if key.startswith(model.CLASS_LAYERS) and key in expected and state[key].shape != expected[key].shape
-    ]
+    folder = path if path.is_dir() else path.parent
+    known = read_export_config(folder).classes if (folder / CONFIG).is_file() else None
+    by_kind = _transfers(known, classes)
+    fresh: list[str] = []
+    for layer in model.class_layers():
+        for key in [key for key in state if key.startswith(layer.prefix) and key in expected]:
+            if layer.kind in by_kind and known is not None:
+                others = by_kind[layer.kind].others
+                state[key] = rows_by_name(layer, state[key], expected[key], others)
+            elif state[key].shape != expected[key].shape:
+                state[key] = expected[key]
+                fresh.append(key)
+    for kind, found in by_kind.items():
+        if found.fresh:
+            taken = ", ".join(found.taken) or "none"
+            logger.warning(
+                "%s: %s classes taken over: %s; start afresh: %s", path, kind, taken, ", ".join(found.fresh)
+            )
     if fresh:
         logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
-    load_strictly(model, state | {key: expected[key] for key in fresh}, str(path))
+    load_strictly(model, state, str(path))
+
+
+def _transfers(known: Classes | None, classes: Classes | None) -> dict[ClassKind, Transfer]:
+    """Return how each kind of classes is taken over where both sides have names."""
+    if known is None or classes is None:
+        return {}
+    kinds: tuple[ClassKind, ...] = ("objects", "semantic", "stuff")
+    return {
+        kind: transfer(getattr(known, kind), getattr(classes, kind))
+        for kind in kinds
+        if getattr(known, kind) and getattr(classes, kind)
+    }

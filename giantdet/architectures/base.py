@@ -7,11 +7,12 @@ in every forward pass, whatever the images contain, so that the collectives of a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from giantdet.architectures.class_layers import ClassLayer
 from giantdet.config.architectures.common import ArchitectureConfig, NormPart
 from giantdet.errors import InputError
 from giantdet.layers.backbone import build_backbone
@@ -27,12 +28,6 @@ class Architecture(nn.Module):
         image_size: (height, width) of the canvas, multiples of 32.
 
     Raises InputError where the number of classes is unknown, and for a backbone or canvas that does not fit.
-    """
-
-    CLASS_LAYERS: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the parameters whose first dimension depends on the number of classes.
-
-    They keep their random initialisation where the initial weights have another number.
     """
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
@@ -84,6 +79,10 @@ class Architecture(nn.Module):
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """Return the modules of each part of the `norm` block, except the backbone."""
+        raise NotImplementedError
+
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        """Return the layers whose rows belong to classes, which initial weights are matched with by name."""
         raise NotImplementedError
 
     def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

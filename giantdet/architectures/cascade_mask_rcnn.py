@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
+from giantdet.architectures.class_layers import ClassLayer
 from giantdet.config.architectures.cascade_mask_rcnn import CascadeMaskRcnnConfig
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.conventions import Conventions
@@ -57,16 +58,6 @@ class Predictions(NamedTuple):
 
 class CascadeMaskRcnn(Architecture):
     """Two-stage detector with a cascade of box heads; see `Architecture` for the arguments."""
-
-    CLASS_LAYERS = (
-        "box_head.0.classes.",
-        "box_head.1.classes.",
-        "box_head.2.classes.",
-        "mask_head.masks.",
-        "mask_head.0.masks.",
-        "mask_head.1.masks.",
-        "mask_head.2.masks.",
-    )
 
     def __init__(self, config: CascadeMaskRcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -212,6 +203,15 @@ class CascadeMaskRcnn(Architecture):
         """See `Architecture.norm_parts`."""
         heads = (self.rpn, self.box_head, self.mask_head)
         return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
+
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        """See `Architecture.class_layers`."""
+        stages = range(len(self.box_head))
+        masks = ["mask_head.masks.", *(f"mask_head.{number}.masks." for number in stages)]
+        return (
+            *(ClassLayer(f"box_head.{number}.classes.", after=1) for number in stages),
+            *(ClassLayer(prefix) for prefix in masks),
+        )
 
 
 def refined_rois(boxes_BR4: Tensor, valid_BR: Tensor, sizes_B2: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,12 @@ Reference: detectron2's `GeneralizedRCNN` and `StandardROIHeads`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
+from giantdet.architectures.class_layers import ClassLayer
 from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig, RcnnConfig
@@ -52,8 +53,6 @@ class Predictions(NamedTuple):
 
 class MaskRcnn(Architecture):
     """Two-stage detector; see `Architecture` for the arguments."""
-
-    CLASS_LAYERS: ClassVar[tuple[str, ...]] = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
 
     def __init__(self, config: RcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -153,6 +152,14 @@ class MaskRcnn(Architecture):
         """See `Architecture.norm_parts`."""
         heads = (self.rpn, self.box_head, self.mask_head)
         return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
+
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        """See `Architecture.class_layers`."""
+        return (
+            ClassLayer("box_head.classes.", after=1),
+            ClassLayer("box_head.deltas.", values=4),
+            ClassLayer("mask_head.masks."),
+        )
 
     def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return torchvision's Mask and Faster R-CNN weights under giantdet's names, and others unchanged."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from giantdet.architectures import mask_rcnn
 from giantdet.architectures.base import mean_counts
+from giantdet.architectures.class_layers import ClassLayer
 from giantdet.architectures.mask_rcnn import MaskRcnn
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
@@ -33,8 +34,6 @@ class Predictions(NamedTuple):
 
 class PanopticFpn(MaskRcnn):
     """Objects with masks, and classes of pixels; see `Architecture` for the arguments."""
-
-    CLASS_LAYERS = (*MaskRcnn.CLASS_LAYERS, "semantic_head.classes.")
 
     def __init__(self, config: PanopticFpnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -81,6 +80,10 @@ class PanopticFpn(MaskRcnn):
         """Mask R-CNN's counts, and the pixels that have a class."""
         pixels_BX = labelled(predictions.semantic.labels_BHW).flatten(1)
         return super().counts(predictions.objects) | mean_counts({"labelled_pixels": pixels_BX})
+
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        """See `Architecture.class_layers`."""
+        return (*super().class_layers(), ClassLayer("semantic_head.classes.", "stuff", before=1))
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """See `Architecture.norm_parts`."""

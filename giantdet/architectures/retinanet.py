@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from giantdet.architectures.base import Architecture, mean_counts
+from giantdet.architectures.class_layers import ClassLayer
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.architectures.retinanet import RetinaHeadConfig, RetinaNetConfig
 from giantdet.errors import InputError
@@ -87,8 +88,6 @@ def _by_anchor(level: Tensor, values: int) -> Tensor:
 
 class RetinaNet(Architecture):
     """One-stage detector; see `Architecture` for the arguments."""
-
-    CLASS_LAYERS = ("head.classes.",)
 
     def __init__(self, config: RetinaNetConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -204,6 +203,11 @@ class RetinaNet(Architecture):
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
         """Return the mean number of positive anchors per image."""
         return mean_counts({"anchors_positive": predictions.positive_BA})
+
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        """See `Architecture.class_layers`."""
+        anchors = len(self.config.head.anchor_scales) * len(self.config.head.anchor_ratios)
+        return (ClassLayer("head.classes.", blocks=anchors),)
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """See `Architecture.norm_parts`."""

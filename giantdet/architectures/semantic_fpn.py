@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
+from giantdet.architectures.class_layers import ClassLayer
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.architectures.semantic_fpn import SemanticFpnConfig
 from giantdet.layers.blocks import recompute
@@ -24,8 +25,6 @@ STRIDES = (4, 8, 16, 32)
 
 class SemanticFpn(Architecture):
     """Classes of pixels; see `Architecture` for the arguments."""
-
-    CLASS_LAYERS = ("semantic_head.classes.",)
 
     def __init__(self, config: SemanticFpnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -68,6 +67,10 @@ class SemanticFpn(Architecture):
     def counts(self, predictions: SemanticPredictions) -> dict[str, Tensor]:
         """Pixels that have a class."""
         return mean_counts({"labelled_pixels": labelled(predictions.labels_BHW).flatten(1)})
+
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        """See `Architecture.class_layers`."""
+        return (ClassLayer("semantic_head.classes.", "semantic"),)
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """See `Architecture.norm_parts`."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
+from giantdet.architectures.class_layers import ClassLayer
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.architectures.upernet import UperNetConfig
 from giantdet.errors import InputError
@@ -37,8 +38,6 @@ class Predictions(NamedTuple):
 
 class UperNet(Architecture):
     """Classes of pixels; see `Architecture` for the arguments. Raises InputError for plain ViTs too."""
-
-    CLASS_LAYERS = ("decode_head.classes.", "auxiliary_head.classes.")
 
     def __init__(self, config: UperNetConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -96,6 +95,11 @@ class UperNet(Architecture):
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
         """Return the number of pixels that have a class."""
         return mean_counts({"labelled_pixels": labelled(predictions.labels_BHW).flatten(1)})
+
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        """See `Architecture.class_layers`."""
+        heads = ("decode_head", "auxiliary_head")
+        return tuple(ClassLayer(f"{head}.classes.", "semantic") for head in heads)
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """See `Architecture.norm_parts`."""

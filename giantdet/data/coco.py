@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 
-from giantdet.config.classes import Classes
+from giantdet.config.classes import Category, Classes
 from giantdet.data.images import read_image
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import (
@@ -236,6 +236,9 @@ class CocoDataset:
     def panoptic_map(self, i: int) -> PanopticMap | None:
         """None: an instances JSON has no segments."""
         return None
+
+    def number_as(self, semantic: tuple[Category, ...]) -> None:
+        """See `Dataset.number_as`; there are no semantic maps."""
 
     def instances(self) -> Instances:
         """See `Dataset.instances`."""

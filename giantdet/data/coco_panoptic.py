@@ -186,6 +186,12 @@ class CocoPanopticDataset(CocoDataset):
         found: NDArray[np.uint8] = numbers[np.searchsorted([VOID, *(s.id for s in known)], ids_HW)]
         return found
 
+    def number_as(self, semantic: tuple[Category, ...]) -> None:
+        """See `Dataset.number_as`."""
+        index = {name: number for number, (_, name) in enumerate(semantic)}
+        for category, name in self.classes.stuff:
+            self.number[category] = index[name]
+
     def segment_rle(self, panoptic: PanopticMap, segment: int, i: int) -> dict[str, Any]:
         """Return the compressed RLE of a segment of image i. Raises DataError if it has no pixel."""
         mask_HW = panoptic.ids_HW == segment

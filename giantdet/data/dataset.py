@@ -15,7 +15,7 @@ from giantdet.config.datasets import CocoDatasetConfig, CocoPanopticDatasetConfi
 from giantdet.data.coco import CocoDataset
 from giantdet.data.coco_panoptic import CocoPanopticDataset
 from giantdet.data.panoptic import PanopticMap
-from giantdet.data.records import Instances
+from giantdet.data.records import Instances, logger
 from giantdet.data.semantic_png import SemanticPngDataset
 from giantdet.errors import DataError
 
@@ -89,6 +89,13 @@ class Dataset(Protocol):
         """Return the segments of image i, or None without panoptic annotations. Raises DataError as above."""
         ...
 
+    def number_as(self, semantic: tuple[Category, ...]) -> None:
+        """Number the classes of semantic maps as in this list from now on, by name.
+
+        All names of the data set are in the list.
+        """
+        ...
+
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """Return the indices of the images to train on: all, or those with something to learn."""
         ...
@@ -119,25 +126,46 @@ def open_dataset(config: DatasetConfig) -> Dataset:
     return READERS[config.format](config)
 
 
-def check_classes(dataset: Dataset, known: Classes, whose: str | Path) -> None:
-    """Raise DataError if the data set has other classes than those that a model predicts, `known`."""
-    unknown = set(dataset.classes.object_ids) - set(known.object_ids)
-    if unknown and known.objects:
-        raise DataError(
-            f"{dataset.annotations}: categories {sorted(unknown)} are not among those that {whose} "
-            f"was trained on, {known.object_ids}"
-        )
-    theirs, ours = dataset.classes.semantic, known.semantic
-    if theirs and ours and theirs != ours:
-        for number, (this, that) in enumerate(itertools.zip_longest(theirs, ours)):
-            if this != that:
-                raise DataError(
-                    f"{dataset.annotations}: class {number} of its semantic maps is {_named(this)}, "
-                    f"but {_named(that)} in what {whose} was trained on"
-                )
-    if not (known.objects and dataset.classes.objects) and not (ours and theirs):
+def meet(dataset: Dataset, known: Classes, whose: str | Path) -> Classes:
+    """Match a data set with the classes that a model predicts, `known`, by name.
+
+    Returns the model's classes with the data set's own ids; classes that the data set does not have get ids
+    that are none of its. Semantic maps are numbered as in `known` from now on. Different ids are named in a
+    warning. Raises DataError for a name that is none of the model's, and where nothing can be scored.
+    """
+    objects = _by_name(dataset.classes.objects, known.objects, f"{dataset.annotations}: category", whose)
+    semantic = _by_name(
+        dataset.classes.semantic, known.semantic, f"{dataset.annotations}: semantic class", whose
+    )
+    if not objects and not semantic:
         raise DataError(f"{dataset.annotations}: there is nothing in it that the model of {whose} predicts")
+    if semantic:
+        dataset.number_as(known.semantic)
+    return Classes(objects=objects or known.objects, semantic=semantic or known.semantic)
 
 
-def _named(category: Category | None) -> str:
-    return "missing" if category is None else f"{category[1]!r} (id {category[0]})"
+def _by_name(
+    theirs: tuple[Category, ...], ours: tuple[Category, ...], what: str, whose: str | Path
+) -> tuple[Category, ...]:
+    """Return `ours` with their ids; empty if one of them is empty, as nothing of this kind is scored then."""
+    if not theirs or not ours:
+        return ()
+    for number, name in theirs:
+        if name not in {known for _, known in ours}:
+            raise DataError(
+                f"{what} {name!r} (id {number}) is not among the classes that {whose} was trained on: "
+                f"{', '.join(known for _, known in ours)}"
+            )
+    if set(theirs) <= set(ours):
+        return ours  # also where a name occurs twice
+    names = [name for _, name in theirs]
+    if len(set(names)) < len(names) or len({name for _, name in ours}) < len(ours):
+        raise DataError(f"{what} names occur twice, and ids differ from those of {whose}: make names unique")
+    ids = {name: number for number, name in theirs}
+    free = itertools.count(-1, -1)
+    matched = tuple((ids[name] if name in ids else next(free), name) for _, name in ours)
+    pairs = [f"{name} {ids[name]} for {old}" for old, name in ours if name in ids and ids[name] != old]
+    logger.warning(
+        "%s ids differ from those of training, and are matched by name: %s", what, ", ".join(pairs)
+    )
+    return matched

@@ -135,6 +135,13 @@ class LabelTable:
         """(label, name) of each class."""
         return tuple((entry.label, entry.name) for entry in self.classes)
 
+    def number_as(self, names: list[str]) -> None:
+        """Number the classes by their positions in `names`, which has all of them."""
+        new = np.full(IGNORE + 1, IGNORE)
+        new[: len(self.classes)] = [names.index(entry.name) for entry in self.classes]
+        for lookup in (self.by_label, self.by_color):
+            lookup.numbers = new[lookup.numbers]
+
     def of_labels(self, labels_HW: NDArray[Any]) -> NDArray[np.uint8]:
         """Return the classes of a map of numbers, uint8 `[h, w]`. Raises DataError for an unknown label."""
         return self._known(self.by_label(labels_HW.astype(np.int64)), labels_HW)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from giantdet.config.classes import Classes
+from giantdet.config.classes import Category, Classes
 from giantdet.config.datasets import SemanticPngDatasetConfig
 from giantdet.data.images import IMAGE_ENDINGS, named, read_image
 from giantdet.data.labels import LabelTable, read_classes
@@ -106,6 +106,10 @@ class SemanticPngDataset:
             return self.table.of_labels(
                 np.asarray(file if file.mode not in ("1", "LA") else file.convert("L"))
             )
+
+    def number_as(self, semantic: tuple[Category, ...]) -> None:
+        """See `Dataset.number_as`."""
+        self.table.number_as([name for _, name in semantic])
 
     def panoptic_map(self, i: int) -> None:
         """Return None: there are no segments."""

@@ -21,7 +21,7 @@ from giantdet.config.identity import identity
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
-from giantdet.data.dataset import Dataset, check_classes, open_dataset
+from giantdet.data.dataset import Dataset, meet, open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
@@ -54,6 +54,8 @@ class Training:
     agvm: Agvm | None
     ema: WeightEma | None
     checkpoints: Checkpoints
+    scored: Classes
+    """The model's classes with the ids of the validation set."""
     first_step: int
     """Number of optimizer steps that were done before."""
     lock: OutputLock
@@ -91,7 +93,7 @@ class Training:
                 self.device,
                 tasks=self.model.tasks,
                 model_config=config.model,
-                classes=self.classes,
+                classes=self.scored,
                 window_stride=config.eval.window_stride,
                 results=self.output / "results.json",
             )
@@ -121,21 +123,28 @@ def prepare(run: RunConfig) -> Training:
     dataset = open_dataset(data.train)
     # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)
+    scored = Classes()
+    if validation is not None:
+        known = run.giantdet.model.predicted(dataset.classes)
+        scored = meet(validation, known, dataset.annotations)
     images = len(dataset.training_indices(data.filter_empty))
     resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
-    if validation is not None:
-        check_classes(validation, run.giantdet.model.predicted(dataset.classes), dataset.annotations)
     check_norms(resolved.giantdet.norm, resolved.batch.micro, comm.world_size())
     lock = OutputLock(Path(resolved.giantdet.train.output))
     try:
-        return _build(resolved, device, dataset, validation, lock)
+        return _build(resolved, device, dataset, validation, scored, lock)
     except BaseException:
         lock.release()
         raise
 
 
 def _build(
-    run: ResolvedRun, device: torch.device, dataset: Dataset, validation: Dataset | None, lock: OutputLock
+    run: ResolvedRun,
+    device: torch.device,
+    dataset: Dataset,
+    validation: Dataset | None,
+    scored: Classes,
+    lock: OutputLock,
 ) -> Training:
     """Build the parts of a resolved run, and resume; the run's config.json is written if it can."""
     config, output = run.giantdet, Path(run.giantdet.train.output)
@@ -154,7 +163,20 @@ def _build(
         if first_step:
             print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
     comm.barrier()
-    return Training(run, device, dataset, validation, model, engine, agvm, ema, checkpoints, first_step, lock)
+    return Training(
+        run,
+        device,
+        dataset,
+        validation,
+        model,
+        engine,
+        agvm,
+        ema,
+        checkpoints,
+        scored,
+        first_step,
+        lock,
+    )
 
 
 def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scores:

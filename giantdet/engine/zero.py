@@ -89,7 +89,7 @@ def build(run: ResolvedRun, micro_batch: int) -> Architecture:
             log.warning("backbone %s cannot be built in parts (%s): each rank builds all of it", name, error)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.data.size, config.norm, micro_batch)
-    load_weights(model, config.model)
+    load_weights(model, config.model, config.data.classes)
     return model
 
 

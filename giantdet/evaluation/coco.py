@@ -82,10 +82,11 @@ def to_coco(
 ) -> list[dict[str, Any]]:
     """Return detections on the canvas as COCO results, in pixels of the original images."""
     results: list[dict[str, Any]] = []
-    # A model may have more classes than the data set has categories; such detections are dropped.
-    detections = detections._replace(
-        valid_BD=detections.valid_BD & (detections.labels_BD < len(category_ids))
-    )
+    # A model may have more classes than names, and classes that the data set does not have (negative ids).
+    known_C = torch.tensor([*(number >= 0 for number in category_ids), False])
+    labels_BD = detections.labels_BD.cpu().clamp_max(len(category_ids))
+    known_BD = known_C[labels_BD].to(detections.valid_BD.device)
+    detections = detections._replace(valid_BD=detections.valid_BD & known_BD)
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # an empty slot that fills the batch
