@@ -1,0 +1,102 @@
+"""Rows of classes are taken over by name, for every architecture, against a loop over the rows."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import MODELS
+from torch import Tensor
+
+from giantdet.architectures import Architecture, build_model
+from giantdet.config.architectures import SECTIONS, ArchitectureConfig
+from giantdet.config.architectures.common import NormConfig
+from giantdet.config.classes import Classes
+from giantdet.config.load import parse_run
+from giantdet.config.resolve import resolve
+from giantdet.export import export_config, load_weights
+
+OLD = Classes(
+    objects=((1, "cat"), (3, "dog"), (4, "cow")),
+    semantic=((0, "things"), (7, "sky"), (8, "road"), (9, "tree")),
+)
+NEW = Classes(
+    objects=((1, "cow"), (2, "horse"), (5, "cat"), (6, "pig")),
+    semantic=((0, "things"), (7, "water"), (8, "tree"), (9, "sky")),
+)
+
+
+def model_of(kind: str, classes: Classes, **changes: Any) -> tuple[Architecture, ArchitectureConfig, Any]:
+    raw = {
+        "train_batch_size": 2,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "giantdet": {
+            "model": {**MODELS[kind], **changes},
+            "train": {"steps": 2},
+            "data": {"size": [64, 64], "short_side": 64},
+        },
+    }
+    run = resolve(parse_run(raw), 1, 10, classes)
+    model = build_model(run.giantdet.model, (64, 64), NormConfig(type="local"))
+    return model, run.giantdet.model, export_config(run, run.giantdet.data.classes)
+
+
+def blocks(layer: Any, rows: Tensor, count: int) -> list[list[Tensor]]:
+    """The rows of each class in each block; the last entry has those of background and things."""
+    size, found = len(rows) // layer.blocks, []
+    for b in range(layer.blocks):
+        block = rows[b * size : (b + 1) * size]
+        inside = block[layer.before : size - layer.after]
+        per_class = [inside[c * layer.values : (c + 1) * layer.values] for c in range(count)]
+        found.append([*per_class, torch.cat([block[: layer.before], block[size - layer.after :]])])
+    return found
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_rows_follow_the_names(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    old, _, about = model_of(kind, OLD)
+    save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(about.model_dump_json())
+    new, config, exported = model_of(kind, NEW, init_weights=str(tmp_path))
+    fresh = {key: value.clone() for key, value in new.state_dict().items()}
+    with caplog.at_level(logging.WARNING, "giantdet"):
+        load_weights(new, config, exported.classes)
+    found, source = new.state_dict(), old.state_dict()
+    checked = set()
+    for layer in new.class_layers():
+        before, after = ([name for _, name in getattr(c, layer.kind)] for c in (OLD, NEW))
+        for key in [key for key in found if key.startswith(layer.prefix)]:
+            checked.add(key)
+            theirs = blocks(layer, source[key], len(before))
+            untouched, ours = (blocks(layer, s[key], len(after)) for s in (fresh, found))
+            for block, start, origin in zip(ours, untouched, theirs, strict=True):
+                for name, rows, first in zip(after, block, start, strict=False):
+                    expected = origin[before.index(name)] if name in before else first
+                    assert torch.equal(rows, expected), (key, name)
+                assert torch.equal(block[-1], origin[-1]), f"background of {key}"
+    assert checked and all(torch.equal(found[k], source[k]) for k in found.keys() - checked)
+    text = caplog.text
+    if exported.classes.objects:
+        assert "taken over: cow, cat" in text and "start afresh: horse, pig" in text
+    if exported.classes.semantic:
+        assert "start afresh: water" in text
+
+
+def test_the_same_classes_in_another_order_say_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, _, about = model_of("mask_rcnn", OLD)
+    save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(about.model_dump_json())
+    turned = Classes(objects=tuple(reversed(OLD.objects)))
+    new, config, exported = model_of("mask_rcnn", turned, init_weights=str(tmp_path))
+    with caplog.at_level(logging.WARNING, "giantdet"):
+        load_weights(new, config, exported.classes)
+    rows = new.state_dict()["box_head.classes.weight"]
+    assert torch.equal(rows, old.state_dict()["box_head.classes.weight"][[2, 1, 0, 3]])
+    assert "afresh" not in caplog.text
