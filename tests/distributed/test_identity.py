@@ -50,10 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> tuple[Pat
         "other classes": ("a", other),
         "other model": ("a", {"giantdet__model__conventions": "torchvision"}),
         "turned": ("b", turned),
-        "names missing": (
-            "c",
-            {"giantdet__data__val__annotations": other["giantdet__data__val__annotations"]},
-        ),
+        "names missing": ("c", unknown),
         "fine-tuned": ("d", {**other, **init}),
         "other canvas": ("d", {**other, **canvas}),
     }
