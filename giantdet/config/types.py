@@ -62,7 +62,8 @@ class AgvmConfig(Section):
 
     enabled: bool = False
     estimator: Literal["half_split", "all_splits"] = "half_split"
-    """half_split: two halves of the batch, as in the paper; all_splits: the expectation over all splits."""
+    """half_split: two halves of the batch, as in the paper; all_splits: the ratio of two
+    expectations over all splits, 1 - E[G_1 G_2] / E|G_1|^2."""
     preconditioned: bool | Auto = "auto"
     """Compare the gradients as Adam would scale them. auto: true for Adam and AdamW."""
     look_ahead: Literal["exact", "released"] = "exact"

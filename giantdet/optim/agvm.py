@@ -19,7 +19,7 @@ smoothed over time, so that the variances align with that of the anchor, the bac
     engine.step()
 
 All ranks call both functions, at every ZeRO stage. `estimators.py` has the ways to measure the variance: the
-halves themselves or the expectation over all splits, and for Adam as the optimizer would scale the gradients.
+halves themselves or expectations over all splits, and for Adam as the optimizer would scale the gradients.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ from giantdet.optim.param_groups import module_of, module_of_group
 from giantdet.optim.variance import aligning_factors, noise_scale
 
 logger = logging.getLogger("giantdet")
+
+NAMED_AFTER = 5
+"""Measurements after which a module that had a variance in none of them is named in a warning."""
 
 
 def norms_tie_shards(ranks: int, world: int, estimator: str) -> bool:
@@ -74,6 +77,7 @@ class Agvm:
         self.variances: Variances = {}
         self.estimator = estimator_of(engine, modules, self.config)
         self._active: dict[str, float] = {}
+        self._measurements, self._undefined = 0, dict.fromkeys(self.names, 0)
         self._hooks = [p.register_hook(self._reader(p)) for p in modules]
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
@@ -140,9 +144,15 @@ class Agvm:
         self.factors, self.variances = dict(state["factors"]), dict(state["variances"])
 
     def scalars(self) -> dict[str, float]:
-        """Return factor, variance and noise scale (in images) of every module, for the log."""
+        """Return factor, variance and noise scale (in images) of every module, for the log.
+
+        `undefined` is the share of the measurements in which a module had no variance, and kept its factor.
+        """
         found = {f"agvm/{name}/factor": self.factors[name] for name in self.names}
         batch = self.engine.train_batch_size()
+        for name, count in self._undefined.items():
+            if count:
+                found[f"agvm/{name}/undefined"] = count / self._measurements
         for name, variance in self.variances.items():
             if math.isfinite(variance):
                 found[f"agvm/{name}/variance"] = variance
@@ -185,14 +195,31 @@ class Agvm:
         for group in optimizer.param_groups:
             group["lr"] = group.pop("_agvm_lr")
 
+    def _count(self, variances: Variances) -> None:
+        """Count the measurements without a variance of a module, and name it where it never has one."""
+        self._measurements += 1
+        for name, variance in variances.items():
+            self._undefined[name] += math.isnan(variance)
+        never = [name for name in self.names if self._undefined[name] == self._measurements]
+        if self._measurements == NAMED_AFTER and never and comm.is_main():
+            lost = self.config.anchor in never
+            logger.warning(
+                "agvm: in none of %d measurements did both halves of the batch have a gradient for %s; %s",
+                self._measurements,
+                ", ".join(never),
+                "without its anchor AGVM changes no learning rate" if lost else "its learning rate stays",
+            )
+
     def _update(self, variances: Variances | None) -> None:
         """Move the factors towards those that align the variances.
 
         A module whose variance is undefined keeps its factor: the gradient of its mask head is zero where
-        half of the batch has no object. Without a variance of the anchor, as in a step that all ranks skip,
-        all keep theirs.
+        half of the batch has no object. Without a variance of the anchor all keep theirs.
         """
-        if variances is None or math.isnan(variances[self.config.anchor]):
+        if variances is None:
+            return
+        self._count(variances)
+        if math.isnan(variances[self.config.anchor]):
             return
         self.variances = {name: value for name, value in variances.items() if not math.isnan(value)}
         keep = self.config.momentum

@@ -4,8 +4,9 @@ The variance of a module is Phi = 1 - cos(G_1, G_2), with G_1 and G_2 its mean g
 the global batch. The shards of a batch are its K = ranks x micro-batches parts.
 
 - `HalfSplit`, the paper's estimator: two fixed halves.
-- `AllSplits`: the expectation over all splits of the shards into halves, from the squared norms of the
-  shards' gradients and of their mean (`variance_of_all_splits`). Elementwise, to precondition the gradients.
+- `AllSplits`: 1 - E[G_1 G_2] / E|G_1|^2, with expectations over all splits of the shards into halves, from the
+  squared norms of the shards' gradients and of their mean (`variance_of_all_splits`). This is not 1 minus the
+  mean cosine of the splits, but close to it. Elementwise, to precondition the gradients.
 - `AllSplitsOfNorms`: the same without preconditioning, for which norms are enough.
 
 Preconditioned gradients are g / (sqrt(b2 v + (1 - b2) g^2) + eps), as in the released code: what Adam would
@@ -20,7 +21,8 @@ norm of the mean gradient is read in the optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +50,11 @@ class VarianceEstimator(Protocol):
         """Read this rank's gradient of a parameter in one micro-step of a measured step."""
 
     def after_backward(self) -> Variances | None:
-        """Complete the last backward pass of a measured step; return the variances if they are known now."""
+        """Complete the last backward pass of a measured step; return the variances if they are known now.
+
+        A module's variance is NaN where it is undefined, because a half, or every shard, has no gradient.
+        None also stands for a step with a gradient that is not finite, which all ranks skip.
+        """
 
     def before_step(self, groups: Iterable[dict[str, Any]]) -> None:
         """Read the gradients in an optimizer step. At stages 1 to 3 it is called once for each group."""
@@ -83,6 +89,13 @@ class _OfModules:
 
     def zeros(self, columns: int) -> Tensor:
         return torch.zeros(len(self.names), columns, dtype=torch.float64, device=self.device)
+
+    def by_module(self, sums: Tensor, variance: Callable[[list[float]], float]) -> Variances | None:
+        """Return `variance` of each module's row of `sums`; None if one is not finite, as in skipped steps."""
+        rows = sums.tolist()
+        if not all(map(math.isfinite, (value for row in rows for value in row))):
+            return None
+        return {name: variance(row) for name, row in zip(self.names, rows, strict=True)}
 
     def loss_scale(self) -> float:
         """Return the factor that fp16 multiplies the loss by; 1 in bf16 and float32."""
@@ -129,7 +142,7 @@ class _Elementwise(_OfModules):
                 sums[self.index[self.modules[p]]] += self.products(both, fragment)
         comm.sum_over_ranks_(sums)
         self._rows = [{}, {}]
-        return {name: self.variance(*row) for name, row in zip(self.names, sums.tolist(), strict=True)}
+        return self.by_module(sums, lambda row: self.variance(*row))
 
     def before_step(self, groups: Iterable[dict[str, Any]]) -> None:
         pass
@@ -191,7 +204,7 @@ class HalfSplit(_Elementwise):
 
 
 class AllSplits(_Elementwise):
-    """The expectation over all splits, of preconditioned gradients: one row of sums and one of squares."""
+    """The ratio of expectations over all splits, of preconditioned gradients: rows of sums and of squares."""
 
     def read(self, p: nn.Parameter, gradient: Tensor) -> None:
         gradient = _copy(gradient)
@@ -211,7 +224,7 @@ class AllSplits(_Elementwise):
 
 
 class AllSplitsOfNorms(_OfModules):
-    """The expectation over all splits from norms alone; complete after the optimizer step."""
+    """The ratio of expectations over all splits from norms alone; complete after the optimizer step."""
 
     def __init__(self, engine: Engine, modules: dict[nn.Parameter, str]) -> None:
         super().__init__(engine, modules)
@@ -252,11 +265,13 @@ class AllSplitsOfNorms(_OfModules):
             comm.sum_over_ranks_(sums)
             squares = (self.accumulation / self._loss_scale) ** 2
             clipped = self._clip_coefficient() ** 2 if self.engine.zero_optimization_stage() > 0 else 1.0
-            values = (sums * sums.new_tensor([squares, 1.0 / clipped])).tolist()
+            sums = sums * sums.new_tensor([squares, 1.0 / clipped])
             if self.engine.was_step_applied():
-                shards, rows = shards_of(self.engine), zip(self.names, values, strict=True)
-                found = {name: variance_of_all_splits(s, m, shards) for name, (s, m) in rows}
+                found = self.by_module(sums, self._variance)
         return found
+
+    def _variance(self, row: list[float]) -> float:
+        return variance_of_all_splits(row[0], row[1], shards_of(self.engine))
 
     def _sums_of_step(self) -> Tensor:
         step = self.engine.global_steps
