@@ -73,11 +73,25 @@ def replace_batchnorm(
     module: nn.Module,
     convert: Callable[[_BatchNorm], nn.Module],
     select: Callable[[_BatchNorm], bool] = lambda norm: True,
+    done: dict[nn.Module, nn.Module] | None = None,
 ) -> nn.Module:
     """Replace each BatchNorm for which `select` holds by `convert(norm)`.
 
-    The replacement takes over the training mode and, from timm's BatchNormAct2d, dropout and activation.
+    The replacement takes over the training mode and, from timm's BatchNormAct2d, dropout and activation. A
+    BatchNorm that is used in several places gets one replacement; `done` keeps those that were made.
     """
+    done = {} if done is None else done
+    if module not in done:
+        done[module] = _replaced(module, convert, select, done)
+    return done[module]
+
+
+def _replaced(
+    module: nn.Module,
+    convert: Callable[[_BatchNorm], nn.Module],
+    select: Callable[[_BatchNorm], bool],
+    done: dict[nn.Module, nn.Module],
+) -> nn.Module:
     if isinstance(module, _BatchNorm):
         if not select(module):
             return module
@@ -86,8 +100,8 @@ def replace_batchnorm(
             if hasattr(module, name):
                 setattr(new, name, getattr(module, name))
         return new.train(module.training)
-    for name, child in module.named_children():
-        new_child = replace_batchnorm(child, convert, select)
+    for name, child in list(module._modules.items()):  # named_children() leaves out a module's second name
+        new_child = None if child is None else replace_batchnorm(child, convert, select, done)
         if new_child is not child:
             setattr(module, name, new_child)
     return module
@@ -116,6 +130,8 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
     `group` None: over this rank's own batch, without any communication. Parameters, buffers and modes are
     `torch.nn.BatchNorm2d`'s (`momentum=None` is a cumulative average); a state dict of either fits the
     other. Unlike there, a single value per channel in a whole group is allowed: its variance is 0.
+
+    `create_graph=True` raises RuntimeError where the norm is over a group: it has no gradients of gradients.
 
     A forward pass that is recomputed in the backward pass does not update the running statistics: the first
     one has updated them already.
@@ -199,11 +215,10 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
         """Update the running statistics on the device, without a branch on the ranks' numbers of images."""
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        factor = (
-            self.momentum if self.momentum is not None else self.num_batches_tracked.double().reciprocal()
-        )
-        factor = (count > 0).double() * factor  # a group without an image changes nothing
+        # A group without an image changes nothing, and is no batch of the cumulative average.
+        self.num_batches_tracked.add_((count > 0).squeeze(0))
+        batches = self.num_batches_tracked.clamp(min=1).double()
+        factor = (count > 0).double() * (self.momentum if self.momentum is not None else batches.reciprocal())
         unbiased = var * count / (count - 1).clamp(min=1)
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.lerp_(new.to(running.dtype), factor.to(running.dtype))
@@ -274,6 +289,13 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # Not `once_differentiable`: autograd skips its error where the gradient has another path, and the
+        # result is wrong.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a batch norm over several ranks has no gradients of gradients: call backward() or grad() "
+                "without create_graph, or use local or frozen batch norms"
+            )
         x, weight, mean, invstd, count = ctx.saved_tensors
         dy = dy.contiguous(memory_format=_memory_format(x))
         sums = _gradient_sums(dy, x, mean, invstd)

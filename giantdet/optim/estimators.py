@@ -4,9 +4,9 @@ The variance of a module is Phi = 1 - cos(G_1, G_2), with G_1 and G_2 its mean g
 the global batch. The shards of a batch are its K = ranks x micro-batches parts.
 
 - `HalfSplit`, the paper's estimator: two fixed halves.
-- `AllSplits`: 1 - E[G_1 G_2] / E|G_1|^2, with expectations over all splits of the shards into halves, from the
-  squared norms of the shards' gradients and of their mean (`variance_of_all_splits`). This is not 1 minus the
-  mean cosine of the splits, but close to it. Elementwise, to precondition the gradients.
+- `AllSplits`: 1 - E[G_1 G_2] / E|G_1|^2, with expectations over all splits of the shards into halves, from
+  the squared norms of the shards' gradients and of their mean (`variance_of_all_splits`). This is not 1 minus
+  the mean cosine of the splits, but close to it. Elementwise, to precondition the gradients.
 - `AllSplitsOfNorms`: the same without preconditioning, for which norms are enough.
 
 Preconditioned gradients are g / (sqrt(b2 v + (1 - b2) g^2) + eps), as in the released code: what Adam would
@@ -91,7 +91,7 @@ class _OfModules:
         return torch.zeros(len(self.names), columns, dtype=torch.float64, device=self.device)
 
     def by_module(self, sums: Tensor, variance: Callable[[list[float]], float]) -> Variances | None:
-        """Return `variance` of each module's row of `sums`; None if one is not finite, as in skipped steps."""
+        """Return `variance` of each module's row of `sums`; None if one is not finite: steps to skip."""
         rows = sums.tolist()
         if not all(map(math.isfinite, (value for row in rows for value in row))):
             return None

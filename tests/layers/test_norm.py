@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.config.architectures.common import NormConfig
 from giantdet.errors import ConfigError
-from giantdet.layers.cgbn import bn_ranks
+from giantdet.layers.cgbn import _Normalise, bn_ranks, convert_batchnorm
 from giantdet.layers.norm import CrossGpuBatchNorm, FrozenBatchNorm2d, apply_norm, check_norms
 
 FROZEN, LOCAL = NormConfig(type="frozen"), NormConfig(type="local")
@@ -205,3 +207,40 @@ def test_norms_that_do_not_fit(norm: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         check_norms(NormConfig.model_validate(norm), images_per_rank=2, world_size=4)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_norm_in_several_places_is_converted_once() -> None:
+    norm = nn.BatchNorm2d(4)
+    model = nn.Module()
+    model.first, model.second, model.inner = norm, norm, nn.Sequential(nn.Conv2d(4, 4, 1), norm)
+    converted = convert_batchnorm(model)
+    assert isinstance(converted.first, CrossGpuBatchNorm)
+    assert converted.first is converted.second is converted.inner[1]
+    assert len([m for m in converted.modules() if isinstance(m, _BatchNorm)]) == 1
+
+
+def test_an_empty_batch_is_none_of_a_cumulative_average() -> None:
+    norm = CrossGpuBatchNorm(3, momentum=None)
+    plain = nn.BatchNorm2d(3, momentum=None)
+    batches = [torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(n)) for n in (0, 2, 0, 3)]
+    for batch in batches:
+        norm(batch)
+        if len(batch):
+            plain(batch)
+    assert norm.num_batches_tracked == plain.num_batches_tracked == 2
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+    torch.testing.assert_close(norm.running_var, plain.running_var)
+
+
+def test_gradients_of_gradients_are_an_error_or_right() -> None:
+    """Over a group they are an error; over one rank's images they are PyTorch's."""
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def penalty(normalise: Callable[[Tensor], Tensor]) -> Tensor:
+        (first,) = torch.autograd.grad(normalise(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    norm, plain = CrossGpuBatchNorm(3).double(), nn.BatchNorm2d(3).double()
+    torch.testing.assert_close(penalty(norm), penalty(plain))
+    with pytest.raises(RuntimeError, match="no gradients of gradients"):
+        penalty(lambda x: _Normalise.apply(x, norm.weight, norm.bias, norm.eps, None)[0])
