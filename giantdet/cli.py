@@ -84,13 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = subparsers.add_parser("eval", help="score an exported model on a data set")
     evaluate.add_argument("export", type=Path, help="folder with model.safetensors and config.json")
-    evaluate.add_argument("--annotations", help="COCO instances JSON")
+    evaluate.add_argument("--annotations", help="COCO instances JSON, or a list of images in its format")
     evaluate.add_argument("--images", help="folder of its images")
     evaluate.add_argument(
         "--config", type=Path, help="instead of both: a run's JSON, whose data.val is of any format"
     )
     evaluate.add_argument("--batch-size", type=_at_least(1), default=1, help="images at a time; default: 1")
     evaluate.add_argument("--workers", type=_at_least(0), default=2, help="loader processes; default: 2")
+    evaluate.add_argument(
+        "--max-detections",
+        type=_at_least(1),
+        help="detections of each class in an image that COCO's AP takes; default: that of --config, or 100",
+    )
     evaluate.add_argument(
         "--results", type=Path, help="also write the detections to this file, as COCO results JSON"
     )

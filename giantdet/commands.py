@@ -64,13 +64,20 @@ def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
     from giantdet.data.dataset import check_classes, open_dataset
     from giantdet.distributed import comm
-    from giantdet.engine.evaluate import evaluate
+    from giantdet.engine.evaluate import evaluate, warn_of_limits
     from giantdet.export import load_detector
 
     device = comm.start()
     model, config = load_detector(options.export, device)
-    dataset = open_dataset(_evaluated_data(options))
+    data, max_detections = _evaluated_data(options)
+    dataset = open_dataset(data)
     check_classes(dataset, config.classes, options.export)
+    if not dataset.annotated and options.results is None:
+        raise InputError(
+            f"{dataset.annotations}: no annotations, so there are no scores; give --results FILE to write "
+            "what is found"
+        )
+    warn_of_limits(dataset, config.model, max_detections)
     if options.results is not None and comm.is_main():
         options.results.parent.mkdir(parents=True, exist_ok=True)
     found = evaluate(
@@ -83,6 +90,7 @@ def run_eval(options: argparse.Namespace) -> None:
         model_config=config.model,
         classes=config.classes,
         window_stride=config.window_stride,
+        max_detections=max_detections,
         results=options.results,
     )
     if comm.is_main():
@@ -90,20 +98,25 @@ def run_eval(options: argparse.Namespace) -> None:
     comm.barrier()
 
 
-def _evaluated_data(options: argparse.Namespace) -> Any:
-    """Return the section of the data set to score: that of a run's JSON, or of a COCO instances JSON."""
+def _evaluated_data(options: argparse.Namespace) -> tuple[Any, int]:
+    """Return the section of the data set to score, and the number of detections that are scored.
+
+    The section is that of a run's JSON, or of a COCO instances JSON.
+    """
     from giantdet.config.datasets import CocoDatasetConfig
     from giantdet.config.load import load_run
     from giantdet.config.resolve import check_data
+    from giantdet.config.types import EvalConfig
 
     both = (options.annotations, options.images)
     if options.config is not None and both == (None, None):
         run = load_run(options.config)
         check_data(run, ["val"])
-        return run.giantdet.data.val
+        return run.giantdet.data.val, options.max_detections or run.giantdet.eval.max_detections
     if options.config is not None or None in both:
         raise InputError("eval: give --annotations and --images, or --config, a run's JSON with data.val")
-    return CocoDatasetConfig(annotations=str(options.annotations), images=str(options.images))
+    most = options.max_detections or EvalConfig().max_detections
+    return CocoDatasetConfig(annotations=str(options.annotations), images=str(options.images)), most
 
 
 def run_predict(options: argparse.Namespace) -> None:

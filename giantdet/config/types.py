@@ -134,10 +134,10 @@ class TrainConfig(Section):
     resume: bool = True
     """Resume from the newest checkpoint in `output` if there is one."""
     log_every: PositiveInt = 20
-    eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between evaluations; 0: at the end only."""
-    save_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between checkpoints; 0: at the end only."""
+    eval_every: Length = 0
+    """Steps between evaluations, or a text like "1 epoch" or "90000 images"; 0: at the end only."""
+    save_every: Length = 0
+    """The same between checkpoints; 0: at the end only."""
     keep: PositiveInt = 2
     """Number of newest checkpoints that are kept."""
     keep_best: bool = True
@@ -158,6 +158,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     batch_size: PositiveInt = 1
     """Images per rank and step."""
+    max_detections: PositiveInt = 100
+    """Number of detections of each class in an image that COCO's AP takes, the best first. Data with more
+    objects in an image need more, here and in the `detections` of the model's box head."""
     window_stride: PositiveInt | None = None
     """Semantic models: scale images to `short_side` whatever their other side is, and slide a window of the
     canvas' size over them with this stride in pixels; logits are averaged where windows overlap. None: scale

@@ -50,7 +50,7 @@ class SemanticPngDataset:
         except DataError as error:
             raise DataError(f"{self.annotations}: {error}") from error
         self.classes = Classes(semantic=self.table.categories)
-        self.has_masks = False
+        self.has_masks, self.annotated = False, True
         self.pairs = self._find(config.image_suffix, config.label_suffix)
         self.image_ids = np.arange(len(self.pairs))
         self.sizes_hw = np.array([_size(self.annotations / label) for _, label in self.pairs], np.int64)

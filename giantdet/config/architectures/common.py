@@ -271,6 +271,11 @@ class ArchitectureConfig(Section):
         return CONVENTIONS[self.conventions]
 
     @property
+    def most_detections(self) -> int | None:
+        """The maximum number of detections per image; None for a model that predicts no objects."""
+        return None
+
+    @property
     def merge_rule(self) -> PanopticMergeConfig:
         """How the outputs become a panoptic map."""
         return PanopticMergeConfig()
