@@ -14,7 +14,7 @@ from giantdet.config.architectures import SECTIONS, ModelConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.datasets import FORMATS, DatasetConfig
-from giantdet.config.section import Auto, Fraction, Length, PositiveFloat, PositiveInt, Section
+from giantdet.config.section import Auto, Fraction, Length, PathText, PositiveFloat, PositiveInt, Section
 
 
 class AugmentConfig(Section):
@@ -51,6 +51,9 @@ class DataConfig(Section):
     counted in the log."""
     mask_frame: PositiveInt = 112
     """Side S of the bitmap of a target mask; objects of up to S pixels are stored exactly."""
+    max_image_pixels: PositiveInt = 178_956_970
+    """Files of more pixels are left out unread, as small files may decompress to gigabytes. The default is
+    Pillow's own limit; a satellite image may need more."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank."""
     filter_empty: bool = True
@@ -129,7 +132,7 @@ class TrainConfig(Section):
     """First and last step, counted from 0, in which gradients are clipped; None: all steps. auto: from 100
     steps before to 100 steps after the warmup's end, as AGVM's authors do."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    output: str = "runs/run"
+    output: PathText = "runs/run"
     """Folder of the run: checkpoints, metrics.jsonl, config.json, results."""
     resume: bool = True
     """Resume from the newest checkpoint in `output` if there is one."""

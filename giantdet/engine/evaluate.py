@@ -17,6 +17,7 @@ from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.classes import Classes
 from giantdet.config.types import DataConfig, EvalConfig
 from giantdet.data.dataset import Dataset
+from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader
 from giantdet.data.records import logger
 from giantdet.distributed import comm
@@ -63,6 +64,7 @@ def evaluate(
         results: file to which the main rank writes the detections, maps beside it; None: nothing is written.
     """
     check_windows(tasks, window_stride)
+    limit_pixels(data.max_image_pixels)  # for the true maps, which evaluators read
     evaluators = [
         metric(
             dataset, [task for task in tasks if task in metric.PRIMARY], classes, model_config, max_detections
@@ -87,7 +89,7 @@ def evaluate(
             if results is not None:
                 evaluator.save(results)
     if not dataset.annotated:
-        where = "" if results is None else f"; what was found is in {results.parent}"
+        where = "" if results is None else f"; what was found is in {results}"
         tables = [f"{dataset.annotations}: no annotations, so there are no scores{where}"]
     scores = comm.broadcast_object(scores)
     return Evaluation(scores, primary_score(scores, tasks, numbers), "\n".join(tables))

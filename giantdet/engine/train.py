@@ -21,6 +21,7 @@ from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import Dataset, check_classes, open_dataset
+from giantdet.data.images import limit_pixels
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
@@ -116,6 +117,7 @@ def prepare(run: RunConfig) -> Training:
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
     data = run.giantdet.data
     assert data.train is not None
+    limit_pixels(data.max_image_pixels)
     dataset = open_dataset(data.train)
     # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)

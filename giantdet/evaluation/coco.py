@@ -98,7 +98,7 @@ def to_coco(
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # an empty slot that fills the batch
-        for part in _in_parts(detections, int(batch.original_sizes_B2[b].prod())):
+        for part in in_parts(detections, int(batch.original_sizes_B2[b].prod())):
             boxes_D4, masks_DHW = to_original(part, batch, b, conventions)
             chosen = part.valid_BD[b]
             scores, labels = part.scores_BD[b][chosen].tolist(), part.labels_BD[b][chosen].tolist()
@@ -116,7 +116,7 @@ def to_coco(
     return results
 
 
-def _in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
+def in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
     """Yield the detections in parts whose bitmaps of `pixels` bytes take at most `_BITMAP_BYTES` together."""
     slots = detections.valid_BD.shape[1]
     few = max(1, _BITMAP_BYTES // max(pixels, 1))
@@ -155,6 +155,11 @@ def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
     """Return a bool bitmap as COCO's compressed RLE, with its counts as a str, for JSON."""
     rle = mask_util.encode(np.asfortranarray(mask_HW.numpy().astype(np.uint8)))
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(rle: Mapping[str, Any]) -> Tensor:
+    """Return a mask of `encode_mask` as a bool bitmap `[h, w]`."""
+    return torch.from_numpy(np.ascontiguousarray(mask_util.decode(rle))).bool()
 
 
 def coco_numbers(max_detections: int = 100) -> tuple[str, ...]:

@@ -23,11 +23,11 @@ from giantdet.data.dataset import Dataset
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, panoptic_png
 from giantdet.distributed import comm
 from giantdet.errors import DataError
-from giantdet.evaluation.coco import to_original
+from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
 from giantdet.evaluation.evaluator import Scores, shown
 from giantdet.evaluation.semantic import whole_image_classes
 from giantdet.evaluation.truth import Truth
-from giantdet.structures import Batch, Outputs
+from giantdet.structures import Batch, Detections, Outputs
 
 THINGS = 0
 """Class of the semantic map that stands for all objects."""
@@ -38,6 +38,20 @@ _KINDS = {"": "all", "_th": "things", "_st": "stuff"}
 DETECTRON2 = PanopticMergeConfig()
 
 
+class _Masks:
+    """The masks of an image by detection, encoded: bitmaps of all of them may not fit into memory."""
+
+    def __init__(self, detections: Detections, batch: Batch, b: int, conventions: Conventions) -> None:
+        self.rles: list[dict[str, Any]] = []
+        for part in in_parts(detections, int(batch.original_sizes_B2[b].prod())):
+            masks_DHW = to_original(part, batch, b, conventions)[1]
+            assert masks_DHW is not None
+            self.rles += map(encode_mask, masks_DHW)
+
+    def __getitem__(self, row: int) -> NDArray[np.bool_]:
+        return decode_mask(self.rles[row]).numpy()
+
+
 class Merged(NamedTuple):
     """A map with ids from 1 on, objects first; `rows` are the objects' detections, -1 for stuff."""
 
@@ -46,7 +60,7 @@ class Merged(NamedTuple):
 
 
 def merge(
-    masks_DHW: NDArray[np.bool_],
+    masks_DHW: NDArray[np.bool_] | _Masks,
     scores_D: NDArray[np.float32],
     labels_D: NDArray[np.int64],
     semantic_HW: NDArray[np.int64],
@@ -290,12 +304,11 @@ def panoptic_map(
     # Masks are large: those that cannot enter are not made.
     wanted_BD = detections.valid_BD & (detections.labels_BD < things) & (detections.scores_BD >= rule.score)
     detections = detections._replace(valid_BD=wanted_BD)
-    _, masks_DHW = to_original(detections, batch, b, conventions)
-    assert masks_DHW is not None
+    masks = _Masks(detections, batch, b, conventions)
     semantic_HW = whole_image_classes(outputs.semantic_BCHW, batch, b)
     semantic_HW = torch.where(semantic_HW <= classes - things, semantic_HW, THINGS)
     return merge(
-        masks_DHW.numpy(),
+        masks,
         detections.scores_BD[b][wanted_BD[b]].cpu().numpy(),
         detections.labels_BD[b][wanted_BD[b]].cpu().numpy(),
         semantic_HW.numpy(),
