@@ -32,6 +32,7 @@ from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.dataset import open_dataset
 from giantdet.data.demo import CATEGORIES, make_demo
+from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader, train_loader
 from giantdet.data.streams import TrainStream, sample_index
 from giantdet.data.truth import ground_truth
@@ -285,10 +286,13 @@ def test_command(case: Case, data: Path, tiny_export: Path, tmp_path: Path, caps
         {"id": number, "name": name} for number, name in (CATEGORIES | {50: "hexagon"}).items()
     ]
     (data / "foreign.json").write_text(json.dumps(foreign))
+    known = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
+    (data / "list.json").write_text(json.dumps({"images": foreign["images"], "categories": known}))
     (data / "run").mkdir()
     (data / "run/config.json").write_text(json.dumps(run_of(data, {})))
     places = {"export": tiny_export, "data": data, "empty": tmp_path / "empty"}
     ends_with(case.outcome, [argument.format(**places) for argument in case.make], capsys)
+    limit_pixels(DATA.max_image_pixels)  # of the whole process
     if case.what == "predict: one of the images is none":
         assert len(list((tmp_path / "empty/out").glob("*.png"))) == 3
         assert (tmp_path / "empty/out/results.json").is_file()

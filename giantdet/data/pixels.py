@@ -52,9 +52,9 @@ def is_batch(image: Any) -> TypeGuard[Sequence[Any]]:
 def to_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Return pixel values as bytes, by their type and range.
 
-    Bytes stay, and bool becomes 0 and 255. Floats up to 1 are scaled by 255; those up to 255 are rounded;
-    whole ones up to 65535 are 16 bits. uint16 is 16 bits, and wider integers are 8 or 16 bits. Raises
-    DataError where the range does not tell: the picture might be black or white.
+    Bytes stay, and bool becomes 0 and 255. Floats up to 1 are scaled by 255; those up to 255 are rounded.
+    uint16 is 16 bits, and wider integers are 8 or 16 bits. Raises DataError where the range does not tell:
+    the picture might be black or white.
     """
     kind = values.dtype.kind
     if values.size == 0:
@@ -89,8 +89,6 @@ def _floats_to_bytes(values: NDArray[Any], high: float, found: str) -> NDArray[n
         return np.asarray(np.rint(values * 255), np.uint8)
     if 2 <= high <= 255:
         return np.asarray(np.rint(values), np.uint8)
-    if 255 < high <= 65535 and bool((values == np.rint(values)).all()):
-        return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
     raise DataError(f"{found}, which is neither 0 to 1 nor 0 to 255: scale it to one of them")
 
 
