@@ -83,25 +83,41 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(command=commands.run_train)
 
     evaluate = subparsers.add_parser("eval", help="score an exported model on a data set")
-    evaluate.add_argument("export", type=Path, help="folder with model.safetensors and config.json")
-    evaluate.add_argument("--annotations", help="COCO instances JSON")
-    evaluate.add_argument("--images", help="folder of its images")
+    evaluate.add_argument("export", type=_path, help="folder with model.safetensors and config.json")
+    _add_pixel_limit(evaluate)
     evaluate.add_argument(
-        "--config", type=Path, help="instead of both: a run's JSON, whose data.val is of any format"
+        "--annotations", type=_path, help="COCO instances JSON, or a list of images in its format"
+    )
+    evaluate.add_argument("--images", type=_path, help="folder of its images")
+    evaluate.add_argument(
+        "--config", type=_path, help="instead of both: a run's JSON, whose data.val is of any format"
     )
     evaluate.add_argument("--batch-size", type=_at_least(1), default=1, help="images at a time; default: 1")
     evaluate.add_argument("--workers", type=_at_least(0), default=2, help="loader processes; default: 2")
     evaluate.add_argument(
-        "--results", type=Path, help="also write the detections to this file, as COCO results JSON"
+        "--max-detections",
+        type=_at_least(1),
+        help="detections of each class in an image that COCO's AP takes; default: that of --config, or 100",
+    )
+    evaluate.add_argument(
+        "--results", type=_path, help="also write the detections to this file, as COCO results JSON"
     )
     evaluate.set_defaults(command=commands.run_eval)
 
     predict = subparsers.add_parser("predict", help="detect objects in image files")
-    predict.add_argument("export", type=Path, help="folder with model.safetensors and config.json")
-    predict.add_argument("images", nargs="+", type=Path, help="image files or folders of them")
+    predict.add_argument("export", type=_path, help="folder with model.safetensors and config.json")
+    predict.add_argument(
+        "images", nargs="+", type=_path, help="image files, or folders of them, also in sub-folders"
+    )
+    predict.add_argument(
+        "--annotations",
+        type=_path,
+        help="COCO JSON: predict the images that it lists, in the one folder given, and write their ids",
+    )
+    _add_pixel_limit(predict)
     predict.add_argument(
         "--output",
-        type=Path,
+        type=_path,
         default=Path("predictions"),
         help="folder for overlays and results.json; default: predictions",
     )
@@ -111,8 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.set_defaults(command=commands.run_predict)
 
     export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")
-    export.add_argument("run", type=Path, help="folder of the run (train.output)")
-    export.add_argument("--output", type=Path, help="default: RUN/export")
+    export.add_argument("run", type=_path, help="folder of the run (train.output)")
+    export.add_argument("--output", type=_path, help="default: RUN/export")
     export.add_argument(
         "--checkpoint", help="name of a checkpoint, for example step_100; default: the newest"
     )
@@ -124,21 +140,21 @@ def build_parser() -> argparse.ArgumentParser:
         description="Estimate the running statistics of the batch norms in a run's export again, over "
         "batches of its training data, and write another export.",
     )
-    precise.add_argument("run", type=Path, help="folder of the run (train.output)")
+    precise.add_argument("run", type=_path, help="folder of the run (train.output)")
     precise.add_argument(
         "--batches", type=_at_least(1), default=200, help="batches per process; default: 200"
     )
     precise.add_argument(
         "--batch-size", type=_at_least(1), help="default: the images that training normalised together"
     )
-    precise.add_argument("--output", type=Path, help="default: RUN/export_precise_bn")
+    precise.add_argument("--output", type=_path, help="default: RUN/export_precise_bn")
     precise.set_defaults(command=commands.run_precise_bn)
 
     plot = subparsers.add_parser("plot", help="draw the losses of a run and AGVM's measurements")
-    plot.add_argument("run", type=Path, nargs="?", help="folder of the run (train.output)")
-    plot.add_argument("--output", type=Path, help="folder for the pictures; default: RUN")
+    plot.add_argument("run", type=_path, nargs="?", help="folder of the run (train.output)")
+    plot.add_argument("--output", type=_path, help="folder for the pictures; default: RUN")
     plot.add_argument(
-        "--schedule", type=Path, metavar="JSON", help="draw the LR schedule of this JSON instead"
+        "--schedule", type=_path, metavar="JSON", help="draw the LR schedule of this JSON instead"
     )
     plot.add_argument(
         "--gpus", type=_at_least(1), default=1, help="number of GPUs, for --schedule; default: 1"
@@ -153,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Print the memory per rank and the communication and time per step, for each ZeRO stage "
         "with blocks kept or recomputed.",
     )
-    plan.add_argument("config", type=Path, help="the run's JSON, see ds_configs/")
+    plan.add_argument("config", type=_path, help="the run's JSON, see ds_configs/")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the JSON")
     plan.add_argument("--gpus", type=_at_least(1), required=True, help="number of GPUs")
     plan.add_argument(
@@ -188,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         "network between them. Exit code 1 if a check is BAD.",
     )
     doctor.add_argument(
-        "--output", type=Path, default=Path("runs"), help="folder that runs will write to; default: runs"
+        "--output", type=_path, default=Path("runs"), help="folder that runs will write to; default: runs"
     )
     doctor.add_argument(
         "--mebibytes", type=_at_least(1), default=64, help="size of the timed all-reduce; default: 64"
@@ -200,18 +216,19 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=commands.run_doctor)
 
     validate = subparsers.add_parser("validate-data", help="report every bad record of a COCO data set")
-    validate.add_argument("annotations", help="COCO instances JSON")
-    validate.add_argument("images", help="folder of its images")
+    validate.add_argument("annotations", type=_path, help="COCO instances JSON")
+    validate.add_argument("images", type=_path, help="folder of its images")
+    _add_pixel_limit(validate)
     validate.set_defaults(command=commands.run_validate)
 
     configs = subparsers.add_parser("configs", help="list the recipes of a folder")
-    configs.add_argument("folder", nargs="?", type=Path, default=Path("ds_configs"))
+    configs.add_argument("folder", nargs="?", type=_path, default=Path("ds_configs"))
     configs.set_defaults(command=commands.run_configs)
 
     demo = subparsers.add_parser(
         "make-demo-data", help="make the small data set that scripts/demo.sh trains on"
     )
-    demo.add_argument("folder", type=Path, help="folder to write it to")
+    demo.add_argument("folder", type=_path, help="folder to write it to")
     demo.add_argument("--train-images", type=_at_least(1), default=2000, help="default: 2000")
     demo.add_argument("--val-images", type=_at_least(1), default=200, help="default: 200")
     demo.add_argument(
@@ -220,6 +237,19 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
     demo.set_defaults(command=commands.run_demo_data)
     return parser
+
+
+def _path(text: str) -> Path:
+    """Return a path; shells leave the ~ of --output=~/x as it is."""
+    return Path(text).expanduser()
+
+
+def _add_pixel_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-image-pixels",
+        type=_at_least(1),
+        help="read images of up to this many pixels; default: Pillow's limit, 178956970",
+    )
 
 
 def _at_least(least: int) -> Callable[[str], int]:

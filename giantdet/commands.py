@@ -9,9 +9,12 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from giantdet.errors import InputError
+
+if TYPE_CHECKING:
+    from giantdet.config.types import GiantdetConfig
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -63,26 +66,41 @@ def print_config(run: Any) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
     from giantdet.data.dataset import meet, open_dataset
+    from giantdet.data.images import limit_pixels
     from giantdet.distributed import comm
-    from giantdet.engine.evaluate import evaluate
+    from giantdet.engine.evaluate import evaluate, warn_of_limits
     from giantdet.export import load_detector
 
     device = comm.start()
     model, config = load_detector(options.export, device)
-    dataset = open_dataset(_evaluated_data(options))
+    data, max_detections, max_image_pixels = _evaluated_data(options)
+    limit_pixels(max_image_pixels)
+    dataset = open_dataset(data)
     classes = meet(dataset, config.classes, options.export)
+    if not dataset.annotated and options.results is None:
+        raise InputError(
+            f"{dataset.annotations}: no annotations, so there are no scores; give --results FILE to write "
+            "what is found"
+        )
+    warn_of_limits(dataset, config.model, max_detections)
     if options.results is not None and comm.is_main():
         options.results.parent.mkdir(parents=True, exist_ok=True)
     found = evaluate(
         model,
         dataset,
-        DataConfig(size=config.size, short_side=config.short_side, workers=options.workers),
+        DataConfig(
+            size=config.size,
+            short_side=config.short_side,
+            workers=options.workers,
+            max_image_pixels=max_image_pixels,
+        ),
         options.batch_size,
         device,
         tasks=model.tasks,
         model_config=config.model,
         classes=classes,
         window_stride=config.window_stride,
+        max_detections=max_detections,
         results=options.results,
     )
     if comm.is_main():
@@ -90,47 +108,68 @@ def run_eval(options: argparse.Namespace) -> None:
     comm.barrier()
 
 
-def _evaluated_data(options: argparse.Namespace) -> Any:
-    """Return the section of the data set to score: that of a run's JSON, or of a COCO instances JSON."""
+def _evaluated_data(options: argparse.Namespace) -> tuple[Any, int, int]:
+    """Return the section of the data set to score, and the limits of detections and of pixels.
+
+    The section is that of a run's JSON, or of a COCO instances JSON.
+    """
     from giantdet.config.datasets import CocoDatasetConfig
     from giantdet.config.load import load_run
     from giantdet.config.resolve import check_data
+    from giantdet.config.types import GiantdetConfig
 
     both = (options.annotations, options.images)
     if options.config is not None and both == (None, None):
         run = load_run(options.config)
         check_data(run, ["val"])
-        return run.giantdet.data.val
+        return run.giantdet.data.val, *_limits(options, run.giantdet)
     if options.config is not None or None in both:
         raise InputError("eval: give --annotations and --images, or --config, a run's JSON with data.val")
-    return CocoDatasetConfig(annotations=str(options.annotations), images=str(options.images))
+    section = CocoDatasetConfig(annotations=str(options.annotations), images=str(options.images))
+    return section, *_limits(options, GiantdetConfig())
+
+
+def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, int]:
+    """Return the detections that are scored and the pixels that are read; options override the run's."""
+    return (
+        options.max_detections or config.eval.max_detections,
+        options.max_image_pixels or config.data.max_image_pixels,
+    )
 
 
 def run_predict(options: argparse.Namespace) -> None:
     """Predict all readable images. Raises InputError at the end if some could not be read."""
     from giantdet.data.records import logger
     from giantdet.engine.draw import draw
-    from giantdet.engine.predict import image_files, load_image, load_predictor, picture_names
+    from giantdet.engine.inputs import InputImage, image_files, listed_images, picture_names
+    from giantdet.engine.predict import load_predictor
     from giantdet.engine.results import Results
 
-    predictor = load_predictor(options.export)
+    if options.annotations is None:
+        files = image_files(options.images, options.output)
+        images = [InputImage(number, path) for number, path in enumerate(files)]
+    else:
+        if len(options.images) != 1:
+            raise InputError("predict: with --annotations, give one folder, that of its images")
+        images = listed_images(options.annotations, options.images[0])
+    pictures = picture_names([image.path for image in images], options.output)
+    predictor = load_predictor(options.export, max_image_pixels=options.max_image_pixels)
     results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
     left_out: list[str] = []
-    files = image_files(options.images)
-    for number, (path, picture) in enumerate(zip(files, picture_names(files, options.output), strict=True)):
+    for (number, path, _), image, picture in zip(images, images, pictures, strict=True):
         try:
-            image = load_image(path)
+            pixels = image.read()
         except ValueError as error:
             logger.warning("image left out: %s", error)
             left_out.append(str(error))
             continue
-        found = predictor(image, options.threshold)
-        draw(image, found).save(picture)
+        found = predictor(pixels, options.threshold)
+        draw(pixels, found).save(picture)
         print(f"{path}: {results.add(number, path, picture.stem, found)}, {picture}")
     for file in results.write():
         print(f"results: {file}")
     if left_out:
-        raise InputError(f"{len(left_out)} of {len(files)} images are left out, the first: {left_out[0]}")
+        raise InputError(f"{len(left_out)} of {len(images)} images are left out, the first: {left_out[0]}")
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -247,8 +286,11 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_validate(options: argparse.Namespace) -> int:
+    from giantdet.data.images import limit_pixels
     from giantdet.data.validate import format_report, validate
 
+    if options.max_image_pixels is not None:
+        limit_pixels(options.max_image_pixels)
     problems = validate(options.annotations, options.images)
     print(format_report(problems))
     return 1 if any(problem.is_error for problem in problems) else 0

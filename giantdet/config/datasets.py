@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from giantdet.config.section import Section, tagged_union
+from giantdet.config.section import PathText, Section, tagged_union
 
 
 class Source(NamedTuple):
@@ -21,7 +21,7 @@ class BaseDatasetConfig(Section):
     """Keys of every format."""
 
     format: str
-    images: str
+    images: PathText
     """Folder of the images."""
 
     def sources(self) -> Iterator[Source]:
@@ -33,9 +33,9 @@ class CocoDatasetConfig(BaseDatasetConfig):
     """Objects in COCO's instances format."""
 
     format: Literal["coco"] = "coco"
-    annotations: str
+    annotations: PathText
     """A JSON file of annotations in COCO's instances format."""
-    images: str
+    images: PathText
     """Folder that the file names in the annotations are relative to."""
 
     def sources(self) -> Iterator[Source]:
@@ -48,13 +48,13 @@ class CocoPanopticDatasetConfig(BaseDatasetConfig):
     """Segments in COCO's panoptic format: objects ("things") with masks, and semantic maps of stuff."""
 
     format: Literal["coco_panoptic"]
-    annotations: str
+    annotations: PathText
     """A JSON file of annotations in COCO's panoptic format."""
-    images: str
+    images: PathText
     """Folder that the file names of the images are relative to."""
-    segments: str | None = None
+    segments: PathText | None = None
     """Folder of the PNG files of segments. None: the path of `annotations` without .json, as COCO has it."""
-    instances: str | None = None
+    instances: PathText | None = None
     """A JSON file in COCO's instances format with the objects of the same images. Unlike segments, its masks
     may overlap. None: the objects are the segments of things."""
 
@@ -80,10 +80,10 @@ class SemanticPngDatasetConfig(BaseDatasetConfig):
     """
 
     format: Literal["semantic_png"]
-    images: str
-    labels: str
+    images: PathText
+    labels: PathText
     """Folder of the PNG files of labels."""
-    classes: str | tuple[str, ...]
+    classes: PathText | tuple[str, ...]
     """Names of the classes, by label from 0, or a file of them: a JSON list of names, or of objects with
     `name` and `id` (`train_id`, `trainId`) or `color`; or a text file of one name a line, of `R G B name` a
     line (CamVid), or ADE20K's objectInfo150.txt."""

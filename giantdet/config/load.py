@@ -7,6 +7,7 @@ and `"$schema"` (for editors). Unknown keys are errors in both halves.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line that names the key.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     raw = _read_json(path)
     _apply_overrides(raw, overrides)
     return parse_run(raw, path)
@@ -70,7 +71,16 @@ def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
         )
     deepspeed = {key: value for key, value in raw.items() if key not in OWN_KEYS}
     check_deepspeed(deepspeed)
+    deepspeed = _with_homes(deepspeed)
     return RunConfig(parse_giantdet(raw["giantdet"]), deepspeed, raw.get("about"), path)
+
+
+def _with_homes(block: Any, key: str = "") -> Any:
+    """Return DeepSpeed's half with ~ at the start of its paths replaced by the home folder."""
+    if isinstance(block, dict):
+        return {name: _with_homes(value, name) for name, value in block.items()}
+    is_path = isinstance(block, str) and key.endswith("_path")
+    return os.path.expanduser(block) if is_path else block
 
 
 def _read_json(path: Path) -> dict[str, Any]:

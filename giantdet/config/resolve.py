@@ -24,7 +24,7 @@ from giantdet.config.load import RunConfig
 from giantdet.config.names import nearest
 from giantdet.config.optimizers import OPTIMIZERS
 from giantdet.config.resolved import ResolvedRun
-from giantdet.config.schedulers import SCHEDULERS
+from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
 from giantdet.config.types import GiantdetConfig
 from giantdet.errors import ConfigError
 
@@ -77,6 +77,7 @@ def resolve(
         steps = math.ceil(giantdet.train.epochs * train_images / batch)
         train = giantdet.train.model_copy(update={"steps": steps, "epochs": None})
         giantdet = giantdet.model_copy(update={"train": train})
+    giantdet = _resolve_intervals(giantdet, batch, train_images)
     giantdet = _resolve_lr(giantdet, deepspeed)
     if "scheduler" in deepspeed:
         _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
@@ -240,6 +241,13 @@ def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> Giantdet
     return giantdet.model_copy(update={"lr_scaling": resolved})
 
 
+def _resolve_intervals(giantdet: GiantdetConfig, batch: int, images: int | None) -> GiantdetConfig:
+    """Convert the intervals of evaluations and checkpoints to steps."""
+    train = giantdet.train
+    found = {key: to_steps(getattr(train, key), batch, images) for key in ("eval_every", "save_every")}
+    return giantdet.model_copy(update={"train": train.model_copy(update=found)})
+
+
 def _resolve_clip_window(
     giantdet: GiantdetConfig, deepspeed: dict[str, Any], images: int | None
 ) -> GiantdetConfig:
@@ -337,6 +345,19 @@ def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None, images: int
     if params.get("warmup_max_lr") == "auto" or (name == "WarmupDecayLR" and "warmup_max_lr" not in params):
         # DeepSpeed's default for the latter is 0.001, whatever the optimizer's LR.
         params["warmup_max_lr"] = deepspeed["optimizer"]["params"]["lr"]
+    if deepspeed["optimizer"]["params"].get("lr") == 0:
+        _check_zero_lr(params, section)
+
+
+def _check_zero_lr(params: dict[str, Any], section: type[SchedulerConfig]) -> None:
+    """Raise ConfigError if the schedule has an LR of its own, which no parameter group has a share of."""
+    for key in section.LRS:
+        value = params.get(key, section.model_fields[key].default)
+        if isinstance(value, int | float) and value > 0:
+            raise ConfigError(
+                f"optimizer.params.lr is 0, and scheduler.params.{key} is {value}: the schedule scales the "
+                f"optimizer's LR, so set that to the largest LR of the schedule"
+            )
 
 
 def _name(block: dict[str, Any], known: Mapping[str, Any]) -> str:

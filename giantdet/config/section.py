@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from giantdet.config.lengths import LENGTH_PATTERN, LENGTH_WORDS, is_length
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""The path of a file or folder; a leading ~ is the home folder, which no shell replaces in a JSON."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0.0)]

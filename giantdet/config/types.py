@@ -15,7 +15,7 @@ from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import FORMATS, DatasetConfig
-from giantdet.config.section import Auto, Fraction, Length, PositiveFloat, PositiveInt, Section
+from giantdet.config.section import Auto, Fraction, Length, PathText, PositiveFloat, PositiveInt, Section
 
 
 class AugmentConfig(Section):
@@ -55,6 +55,9 @@ class DataConfig(Section):
     counted in the log."""
     mask_frame: PositiveInt = 112
     """Side S of the bitmap of a target mask; objects of up to S pixels are stored exactly."""
+    max_image_pixels: PositiveInt = 178_956_970
+    """Files of more pixels are left out unread, as small files may decompress to gigabytes. The default is
+    Pillow's own limit; a satellite image may need more."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank."""
     filter_empty: bool = True
@@ -133,15 +136,15 @@ class TrainConfig(Section):
     """First and last step, counted from 0, in which gradients are clipped; None: all steps. auto: from 100
     steps before to 100 steps after the warmup's end, as AGVM's authors do."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    output: str = "runs/run"
+    output: PathText = "runs/run"
     """Folder of the run: checkpoints, metrics.jsonl, config.json, results."""
     resume: bool = True
     """Resume from the newest checkpoint in `output` if there is one."""
     log_every: PositiveInt = 20
-    eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between evaluations; 0: at the end only."""
-    save_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between checkpoints; 0: at the end only."""
+    eval_every: Length = 0
+    """Steps between evaluations, or a text like "1 epoch" or "90000 images"; 0: at the end only."""
+    save_every: Length = 0
+    """The same between checkpoints; 0: at the end only."""
     keep: PositiveInt = 2
     """Number of newest checkpoints that are kept."""
     keep_best: bool = True
@@ -162,6 +165,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     batch_size: PositiveInt = 1
     """Images per rank and step."""
+    max_detections: PositiveInt = 100
+    """Number of detections of each class in an image that COCO's AP takes, the best first. Data with more
+    objects in an image need more, here and in the `detections` of the model's box head."""
     window_stride: PositiveInt | None = None
     """Semantic models: scale images to `short_side` whatever their other side is, and slide a window of the
     canvas' size over them with this stride in pixels; logits are averaged where windows overlap. None: scale

@@ -80,6 +80,7 @@ class CocoDataset:
 
     Args:
         annotations: COCO instances JSON; objects without `segmentation` are boxes (`has_masks` is False).
+            Without annotations it is a list of images (`annotated` is False).
         images: folder that the `file_name`s are relative to.
         content: the lists of the JSON; None: they are read from `annotations`.
 
@@ -97,10 +98,13 @@ class CocoDataset:
         gc_was_on = gc.isenabled()
         gc.disable()  # the collector would walk a million new dicts again and again
         try:
-            content = read_instances(annotations) if content is None else content
+            if content is None:
+                content = read_instances(annotations, images_only=True)
+            self.has_list = "annotations" in content
+            self.annotated = bool(content.get("annotations"))
             self._read_categories(content["categories"])
             self._read_images(content["images"])
-            self._read_objects(content["annotations"])
+            self._read_objects(content.get("annotations", []))
         finally:
             if gc_was_on:
                 gc.enable()
@@ -219,6 +223,11 @@ class CocoDataset:
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """Return the indices of the images to train on: all, or those that have an object."""
+        if not self.has_list:
+            raise DataError(
+                f'annotations {self.annotations} have no list "annotations"; a list of images can be '
+                "evaluated, but not trained on"
+            )
         return self.nonempty if filter_empty else np.arange(len(self))
 
     def objects(self, i: int) -> Objects:
@@ -242,7 +251,7 @@ class CocoDataset:
 
     def instances(self) -> Instances:
         """See `Dataset.instances`."""
-        return read_instances(self.annotations)
+        return read_instances(self.annotations, images_only=True)
 
     def path(self, i: int) -> Path:
         return self.root / str(self.file_names[i])

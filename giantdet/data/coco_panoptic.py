@@ -85,6 +85,7 @@ class CocoPanopticDataset(CocoDataset):
             raise DataError(
                 f"annotations {annotations}: {len(stuff)} categories of stuff, at most 254 are possible"
             )
+        self.annotated = bool(content["annotations"])
         self.number = dict.fromkeys(things, 0) | {category: n for n, category in enumerate(stuff, 1)}
         self.skipped.clear()  # the objects' are reported
         self.warned = False

@@ -61,6 +61,8 @@ class Dataset(Protocol):
     sizes_hw: NDArray[np.int64]  # [N, 2]
     has_masks: bool
     """Whether objects have masks, so that masks can be evaluated."""
+    annotated: bool
+    """Whether there is a ground truth. A list of images alone gives results without scores."""
 
     def __len__(self) -> int:
         """Return the number of images, with or without objects."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +12,35 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from giantdet.data.pixels import to_rgb
+from giantdet.data.records import logger
 from giantdet.errors import DataError
 
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-"""Names of image files, in lower case."""
+# Formats that Pillow recognises, but cannot read by itself: it lacks the decoder or needs another program.
+_UNREADABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 _ORIENTATION = 0x0112  # EXIF tag
+_named_frames = False  # whether this process has named a file of several frames
+
+
+@functools.cache
+def image_endings() -> frozenset[str]:
+    """Return the endings of image files that the installed Pillow reads, in lower case with their dot."""
+    endings = Image.registered_extensions()  # imports all of Pillow's formats
+    known = {ending for ending, name in endings.items() if name in Image.OPEN and name not in _UNREADABLE}
+    return frozenset(ending.lower() for ending in known)
+
+
+def limit_pixels(most: int) -> None:
+    """Let this process read images of up to `most` pixels; larger ones are refused unread.
+
+    The limit guards against small files that decompress to gigabytes. Pillow keeps it in a global variable,
+    warns beyond it, and refuses beyond twice its value.
+    """
+    limit = (most + 1) // 2
+    if limit == Image.MAX_IMAGE_PIXELS:
+        return
+    Image.MAX_IMAGE_PIXELS = limit
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
@@ -23,11 +49,40 @@ def read_image(path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
     EXIF rotation is applied if the size is that of the rotated image (as label tools and
     browsers show it), and ignored if only the stored size fits (as in COCO itself). If both fit, for a
     square or a half turn, it is applied, as in detectron2. Alpha is dropped, the colours under it are
-    kept; grey, palette and CMYK images become RGB; 16-bit grey is scaled to 8 bits.
+    kept; grey, palette and CMYK images become RGB; 16-bit grey is scaled to 8 bits. Of a file with several
+    frames the first is read. 32-bit grey is converted by `pixels.to_bytes`.
     Raises `DataError`, which names the file, if it cannot be read or has another size.
     """
     with named(path), Image.open(path) as file:
-        return np.array(to_rgb(orient(file, size_hw)))
+        pixels_HW3 = np.array(to_rgb(orient(file, size_hw)))
+        if has_frames(file):
+            _name_once(path)
+        return pixels_HW3
+
+
+def has_frames(image: Image.Image) -> bool:
+    """Return whether a file holds several pictures. Previews in photos (MPO) do not count."""
+    try:
+        return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    except Exception:  # a broken second frame: PIL's plugins raise any exception
+        return True
+
+
+def _name_once(path: Path) -> None:
+    global _named_frames
+    if not _named_frames:
+        _named_frames = True
+        logger.warning(
+            "%s has several frames, of which the first is read; others like it are not named", path
+        )
+
+
+def bomb_text(error: Image.DecompressionBombError) -> str:
+    """Return Pillow's refusal of a large image, and how to allow it."""
+    return (
+        f"{str(error).rstrip('.')}; if you trust the file, raise data.max_image_pixels of the JSON, "
+        "--max-image-pixels of a command, or the max_image_pixels of load_predictor"
+    )
 
 
 @contextmanager
@@ -37,6 +92,8 @@ def named(path: Path) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: {bomb_text(error)}") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except MemoryError:
@@ -55,11 +112,3 @@ def orient(image: Image.Image, size_hw: tuple[int, int]) -> Image.Image:
     if stored == size_hw:
         return image
     raise DataError(f"the file is {rotated[1]} x {rotated[0]}, its record says {size_hw[1]} x {size_hw[0]}")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any PIL mode to RGB; see `read_image`."""
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, the modes of 16-bit PNG and TIFF files
-        wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -35,15 +35,19 @@ Instances = Mapping[str, list[dict[str, Any]]]
 """The lists `images`, `annotations` and `categories` of a COCO instances JSON."""
 
 
-def read_instances(path: str | Path, kind: str = "instances") -> Instances:
-    """Return the three lists of a COCO instances or panoptic JSON, with bad records, or raise `DataError`."""
+def read_instances(path: str | Path, kind: str = "instances", images_only: bool = False) -> Instances:
+    """Return the three lists of a COCO instances or panoptic JSON, with bad records, or raise `DataError`.
+
+    `images_only`: there may be no list of annotations, as in COCO's image_info_test-dev2017.json.
+    """
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"cannot read the annotations {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # also a wrong encoding; deeply nested lists
         raise DataError(f"annotations {path} are not valid JSON: {error}") from error
-    for key in _KEYS:
+    unlabelled = isinstance(content, dict) and bool(content.get("images")) and "annotations" not in content
+    for key in ("images", "categories") if images_only and unlabelled else _KEYS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(
                 f'annotations {path} have no list "{key}"; '
@@ -53,7 +57,7 @@ def read_instances(path: str | Path, kind: str = "instances") -> Instances:
         raise DataError(f"annotations {path} name no images")
     if not content["categories"]:
         raise DataError(f"annotations {path} name no categories")
-    return {key: content[key] for key in _KEYS}
+    return {key: content[key] for key in _KEYS if key in content}
 
 
 def is_id(value: Any) -> bool:

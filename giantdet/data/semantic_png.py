@@ -13,7 +13,7 @@ from PIL import Image
 
 from giantdet.config.classes import Category, Classes
 from giantdet.config.datasets import SemanticPngDatasetConfig
-from giantdet.data.images import IMAGE_ENDINGS, named, read_image
+from giantdet.data.images import image_endings, named, read_image
 from giantdet.data.labels import LabelTable, read_classes
 from giantdet.data.records import Instances, logger
 from giantdet.errors import DataError
@@ -50,7 +50,7 @@ class SemanticPngDataset:
         except DataError as error:
             raise DataError(f"{self.annotations}: {error}") from error
         self.classes = Classes(semantic=self.table.categories)
-        self.has_masks = False
+        self.has_masks, self.annotated = False, True
         self.pairs = self._find(config.image_suffix, config.label_suffix)
         self.image_ids = np.arange(len(self.pairs))
         self.sizes_hw = np.array([_size(self.annotations / label) for _, label in self.pairs], np.int64)
@@ -58,7 +58,7 @@ class SemanticPngDataset:
     def _find(self, image_suffix: str, label_suffix: str) -> list[tuple[str, str]]:
         """Return the paths of images and their labels, relative to the two folders."""
         labels = {name for name in _files(self.annotations) if name.lower().endswith(".png")}
-        images = [name for name in _files(self.images) if Path(name).suffix.lower() in IMAGE_ENDINGS]
+        images = [name for name in _files(self.images) if Path(name).suffix.lower() in image_endings()]
         pairs, without = [], []
         for image in images:
             stem = os.path.splitext(image)[0]

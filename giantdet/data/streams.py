@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset
+from giantdet.data.images import limit_pixels
 from giantdet.data.samples import NO_MAP, Sample, collate, make_sample
 from giantdet.data.transforms import draw_geometry, window_row, windows
 from giantdet.errors import DataError
@@ -56,6 +57,7 @@ class Stream(TorchDataset[Sample]):
 
     def __getitems__(self, numbers: list[int]) -> Delivery:
         """Make the delivery of one batch's sample numbers; called by torch's fetcher."""
+        limit_pixels(self.config.max_image_pixels)  # here, in the worker that reads
         try:
             samples = [self[k] for k in numbers]
         except DataError as error:

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from giantdet.data.images import orient, to_rgb
+from giantdet.data.images import has_frames, orient
 from giantdet.data.masks import adds_up, rle_counts
+from giantdet.data.pixels import to_rgb
 from giantdet.data.records import (
     Fault,
     Size,
@@ -119,7 +120,12 @@ def _file_problems(record: dict[str, Any], path: Path) -> Iterator[Problem]:
             stored = (file.height, file.width)
             turned = file.getexif().get(0x0112, 1) not in (0, 1)
             oriented = orient(file, size)
-            to_rgb(oriented).load()  # decode the whole file, to find a truncated one
+            oriented.load()  # decode the whole file, to find a truncated one
+            try:
+                to_rgb(oriented)
+            except DataError as error:
+                yield _problem(("unreadable pixels", f"{path}: {error}"), "image", record)
+            several = has_frames(file)
     except FileNotFoundError:
         yield _problem(("missing file", f"{path} does not exist"), "image", record)
     except DataError as error:
@@ -127,6 +133,9 @@ def _file_problems(record: dict[str, Any], path: Path) -> Iterator[Problem]:
     except Exception as error:  # PIL's plugins raise any exception on broken files
         yield _problem(("unreadable file", f"{path}: {type(error).__name__} {error}"), "image", record)
     else:
+        if several:
+            text = f"{path} has several frames, of which the first is read"
+            yield _problem(("several frames", text), "image", record, "warning")
         if turned:
             rotated = oriented is not file
             how = "is applied" if rotated else f"is ignored: only the stored {stored[1]} x {stored[0]} fits"

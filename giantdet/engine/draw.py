@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from giantdet.config.classes import Classes
 from giantdet.data.panoptic import PanopticMap
+from giantdet.engine.fonts import Written, written
 from giantdet.engine.predict import Found
 
 Color = tuple[int, int, int]
@@ -20,7 +21,6 @@ _PALETTE: tuple[Color, ...] = (
     (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128),
 )  # fmt: skip
 _SMALLEST = 512  # pixels of the longer side; smaller pictures are enlarged, or labels would cover them
-_LEGEND_WIDTH, _LINE = 190, 16
 
 
 class Entry(NamedTuple):
@@ -94,16 +94,32 @@ def _draw_map(image: NDArray[np.uint8], entries: Sequence[Entry]) -> Image.Image
         counts[entry.name] = counts.get(entry.name, 0) + 1
         colors.setdefault(entry.name, entry.color)
     names = sorted(sizes, key=lambda name: -sizes[name])
-    whole = Image.new("RGB", (picture.width + _LEGEND_WIDTH, max(picture.height, 24)), (255, 255, 255))
+    rows = [
+        (f"{name[:24]} ({counts[name]})" if counts[name] > 1 else name[:24], colors[name]) for name in names
+    ]
+    return _with_legend(picture, rows)
+
+
+def _with_legend(picture: Image.Image, rows: Sequence[tuple[str, Color]]) -> Image.Image:
+    """Return the picture with as many names and their colours on its right as there is room for."""
+    size = _text_size(picture)
+    line = round(1.35 * size)
+    rows = rows[: max(1, (picture.height - size) // line)]
+    texts = [written(text, size) for text, _ in rows]
+    width = 3 * size + max((text.box[2] for text in texts), default=0)
+    whole = Image.new("RGB", (picture.width + width, max(picture.height, 2 * size)), (255, 255, 255))
     whole.paste(picture)
     pen = ImageDraw.Draw(whole)
-    lines = max(1, (whole.height - 8) // _LINE)
-    for line, name in enumerate(names[:lines]):
-        x, y = picture.width + 8, 4 + line * _LINE
-        pen.rectangle((x, y + 2, x + 11, y + 13), fill=colors[name], outline=(0, 0, 0))
-        many = f" ({counts[name]})" if counts[name] > 1 else ""
-        pen.text((x + 18, y + 1), f"{name[:24]}{many}", fill=(0, 0, 0))
+    for row, ((_, color), (text, font)) in enumerate(zip(rows, texts, strict=True)):
+        x, y = picture.width + size // 2, size // 4 + row * line
+        pen.rectangle((x, y, x + size, y + size), fill=color, outline=(0, 0, 0))
+        pen.text((x + 3 * size // 2, y + size), text, fill=(0, 0, 0), font=font, anchor="ls")
     return whole
+
+
+def _text_size(picture: Image.Image) -> int:
+    """Return the height of letters in pixels, which grows with the picture: it may be shown at any size."""
+    return max(12, round(min(picture.size) / 45))
 
 
 def _borders(size_hw: tuple[int, ...], entries: Sequence[Entry]) -> NDArray[np.bool_]:
@@ -118,25 +134,51 @@ def _borders(size_hw: tuple[int, ...], entries: Sequence[Entry]) -> NDArray[np.b
 
 
 def _draw_objects(image: NDArray[np.uint8], found: Found) -> Image.Image:
-    canvas = image.astype(np.float32)
+    canvas = image.copy()
     labels = found.labels_D.tolist()
-    if found.masks_DHW is not None:
-        for mask_HW, label in zip(found.masks_DHW.numpy(), labels, strict=True):
-            canvas[mask_HW] = 0.5 * canvas[mask_HW] + 0.5 * np.array(color_of(label), np.float32)
+    for d, label in enumerate(labels if found.rles_D is not None else ()):
+        mask_HW = found.mask(d).numpy()  # one at a time: those of a large image take gigabytes
+        canvas[mask_HW] = 0.5 * canvas[mask_HW] + 0.5 * np.array(color_of(label), np.float32)
     picture = _enlarged(canvas)
     zoom = picture.width // image.shape[1]
     pen = ImageDraw.Draw(picture)
+    line = max(2, _text_size(picture) // 8)
     for box, label, name, score in zip(
         found.boxes_D4.tolist(), labels, found.names, found.scores_D.tolist(), strict=True
     ):
         color = color_of(label)
         x0, y0, x1, y1 = (value * zoom for value in box)
-        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=color, width=2)
-        pen.text((x0 + 3, y0 + 1), f"{name} {score:.2f}", fill=color, stroke_width=1, stroke_fill=(0, 0, 0))
+        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=color, width=line)
+        _label(pen, picture.size, (x0, y0), written(f"{name} {score:.2f}", _text_size(picture)), color)
     return picture
 
 
-def _enlarged(canvas: NDArray[np.float32]) -> Image.Image:
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+def _label(
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    corner: tuple[float, float],
+    label: Written,
+    color: Color,
+) -> None:
+    """Write a label on a ground of its colour: above the corner where there is room, and whole."""
+    left, top, right, bottom = label.box
+    margin = max(1, (bottom - top) // 6)
+    width, height = right - left + 2 * margin, bottom - top + 2 * margin
+    x = max(0, min(round(corner[0]), size[0] - width))
+    y = round(corner[1]) - height
+    y = max(0, min(y if y >= 0 else round(corner[1]), size[1] - height))
+    pen.rectangle((x, y, x + width, y + height), fill=color)
+    red, green, blue = color
+    is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
+    pen.text(
+        (x + margin - left, y + margin - top),
+        label.text,
+        fill=(0, 0, 0) if is_light else (255, 255, 255),
+        font=label.font,
+    )
+
+
+def _enlarged(canvas: NDArray[Any]) -> Image.Image:
+    picture = Image.fromarray(np.asarray(canvas.clip(0, 255), np.uint8))
     zoom = max(1, round(_SMALLEST / max(picture.size)))
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

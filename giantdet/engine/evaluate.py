@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.classes import Classes
-from giantdet.config.types import DataConfig
+from giantdet.config.types import DataConfig, EvalConfig
 from giantdet.data.dataset import Dataset
+from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader
+from giantdet.data.records import logger
 from giantdet.distributed import comm
 from giantdet.errors import ConfigError
 from giantdet.evaluation import EVALUATORS, Evaluator, Scores, primary_score
@@ -45,6 +48,7 @@ def evaluate(
     model_config: ArchitectureConfig,
     classes: Classes,
     window_stride: int | None = None,
+    max_detections: int = 100,
     results: Path | None = None,
 ) -> Evaluation:
     """Score a model on a data set and return the scores. All ranks call it.
@@ -56,12 +60,15 @@ def evaluate(
         tasks: the tasks of the model; those with ground truth in the data set are scored.
         model_config: the model's section.
         classes: the classes that the model predicts.
-        window_stride: see `EvalConfig`.
+        window_stride, max_detections: see `EvalConfig`.
         results: file to which the main rank writes the detections, maps beside it; None: nothing is written.
     """
     check_windows(tasks, window_stride)
+    limit_pixels(data.max_image_pixels)  # for the true maps, which evaluators read
     evaluators = [
-        metric(dataset, [task for task in tasks if task in metric.PRIMARY], classes, model_config)
+        metric(
+            dataset, [task for task in tasks if task in metric.PRIMARY], classes, model_config, max_detections
+        )
         for metric in metrics_of(tasks)
     ]
     rank, world = comm.rank(), comm.world_size()
@@ -81,6 +88,9 @@ def evaluate(
             tables.append(evaluator.table(found))
             if results is not None:
                 evaluator.save(results)
+    if not dataset.annotated:
+        where = "" if results is None else f"; what was found is in {results}"
+        tables = [f"{dataset.annotations}: no annotations, so there are no scores{where}"]
     scores = comm.broadcast_object(scores)
     return Evaluation(scores, primary_score(scores, tasks, numbers), "\n".join(tables))
 
@@ -88,6 +98,43 @@ def evaluate(
 def metrics_of(tasks: Sequence[str]) -> list[type[Evaluator]]:
     """Return the metrics that score some of these tasks."""
     return [metric for metric in EVALUATORS if any(task in metric.PRIMARY for task in tasks)]
+
+
+def warn_of_limits(dataset: Dataset, model: ArchitectureConfig, max_detections: int) -> None:
+    """Warn, on the main rank, if images have more objects than the model predicts or the metric scores."""
+    predicted = model.most_detections
+    if predicted is None or not comm.is_main():
+        return
+    most, most_of_class, images = 0, 0, 0
+    for i in range(len(dataset)):
+        labels_N = dataset.objects(i).labels_N
+        most = max(most, len(labels_N))
+        of_class = int(np.bincount(labels_N).max()) if len(labels_N) else 0
+        most_of_class, images = max(most_of_class, of_class), images + (of_class > max_detections)
+    if images:
+        logger.warning(
+            "%s: %d images have more than %d objects of a class, at most %d, but only the best %d detections "
+            "of each class in an image are scored: set eval.max_detections to %d",
+            *(dataset.annotations, images, max_detections, most_of_class, max_detections, most_of_class),
+        )
+    if predicted < most:
+        logger.warning(
+            "%s: an image has %d objects, but the model predicts at most %d: set the `detections` of its "
+            "head",
+            *(dataset.annotations, most, predicted),
+        )
+    elif predicted < max_detections != EvalConfig().max_detections:
+        logger.warning(
+            "eval.max_detections is %d, but the model predicts at most %d objects in an image: set the "
+            "`detections` of its head",
+            *(max_detections, predicted),
+        )
+    elif predicted > max_detections:
+        logger.warning(
+            "the model predicts up to %d objects in an image, but only the best %d of each class are scored: "
+            "set eval.max_detections",
+            *(predicted, max_detections),
+        )
 
 
 def check_windows(tasks: Sequence[str], window_stride: int | None) -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from giantdet.config.json_text import json_text
 from giantdet.distributed import comm
+from giantdet.evaluation import Scores
 
 
 class Metrics:
@@ -25,7 +27,9 @@ class Metrics:
         path: metrics.jsonl, appended to; a resumed run removes the lines after its first step.
         total_steps: length of the run in optimizer steps.
         first_step: number of steps that were done before.
-        monitor: DeepSpeed's monitor, which gets the same numbers; None: no monitor.
+        monitor: DeepSpeed's monitor, which gets the same numbers and scores; None: no monitor. They are
+            logged by the number of images, as DeepSpeed's own values are: W&B drops a value with a smaller x
+            than the last one.
     """
 
     def __init__(self, path: Path, total_steps: int, first_step: int, monitor: Any = None) -> None:
@@ -59,8 +63,11 @@ class Metrics:
         if self.bar is not None:
             self.bar.update()
 
-    def log(self, step: int, **more: Any) -> dict[str, Any]:
-        """Write and return the means since the last line, with the values of `more`. All ranks call it."""
+    def log(self, step: int, images_seen: int = 0, **more: Any) -> dict[str, Any]:
+        """Write and return the means since the last line, with the values of `more`. All ranks call it.
+
+        `images_seen` is the number of images that the run has trained on, for the monitor.
+        """
         names = list(self.sums)
         # The host synchronisation. There are no names if every step since the last line was skipped.
         values = torch.stack([self.sums[name] for name in names]).tolist() if names else []
@@ -73,27 +80,34 @@ class Metrics:
         line["data_share"] = data_seconds / seconds
         line |= more
         if comm.is_main():
-            self._write(line)
+            self._write(line, images_seen)
         self.sums, self.count, self.images, self.data_seconds = {}, 0, 0, 0.0
         self.since = time.perf_counter()
         return line
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _write(self, line: dict[str, Any], images_seen: int) -> None:
+        self._append(line)
         if self.bar is not None:
             loss = {"loss": f"{line['loss']:.3f}"} if "loss" in line else {}
             self.bar.set_postfix(
                 loss | {"lr": f"{line.get('lr', 0):.1e}", "img/s": f"{line['images_per_second']:.1f}"}
             )
-        if self.monitor is not None and self.monitor.enabled:
-            scalars = [(f"giantdet/{k}", v, line["step"]) for k, v in line.items() if isinstance(v, float)]
-            self.monitor.write_events(scalars)
+        self._monitor(line, images_seen)
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Write an additional line, for example of an evaluation. Main rank only."""
+    def write_scores(self, step: int, scores: Scores, images_seen: int) -> None:
+        """Write the scores of an evaluation. Main rank only. Scores by class go to metrics.jsonl only."""
+        self._append({"step": step, "scores": scores})
+        for task, numbers in scores.items():
+            self._monitor({f"{task}/{name}": value for name, value in numbers.items()}, images_seen)
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
+
+    def _monitor(self, values: dict[str, Any], images_seen: int) -> None:
+        if self.monitor is not None and self.monitor.enabled:
+            numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+            self.monitor.write_events([(f"giantdet/{k}", v, images_seen) for k, v in numbers.items()])
 
     def close(self) -> None:
         if self.bar is not None:

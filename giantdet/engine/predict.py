@@ -7,10 +7,11 @@ found = predictor("image.jpg")
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -21,29 +22,52 @@ from torch import Tensor
 from giantdet.architectures import Architecture
 from giantdet.config.classes import Classes
 from giantdet.config.types import DataConfig
-from giantdet.data.images import IMAGE_ENDINGS, to_rgb
+from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
+from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
 from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
 from giantdet.errors import InputError
-from giantdet.evaluation.coco import encode_mask, to_original
+from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
 from giantdet.evaluation.panoptic import panoptic_map
 from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig, load_detector
 from giantdet.structures import Batch, Detections, Outputs, Targets
 
+logger = logging.getLogger("giantdet")
+ImageLike = str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any] | Tensor
+"""A file, or what `pixels.rgb_pixels` takes."""
+
 
 class Found(NamedTuple):
-    """What was found in one image, in pixels of that image. A model without objects finds no detection."""
+    """What was found in one image, in pixels of that image. A model without objects finds no detection.
+
+    Masks are kept as COCO's compressed RLE: bitmaps of 100 objects take 18 GB in an image of a satellite.
+    """
 
     boxes_D4: Tensor  # float32 xyxy, best first
     scores_D: Tensor  # float32
     labels_D: Tensor  # int64, class index
     names: list[str]  # by detection
     category_ids: list[int]  # by detection, of the training data set
-    masks_DHW: Tensor | None = None  # bool
+    rles_D: list[dict[str, Any]] | None = None  # masks, by detection
     semantic_HW: Tensor | None = None  # int64, number of a class in `ExportConfig.semantic_categories`
     panoptic: PanopticMap | None = None  # its segments' categories are the training data set's ids
     classes: Classes = Classes()  # all that the model knows
+    size_hw: tuple[int, int] = (0, 0)  # of the image
+
+    @property
+    def masks_DHW(self) -> Tensor | None:
+        """The masks as bitmaps, bool, or None without masks; `mask` returns one of them."""
+        if self.rles_D is None:
+            return None
+        if not self.rles_D:
+            return torch.zeros(0, *self.size_hw, dtype=torch.bool)
+        return torch.stack([self.mask(d) for d in range(len(self.rles_D))])
+
+    def mask(self, d: int) -> Tensor:
+        """Return the mask of detection d, bool `[h, w]`."""
+        assert self.rles_D is not None
+        return decode_mask(self.rles_D[d])
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """Return the detections as COCO results."""
@@ -55,8 +79,8 @@ class Found(NamedTuple):
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": float(self.scores_D[d]),
             }
-            if self.masks_DHW is not None:
-                result["segmentation"] = encode_mask(self.masks_DHW[d])
+            if self.rles_D is not None:
+                result["segmentation"] = self.rles_D[d]
             results.append(result)
         return results
 
@@ -70,14 +94,29 @@ class Predictor:
         self.detector, self.config, self.device = detector, config, device
         self.data = DataConfig(size=config.size, short_side=config.short_side)
 
-    @torch.no_grad()
-    def __call__(self, image: str | Path | NDArray[np.uint8], threshold: float = 0.5) -> Found:
+    @overload
+    def __call__(self, image: ImageLike, threshold: float = 0.5) -> Found: ...
+    @overload
+    def __call__(self, image: list[Any] | tuple[Any, ...], threshold: float = 0.5) -> list[Found]: ...
+
+    def __call__(
+        self, image: ImageLike | list[Any] | tuple[Any, ...], threshold: float = 0.5
+    ) -> Found | list[Found]:
         """Return what is in an image: detections with a score of at least `threshold`, and maps.
 
-        The image is a file or a uint8 RGB array `[h, w, 3]`. Raises InputError, a ValueError, for a file that
-        is not a readable image.
+        The image is a file, a PIL image, an array `[h, w]` or `[h, w, c]`, or a tensor `[c, h, w]`, with RGB
+        values of 0 to 1, 0 to 255 or 16 bits; `pixels.rgb_pixels` has the rules. A list of them, or an array
+        or tensor with four dimensions, gives a list. Raises InputError, a ValueError, in one line for
+        anything else, and for a file that is not a readable image.
         """
-        pixels = image if isinstance(image, np.ndarray) else load_image(image)
+        if not is_batch(image):
+            return self._found(_pixels(image), threshold)
+        if any(map(is_batch, image)):
+            raise InputError("a list of images has another list in it; give one list")
+        return [self._found(_pixels(one), threshold) for one in image]
+
+    @torch.no_grad()
+    def _found(self, pixels: NDArray[np.uint8], threshold: float) -> Found:
         maps = SemanticMaps()
         semantic_HW = None
         for batch in image_batches(pixels, self.data, self.config.window_stride):
@@ -90,24 +129,32 @@ class Predictor:
             found = self._objects(outputs.detections, batch, threshold)
         if "panoptic" in self.detector.tasks:
             found = found._replace(panoptic=self._panoptic(outputs, batch))
-        return found._replace(semantic_HW=semantic_HW, classes=self.config.classes)
+        return found._replace(
+            semantic_HW=semantic_HW, classes=self.config.classes, size_hw=(pixels.shape[0], pixels.shape[1])
+        )
 
     def _objects(self, detections: Detections, batch: Batch, threshold: float) -> Found:
         # A model may have more classes than names: those outputs mean nothing.
         named_BD = detections.labels_BD < len(self.config.categories)
         shown_BD = detections.valid_BD & named_BD & (detections.scores_BD >= threshold)
         detections = detections._replace(valid_BD=shown_BD)
-        boxes_D4, masks_DHW = to_original(detections, batch, 0, self.config.model.reference)
+        height, width = batch.original_sizes_B2[0].tolist()
+        boxes: list[Tensor] = []
+        rles: list[dict[str, Any]] = []
+        for part in in_parts(detections, height * width):
+            boxes_D4, masks_DHW = to_original(part, batch, 0, self.config.model.reference)
+            boxes.append(boxes_D4)
+            rles += [] if masks_DHW is None else map(encode_mask, masks_DHW)
         chosen = detections.valid_BD[0]
         labels_D = detections.labels_BD[0][chosen].cpu()
         categories = [self.config.categories[label] for label in labels_D.tolist()]
         return Found(
-            boxes_D4=boxes_D4,
+            boxes_D4=torch.cat(boxes),
             scores_D=detections.scores_BD[0][chosen].cpu(),
             labels_D=labels_D,
             names=[name for _, name in categories],
             category_ids=[number for number, _ in categories],
-            masks_DHW=masks_DHW,
+            rles_D=None if detections.masks_BDSS is None else rles,
         )
 
     def _panoptic(self, outputs: Outputs, batch: Batch) -> PanopticMap:
@@ -121,14 +168,26 @@ class Predictor:
         )
 
 
-def load_image(path: str | Path) -> NDArray[np.uint8]:
-    """Return an image file as uint8 RGB `[h, w, 3]`, rotated as its EXIF data say.
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    is_file = isinstance(image, str | os.PathLike) or hasattr(image, "read")
+    return load_image(image) if is_file else rgb_pixels(image)
 
-    Raises InputError, a ValueError, that names the file.
+
+def load_image(path: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.uint8]:
+    """Return an image file, by its path or open, as uint8 RGB `[h, w, 3]`, rotated as its EXIF data say.
+
+    Of a file with several frames the first is returned, and a warning says so. Raises InputError, a
+    ValueError, that names the file.
     """
     try:
-        with Image.open(path) as file:
-            return np.array(to_rgb(ImageOps.exif_transpose(file)))
+        source = Path(path).expanduser() if isinstance(path, str | os.PathLike) else path
+        with Image.open(source) as file:
+            pixels_HW3 = np.array(to_rgb(ImageOps.exif_transpose(file)))
+            if has_frames(file):
+                logger.warning("%s has several frames, of which the first is read", path)
+            return pixels_HW3
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: {bomb_text(error)}") from error
     except Exception as error:  # PIL's plugins raise exceptions of many types for broken files
         raise InputError(f"{path}: not a readable image ({error})") from error
 
@@ -173,48 +232,16 @@ def no_targets(batch: int) -> Targets:
     )
 
 
-def load_predictor(folder: str | Path, device: torch.device | str | None = None) -> Predictor:
+def load_predictor(
+    folder: str | Path, device: torch.device | str | None = None, max_image_pixels: int | None = None
+) -> Predictor:
     """Return a predictor for the export in a folder; without `device`, on the GPU if there is one.
 
-    Raises InputError, a ValueError, for a folder that is not an export.
+    `max_image_pixels` lets this process read larger files than Pillow's limit of 178,956,970 pixels. Raises
+    InputError, a ValueError, for a folder that is not an export.
     """
+    if max_image_pixels is not None:
+        limit_pixels(max_image_pixels)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    detector, config = load_detector(folder, device)
+    detector, config = load_detector(Path(folder).expanduser(), device)
     return Predictor(detector, config, device)
-
-
-def picture_names(files: list[Path], folder: Path) -> list[Path]:
-    """Return a path in `folder` for the overlay of each file.
-
-    Raises InputError, a ValueError, where an overlay would replace one of the files.
-    """
-    pictures: list[Path] = []
-    for path in files:
-        picture, number = folder / f"{path.stem}.png", 2
-        while picture in pictures:
-            picture, number = folder / f"{path.stem}_{number}.png", number + 1
-        pictures.append(picture)
-    # os.path.realpath, because Path.resolve raises for a link to itself.
-    if replaced := set(map(os.path.realpath, pictures)) & set(map(os.path.realpath, files)):
-        raise InputError(f"{min(replaced)}: its overlay would replace it; choose another --output")
-    return pictures
-
-
-def image_files(paths: list[Path]) -> list[Path]:
-    """Return all image files among paths of files and folders.
-
-    Raises InputError, a ValueError, for a path that does not exist, and where there is no image.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
-        elif path.exists():
-            files.append(path)
-        else:
-            raise InputError(f"{path}: no such image or folder")
-    if not files:
-        raise InputError(
-            f"{paths[0]}: no image in this folder (looked for {', '.join(sorted(IMAGE_ENDINGS))})"
-        )
-    return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from giantdet.config.classes import Classes
+from giantdet.config.json_text import json_text
 from giantdet.engine.predict import Found
 from giantdet.evaluation.panoptic import PanopticResult, panoptic_result, save_panoptic
 
@@ -53,11 +53,11 @@ class Results:
         files: list[Path] = []
         if "box" in self.tasks:
             files.append(self.folder / "results.json")
-            files[-1].write_text(json.dumps(self.detections))
+            files[-1].write_text(json_text(self.detections))
         if "semantic" in self.tasks:
             files.append(self.folder / "semantic.json")
             files[-1].write_text(
-                json.dumps(
+                json_text(
                     [
                         {"number": number, "id": category, "name": name}
                         for number, (category, name) in enumerate(self.classes.semantic)

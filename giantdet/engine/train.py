@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -18,15 +17,17 @@ from giantdet.architectures import Architecture, total_loss
 from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.classes import Classes
 from giantdet.config.identity import identity
+from giantdet.config.json_text import json_text
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import Dataset, meet, open_dataset
+from giantdet.data.images import limit_pixels
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
 from giantdet.engine import zero
-from giantdet.engine.evaluate import Evaluation, check_windows, evaluate
+from giantdet.engine.evaluate import Evaluation, check_windows, evaluate, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
 from giantdet.engine.metrics import Metrics
@@ -95,11 +96,12 @@ class Training:
                 model_config=config.model,
                 classes=self.scored,
                 window_stride=config.eval.window_stride,
+                max_detections=config.eval.max_detections,
                 results=self.output / "results.json",
             )
         self.engine.train()
         if comm.is_main():
-            (self.output / "scores.json").write_text(json.dumps(found.scores, indent=2) + "\n")
+            (self.output / "scores.json").write_text(json_text(found.scores, indent=2) + "\n")
             print("\n" + found.table, flush=True)
         return found
 
@@ -120,6 +122,7 @@ def prepare(run: RunConfig) -> Training:
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
     data = run.giantdet.data
     assert data.train is not None
+    limit_pixels(data.max_image_pixels)
     dataset = open_dataset(data.train)
     # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)
@@ -151,6 +154,8 @@ def _build(
     set_determinism(config.train.deterministic)
     model = zero.build(run, run.batch.micro)
     check_windows(model.tasks, config.eval.window_stride)
+    if validation is not None:
+        warn_of_limits(validation, config.model, config.eval.max_detections)
     announce(run, model, device)
     engine = zero.initialize(model, run)
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
@@ -232,6 +237,7 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
             if agvm is not None:
                 agvm.observe()
                 agvm.scale()
+            lr = max(zero.learning_rates(engine).values())  # before the schedule goes on to the next step
             applied = guard.step()  # DeepSpeed steps optimizer and schedule at the last micro-step
             metrics.add({"loss": loss, **losses, **model.counts(predictions)}, micro_batch, data_seconds)
         if training.ema is not None and applied:
@@ -241,13 +247,14 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
         stopping = stop_asked()
         if is_due(step, config.log_every, total_steps):
             checkpoints.finish(wait=False)
-            metrics.log(step, **progress(training, batches.counters, guard.skipped))
+            values = progress(training, batches.counters, guard.skipped)
+            metrics.log(step, engine.global_samples, lr=lr, **values)
         evaluation: Evaluation | None = None
         if training.validation is not None and is_due(step, config.eval_every, total_steps) and not stopping:
             evaluation = training.evaluate()
             scores = evaluation.scores
-            if comm.is_main():
-                metrics.write({"step": step, "scores": scores})
+            if comm.is_main() and scores:
+                metrics.write_scores(step, scores, engine.global_samples)
         score = None if evaluation is None else evaluation.primary
         if is_due(step, config.save_every, total_steps) or stopping or checkpoints.is_best(score):
             checkpoints.save(step, score)
@@ -264,8 +271,9 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
     return scores
 
 
-def is_due(step: int, every: int, total_steps: int) -> bool:
+def is_due(step: int, every: int | str, total_steps: int) -> bool:
     """Return whether something is due after a step: every `every` steps (0: never), and after the last."""
+    assert isinstance(every, int), f"{every!r} is not resolved"
     return step == total_steps or (every > 0 and step % every == 0)
 
 
@@ -289,11 +297,9 @@ def set_determinism(wanted: bool) -> None:
 
 
 def progress(training: Training, counters: dict[str, int], skipped: int) -> dict[str, Any]:
-    """Return the values of a log line except the losses. All ranks call it."""
-    engine = training.engine
-    rates = zero.learning_rates(engine)
-    norm = zero.gradient_norm(engine)
-    line: dict[str, Any] = {"lr": max(rates.values()), "memory_gib": zero.peak_memory(training.device)}
+    """Return the values of a log line except the losses and the LR. All ranks call it."""
+    norm = zero.gradient_norm(training.engine)
+    line: dict[str, Any] = {"memory_gib": zero.peak_memory(training.device)}
     if norm is not None and math.isfinite(norm):  # DeepSpeed returns inf for a step that it skipped
         line["grad_norm"] = norm
     if skipped:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,15 +21,16 @@ from torch import Tensor
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.classes import Classes
 from giantdet.config.conventions import CONVENTIONS, Conventions
+from giantdet.config.json_text import json_text
 from giantdet.data.dataset import Dataset
 from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
-from giantdet.evaluation.evaluator import Scores
+from giantdet.evaluation.evaluator import Scores, shown
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections, Outputs
 
 IouType = Literal["bbox", "segm"]
-COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_SIZES = {"s": "small", "m": "medium", "l": "large"}
 KIND = {"bbox": "box", "segm": "mask"}
 DEFAULT_CONVENTIONS = CONVENTIONS["detectron2"]
 _BITMAP_BYTES = 2**28  # at a time: 100 masks of an image of 13,000 x 13,000 pixels would be 17 GB
@@ -43,9 +43,15 @@ class CocoEvaluator:
     WINDOWS: ClassVar[bool] = False
 
     def __init__(
-        self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
+        self,
+        dataset: Dataset,
+        tasks: Sequence[str],
+        classes: Classes,
+        model: ArchitectureConfig,
+        max_detections: int = 100,
     ) -> None:
         self.dataset, self.category_ids, self.conventions = dataset, classes.object_ids, model.reference
+        self.max_detections = max_detections
         self.masks = "mask" in tasks and dataset.has_masks
         self.results: list[dict[str, Any]] = []
 
@@ -59,15 +65,18 @@ class CocoEvaluator:
         self.results = [result for part in comm.gather_objects(self.results) for result in part]
 
     def scores(self) -> Scores:
-        """Return the 12 COCO numbers and AP by class, of boxes and masks; {} without classes of objects."""
-        if not self.dataset.classes.objects:
+        """Return the COCO numbers and AP by class, of boxes and masks.
+
+        {} without classes of objects, and for a list of images without annotations.
+        """
+        if not self.dataset.classes.objects or not self.dataset.annotated:
             return {}
         truth = ground_truth(self.dataset.annotations, self.dataset.instances())
-        return all_scores(truth, self.results, self.masks)
+        return all_scores(truth, self.results, self.masks, self.max_detections)
 
     def save(self, file: Path) -> None:
         """Write the detections in COCO's results format."""
-        file.write_text(json.dumps(self.results))
+        file.write_text(json_text(self.results))
 
     def table(self, scores: Scores) -> str:
         """See `score_table`."""
@@ -90,7 +99,7 @@ def to_coco(
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # an empty slot that fills the batch
-        for part in _in_parts(detections, int(batch.original_sizes_B2[b].prod())):
+        for part in in_parts(detections, int(batch.original_sizes_B2[b].prod())):
             boxes_D4, masks_DHW = to_original(part, batch, b, conventions)
             chosen = part.valid_BD[b]
             scores, labels = part.scores_BD[b][chosen].tolist(), part.labels_BD[b][chosen].tolist()
@@ -108,7 +117,7 @@ def to_coco(
     return results
 
 
-def _in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
+def in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
     """Yield the detections in parts whose bitmaps of `pixels` bytes take at most `_BITMAP_BYTES` together."""
     slots = detections.valid_BD.shape[1]
     few = max(1, _BITMAP_BYTES // max(pixels, 1))
@@ -149,11 +158,32 @@ def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
-def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
-    """Return the 12 COCO numbers and `per_class`, AP by category name; it is NaN for a class without objects.
+def decode_mask(rle: Mapping[str, Any]) -> Tensor:
+    """Return a mask of `encode_mask` as a bool bitmap `[h, w]`."""
+    return torch.from_numpy(np.ascontiguousarray(mask_util.decode(rle))).bool()
 
-    They are computed by pycocotools' COCOeval with its defaults (100 detections per image). `truth` is that
-    of `data/truth.py`.
+
+def coco_numbers(max_detections: int = 100) -> tuple[str, ...]:
+    """Return the names of COCO's numbers in its order: `AR10` is the recall with 10 detections per image.
+
+    There are 12 where more than 10 detections are scored; with fewer, the limits above them are left out.
+    """
+    recalls = (f"AR{limit}" for limit in _limits(max_detections))
+    return ("AP", "AP50", "AP75", "APs", "APm", "APl", *recalls, "ARs", "ARm", "ARl")
+
+
+def _limits(max_detections: int) -> list[int]:
+    """Return COCO's numbers of detections per image, `maxDets`, the last of which counts for all APs."""
+    return [*(limit for limit in (1, 10) if limit < max_detections), max_detections]
+
+
+def coco_scores(
+    truth: COCO, results: list[dict[str, Any]], iou_type: IouType, max_detections: int = 100
+) -> dict[str, Any]:
+    """Return COCO's numbers and `per_class`, AP by category name; it is None for a class without objects.
+
+    They are those of pycocotools' COCOeval, of the `max_detections` best results of each class in an image,
+    where COCO has 100. `truth` is that of `data/truth.py`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools takes the area of a result from its box if there is one. Mask AP's size ranges are those
@@ -161,19 +191,34 @@ def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -
         kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
         found = truth.loadRes(kept) if kept else _no_results(truth)
         judge = COCOeval(truth, found, iou_type)
+        judge.params.maxDets = _limits(max_detections)
         judge.evaluate()
         judge.accumulate()
-        judge.summarize()
-    scores: dict[str, Any] = {
-        name: float(value) for name, value in zip(COCO_NUMBERS, judge.stats, strict=True)
-    }
+    scores: dict[str, Any] = {name: _number(judge, name) for name in coco_numbers(max_detections)}
     precision_TRKAM = judge.eval["precision"]  # IoU thresholds, recalls, classes, areas, detection limits
     scores["per_class"] = {}
     for k, category in enumerate(truth.loadCats(judge.params.catIds)):
         values = precision_TRKAM[:, :, k, 0, -1]
         values = values[values > -1]
-        scores["per_class"][category["name"]] = float(values.mean()) if values.size else float("nan")
+        scores["per_class"][category["name"]] = float(values.mean()) if values.size else None
     return scores
+
+
+def _number(judge: COCOeval, name: str) -> float:
+    """Return one of `coco_numbers`, -1 where no object counts.
+
+    COCOeval.summarize gives AP only for 100 detections: for any other limit its AP is -1.
+    """
+    kind, detail = name[:2], name[2:]
+    areas, limits = judge.params.areaRngLbl, judge.params.maxDets
+    area = areas.index(_SIZES.get(detail, "all"))
+    limit = limits.index(int(detail)) if kind == "AR" and detail.isdigit() else -1
+    values = judge.eval["precision" if kind == "AP" else "recall"]
+    if kind == "AP" and detail.isdigit():
+        values = values[np.where(judge.params.iouThrs == int(detail) / 100)[0]]
+    values = values[..., area, limit]
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
 
 
 def _no_results(truth: COCO) -> COCO:
@@ -187,28 +232,31 @@ def _no_results(truth: COCO) -> COCO:
     return empty
 
 
-def evaluate_results(annotations: str | Path, results: list[dict[str, Any]], masks: bool) -> Scores:
+def evaluate_results(
+    annotations: str | Path, results: list[dict[str, Any]], masks: bool, max_detections: int = 100
+) -> Scores:
     """Return `{"box": scores, "mask": scores}` of COCO results; without `masks` only the box scores."""
-    return all_scores(ground_truth(annotations), results, masks)
+    return all_scores(ground_truth(annotations), results, masks, max_detections)
 
 
-def all_scores(truth: COCO, results: list[dict[str, Any]], masks: bool) -> Scores:
+def all_scores(truth: COCO, results: list[dict[str, Any]], masks: bool, max_detections: int = 100) -> Scores:
     """Return the same for a truth of `data/truth.py`."""
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
-    return {KIND[kind]: coco_scores(truth, results, kind) for kind in kinds}
+    return {KIND[kind]: coco_scores(truth, results, kind, max_detections) for kind in kinds}
 
 
 def score_table(scores: Scores) -> str:
-    """Return a text table of the 12 numbers of boxes and masks, and of AP by class."""
+    """Return a text table of COCO's numbers of boxes and masks, and of AP by class."""
     if not scores:
         return ""
-    lines = ["      " + "".join(f"{name:>7}" for name in COCO_NUMBERS)]
+    first = next(iter(scores.values()))
+    numbers = [name for name in first if name != "per_class"]
+    lines = ["      " + "".join(f"{name:>7}" for name in numbers)]
     for kind, values in scores.items():
-        lines.append(f"{kind:<6}" + "".join(f"{values[name]:>7.3f}" for name in COCO_NUMBERS))
-    names = list(next(iter(scores.values()))["per_class"])
-    width = max(len(name) for name in names) if names else 0
+        lines.append(f"{kind:<6}" + "".join(shown(values[name]) for name in numbers))
+    width = max(map(len, first["per_class"]), default=0)
     lines.append("AP by class")
-    for name in names:
-        cells = "".join(f"  {kind} {values['per_class'][name]:.3f}" for kind, values in scores.items())
+    for name in first["per_class"]:
+        cells = "".join(f"  {kind}{shown(values['per_class'][name])[1:]}" for kind, values in scores.items())
         lines.append(f"  {name:<{width}}{cells}")
     return "\n".join(lines)

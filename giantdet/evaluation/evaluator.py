@@ -12,7 +12,7 @@ from giantdet.data.dataset import Dataset
 from giantdet.structures import Batch, Outputs
 
 Scores = dict[str, dict[str, Any]]
-"""Numbers by task: {"box": {"AP": 0.4, ...}, "mask": ...}."""
+"""Numbers by task: {"box": {"AP": 0.4, ...}, "mask": ...}; None where there is nothing to score."""
 
 
 class Evaluator(Protocol):
@@ -24,11 +24,17 @@ class Evaluator(Protocol):
     """Whether it joins what was predicted in several windows of an image."""
 
     def __init__(
-        self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
+        self,
+        dataset: Dataset,
+        tasks: Sequence[str],
+        classes: Classes,
+        model: ArchitectureConfig,
+        max_detections: int = 100,
     ) -> None:
         """Create an evaluator of the `tasks` of PRIMARY that the model predicts.
 
-        `classes` are those that it predicts, and `model` is its section.
+        `classes` are those that it predicts, `model` is its section, and at most `max_detections` are scored
+        per image and class.
         """
         ...
 
@@ -56,4 +62,10 @@ class Evaluator(Protocol):
 def primary_score(scores: Scores, tasks: Sequence[str], numbers: Mapping[str, str]) -> float | None:
     """Return the number that models are compared by, that of the last scored task; None without scores."""
     scored = [task for task in tasks if task in scores]
-    return float(scores[scored[-1]][numbers[scored[-1]]]) if scored else None
+    value = scores[scored[-1]][numbers[scored[-1]]] if scored else None
+    return None if value is None else float(value)
+
+
+def shown(value: float | None) -> str:
+    """Return a score as a cell of a table, 7 characters wide; "-" where there is nothing to score."""
+    return f"{'-':>7}" if value is None else f"{value:>7.3f}"

@@ -7,7 +7,6 @@ Sources: "Panoptic Segmentation" (Kirillov et al. 2019); `combine_semantic_and_i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,15 +18,16 @@ from numpy.typing import NDArray
 from giantdet.config.architectures.common import ArchitectureConfig, PanopticMergeConfig
 from giantdet.config.classes import Classes, unique_names
 from giantdet.config.conventions import Conventions
+from giantdet.config.json_text import json_text
 from giantdet.data.dataset import Dataset
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, panoptic_png
 from giantdet.distributed import comm
 from giantdet.errors import DataError
-from giantdet.evaluation.coco import to_original
-from giantdet.evaluation.evaluator import Scores
+from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
+from giantdet.evaluation.evaluator import Scores, shown
 from giantdet.evaluation.semantic import whole_image_classes
 from giantdet.evaluation.truth import Truth
-from giantdet.structures import Batch, Outputs
+from giantdet.structures import Batch, Detections, Outputs
 
 THINGS = 0
 """Class of the semantic map that stands for all objects."""
@@ -38,6 +38,20 @@ _KINDS = {"": "all", "_th": "things", "_st": "stuff"}
 DETECTRON2 = PanopticMergeConfig()
 
 
+class _Masks:
+    """The masks of an image by detection, encoded: bitmaps of all of them may not fit into memory."""
+
+    def __init__(self, detections: Detections, batch: Batch, b: int, conventions: Conventions) -> None:
+        self.rles: list[dict[str, Any]] = []
+        for part in in_parts(detections, int(batch.original_sizes_B2[b].prod())):
+            masks_DHW = to_original(part, batch, b, conventions)[1]
+            assert masks_DHW is not None
+            self.rles += map(encode_mask, masks_DHW)
+
+    def __getitem__(self, row: int) -> NDArray[np.bool_]:
+        return decode_mask(self.rles[row]).numpy()
+
+
 class Merged(NamedTuple):
     """A map with ids from 1 on, objects first; `rows` are the objects' detections, -1 for stuff."""
 
@@ -46,7 +60,7 @@ class Merged(NamedTuple):
 
 
 def merge(
-    masks_DHW: NDArray[np.bool_],
+    masks_DHW: NDArray[np.bool_] | _Masks,
     scores_D: NDArray[np.float32],
     labels_D: NDArray[np.int64],
     semantic_HW: NDArray[np.int64],
@@ -135,7 +149,7 @@ def _overlaps(truth: PanopticMap, found: PanopticMap) -> NDArray[np.int64]:
 def panoptic_scores(counts_K4: NDArray[np.float64], names: Sequence[str], things: int) -> dict[str, Any]:
     """PQ, SQ and RQ in [0, 1] of all classes, of objects (`PQ_th`, ...) and of stuff (`PQ_st`, ...).
 
-    Means over the classes that are in the truth or were found; `per_class` has their PQ, NaN for the others.
+    Means over the classes that are in the truth or were found; `per_class` has their PQ, None for the others.
     The first `things` classes are those of objects.
     """
     iou_K, true_K, false_K, missed_K = counts_K4.T
@@ -147,8 +161,11 @@ def panoptic_scores(counts_K4: NDArray[np.float64], names: Sequence[str], things
     scores: dict[str, Any] = {}
     for ending, chosen_K in (("", occurs_K), ("_th", occurs_K & is_thing_K), ("_st", occurs_K & ~is_thing_K)):
         for name, values_K in zip(PANOPTIC_NUMBERS, values_3K, strict=True):
-            scores[name + ending] = float(values_K[chosen_K].mean()) if chosen_K.any() else float("nan")
-    scores["per_class"] = dict(zip(names, np.where(occurs_K, values_3K[0], np.nan).tolist(), strict=True))
+            scores[name + ending] = float(values_K[chosen_K].mean()) if chosen_K.any() else None
+    scores["per_class"] = {
+        name: value if occurs else None
+        for name, value, occurs in zip(names, values_3K[0].tolist(), occurs_K.tolist(), strict=True)
+    }
     return scores
 
 
@@ -156,10 +173,14 @@ def panoptic_table(scores: Mapping[str, Any]) -> str:
     """PQ, SQ and RQ of all classes, things and stuff, and PQ by class, as text."""
     lines = ["          " + "".join(f"{name:>7}" for name in PANOPTIC_NUMBERS)]
     for ending, kind in _KINDS.items():
-        lines.append(f"{kind:<10}" + "".join(f"{scores[name + ending]:>7.3f}" for name in PANOPTIC_NUMBERS))
+        lines.append(f"{kind:<10}" + "".join(shown(scores[name + ending]) for name in PANOPTIC_NUMBERS))
     width = max(map(len, scores["per_class"]), default=0)
     return "\n".join(
-        [*lines, "PQ by class", *(f"  {name:<{width}}  {pq:.3f}" for name, pq in scores["per_class"].items())]
+        [
+            *lines,
+            "PQ by class",
+            *(f"  {name:<{width}}{shown(pq)}" for name, pq in scores["per_class"].items()),
+        ]
     )
 
 
@@ -188,7 +209,7 @@ def save_panoptic(
         (folder / name).write_bytes(png)
         annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
     content: dict[str, Any] = {"images": list(images)} if images else {}
-    folder.with_suffix(".json").write_text(json.dumps(content | {"annotations": annotations}))
+    folder.with_suffix(".json").write_text(json_text(content | {"annotations": annotations}))
 
 
 class PanopticEvaluator:
@@ -198,7 +219,12 @@ class PanopticEvaluator:
     WINDOWS: ClassVar[bool] = False
 
     def __init__(
-        self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
+        self,
+        dataset: Dataset,
+        tasks: Sequence[str],
+        classes: Classes,
+        model: ArchitectureConfig,
+        max_detections: int = 100,
     ) -> None:
         self.dataset, self.model, self.things = dataset, model, len(classes.objects)
         self.categories = [number for number, _ in (*classes.objects, *classes.stuff)]
@@ -212,7 +238,7 @@ class PanopticEvaluator:
         """See `Evaluator.add`."""
         for b, image_id in enumerate(batch.image_ids_B.tolist()):
             truth = self.truth.of(image_id)
-            if truth is None:
+            if truth is None and (self.dataset.annotated or image_id < 0):
                 continue
             found = panoptic_map(
                 outputs,
@@ -223,7 +249,8 @@ class PanopticEvaluator:
                 self.model.reference,
                 self.model.merge_rule,
             )
-            self._count(image_id, truth, found)
+            if truth is not None:
+                self._count(image_id, truth, found)
             segments = [s._replace(category=self.categories[s.category]) for s in found.segments]
             self.results.append(panoptic_result(image_id, found._replace(segments=segments)))
 
@@ -277,12 +304,11 @@ def panoptic_map(
     # Masks are large: those that cannot enter are not made.
     wanted_BD = detections.valid_BD & (detections.labels_BD < things) & (detections.scores_BD >= rule.score)
     detections = detections._replace(valid_BD=wanted_BD)
-    _, masks_DHW = to_original(detections, batch, b, conventions)
-    assert masks_DHW is not None
+    masks = _Masks(detections, batch, b, conventions)
     semantic_HW = whole_image_classes(outputs.semantic_BCHW, batch, b)
     semantic_HW = torch.where(semantic_HW <= classes - things, semantic_HW, THINGS)
     return merge(
-        masks_DHW.numpy(),
+        masks,
         detections.scores_BD[b][wanted_BD[b]].cpu().numpy(),
         detections.labels_BD[b][wanted_BD[b]].cpu().numpy(),
         semantic_HW.numpy(),

@@ -6,7 +6,6 @@ Shapes: C classes · h, w the logits' map · H, W the original image. Logits are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.classes import Classes, unique_names
+from giantdet.config.json_text import json_text
 from giantdet.data.dataset import Dataset
 from giantdet.distributed import comm
 from giantdet.errors import DataError
-from giantdet.evaluation.evaluator import Scores
+from giantdet.evaluation.evaluator import Scores, shown
 from giantdet.evaluation.truth import Truth
 from giantdet.structures import IGNORE, Batch, Outputs
 
@@ -35,7 +35,12 @@ class SemanticEvaluator:
     WINDOWS: ClassVar[bool] = True
 
     def __init__(
-        self, dataset: Dataset, tasks: Sequence[str], classes: Classes, model: ArchitectureConfig
+        self,
+        dataset: Dataset,
+        tasks: Sequence[str],
+        classes: Classes,
+        model: ArchitectureConfig,
+        max_detections: int = 100,
     ) -> None:
         self.names = unique_names(classes.semantic)
         self.truth, self.maps = Truth(dataset, "semantic"), SemanticMaps()
@@ -76,7 +81,7 @@ class SemanticEvaluator:
     def save(self, file: Path) -> None:
         """Write the confusion matrix, rows the true classes, beside `file` as NAME_semantic.json."""
         content = {"classes": [*self.names, "none"], "confusion": self.confusion_CX.tolist()}
-        file.with_name(f"{file.stem}_semantic.json").write_text(json.dumps(content))
+        file.with_name(f"{file.stem}_semantic.json").write_text(json_text(content))
 
     def table(self, scores: Scores) -> str:
         """The numbers and IoU by class as text."""
@@ -177,7 +182,7 @@ def semantic_scores(confusion_CX: Tensor, names: Sequence[str]) -> dict[str, Any
     """mIoU, mACC, pACC and `per_class` IoU by name, in [0, 1].
 
     As in detectron2's `SemSegEvaluator`, means are over the classes that occur in the truth; the IoU of the
-    others is NaN. mmsegmentation counts a class that is found but nowhere true as 0.
+    others is None. mmsegmentation counts a class that is found but nowhere true as 0.
     """
     counts_CX = confusion_CX.double()
     true_C = counts_CX.sum(1)
@@ -189,7 +194,10 @@ def semantic_scores(confusion_CX: Tensor, names: Sequence[str]) -> dict[str, Any
         "mIoU": float(iou_C.nanmean()),
         "mACC": float(accuracy_C.nanmean()),
         "pACC": float(both_C.sum() / counts_CX.sum()),
-        "per_class": dict(zip(names, iou_C.tolist(), strict=True)),
+        "per_class": {
+            name: iou if occurs else None
+            for name, iou, occurs in zip(names, iou_C.tolist(), occurs_C.tolist(), strict=True)
+        },
     }
 
 
@@ -197,9 +205,9 @@ def semantic_table(scores: Mapping[str, Any]) -> str:
     """The numbers, and IoU by class, as text."""
     lines = [
         "          " + "".join(f"{name:>7}" for name in SEMANTIC_NUMBERS),
-        "semantic  " + "".join(f"{scores[name]:>7.3f}" for name in SEMANTIC_NUMBERS),
+        "semantic  " + "".join(shown(scores[name]) for name in SEMANTIC_NUMBERS),
         "IoU by class",
     ]
     width = max(map(len, scores["per_class"]), default=0)
-    lines += [f"  {name:<{width}}  {iou:.3f}" for name, iou in scores["per_class"].items()]
+    lines += [f"  {name:<{width}}{shown(iou)}" for name, iou in scores["per_class"].items()]
     return "\n".join(lines)

@@ -87,7 +87,8 @@ class LrSchedule:
     def go_to(self, step: int) -> None:
         """Set the LRs and betas of a step, counted in steps that the optimizer has applied."""
         self.steps = step
-        ratio = self.function(self.steps) / self.lr
+        # With an LR of 0 that of every group is 0, whatever the schedule.
+        ratio = self.function(self.steps) / self.lr if self.lr else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.base[group["name"]] * ratio
             if self.momentum is not None:

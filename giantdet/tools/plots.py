@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ def plot_losses(path: Path, picture: Path) -> None:
     steps = [line["step"] for line in lines]
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
     for name in [key for key in (lines[0] if lines else {}) if key.startswith("loss")]:
-        upper.plot(steps, [line[name] for line in lines], label=name, linewidth=2 if name == "loss" else 1)
+        upper.plot(steps, _values(lines, name), label=name, linewidth=2 if name == "loss" else 1)
     upper.set_ylabel("loss")
     upper.set_yscale("log")
     if lines:
         upper.legend(fontsize=8)
-    lower.plot(steps, [line["lr"] for line in lines], color="black")
+    lower.plot(steps, _values(lines, "lr"), color="black")
     lower.set_ylabel("learning rate")
     _finish(plt, figure, (upper, lower), picture)
 
@@ -82,8 +83,8 @@ def plot_agvm(path: Path, picture: Path) -> None:
     for module in [key.split("/")[1] for key in lines[0] if key.endswith("/factor")]:
         for axis, value in zip(axes, ("variance", "factor", "factor"), strict=True):
             points = [line for line in lines if f"agvm/{module}/{value}" in line]
-            scale = [line["lr"] if axis is axes[2] else 1.0 for line in points]
-            values = [line[f"agvm/{module}/{value}"] * s for line, s in zip(points, scale, strict=True)]
+            scale = _values(points, "lr") if axis is axes[2] else [1.0] * len(points)
+            values = [v * s for v, s in zip(_values(points, f"agvm/{module}/{value}"), scale, strict=True)]
             axis.plot([line["step"] for line in points], values, label=module)
     for axis, label in zip(axes, ("variance, 1 - cos", "factor of the LR", "learning rate"), strict=True):
         axis.set_ylabel(label)
@@ -93,6 +94,11 @@ def plot_agvm(path: Path, picture: Path) -> None:
 
 def _logged(path: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(path) if "loss" in line]
+
+
+def _values(lines: list[dict[str, Any]], name: str) -> list[float]:
+    """Return a value of each line; NaN, a gap in the curve, where the file has null or no value."""
+    return [math.nan if line.get(name) is None else float(line[name]) for line in lines]
 
 
 def _pyplot() -> Any:

@@ -24,6 +24,44 @@ COMMANDS = [
         Error("1 of 4 images are left out, the first: ...train.json: not a readable image ..."),
     ),
     Case(
+        "predict: a JSON of images with files in the place of their folder",
+        [
+            "predict",
+            "{export}",
+            "{data}/images/a.png",
+            "{data}/images/b.png",
+            "--annotations",
+            "{data}/train.json",
+        ],
+        Error("predict: with --annotations, give one folder, that of its images"),
+    ),
+    Case(
+        "predict: a JSON without a list of images",
+        ["predict", "{export}", "{data}/images", "--annotations", "{data}/run/config.json"],
+        Error('...config.json: no list "images", as in a COCO JSON'),
+    ),
+    Case(
+        "predict: an image of more pixels than the limit",
+        ["predict", "{export}", "{data}/images/a.png", "--max-image-pixels", "100"],
+        Error("1 of 1 images are left out, the first: ...raise data.max_image_pixels of the JSON, ..."),
+    ),
+    Case(
+        "eval: a list of images without annotations, and no file for results",
+        [
+            "eval",
+            "{export}",
+            "--annotations",
+            "{data}/list.json",
+            "--images",
+            "{data}/images",
+            "--workers",
+            "0",
+        ],
+        Error(
+            "...list.json: no annotations, so there are no scores; give --results FILE to write what is found"
+        ),
+    ),
+    Case(
         "eval: a category that the export does not know",
         [
             "eval",

@@ -134,6 +134,34 @@ CONFIGURATIONS = [
         Error("scheduler.params.milestones must rise, got [9, 5] ([9, 5] steps)"),
     ),
     Case(
+        "a learning rate of 0 beside a schedule with its own",
+        {
+            "optimizer.params.lr": 0,
+            "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 0.1}},
+        },
+        Error("optimizer.params.lr is 0, and scheduler.params.cycle_max_lr is 0.1: ..."),
+    ),
+    Case(
+        "a learning rate of 0 with a schedule",
+        {"optimizer.params.lr": 0, "scheduler": {"type": "WarmupPolyLR", "params": {"warmup_num_steps": 1}}},
+        Works("nothing is learned"),
+    ),
+    Case(
+        "an interval of -1 steps",
+        {"giantdet.train.eval_every": -1},
+        Error("giantdet.train.eval_every must be a number of steps, or a text like ..."),
+    ),
+    Case(
+        "an interval of 2 hours",
+        {"giantdet.train.save_every": "2 hours"},
+        Error("giantdet.train.save_every must be a number of steps, or a text like ..."),
+    ),
+    Case(
+        "no detections to score",
+        {"giantdet.eval.max_detections": 0},
+        Error("giantdet.eval.max_detections must be ..., got 0"),
+    ),
+    Case(
         "a length of 2 epoks",
         {"giantdet.train.clip_window": ["2 epoks", 5]},
         Error("clip_window must be ..."),

@@ -65,6 +65,10 @@ def _exif(orientation: int) -> Image.Exif:
 
 _LOUD = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8))
 _DEEP = Image.fromarray(np.asarray(pixels().convert("L")).astype(np.uint16) * 257)
+_GREY = np.asarray(pixels().convert("L"))
+_UNIT = Image.fromarray(_GREY.astype(np.float32) / 255)
+_BYTES_IN_32_BITS = Image.fromarray(_GREY.astype(np.int32))
+_HEIGHTS = Image.fromarray(_GREY.astype(np.float32) * 10)
 _PNG = encoded("PNG")
 _START = _PNG.index(b"IDAT") + 4
 _WRONG_BYTE = _PNG[:_START] + b"\xff" + _PNG[_START + 1 :]
@@ -92,10 +96,19 @@ IMAGES = [
     Case("a JPEG called .png", file(encoded("JPEG")), Works("read by its content")),
     Case("CMYK", file(encoded("JPEG", pixels().convert("CMYK"))), Works("becomes RGB")),
     Case("16 bits of grey", file(encoded("PNG", _DEEP)), Works("becomes 8 bits")),
+    Case("a TIFF of grey floats, 0 to 1", file(encoded("TIFF", _UNIT)), Works("becomes 8 bits")),
+    Case("a TIFF of grey bytes in 32 bits", file(encoded("TIFF", _BYTES_IN_32_BITS)), Works("read as bytes")),
+    Case(
+        "a TIFF of floats that are no grey levels",
+        file(encoded("TIFF", _HEIGHTS)),
+        Replaced("grey of 32-bit floats (mode F): ..., which is neither 0 to 1 nor 0 to 255: ..."),
+    ),
     Case("a palette", file(encoded("PNG", pixels().quantize(4))), Works("becomes RGB")),
     Case("an alpha channel", file(encoded("PNG", pixels().convert("RGBA"))), Works("alpha is dropped")),
     Case(
-        "an animation", file(encoded("GIF", save_all=True, append_images=[_LOUD])), Works("its first picture")
+        "an animation",
+        file(encoded("GIF", save_all=True, append_images=[_LOUD])),
+        Works("its first picture, and a warning says so"),
     ),
     Case(
         "EXIF rotation by a half turn",

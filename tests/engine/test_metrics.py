@@ -22,7 +22,7 @@ def test_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
         metrics.step()
         if step % 2 == 0:
             metrics.log(step, lr=0.1 * step)
-    metrics.write({"step": 4, "scores": {"box": {"AP": 0.5}}})
+    metrics.write_scores(4, {"box": {"AP": 0.5}}, images_seen=24)
     metrics.close()
     first, second, scores = read_metrics(tmp_path / "m.jsonl")
     assert (first["step"], first["loss"], first["loss_cls"], first["lr"]) == (2, 2.0, 1.5, 0.2)
@@ -73,15 +73,40 @@ def test_monitors_get_the_numbers(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "m.jsonl", 4, 0, monitor)
     metrics.add({"loss": torch.tensor(2.0)}, 1, 0.0)
     metrics.step()
-    metrics.log(1, lr=0.5)
+    metrics.log(1, images_seen=16, lr=0.5)
+    scores = {"box": {"AP": 0.25, "APs": None, "per_class": {"cat": 0.25, "dog": None}}}
+    metrics.write_scores(1, scores, images_seen=16)
     metrics.close()
-    assert ("giantdet/loss", 2.0, 1) in monitor.events
-    assert ("giantdet/lr", 0.5, 1) in monitor.events
+    assert ("giantdet/loss", 2.0, 16) in monitor.events
+    assert ("giantdet/lr", 0.5, 16) in monitor.events
+    assert monitor.events[-1] == ("giantdet/box/AP", 0.25, 16), "no value where there is none"
+    assert not any("cat" in name for name, _, _ in monitor.events), (
+        "a curve for each of 1,203 classes is noise"
+    )
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    """Python's own reader takes NaN; others refuse the file."""
+    metrics = Metrics(tmp_path / "m.jsonl", 4, 0)
+    metrics.log(1, lr=float("nan"), norm=float("inf"), nested={"a": [float("-inf"), 1.5, None]})
+    metrics.write_scores(1, {"box": {"AP": float("nan"), "per_class": {"cat": None}}}, images_seen=4)
+    metrics.close()
+
+    def refused(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    first, second = (
+        json.loads(line, parse_constant=refused) for line in (tmp_path / "m.jsonl").read_text().splitlines()
+    )
+    assert (first["lr"], first["norm"], first["nested"]) == (None, None, {"a": [None, 1.5, None]})
+    assert second["scores"] == {"box": {"AP": None, "per_class": {"cat": None}}}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_plot_is_a_picture_whatever_was_logged(tmp_path: Path, steps: int) -> None:
     lines = [{"step": s, "loss": 1.0 / s, "loss_cls": 0.5, "lr": 0.1} for s in range(1, steps + 1)]
+    if steps > 1:
+        lines[1]["loss"] = lines[1]["lr"] = None
     lines.append({"step": steps, "scores": {}})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_losses(tmp_path / "m.jsonl", tmp_path / "losses.png")

@@ -10,7 +10,10 @@ import torch
 from deepspeed.runtime import lr_schedules
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, PolynomialLR
 
+from giantdet.config.load import parse_run
+from giantdet.config.resolve import resolve
 from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
+from giantdet.errors import ConfigError
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 
 # What resolve makes of "auto" where nothing depends on a run.
@@ -214,3 +217,35 @@ def test_the_ends() -> None:
         lr_function(section("WarmupPolyLR", {"total_num_steps": 4, "warmup_num_steps": 9}), 1.0)(9),
         1.0,
     )
+
+
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineDecayLR", "WarmupPolyLR", "WarmupLR"])
+def test_an_lr_of_zero_stays_zero(name: str) -> None:
+    params = {"milestones": [5]} if name == "WarmupMultiStepLR" else {"total_num_steps": 9}
+    params = {"warmup_num_steps": 3} | ({"warmup_max_lr": 0.0} if name == "WarmupLR" else params)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "name": "all"}], lr=0.0)
+    schedule = LrSchedule(optimizer, lr_function(section(name, params), 0.0), 0.0)
+    for _ in range(9):
+        assert schedule.get_last_lr() == [0.0]
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "key"),
+    [
+        ("WarmupLR", {"warmup_max_lr": 1e-3}, "warmup_max_lr"),
+        ("OneCycle", {"cycle_min_lr": 0.0, "cycle_max_lr": 1e-3}, "cycle_max_lr"),
+        ("LRRangeTest", {}, "lr_range_test_min_lr"),
+    ],
+)
+def test_an_lr_of_zero_beside_the_schedules_own_is_refused(
+    name: str, params: dict[str, Any], key: str
+) -> None:
+    raw = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.0}},
+        "scheduler": {"type": name, "params": params},
+        "giantdet": {"train": {"steps": 10}},
+    }
+    with pytest.raises(ConfigError, match=f"lr is 0, and scheduler.params.{key} is 0.001"):
+        resolve(parse_run(raw), world_size=1)

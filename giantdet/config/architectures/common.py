@@ -13,7 +13,7 @@ from pydantic import Field
 
 from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
-from giantdet.config.section import Auto, Fraction, NonNegative, PositiveInt, Section
+from giantdet.config.section import Auto, Fraction, NonNegative, PathText, PositiveInt, Section
 
 NormName = Literal["none", "batch", "layer", "group"]
 """Norm after a convolution of a pyramid or a head: `batch` is set by the `norm` block, `layer` is ViTDet's
@@ -36,7 +36,7 @@ class BackboneConfig(Section):
     """Name of a timm model, for example resnet50, convnext_tiny, swin_tiny_patch4_window7_224."""
     pretrained: bool = False
     """Load timm's weights of this name (from the network or timm's cache); see also `init_weights`."""
-    init_weights: str | None = None
+    init_weights: PathText | None = None
     """Local .safetensors or .pth file with pretrained weights of this backbone, or a folder of shards."""
     stride_in_1x1: bool = False
     """ResNet bottlenecks have their stride in the first 1x1 convolution (MSRA and Caffe weights)."""
@@ -253,7 +253,7 @@ class ArchitectureConfig(Section):
     backbone: BackboneConfig = BackboneConfig()
     checkpoint_heads: bool = False
     """Also recompute the activations of the pyramid and the heads in the backward pass."""
-    init_weights: str | None = None
+    init_weights: PathText | None = None
     """A giantdet export (folder or model.safetensors), or a file of torchvision's Mask or Faster R-CNN, with
     the initial weights of the whole model."""
 
@@ -272,6 +272,11 @@ class ArchitectureConfig(Section):
     def reference(self) -> Conventions:
         """The choices that `conventions` stands for."""
         return CONVENTIONS[self.conventions]
+
+    @property
+    def most_detections(self) -> int | None:
+        """The maximum number of detections per image; None for a model that predicts no objects."""
+        return None
 
     @property
     def merge_rule(self) -> PanopticMergeConfig:

@@ -25,6 +25,11 @@ class TwoStageConfig(ArchitectureConfig):
     box_head: BaseBoxHeadConfig = BaseBoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
 
+    @property
+    def most_detections(self) -> int | None:
+        """See `ArchitectureConfig.most_detections`."""
+        return self.box_head.detections
+
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
         yield from self.fpn.problems()

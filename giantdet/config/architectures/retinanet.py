@@ -64,6 +64,11 @@ class RetinaNetConfig(ArchitectureConfig):
     loss_normalizer: PositiveFloat = 100.0
     """Initial value of that running mean."""
 
+    @property
+    def most_detections(self) -> int | None:
+        """See `ArchitectureConfig.most_detections`."""
+        return self.head.detections
+
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
         head = self.head

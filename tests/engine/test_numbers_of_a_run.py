@@ -1,0 +1,138 @@
+"""The numbers that a run leaves: learning rates, intervals, monitors, valid JSON; lists of images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import REPO, launch, logs, tiny_run
+
+from giantdet import cli
+from giantdet.config.load import parse_run
+from giantdet.config.resolve import resolve
+from giantdet.data.coco import CocoDataset
+from giantdet.engine.metrics import read_metrics
+from giantdet.errors import ConfigError
+
+STEPS, BATCH = 4, 2
+
+
+@pytest.fixture(scope="module")
+def run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps with a schedule, an evaluation every 4 images, and the CSV monitor."""
+    folder = tmp_path_factory.mktemp("numbers")
+    raw = tiny_run(
+        demo_data,
+        folder / "out",
+        scheduler={"type": "WarmupPolyLR", "params": {"warmup_num_steps": 2, "warmup_min_ratio": 0.5}},
+        csv_monitor={"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"},
+        giantdet__train__steps=STEPS,
+        giantdet__train__eval_every=f"{2 * BATCH} images",
+        giantdet__train__save_every="3 steps",
+        giantdet__train__keep=5,
+        giantdet__train__keep_best=False,
+    )
+    (folder / "run.json").write_text(json.dumps(raw))
+    (ended,) = launch(REPO / "scripts/train.py", 1, "--deepspeed_config", folder / "run.json")
+    assert ended.code == 0, logs([ended])
+    return folder
+
+
+def test_the_logged_lr_is_the_one_that_the_step_used(run: Path) -> None:
+    """By hand: half the LR in step 1, three quarters in step 2, then 1 - progress to the power of 0.9."""
+    logged = [line["lr"] for line in read_metrics(run / "out/metrics.jsonl") if "loss" in line]
+    # The warmup multiplies the decay, which has not begun before its end.
+    assert logged == pytest.approx([0.002 * f for f in (0.5, 0.75, 1.0, 0.5**0.9)])
+
+
+def test_intervals_in_images_and_steps(run: Path) -> None:
+    scored = [line["step"] for line in read_metrics(run / "out/metrics.jsonl") if "scores" in line]
+    assert scored == [2, 4]
+    assert sorted(path.name for path in (run / "out/checkpoints").iterdir()) == ["step_3", "step_4"]
+
+
+def test_the_csv_monitor_has_losses_and_scores_at_deepspeeds_x(run: Path) -> None:
+    def column(name: str) -> list[tuple[int, float]]:
+        with (run / "csv/job" / f"{name}.csv").open() as file:
+            return [(int(row[0]), float(row[1])) for row in list(csv.reader(file))[1:]]
+
+    deepspeeds = [x for x, _ in column("Train_Samples_lr")]
+    assert [x for x, _ in column("giantdet_loss")] == deepspeeds == [BATCH * s for s in range(1, STEPS + 1)]
+    scores = json.loads((run / "out/scores.json").read_text())
+    assert [x for x, _ in column("giantdet_box_AP")] == [2 * BATCH, 4 * BATCH]
+    assert column("giantdet_box_AP50")[-1][1] == pytest.approx(scores["box"]["AP50"])
+    assert column("giantdet_mask_AR100")[-1][1] == pytest.approx(scores["mask"]["AR100"])
+
+
+def test_scores_are_valid_json(run: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    for file in ("scores.json", "results.json", "metrics.jsonl"):
+        for line in (run / "out" / file).read_text().splitlines() if file.endswith("l") else [None]:
+            json.loads(line or (run / "out" / file).read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [(0, 0), (7, 7), ("1 epoch", 13), ("0.5 epochs", 7), ("90 images", 12), ("0 epochs", 0), ("5 steps", 5)],
+)
+@pytest.mark.parametrize("key", ["eval_every", "save_every"])
+def test_intervals_resolve_to_steps(key: str, given: Any, steps: int) -> None:
+    """100 images in batches of 8."""
+    raw = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "giantdet": {"train": {"epochs": 2, key: given}},
+    }
+    resolved = resolve(parse_run(raw), world_size=1, train_images=100)
+    assert getattr(resolved.giantdet.train, key) == steps
+
+
+@pytest.mark.parametrize("given", [-1, "often", "2 hours", 1.5, True])
+def test_intervals_that_are_none(given: Any) -> None:
+    raw = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "train_batch_size": 8}
+    with pytest.raises(ConfigError, match=r"giantdet\.train\.eval_every must be a number of steps"):
+        parse_run({**raw, "giantdet": {"train": {"epochs": 2, "eval_every": given}}})
+
+
+@pytest.fixture
+def image_list(demo_data: Path, tmp_path: Path) -> Path:
+    """As COCO's image_info_test-dev2017.json: images and categories, ids that are no positions."""
+    content = json.loads((demo_data / "val.json").read_text())
+    del content["annotations"]
+    for record in content["images"]:
+        record["id"] += 580_000
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    return tmp_path / "list.json"
+
+
+@pytest.mark.parametrize("annotations", [None, []])
+def test_a_list_of_images_gives_results_without_scores(
+    image_list: Path, tiny_export: Path, demo_data: Path, capsys: Any, annotations: Any
+) -> None:
+    content = json.loads(image_list.read_text())
+    ids = {record["id"] for record in content["images"]}
+    if annotations is not None:
+        image_list.write_text(json.dumps(content | {"annotations": annotations}))
+    arguments = ["eval", str(tiny_export), "--annotations", str(image_list), "--images"]
+    arguments += [str(demo_data / "val"), "--workers", "0"]
+    results = image_list.parent / "results.json"
+    assert cli.main([*arguments, "--results", str(results)]) == 0
+    out = capsys.readouterr().out
+    assert "no annotations, so there are no scores" in out and "AP" not in out
+    assert {result["image_id"] for result in json.loads(results.read_text())} <= ids
+    assert len(json.loads(results.read_text())) > 5
+    assert cli.main(arguments) == 2, "without --results nothing would come of it"
+    assert "give --results FILE" in capsys.readouterr().err
+
+
+def test_nothing_trains_on_a_list_of_images(image_list: Path, demo_data: Path) -> None:
+    dataset = CocoDataset(image_list, demo_data / "val")
+    assert len(dataset) == 5 and not dataset.annotated
+    for filtered in (True, False):
+        with pytest.raises(ValueError, match="a list of images can be evaluated, but not trained on"):
+            dataset.training_indices(filtered)
