@@ -62,7 +62,7 @@ def print_config(run: Any) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
-    from giantdet.data.dataset import check_classes, open_dataset
+    from giantdet.data.dataset import check_classes, check_files, open_dataset
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate
     from giantdet.export import load_detector
@@ -70,6 +70,7 @@ def run_eval(options: argparse.Namespace) -> None:
     device = comm.start()
     model, config = load_detector(options.export, device)
     dataset = open_dataset(_evaluated_data(options))
+    check_files(dataset)
     check_classes(dataset, config.classes, options.export)
     if options.results is not None and comm.is_main():
         options.results.parent.mkdir(parents=True, exist_ok=True)
@@ -241,9 +242,14 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_validate(options: argparse.Namespace) -> int:
-    from giantdet.data.validate import format_report, validate
+    from giantdet.data.reading import read_records
+    from giantdet.data.records import read_instances
+    from giantdet.data.summary import summarize
+    from giantdet.data.validate import check, format_report
 
-    problems = validate(options.annotations, options.images)
+    records = read_records(options.annotations, read_instances(options.annotations), keep_findings=True)
+    print(summarize(records).text(options.annotations))
+    problems = check(records, options.images)
     print(format_report(problems))
     return 1 if any(problem.is_error for problem in problems) else 0
 

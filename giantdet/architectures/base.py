@@ -34,6 +34,8 @@ class Architecture(nn.Module):
 
     They keep their random initialisation where the initial weights have another number.
     """
+    WITHOUT_MASKS: ClassVar[str] = ""
+    """Advice for training on a data set without masks, as the end of an error message."""
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()

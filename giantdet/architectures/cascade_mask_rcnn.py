@@ -67,6 +67,7 @@ class CascadeMaskRcnn(Architecture):
         "mask_head.1.masks.",
         "mask_head.2.masks.",
     )
+    WITHOUT_MASKS = "; set giantdet.model.mask_head.enabled to false to train on boxes"
 
     def __init__(self, config: CascadeMaskRcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)

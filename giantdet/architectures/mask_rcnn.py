@@ -54,6 +54,7 @@ class MaskRcnn(Architecture):
     """Two-stage detector; see `Architecture` for the arguments."""
 
     CLASS_LAYERS: ClassVar[tuple[str, ...]] = ("box_head.classes.", "box_head.deltas.", "mask_head.masks.")
+    WITHOUT_MASKS = "; set giantdet.model.mask_head.enabled to false to train on boxes"
 
     def __init__(self, config: RcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)

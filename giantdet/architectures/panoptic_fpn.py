@@ -35,6 +35,7 @@ class PanopticFpn(MaskRcnn):
     """Objects with masks, and classes of pixels; see `Architecture` for the arguments."""
 
     CLASS_LAYERS = (*MaskRcnn.CLASS_LAYERS, "semantic_head.classes.")
+    WITHOUT_MASKS = ""
 
     def __init__(self, config: PanopticFpnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)

@@ -20,7 +20,14 @@ from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
-from giantdet.data.dataset import Dataset, check_classes, open_dataset
+from giantdet.data.dataset import (
+    Dataset,
+    check_classes,
+    check_files,
+    check_targets,
+    nothing_to_train,
+    open_dataset,
+)
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
@@ -119,6 +126,11 @@ def prepare(run: RunConfig) -> Training:
     # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)
     images = len(dataset.training_indices(data.filter_empty))
+    if not images:
+        raise nothing_to_train(dataset)
+    for opened in (dataset, validation):
+        if opened is not None:
+            check_files(opened)
     resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
     if validation is not None:
         check_classes(validation, run.giantdet.model.predicted(dataset.classes), dataset.annotations)
@@ -127,10 +139,12 @@ def prepare(run: RunConfig) -> Training:
     if comm.is_main():
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(describe(resolved) + "\n")
+        write_summary(dataset, validation, output / "data.json")
     comm.barrier()
 
     set_determinism(config.train.deterministic)
     model = zero.build(resolved, resolved.batch.micro)
+    check_targets(dataset, model.targets, model.WITHOUT_MASKS)
     check_windows(model.tasks, config.eval.window_stride)
     announce(resolved, model, device)
     engine = zero.initialize(model, resolved)
@@ -282,6 +296,16 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
         + group_table(zero.groups_of(model, run), run.optimizer.lr),
         flush=True,
     )
+
+
+def write_summary(dataset: Dataset, validation: Dataset | None, file: Path) -> None:
+    """Print what the data sets hold, and write it to a JSON file."""
+    opened = {"train": dataset} | ({} if validation is None else {"val": validation})
+    found = {split: part.summary() for split, part in opened.items()}
+    for split, summary in found.items():
+        print(summary.text(f"data.{split}"), flush=True)
+    content = {split: summary.as_json() for split, summary in found.items()}
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def schedule_line(run: ResolvedRun) -> str:

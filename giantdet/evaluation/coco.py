@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from giantdet.config.architectures.common import ArchitectureConfig
@@ -26,6 +25,7 @@ from giantdet.data.dataset import Dataset
 from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
 from giantdet.evaluation.evaluator import Scores
+from giantdet.evaluation.judge import CocoJudge
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections, Outputs
 
@@ -37,7 +37,7 @@ _BITMAP_BYTES = 2**28  # at a time: 100 masks of an image of 13,000 x 13,000 pix
 
 
 class CocoEvaluator:
-    """Box and mask AP; see `Evaluator`. Masks are scored if every object of the data set has one."""
+    """Box and mask AP; see `Evaluator`. Masks are scored if an object of the data set has one."""
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"box": "AP", "mask": "AP"}
     WINDOWS: ClassVar[bool] = False
@@ -151,7 +151,7 @@ def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
 def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -> dict[str, Any]:
     """Return the 12 COCO numbers and `per_class`, AP by category name; it is NaN for a class without objects.
 
-    They are computed by pycocotools' COCOeval with its defaults (100 detections per image). `truth` is that
+    They are computed by `CocoJudge` with pycocotools' defaults (100 detections per image). `truth` is that
     of `data/truth.py`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
@@ -159,7 +159,7 @@ def coco_scores(truth: COCO, results: list[dict[str, Any]], iou_type: IouType) -
         # of mask areas, so the boxes are removed.
         kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
         found = truth.loadRes(kept) if kept else _no_results(truth)
-        judge = COCOeval(truth, found, iou_type)
+        judge = CocoJudge(truth, found, iou_type)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
