@@ -65,7 +65,7 @@ def print_config(run: Any) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
-    from giantdet.data.dataset import meet, open_dataset
+    from giantdet.data.dataset import check_files, meet, open_dataset
     from giantdet.data.images import limit_pixels
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate, warn_of_limits
@@ -76,6 +76,7 @@ def run_eval(options: argparse.Namespace) -> None:
     data, max_detections, max_image_pixels = _evaluated_data(options)
     limit_pixels(max_image_pixels)
     dataset = open_dataset(data)
+    check_files(dataset)
     classes = meet(dataset, config.classes, options.export)
     if not dataset.annotated and options.results is None:
         raise InputError(
@@ -287,11 +288,16 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 def run_validate(options: argparse.Namespace) -> int:
     from giantdet.data.images import limit_pixels
-    from giantdet.data.validate import format_report, validate
+    from giantdet.data.reading import read_records
+    from giantdet.data.records import read_instances
+    from giantdet.data.summary import summarize
+    from giantdet.data.validate import check, format_report
 
     if options.max_image_pixels is not None:
         limit_pixels(options.max_image_pixels)
-    problems = validate(options.annotations, options.images)
+    records = read_records(options.annotations, read_instances(options.annotations), keep_findings=True)
+    print(summarize(records).text(options.annotations))
+    problems = check(records, options.images)
     print(format_report(problems))
     return 1 if any(problem.is_error for problem in problems) else 0
 

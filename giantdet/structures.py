@@ -27,7 +27,8 @@ IGNORE = 255
 class Targets(NamedTuple):
     """Ground truth of a batch, empty in what the model does not ask for (M, S or H is 0).
 
-    Crowd regions are left out, as detectron2 and torchvision do.
+    Crowd regions are left out, as detectron2 and torchvision do. The frame of an object without a mask has no
+    extent.
     """
 
     boxes_BM4: Tensor  # float32

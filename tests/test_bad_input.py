@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bad_inputs import TABLE
 from bad_inputs.annotations import ANNOTATIONS, good_content
-from bad_inputs.cases import Case, Error, Replaced, Skipped, Works
+from bad_inputs.cases import Case, Error, Noted, Replaced, Skipped, Works
 from bad_inputs.commands import COMMANDS
 from bad_inputs.configurations import CONFIGURATIONS
 from bad_inputs.images import IMAGES, SIZE, encoded
@@ -35,7 +35,7 @@ from giantdet.data.demo import CATEGORIES, make_demo
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader, train_loader
 from giantdet.data.streams import TrainStream, sample_index
-from giantdet.data.truth import ground_truth
+from giantdet.data.truth import NEUTRAL, ground_truth
 from giantdet.data.validate import validate
 from giantdet.engine.metrics import read_metrics
 from giantdet.engine.train import seed_step
@@ -153,14 +153,19 @@ def test_annotations(case: Case, data: Path, caplog: pytest.LogCaptureFixture) -
         assert f"skipped {records} ({kind})" in caplog.text
         assert problems.count(kind) == records
         assert set(ids) == {1, 2, 3} and not counts
-    elif isinstance(case.outcome, Replaced):
-        assert set(ids) == {2, 3} and counts == {"replaced_images": replacements(dataset, 1)}
-        assert matches(case.outcome.reason, caplog.text) and len(problems) == 1
+    elif isinstance(case.outcome, Noted):
+        kind, _, records = case.outcome
+        assert dict(dataset.noted) == {kind: records} and not dataset.skipped and not problems
+        assert f"used {records}, not as written ({kind})" in caplog.text
+        warned = [problem.kind for problem in validate(file, data / "images") if problem.level == "warning"]
+        assert warned.count(kind) == records and {1, 2, 3} <= set(ids) and not counts
     else:
-        assert not dataset.skipped and not problems and set(ids) == {1, 2, 3}
+        assert not dataset.skipped and not dataset.noted and not problems and {1, 2, 3} <= set(ids)
         assert set(counts) <= {"dropped_objects"}
-    more = sum(not annotation["iscrowd"] for annotation in ground_truth(file).anns.values()) - 3
-    assert more == 0 or isinstance(case.outcome, Works) or case.what == "one good polygon, one bad"
+    anns = ground_truth(file).anns.values()
+    more = sum(not annotation["iscrowd"] and NEUTRAL not in annotation for annotation in anns) - 3
+    assert more == len(dataset.labels_K) - 3, "both readers keep the same objects"
+    assert more == 0 or isinstance(case.outcome, Works | Noted)
     assert scores["AP"] == pytest.approx(1.0) if more == 0 else 0 <= scores["AP"] < 1
 
 
@@ -335,11 +340,13 @@ def document() -> str:
     return text
 
 
-def told(outcome: Error | Skipped | Replaced | Works) -> str:
+def told(outcome: Error | Skipped | Noted | Replaced | Works) -> str:
     if isinstance(outcome, Error):
         return f"error: `{outcome.line}`".replace("|", "\\|")
     if isinstance(outcome, Skipped):
         return f"skipped, counted as `{outcome.kind}`"
+    if isinstance(outcome, Noted):
+        return f"used, counted as `{outcome.kind}`: {outcome.how}"
     if isinstance(outcome, Replaced):
         return f"image left out, counted as `replaced_images`: `{outcome.reason}`"
     return f"works: {outcome.how}"
@@ -355,6 +362,8 @@ this page.
   names and places. Of many ranks that end for one reason the main rank says it.
 - **skipped**: the record is left out of training and evaluation, and a warning at the start gives the number
   of each kind with an example. `giantdet validate-data` lists every one.
+- **used, counted as**: the record is read as it is meant, or without its broken part, in training and in
+  evaluation alike. A warning at the start gives the number of each kind with an example.
 - **image left out**: found when the image is read. In training the next image takes its place, a warning
   names it, and `replaced_images` in each line of `metrics.jsonl` is the sum over all ranks so far; 50 such
   images in a row are an error. In evaluation nothing is found in it, and a warning names it.

@@ -7,7 +7,7 @@ in every forward pass, whatever the images contain, so that the collectives of a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class Architecture(nn.Module):
 
     Raises InputError where the number of classes is unknown, and for a backbone or canvas that does not fit.
     """
+
+    WITHOUT_MASKS: ClassVar[str] = ""
+    """Advice for training on a data set without masks, as the end of an error message."""
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()

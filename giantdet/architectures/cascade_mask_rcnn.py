@@ -59,6 +59,8 @@ class Predictions(NamedTuple):
 class CascadeMaskRcnn(Architecture):
     """Two-stage detector with a cascade of box heads; see `Architecture` for the arguments."""
 
+    WITHOUT_MASKS = "; set giantdet.model.mask_head.enabled to false to train on boxes"
+
     def __init__(self, config: CascadeMaskRcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.config = config

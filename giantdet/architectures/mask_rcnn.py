@@ -54,6 +54,8 @@ class Predictions(NamedTuple):
 class MaskRcnn(Architecture):
     """Two-stage detector; see `Architecture` for the arguments."""
 
+    WITHOUT_MASKS = "; set giantdet.model.mask_head.enabled to false to train on boxes"
+
     def __init__(self, config: RcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.config = config

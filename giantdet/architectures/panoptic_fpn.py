@@ -35,6 +35,8 @@ class Predictions(NamedTuple):
 class PanopticFpn(MaskRcnn):
     """Objects with masks, and classes of pixels; see `Architecture` for the arguments."""
 
+    WITHOUT_MASKS = ""
+
     def __init__(self, config: PanopticFpnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.semantic_weight, self.instance_weight = config.semantic_loss_weight, config.instance_loss_weight

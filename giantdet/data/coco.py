@@ -10,8 +10,8 @@ Format: https://cocodataset.org/#format-data; masks by pycocotools (Lin et al. 2
 from __future__ import annotations
 
 import gc
+import os
 from array import array
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,12 @@ from pycocotools import mask as mask_util
 
 from giantdet.config.classes import Category, Classes
 from giantdet.data.images import read_image
+from giantdet.data.near_files import hint
 from giantdet.data.panoptic import PanopticMap
-from giantdet.data.records import (
-    Fault,
-    Instances,
-    category_fault,
-    category_name,
-    image_fault,
-    is_id,
-    logger,
-    object_fault,
-    read_instances,
-    segment,
-)
+from giantdet.data.reading import read_records
+from giantdet.data.records import Instances, is_id, logger, read_instances
+from giantdet.data.segments import Fault
+from giantdet.data.summary import Summary, summarize
 from giantdet.errors import DataError
 
 _BOX_ONLY, _POLYGONS, _RLE = 0, 1, 2
@@ -42,7 +35,7 @@ _BOX_ONLY, _POLYGONS, _RLE = 0, 1, 2
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of one image, in pixels of the original image. Crowd regions are not among them."""
+    """The objects of one image, in pixels of the original image; no crowd regions and no ignored objects."""
 
     boxes_N4: NDArray[np.float32]  # xyxy, clipped to the image
     labels_N: NDArray[np.int64]  # 0 to C - 1, in the order of `category_ids`
@@ -53,6 +46,10 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def has_mask(self, n: int) -> bool:
+        """See `ImageObjects.has_mask`."""
+        return bool(self.dataset.segment_kind[self.first + n] != _BOX_ONLY)
 
     def rle(self, n: int) -> dict[str, Any]:
         """Return object n's compressed RLE over the whole image; without a segmentation, its filled box."""
@@ -79,13 +76,14 @@ class CocoDataset:
     """A COCO instances JSON and its image folder.
 
     Args:
-        annotations: COCO instances JSON; objects without `segmentation` are boxes (`has_masks` is False).
+        annotations: COCO instances JSON. `has_masks` is False if all objects are boxes without a mask.
             Without annotations it is a list of images (`annotated` is False).
         images: folder that the `file_name`s are relative to.
         content: the lists of the JSON; None: they are read from `annotations`.
 
-    Records that cannot be used are skipped, counted by kind in `skipped` and named in one warning per kind;
-    `giantdet validate-data` lists them all. Raises `DataError` (a `ValueError`) if the whole file cannot be
+    Records that cannot be used are skipped and counted by kind in `skipped`; those that are used, but not as
+    they are written, are counted in `noted`. One warning per kind names them, and `giantdet validate-data`
+    lists them all. Raises `DataError` (a `ValueError`) if the whole file cannot be
     used: no such file, invalid JSON, a missing list, no image, no category.
     """
 
@@ -93,8 +91,6 @@ class CocoDataset:
         self.annotations, self.root = Path(annotations), Path(images)
         if not self.root.is_dir():
             raise DataError(f"the image folder {images} does not exist")
-        self.skipped: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
         gc_was_on = gc.isenabled()
         gc.disable()  # the collector would walk a million new dicts again and again
         try:
@@ -102,13 +98,30 @@ class CocoDataset:
                 content = read_instances(annotations, images_only=True)
             self.has_list = "annotations" in content
             self.annotated = bool(content.get("annotations"))
-            self._read_categories(content["categories"])
-            self._read_images(content["images"])
-            self._read_objects(content.get("annotations", []))
+            records = read_records(annotations, content)
+            self.skipped, self.noted, self._examples = records.skipped, records.noted, records.examples
+            self._read_categories(records.categories)
+            self._read_images(records.images)
+            self._read_objects(records.annotations)
+            self._summary = summarize(records)
         finally:
             if gc_was_on:
                 gc.enable()
-        self._report_skipped()
+        records.warn()
+        if 0 < self.without_mask < len(self.labels_K):
+            logger.warning(
+                "%s: %d of %d objects have no mask; they are trained and scored as boxes alone",
+                annotations,
+                self.without_mask,
+                len(self.labels_K),
+            )
+        if records.annotations and self.crowd_objects == len(records.annotations):
+            logger.warning(
+                "%s: all %d annotations are crowd regions (iscrowd 1), which are neither trained on nor "
+                "counted as missed; if they are objects, set iscrowd to 0",
+                annotations,
+                self.crowd_objects,
+            )
 
     def _report_skipped(self) -> None:
         for kind, count in self.skipped.items():
@@ -122,46 +135,27 @@ class CocoDataset:
         name = record.get("id") if isinstance(record, dict) else "?"
         self._examples.setdefault(kind, f"{what} {name}: {text}")
 
-    def _read_categories(self, records: list[Any]) -> None:
-        names: dict[int, str] = {}
-        for record in records:
-            if fault := category_fault(record, names):
-                self._skip(fault, "category", record)
-            else:
-                names[record["id"]] = category_name(record)
+    def _read_categories(self, names: dict[int, str]) -> None:
         self.category_ids = sorted(names)
         self.class_names = [names[i] for i in self.category_ids]
         if not names:
             raise DataError(f"annotations {self.annotations} have no usable category")
         self.classes = Classes(objects=tuple(zip(self.category_ids, self.class_names, strict=True)))
 
-    def _read_images(self, records: list[Any]) -> None:
-        good: dict[int, tuple[str, int, int]] = {}
-        for record in records:
-            if fault := image_fault(record, good):
-                self._skip(fault, "image", record)
-            else:
-                good[record["id"]] = (record["file_name"], record["height"], record["width"])
-        if not good:
+    def _read_images(self, records: dict[int, dict[str, Any]]) -> None:
+        if not records:
             example = next(iter(self._examples.values()))
             raise DataError(f"annotations {self.annotations} have no usable image, e.g. {example}")
-        self.image_ids = np.array(list(good), np.int64)
-        self.file_names = np.array([name for name, _, _ in good.values()])
-        self.sizes_hw = np.array([hw for _, *hw in good.values()], np.int64)
+        self.image_ids = np.array(list(records), np.int64)
+        self.file_names = np.array([record["file_name"] for record in records.values()])
+        self.sizes_hw = np.array([(r["height"], r["width"]) for r in records.values()], np.int64)
 
-    def _read_objects(self, records: list[Any]) -> None:
+    def _read_objects(self, records: list[dict[str, Any]]) -> None:
         sizes = {int(i): (int(h), int(w)) for i, (h, w) in zip(self.image_ids, self.sizes_hw, strict=True)}
         index = {i: n for n, i in enumerate(sizes)}
         label = {category: n for n, category in enumerate(self.category_ids)}
-        usable: list[Any] = []
-        self.crowd_objects = 0
-        for record in records:
-            if fault := object_fault(record, sizes, label):
-                self._skip(fault, "annotation", record)
-            elif record.get("iscrowd"):
-                self.crowd_objects += 1
-            else:
-                usable.append(record)
+        self.crowd_objects = sum(bool(record.get("iscrowd")) for record in records)
+        usable = [record for record in records if not record.get("iscrowd") and not record.get("ignore")]
         usable.sort(key=lambda record: index[record["image_id"]])  # stable: the file's order within an image
 
         boxes, images, labels, ids = array("d"), array("q"), array("q"), array("q")
@@ -169,9 +163,7 @@ class CocoDataset:
         coordinates, rle = array("d"), bytearray()
         for record in usable:
             size = sizes[record["image_id"]]
-            kind, data = self._segment(record, size)
-            if kind is None:
-                continue
+            kind, data = _packed(record.get("segmentation") or [], size)
             if kind == _RLE:
                 segments.extend((len(rle), len(rle) + len(data)))
                 rle += data
@@ -196,21 +188,7 @@ class CocoDataset:
         counts = np.bincount(np.array(images, np.int64), minlength=len(sizes))
         self.object_start = np.concatenate([[0], np.cumsum(counts)])
         self.without_mask = int((self.segment_kind == _BOX_ONLY).sum())
-        self.has_masks = self.without_mask == 0 and len(self.labels_K) > 0
-
-    def _segment(self, record: Any, size: tuple[int, int]) -> tuple[int | None, Any]:
-        """Return the kind and packed form of a segmentation; kind None if the object must be skipped."""
-        usable, faults = segment(record.get("segmentation"), size)
-        for fault in faults:
-            self._skip(fault, "annotation", record)
-        if usable is None:
-            return None, None
-        if isinstance(usable, dict):
-            counts = usable["counts"]
-            if isinstance(counts, list):
-                return _RLE, mask_util.frPyObjects(usable, *size)["counts"]
-            return _RLE, counts.encode()
-        return (_POLYGONS if usable else _BOX_ONLY), usable
+        self.has_masks = self.without_mask < len(self.labels_K)
 
     def __len__(self) -> int:
         """Number of images, with or without objects."""
@@ -238,6 +216,10 @@ class CocoDataset:
             self.boxes_K4[rows], self.labels_K[rows], self.ids_K[rows], size, first=rows.start, dataset=self
         )
 
+    def summary(self) -> Summary:
+        """See `Dataset.summary`."""
+        return self._summary
+
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
         """Return None: an instances JSON has no semantic maps."""
         return None
@@ -258,4 +240,20 @@ class CocoDataset:
 
     def read_image(self, i: int) -> NDArray[np.uint8]:
         """See `Dataset.read_image`."""
-        return read_image(self.path(i), (int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1])))
+        path = self.path(i)
+        try:
+            return read_image(path, (int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1])))
+        except DataError as error:
+            if os.path.lexists(path):
+                raise
+            raise DataError(f"{error}{hint(self.root, path)}") from error
+
+
+def _packed(segmentation: Any, size: tuple[int, int]) -> tuple[int, Any]:
+    """Return the kind and packed form of a segmentation that `read_records` returned."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            return _RLE, mask_util.frPyObjects(segmentation, *size)["counts"]
+        return _RLE, counts.encode()
+    return (_POLYGONS if segmentation else _BOX_ONLY), segmentation

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from giantdet.data.coco import CocoDataset, Objects
 from giantdet.data.images import named
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, read_panoptic_png
 from giantdet.data.records import (
-    Fault,
     Instances,
     category_fault,
     category_name,
@@ -31,6 +30,7 @@ from giantdet.data.records import (
     logger,
     read_instances,
 )
+from giantdet.data.segments import Fault
 from giantdet.errors import DataError
 from giantdet.structures import IGNORE
 
@@ -47,6 +47,10 @@ class SegmentObjects(Objects):
     @cached_property
     def _map(self) -> PanopticMap:
         return self.dataset.panoptic_map(self.i)
+
+    def has_mask(self, n: int) -> bool:
+        """Return True: each object is a segment."""
+        return True
 
     def rle(self, n: int) -> dict[str, Any]:
         """Return object n's compressed RLE over the whole image. Raises DataError if the PNG lacks its id."""
@@ -76,7 +80,8 @@ class CocoPanopticDataset(CocoDataset):
             raise DataError(f"annotations {annotations} have no category with isthing 1")
         objects = _object_records(content, set(things)) if instances is None else _read_objects(instances)
         # The categories are those of the panoptic JSON, so that objects and segments agree on their ids.
-        records = [record for record in content["categories"] if _id(record) in things]
+        # Without their supercategories: a class of the PNG files stays one without objects, too.
+        records = [_without_super(record) for record in content["categories"] if _id(record) in things]
         super().__init__(
             annotations, images, {"images": content["images"], "categories": records, "annotations": objects}
         )
@@ -92,7 +97,8 @@ class CocoPanopticDataset(CocoDataset):
         self._pack(content["annotations"])
         self._report_skipped()
         if instances is None:
-            self.has_masks = len(self.labels_K) > 0
+            self.has_masks, self.without_mask = len(self.labels_K) > 0, 0
+            self._summary = replace(self._summary, without_mask=0)
 
     def _pack(self, records: list[Any]) -> None:
         """Keep the segments of each image in arrays, which forked workers share."""
@@ -207,7 +213,9 @@ class CocoPanopticDataset(CocoDataset):
         Objects whose mask cannot be read are crowds, which are neither found nor missed.
         """
         content = read_instances(self.annotations, "panoptic")
-        records = [record for record in content["categories"] if self.number.get(_id(record)) == 0]
+        records = [
+            _without_super(record) for record in content["categories"] if self.number.get(_id(record)) == 0
+        ]
         return {"images": content["images"], "categories": records, "annotations": self._annotations(content)}
 
     def _annotations(self, content: Instances) -> list[dict[str, Any]]:
@@ -239,6 +247,10 @@ def _id(record: Any) -> Any:
     """Return the id of a record, or None if it has none that can be used."""
     found = record.get("id") if isinstance(record, dict) else None
     return found if is_id(found) else None
+
+
+def _without_super(category: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in category.items() if key != "supercategory"}
 
 
 def _categories(records: list[Any]) -> tuple[dict[int, str], dict[int, str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,14 +15,16 @@ from giantdet.config.classes import Category, Classes
 from giantdet.config.datasets import CocoDatasetConfig, CocoPanopticDatasetConfig, DatasetConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.coco_panoptic import CocoPanopticDataset
+from giantdet.data.near_files import hint
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import Instances, logger
 from giantdet.data.semantic_png import SemanticPngDataset
+from giantdet.data.summary import Summary
 from giantdet.errors import DataError
 
 
 class ImageObjects(Protocol):
-    """The objects of one image, in pixels of the original image. Crowd regions are not among them."""
+    """The objects of one image, in pixels of the original image; no crowd regions and no ignored objects."""
 
     @property
     def boxes_N4(self) -> NDArray[np.float32]:
@@ -45,6 +48,10 @@ class ImageObjects(Protocol):
 
     def __len__(self) -> int: ...
 
+    def has_mask(self, n: int) -> bool:
+        """Return whether object n has a mask; otherwise only its box is known."""
+        ...
+
     def rle(self, n: int) -> dict[str, Any]:
         """Return COCO's compressed RLE of object n over the whole image."""
         ...
@@ -57,10 +64,12 @@ class Dataset(Protocol):
     """The file or folder that describes the data set, for messages."""
     classes: Classes
     """Those of objects, and those of semantic maps; either may be empty."""
+    root: Path
+    """The folder of the images."""
     image_ids: NDArray[np.int64]
     sizes_hw: NDArray[np.int64]  # [N, 2]
     has_masks: bool
-    """Whether objects have masks, so that masks can be evaluated."""
+    """Whether any object has a mask, so that masks can be trained and evaluated."""
     annotated: bool
     """Whether there is a ground truth. A list of images alone gives results without scores."""
 
@@ -102,6 +111,10 @@ class Dataset(Protocol):
         """Return the indices of the images to train on: all, or those with something to learn."""
         ...
 
+    def summary(self) -> Summary:
+        """Return the numbers of images, objects and labels."""
+        ...
+
     def instances(self) -> Instances:
         """Return all records, also of crowd regions, as in a COCO instances JSON: the truth of its scores."""
         ...
@@ -115,6 +128,7 @@ def _coco_panoptic(config: CocoPanopticDatasetConfig) -> Dataset:
     return CocoPanopticDataset(config.annotations, config.images, config.segments_folder, config.instances)
 
 
+_CHECKED_FILES = 50
 READERS: dict[str, Callable[[Any], Dataset]] = {
     "coco": _coco,
     "coco_panoptic": _coco_panoptic,
@@ -126,6 +140,41 @@ READERS: dict[str, Callable[[Any], Dataset]] = {
 def open_dataset(config: DatasetConfig) -> Dataset:
     """Open the data set of a section of `data`. Raises DataError if it cannot be used."""
     return READERS[config.format](config)
+
+
+def check_files(dataset: Dataset) -> None:
+    """Raise DataError if none of a few images, from all parts of the data set, has a file."""
+    chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), _CHECKED_FILES)).astype(int)
+    if not any(os.path.exists(dataset.path(int(i))) for i in chosen):
+        path = dataset.path(0)
+        raise DataError(
+            f"{dataset.annotations}: none of its images exists, e.g. {path}{hint(dataset.root, path)}"
+        )
+
+
+def nothing_to_train(dataset: Dataset) -> DataError:
+    """Return the error of a data set without objects, which says what its annotations are instead."""
+    found = dataset.summary()
+    kinds = {"crowd regions (iscrowd 1)": found.crowds, "ignored objects (ignore 1)": found.ignored}
+    kinds["left out"] = sum(found.left_out.values())
+    others = ", ".join(f"{count} are {kind}" for kind, count in kinds.items() if count)
+    return DataError(
+        f"no image of {dataset.annotations} has an object; there is nothing to train on"
+        + (f": of its records {others}" if others else "")
+    )
+
+
+def check_targets(dataset: Dataset, targets: Container[str], without_masks: str) -> None:
+    """Raise DataError if the data set has none of the objects or masks that a model is trained on.
+
+    `without_masks` tells how to train without masks.
+    """
+    if "boxes" in targets and not dataset.summary().objects:
+        raise nothing_to_train(dataset)
+    if "masks" in targets and not dataset.has_masks:
+        raise DataError(
+            f"{dataset.annotations}: no object has a mask, but the model is trained on masks{without_masks}"
+        )
 
 
 def meet(dataset: Dataset, known: Classes, whose: str | Path) -> Classes:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 
 from giantdet.data.dataset import ImageObjects
+from giantdet.data.segments import adds_up, rle_counts
 from giantdet.data.transforms import Geometry, clip_boxes, transform_boxes
 from giantdet.errors import DataError
 
@@ -103,33 +104,6 @@ def object_frame(
     if window.any() and (extent[2:] > extent[:2]).all():
         box_4 = np.concatenate([np.minimum(box_4[:2], extent[:2]), np.maximum(box_4[2:], extent[2:])])
     return to_frame(window, geometry, box_4, side, (y, x))
-
-
-def rle_counts(string: bytes) -> NDArray[np.int64]:
-    """Return the run lengths, zeros first, of COCO's compressed RLE string (pycocotools' `rleFrString`).
-
-    A number is little-endian in 5-bit digits, one character each, offset 48; bit 5 says that more
-    follow, bit 4 of the last is the sign; from the fourth number on it is the difference to the
-    number two places before.
-    """
-    digits = np.frombuffer(string, np.uint8).astype(np.int64) - 48
-    last = (digits & 32) == 0
-    if len(digits) == 0 or not last[-1]:
-        return np.zeros(0, np.int64)
-    end = np.flatnonzero(last)
-    start = np.concatenate([[0], end[:-1] + 1])
-    length = end - start + 1
-    place = 5 * np.minimum(np.arange(len(digits)) - np.repeat(start, length), 11)
-    numbers = np.add.reduceat((digits & 31) << place, start)
-    numbers -= np.where(digits[end] & 16, np.int64(1) << np.minimum(5 * length, 60), 0)
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
-
-
-def adds_up(runs: NDArray[np.int64], size_hw: tuple[int, int]) -> bool:
-    """Return whether these run lengths fill an image of this size."""
-    return len(runs) > 0 and int(runs.min()) >= 0 and int(runs.sum()) == size_hw[0] * size_hw[1]
 
 
 def decode_window(

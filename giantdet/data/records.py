@@ -1,4 +1,4 @@
-"""Check single COCO records, for `coco.py` (skips and counts) and `validate.py` (reports).
+"""Check single COCO records; `reading.py` reads a whole file with these functions.
 
 A fault is `(kind, text)`: faults are counted by kind, the text says what is wrong with this record.
 Format: https://cocodataset.org/#format-data.
@@ -10,25 +10,17 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from giantdet.data.segments import Fault, Size
 from giantdet.errors import DataError
 
 logger = logging.getLogger("giantdet")
 
-Fault = tuple[str, str]
-Size = tuple[int, int]  # height, width
 _KEYS = ("images", "annotations", "categories")
 _MAX_NAME = 4096  # Linux's PATH_MAX; file names are in one array, where each takes the space of the longest
-# Corners of a polygon may be outside the image, but pycocotools walks along its sides pixel by pixel: a
-# coordinate of 1e8 makes it kill the process.
-_MAX_COORDINATE = 100_000
-# COCO's strings consist of digits "0" to "o"; those from "P" on are followed by another. For any other string
-# pycocotools reads and writes out of bounds.
-_RLE_STRING = re.compile("[0-o]*[0-O]")
 
 
 Instances = Mapping[str, list[dict[str, Any]]]
@@ -132,49 +124,4 @@ def object_fault(record: Any, sizes: Mapping[int, Size], categories: Container[i
     height, width = sizes[image_id]
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return "box outside", f"bbox {record['bbox']} lies outside the {width} x {height} image"
-    return None
-
-
-def segment(segmentation: Any, size: Size) -> tuple[Any, list[Fault]]:
-    """Return the usable part of an annotation's `segmentation`, and the faults of the rest.
-
-    The part is the RLE itself, a list of polygons, an empty list without a segmentation, or None if nothing
-    is usable.
-    """
-    if segmentation is None or segmentation == []:
-        return [], []
-    if isinstance(segmentation, dict):
-        fault = rle_fault(segmentation, size)
-        return (None, [fault]) if fault else (segmentation, [])
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    found = [(part, polygon_fault(part)) for part in parts]
-    faults = [fault for _, fault in found if fault]
-    return [part for part, fault in found if not fault] or None, faults
-
-
-def polygon_fault(part: Any) -> Fault | None:
-    """Return the fault of one polygon: not numbers, far away, odd length, under 3 points; or None."""
-    try:
-        finite = math.isfinite(sum(part))
-    except (TypeError, OverflowError):
-        return "bad polygon", "a polygon is not a list of numbers"
-    if not finite:
-        return "bad polygon", "a polygon has a coordinate that is not finite"
-    if part and max(max(part), -min(part)) > _MAX_COORDINATE:
-        return "bad polygon", f"a polygon has a coordinate beyond {_MAX_COORDINATE} pixels"
-    if len(part) < 6 or len(part) % 2:
-        return "bad polygon", f"a polygon has {len(part)} coordinates; a polygon needs at least 3 points"
-    return None
-
-
-def rle_fault(segmentation: Mapping[str, Any], size: Size) -> Fault | None:
-    """Return the fault of an RLE or None. The sum of a compressed string is checked when it is decoded."""
-    counts = segmentation.get("counts")
-    if segmentation.get("size") != list(size):
-        return "RLE of wrong size", f"RLE size {segmentation.get('size')} is not the image's {list(size)}"
-    if isinstance(counts, list):
-        if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != size[0] * size[1]:
-            return "bad RLE", f"RLE counts do not add up to {size[0]} x {size[1]} pixels"
-    elif not isinstance(counts, str) or not _RLE_STRING.fullmatch(counts):
-        return "bad RLE", "RLE counts are neither a list nor a whole COCO string"
     return None

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from giantdet.config.types import DataConfig
-from giantdet.data.dataset import Dataset
+from giantdet.data.dataset import Dataset, ImageObjects
 from giantdet.data.masks import object_frame
 from giantdet.data.photometric import distort, draw_distortion
 from giantdet.data.transforms import (
@@ -84,7 +84,7 @@ def make_sample(
         keep = np.sort(keep[np.argsort(-sides.prod(axis=1), kind="stable")[:slots]])
     masks = "masks" in targets
     side = config.mask_frame if masks else 0
-    frames = [object_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
+    frames = [_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
     return Sample(
         image,
         geometry.size_hw,
@@ -99,6 +99,15 @@ def make_sample(
         (),
         semantic,
     )
+
+
+def _frame(
+    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray[Any], side: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return the bitmap and frame of object n; without a mask the frame has no extent."""
+    if objects.has_mask(n):
+        return object_frame(objects, n, geometry, box_4, side)
+    return np.zeros((side, side), np.uint8), np.zeros(4, np.float32)
 
 
 def _semantic_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:

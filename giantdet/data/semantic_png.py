@@ -16,6 +16,7 @@ from giantdet.config.datasets import SemanticPngDatasetConfig
 from giantdet.data.images import image_endings, named, read_image
 from giantdet.data.labels import LabelTable, read_classes
 from giantdet.data.records import Instances, logger
+from giantdet.data.summary import Summary
 from giantdet.errors import DataError
 
 
@@ -30,6 +31,10 @@ class NoObjects:
 
     def __len__(self) -> int:
         return 0
+
+    def has_mask(self, n: int) -> bool:
+        """Return False."""
+        return False
 
     def rle(self, n: int) -> dict[str, Any]:
         """Raise IndexError."""
@@ -51,6 +56,7 @@ class SemanticPngDataset:
             raise DataError(f"{self.annotations}: {error}") from error
         self.classes = Classes(semantic=self.table.categories)
         self.has_masks, self.annotated = False, True
+        self.root = self.images
         self.pairs = self._find(config.image_suffix, config.label_suffix)
         self.image_ids = np.arange(len(self.pairs))
         self.sizes_hw = np.array([_size(self.annotations / label) for _, label in self.pairs], np.int64)
@@ -121,6 +127,10 @@ class SemanticPngDataset:
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """Return the indices of all images."""
         return np.arange(len(self))
+
+    def summary(self) -> Summary:
+        """See `Dataset.summary`; there are no objects."""
+        return Summary(images=len(self))
 
     def instances(self) -> Instances:
         """See `Dataset.instances`; there are none."""

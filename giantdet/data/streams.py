@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset as TorchDataset
 
 from giantdet.config.types import DataConfig
-from giantdet.data.dataset import Dataset
+from giantdet.data.dataset import Dataset, nothing_to_train
 from giantdet.data.images import limit_pixels
 from giantdet.data.samples import NO_MAP, Sample, collate, make_sample
 from giantdet.data.transforms import draw_geometry, window_row, windows
@@ -79,8 +79,8 @@ class TrainStream(Stream):
         super().__init__(dataset, config, targets)
         self.seed = seed
         self.indices = dataset.training_indices(config.filter_empty)
-        if len(self.indices) == 0:
-            raise DataError(f"no image of {dataset.annotations} has an object; there is nothing to train on")
+        if len(self.indices) == 0 or ("boxes" in targets and not dataset.summary().objects):
+            raise nothing_to_train(dataset)
 
     def __len__(self) -> int:
         """Return the number of samples per epoch."""

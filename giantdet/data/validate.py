@@ -1,7 +1,7 @@
 """Report what is wrong with a data set, record by record, before a long run. Changes no files.
 
-`CocoDataset` skips records with an error and uses those with a warning or an info. Not checked: whether
-`area` is that of the mask, and whether labels are correct.
+Records with an error are left out; those with a warning or an info are used. Not checked: whether `area` is
+that of the mask, and whether labels are correct.
 """
 
 from __future__ import annotations
@@ -16,19 +16,11 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from giantdet.data.images import has_frames, orient
-from giantdet.data.masks import adds_up, rle_counts
+from giantdet.data.near_files import hint
 from giantdet.data.pixels import to_rgb
-from giantdet.data.records import (
-    Fault,
-    Size,
-    category_fault,
-    category_name,
-    image_fault,
-    is_number,
-    object_fault,
-    read_instances,
-    segment,
-)
+from giantdet.data.reading import Finding, Records, read_records
+from giantdet.data.records import is_number, read_instances
+from giantdet.data.segments import Fault, Size
 from giantdet.errors import DataError
 
 _OVERHANG = 1.0  # pixels a box may extend beyond the image because of rounding
@@ -53,35 +45,29 @@ def validate(annotations: str | Path, images: str | Path, read_files: bool = Tru
 
     Raises `DataError` if the JSON as a whole cannot be used.
     """
-    content = read_instances(annotations)
-    problems: list[Problem] = []
-    categories: set[int] = set()
+    return check(
+        read_records(annotations, read_instances(annotations), keep_findings=True), images, read_files
+    )
+
+
+def check(records: Records, images: str | Path, read_files: bool = True) -> list[Problem]:
+    """Return the same of records that were read with their findings."""
+    problems = [_found(finding) for finding in records.findings or ()]
     names: set[str] = set()
-    for record in content["categories"]:
-        if fault := category_fault(record, categories):
-            problems.append(_problem(fault, "category", record))
-        else:
-            categories.add(record["id"])
-            if (name := category_name(record)) in names:
-                fault = ("duplicate category name", f"an earlier category is called {name!r}, too")
-                problems.append(_problem(fault, "category", record, "warning"))
-            names.add(name)
-    sizes: dict[int, Size] = {}
-    for record in content["images"]:
-        if fault := image_fault(record, sizes):
-            problems.append(_problem(fault, "image", record))
-            continue
-        sizes[record["id"]] = (record["height"], record["width"])
-        if read_files:
-            problems += _file_problems(record, Path(images) / record["file_name"])
+    for number, name in records.categories.items():
+        if name in names:
+            fault = ("duplicate category name", f"an earlier category is called {name!r}, too")
+            problems.append(_problem(fault, "category", {"id": number}, "warning"))
+        names.add(name)
+    for record in records.images.values() if read_files else ():
+        problems += _file_problems(record, Path(images))
+    sizes = records.sizes
     seen: set[Any] = set()
     with_objects: set[int] = set()
-    for record in content["annotations"]:
-        if fault := object_fault(record, sizes, categories):
-            problems.append(_problem(fault, "annotation", record))
-            continue
+    for record in records.annotations:
         with_objects.add(record["image_id"])
         problems += _object_problems(record, sizes[record["image_id"]], seen)
+    problems += _class_problems(records)
     for image_id in sizes:
         if image_id not in with_objects:
             problems.append(
@@ -106,6 +92,29 @@ def format_report(problems: list[Problem], examples: int = 5) -> str:
     return "\n".join(lines)
 
 
+def _found(finding: Finding) -> Problem:
+    level: Literal["error", "warning"] = "error" if finding.left_out else "warning"
+    return Problem(finding.kind, finding.name, f"{finding.what} {finding.name}: {finding.text}", level)
+
+
+def _class_problems(records: Records) -> Iterator[Problem]:
+    """Yield what concerns whole classes or the whole file, of a file with objects."""
+    crowds = sum(bool(record.get("iscrowd")) for record in records.annotations)
+    if crowds and crowds == len(records.annotations):
+        text = f"all {crowds} annotations are crowd regions; if they are objects, set iscrowd to 0"
+        yield Problem("only crowds", None, text, "warning")
+    objects = [r for r in records.annotations if not r.get("iscrowd") and not r.get("ignore")]
+    bare = sum(not record.get("segmentation") for record in objects)
+    if 0 < bare < len(objects):
+        text = f"{bare} of {len(objects)} objects have no mask; they are trained and scored as boxes alone"
+        yield Problem("objects without a mask", None, text, "warning")
+    used = {record["category_id"] for record in records.annotations}
+    for number, name in records.categories.items():
+        if used and number not in used:
+            text = f"category {number}: no annotation is of the class {name!r}"
+            yield Problem("class without objects", number, text, "info")
+
+
 def _problem(
     fault: Fault, what: str, record: Any, level: Literal["error", "warning", "info"] = "error"
 ) -> Problem:
@@ -113,7 +122,8 @@ def _problem(
     return Problem(fault[0], name, f"{what} {name}: {fault[1]}", level)
 
 
-def _file_problems(record: dict[str, Any], path: Path) -> Iterator[Problem]:
+def _file_problems(record: dict[str, Any], folder: Path) -> Iterator[Problem]:
+    path = folder / record["file_name"]
     size = (record["height"], record["width"])
     try:
         with Image.open(path) as file:
@@ -127,7 +137,7 @@ def _file_problems(record: dict[str, Any], path: Path) -> Iterator[Problem]:
                 yield _problem(("unreadable pixels", f"{path}: {error}"), "image", record)
             several = has_frames(file)
     except FileNotFoundError:
-        yield _problem(("missing file", f"{path} does not exist"), "image", record)
+        yield _problem(("missing file", f"{path} does not exist{hint(folder, path)}"), "image", record)
     except DataError as error:
         yield _problem(("size mismatch", f"{path}: {error}"), "image", record)
     except Exception as error:  # PIL's plugins raise any exception on broken files
@@ -178,21 +188,14 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
     segmentation = record.get("segmentation")
     if record.get("iscrowd") and not isinstance(segmentation, dict):
         yield found("crowd without RLE", "a crowd region's segmentation should be RLE", "warning")
-    usable, faults = segment(segmentation, size)
-    for fault in faults:
-        yield found(*fault)
-    if not usable:
+    if not segmentation:
         return
-    if isinstance(usable, dict):
-        rle = usable
+    if isinstance(segmentation, dict):
+        rle = segmentation
         if isinstance(rle["counts"], list):
             rle = mask_util.frPyObjects(rle, *size)
-        else:
-            if not adds_up(rle_counts(rle["counts"].encode()), size):
-                yield found("bad RLE", f"RLE counts do not add up to {size[0]} x {size[1]} pixels")
-                return
     else:
-        parts = [np.asarray(part, np.float64) for part in usable]
+        parts = [np.asarray(part, np.float64) for part in segmentation]
         rle = mask_util.merge(mask_util.frPyObjects(parts, *size))
     if mask_util.area(rle) == 0:
         yield found("empty mask", "its mask has no pixel inside the image", "warning")

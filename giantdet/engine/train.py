@@ -21,7 +21,14 @@ from giantdet.config.json_text import json_text
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
-from giantdet.data.dataset import Dataset, meet, open_dataset
+from giantdet.data.dataset import (
+    Dataset,
+    check_files,
+    check_targets,
+    meet,
+    nothing_to_train,
+    open_dataset,
+)
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
@@ -131,6 +138,11 @@ def prepare(run: RunConfig) -> Training:
         known = run.giantdet.model.predicted(dataset.classes)
         scored = meet(validation, known, dataset.annotations)
     images = len(dataset.training_indices(data.filter_empty))
+    if not images:
+        raise nothing_to_train(dataset)
+    for opened in (dataset, validation):
+        if opened is not None:
+            check_files(opened)
     resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
     check_norms(resolved.giantdet.norm, resolved.batch.micro, comm.world_size())
     lock = OutputLock(Path(resolved.giantdet.train.output))
@@ -153,6 +165,7 @@ def _build(
     config, output = run.giantdet, Path(run.giantdet.train.output)
     set_determinism(config.train.deterministic)
     model = zero.build(run, run.batch.micro)
+    check_targets(dataset, model.targets, model.WITHOUT_MASKS)
     check_windows(model.tasks, config.eval.window_stride)
     if validation is not None:
         warn_of_limits(validation, config.model, config.eval.max_detections)
@@ -165,6 +178,7 @@ def _build(
     if comm.is_main():
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")
+        write_summary(dataset, validation, output / "data.json")
         if first_step:
             print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
     comm.barrier()
@@ -331,6 +345,16 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
         + group_table(zero.groups_of(model, run), run.optimizer.lr),
         flush=True,
     )
+
+
+def write_summary(dataset: Dataset, validation: Dataset | None, file: Path) -> None:
+    """Print what the data sets hold, and write it to a JSON file."""
+    opened = {"train": dataset} | ({} if validation is None else {"val": validation})
+    found = {split: part.summary() for split, part in opened.items()}
+    for split, summary in found.items():
+        print(summary.text(f"data.{split}"), flush=True)
+    content = {split: summary.as_json() for split, summary in found.items()}
+    file.write_text(json_text(content, indent=2) + "\n")
 
 
 def schedule_line(run: ResolvedRun) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from giantdet.config.architectures.common import ArchitectureConfig
@@ -26,6 +25,7 @@ from giantdet.data.dataset import Dataset
 from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
 from giantdet.evaluation.evaluator import Scores, shown
+from giantdet.evaluation.judge import CocoJudge
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections, Outputs
 
@@ -37,7 +37,7 @@ _BITMAP_BYTES = 2**28  # at a time: 100 masks of an image of 13,000 x 13,000 pix
 
 
 class CocoEvaluator:
-    """Box and mask AP; see `Evaluator`. Masks are scored if every object of the data set has one."""
+    """Box and mask AP; see `Evaluator`. Masks are scored if an object of the data set has one."""
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"box": "AP", "mask": "AP"}
     WINDOWS: ClassVar[bool] = False
@@ -182,15 +182,15 @@ def coco_scores(
 ) -> dict[str, Any]:
     """Return COCO's numbers and `per_class`, AP by category name; it is None for a class without objects.
 
-    They are those of pycocotools' COCOeval, of the `max_detections` best results of each class in an image,
-    where COCO has 100. `truth` is that of `data/truth.py`.
+    They are computed by `CocoJudge` from the `max_detections` best results of each class in an image, where
+    COCO has 100. `truth` is that of `data/truth.py`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         # pycocotools takes the area of a result from its box if there is one. Mask AP's size ranges are those
         # of mask areas, so the boxes are removed.
         kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
         found = truth.loadRes(kept) if kept else _no_results(truth)
-        judge = COCOeval(truth, found, iou_type)
+        judge = CocoJudge(truth, found, iou_type)
         judge.params.maxDets = _limits(max_detections)
         judge.evaluate()
         judge.accumulate()
@@ -204,7 +204,7 @@ def coco_scores(
     return scores
 
 
-def _number(judge: COCOeval, name: str) -> float:
+def _number(judge: CocoJudge, name: str) -> float:
     """Return one of `coco_numbers`, -1 where no object counts.
 
     COCOeval.summarize gives AP only for 100 detections: for any other limit its AP is -1.

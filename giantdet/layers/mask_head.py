@@ -60,10 +60,12 @@ def mask_training_predictions(
     targets: Targets,
     conventions: Conventions,
 ) -> MaskPredictions:
-    """Masks of the first P RoIs: positives come first, in random order."""
+    """Masks of the first P RoIs: positives come first, in random order. Objects without a mask are unused."""
     config = head.config
     slots = min(config.slots, rois.positive_BR.shape[1])
-    valid_BP, index_BP = rois.positive_BR[:, :slots], rois.index_BR[:, :slots]
+    index_BP = rois.index_BR[:, :slots]
+    has_mask_BM = targets.frames_BM4[..., 2] > targets.frames_BM4[..., 0]
+    valid_BP = rois.positive_BR[:, :slots] & has_mask_BM.gather(1, index_BP)
     # Adaptive sampling takes a point a cell: an unused slot's box of any size would cost time.
     boxes_BP4 = rois.boxes_BR4[:, :slots].where(valid_BP[..., None], 0.0)
     label_BP = rois.labels_BR[:, :slots].where(valid_BP, 0)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from bad_inputs.cases import Case, Error, Replaced, Skipped, Works
+from bad_inputs.cases import Case, Error, Noted, Skipped, Works
 from bad_inputs.images import SIZE
 
 POLYGON = [5, 5, 15, 5, 15, 13, 5, 13]
@@ -57,6 +57,23 @@ def image(**fields: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def every(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    """Change these fields of all objects."""
+
+    def change(content: dict[str, Any]) -> None:
+        for record in content["annotations"]:
+            record |= fields
+
+    return change
+
+
+def under_root(content: dict[str, Any]) -> None:
+    """Add a category without objects that is the supercategory of the others."""
+    for record in content["categories"]:
+        record["supercategory"] = "things"
+    content["categories"].append({"id": 0, "name": "things", "supercategory": "none"})
+
+
 def added(key: str, *records: Any) -> Callable[[dict[str, Any]], None]:
     return lambda content: content[key].extend(records)
 
@@ -77,6 +94,7 @@ def objects_10000(content: dict[str, Any]) -> None:
         content["annotations"].append(content["annotations"][0] | {"id": 100 + n} | box)
 
 
+KEPT = "the object is kept as a box without a mask"
 _TEXT = json.dumps(good_content())
 _RLE = {"size": [SIZE[1], SIZE[0]], "counts": [100, 50, 650]}
 ANNOTATIONS = [
@@ -122,6 +140,17 @@ ANNOTATIONS = [
     Case("an image's id beyond 64 bits", image(id=2**70), Skipped("bad image id")),
     Case("two images of one id", image(id=1), Skipped("duplicate image id")),
     Case("an image of negative width", image(width=-40), Skipped("bad image size")),
+    Case("an image's size and id as 40.0", image(id=9.0, width=40.0, height=20.0), Works("40.0 is 40")),
+    Case(
+        "a file name only in coco_url",
+        image(file_name=None, coco_url="http://images.example.org/val/a.png"),
+        Noted("file name from a URL", "the last part of the URL"),
+    ),
+    Case(
+        "a URL for a file name",
+        image(file_name="https://images.example.org/a.png?size=1"),
+        Noted("file name from a URL", "the last part of the URL"),
+    ),
     Case("an image's width as text", image(width="40"), Skipped("bad image size")),
     Case("an image of 10**30 pixels", image(width=10**30), Skipped("bad image size")),
     Case("an image without a file name", image(file_name=None), Skipped("bad file name")),
@@ -146,27 +175,85 @@ ANNOTATIONS = [
     Case("null for an annotation", added("annotations", None), Skipped("bad annotation")),
     Case("an unknown image", more(image_id=99), Skipped("unknown image")),
     Case("an unknown category", more(category_id=7), Skipped("unknown category")),
-    Case("no box", more(bbox=None), Skipped("bad box")),
+    Case("no box beside a polygon", more(bbox=None), Noted("no box", "the box around the mask")),
+    Case("neither box nor mask", more(bbox=None, segmentation=None), Skipped("bad box")),
     Case("a box of three numbers", more(bbox=[1, 2, 3]), Skipped("bad box")),
     Case("a box with NaN", more(bbox=[1, 2, float("nan"), 4]), Skipped("bad box")),
     Case("a box with text", more(bbox=[1, 2, "3", 4]), Skipped("bad box")),
     Case("a box of negative height", more(bbox=[1, 2, 3, -4]), Skipped("empty box")),
     Case("a box outside the image", more(bbox=[41, 5, 10, 8]), Skipped("box outside")),
     Case("a box that overhangs", more(bbox=[35, 5, 30, 8]), Works("clipped for training")),
-    Case("a polygon of 2 points", more(segmentation=[[1, 2, 3, 4]]), Skipped("bad polygon")),
-    Case("a polygon of 7 numbers", more(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), Skipped("bad polygon")),
-    Case("a polygon with NaN", more(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), Skipped("bad polygon")),
-    Case("a polygon with a corner at 1e9", more(segmentation=[[1, 2, 1e9, 4, 5, 6]]), Skipped("bad polygon")),
-    Case("a polygon not in a list", more(segmentation=POLYGON[:6]), Skipped("bad polygon", 6)),
-    Case("one good polygon, one bad", more(segmentation=[POLYGON, [1, 2]]), Skipped("bad polygon")),
-    Case("RLE of another size", more(segmentation=_RLE | {"size": list(SIZE)}), Skipped("RLE of wrong size")),
-    Case("RLE of too few pixels", more(segmentation=_RLE | {"counts": [700]}), Skipped("bad RLE")),
-    Case("an RLE string cut in a number", more(segmentation=_RLE | {"counts": "T3o"}), Skipped("bad RLE")),
-    Case("an RLE string of other letters", more(segmentation=_RLE | {"counts": "T\0 z"}), Skipped("bad RLE")),
+    Case("a polygon of 2 points", more(segmentation=[[1, 2, 3, 4]]), Noted("bad polygon", KEPT)),
+    Case("a polygon of 7 numbers", more(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), Noted("bad polygon", KEPT)),
+    Case(
+        "a polygon with NaN", more(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), Noted("bad polygon", KEPT)
+    ),
+    Case(
+        "a polygon with a corner at 1e9",
+        more(segmentation=[[1, 2, 1e9, 4, 5, 6]]),
+        Noted("bad polygon", KEPT),
+    ),
+    Case(
+        "a polygon not in a list",
+        more(segmentation=POLYGON),
+        Noted("polygon not in a list", "read as a polygon"),
+    ),
+    Case(
+        "a polygon of points",
+        more(segmentation=[[5, 5], [15, 5], [15, 13]]),
+        Noted("polygon of points", "read as a polygon"),
+    ),
+    Case("a list without coordinates", more(segmentation=[[]]), Noted("bad polygon", KEPT)),
+    Case("four numbers for a mask", more(segmentation=[5, 5, 10, 8]), Noted("bad polygon", KEPT)),
+    Case(
+        "one good polygon, one bad",
+        more(segmentation=[POLYGON, [1, 2]]),
+        Noted("bad polygon", "the good one is the mask"),
+    ),
+    Case(
+        "RLE of another size",
+        more(segmentation=_RLE | {"size": list(SIZE)}),
+        Noted("RLE of wrong size", KEPT),
+    ),
+    Case("RLE of too few pixels", more(segmentation=_RLE | {"counts": [700]}), Noted("bad RLE", KEPT)),
+    Case(
+        "an RLE string cut in a number", more(segmentation=_RLE | {"counts": "T3o"}), Noted("bad RLE", KEPT)
+    ),
+    Case(
+        "an RLE string of other letters",
+        more(segmentation=_RLE | {"counts": "T\0 z"}),
+        Noted("bad RLE", KEPT),
+    ),
     Case(
         "an RLE string of too few pixels",
         more(segmentation=_RLE | {"counts": "44"}),
-        Replaced("annotation 17: its RLE does not add up"),
+        Noted("bad RLE", KEPT),
+    ),
+    *[
+        Case(f"{text!r} for iscrowd", more(iscrowd=text), Noted("iscrowd as text", "no crowd"))
+        for text in ("0", "false")
+    ],
+    Case("'true' for iscrowd", more(iscrowd="true"), Noted("iscrowd as text", "a crowd")),
+    Case("true for iscrowd", more(iscrowd=True), Works("a crowd")),
+    Case("'perhaps' for iscrowd", more(iscrowd="perhaps"), Skipped("bad iscrowd")),
+    Case("2 for iscrowd", more(iscrowd=2), Skipped("bad iscrowd")),
+    Case("ignore 1", more(ignore=1), Works("neither trained on nor counted as missed")),
+    Case("only crowds", every(iscrowd=1), Error("no image of ...: of its records 3 are crowd regions")),
+    Case("only ignored objects", every(ignore=1), Error("no image of ...: of its records 3 are ignored")),
+    Case(
+        "boxes relative to the image",
+        every(bbox=[0.125, 0.25, 0.25, 0.4]),
+        Error("...: all 3 boxes lie in 0 to 1, so they are relative to the image's size..."),
+    ),
+    Case(
+        "corners for boxes",
+        every(bbox=[18, 5, 30, 18], area=156),
+        Error("...: the 3 boxes are corners x1, y1, x2, y2, e.g. ..."),
+    ),
+    Case(
+        "a root category above all others",
+        under_root,
+        Noted("root category", "it is not a class"),
     ),
     Case("no id", more(id=None), Works("numbered")),
     Case("two annotations of one id", more(id=1), Works("both are used")),

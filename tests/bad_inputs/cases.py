@@ -18,6 +18,14 @@ class Skipped(NamedTuple):
     records: int = 1
 
 
+class Noted(NamedTuple):
+    """The record is used, but not as it is written, and is counted by this kind."""
+
+    kind: str
+    how: str
+    records: int = 1
+
+
 class Replaced(NamedTuple):
     """The image gives way to the next one, is named with this reason and counted."""
 
@@ -33,4 +41,4 @@ class Works(NamedTuple):
 class Case(NamedTuple):
     what: str
     make: Any  # as the comment above each list says
-    outcome: Error | Skipped | Replaced | Works
+    outcome: Error | Skipped | Noted | Replaced | Works

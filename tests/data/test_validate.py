@@ -38,12 +38,24 @@ def make(folder: Path, images: list[Any], annotations: list[Any], categories: li
 
 
 # kind, the annotation's changes, is it an error, is it left out of training
+ONLY_REPORTED = {
+    "box overhangs",
+    "empty mask",
+    "crowd without RLE",
+    "no area",
+    "no iscrowd",
+    "bad annotation id",
+    "duplicate annotation id",
+}
+
 OBJECTS = [
     ("unknown image", {"image_id": 99}, "error", True),
     ("unknown image", {"image_id": "1"}, "error", True),
     ("unknown category", {"category_id": 7}, "error", True),
     ("bad box", {"bbox": [1, 2, 3]}, "error", True),
-    ("bad box", {"bbox": None}, "error", True),
+    ("bad box", {"bbox": None, "segmentation": None}, "error", True),
+    ("no box", {"bbox": None}, "warning", False),
+    ("no box", {"bbox": []}, "warning", False),
     ("bad box", {"bbox": [1, 2, "3", 4]}, "error", True),
     ("bad box", {"bbox": [1, 2, float("nan"), 4]}, "error", True),
     ("bad box", {"bbox": [1, 2, float("inf"), 4]}, "error", True),
@@ -52,20 +64,24 @@ OBJECTS = [
     ("box outside", {"bbox": [40, 2, 5, 4]}, "error", True),
     ("box outside", {"bbox": [2, -9, 5, 9]}, "error", True),
     ("box overhangs", {"bbox": [30, 2, 15, 4], "segmentation": None}, "warning", False),
-    ("bad polygon", {"segmentation": [[1, 2, 3, 4]]}, "error", True),
-    ("bad polygon", {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "error", True),
-    ("bad polygon", {"segmentation": [["a"]]}, "error", True),
-    ("bad polygon", {"segmentation": 3}, "error", True),
-    ("bad polygon", {"segmentation": [POLYGON, [1, 2, 3, 4]]}, "error", False),
-    ("RLE of wrong size", {"segmentation": {"size": [40, 20], "counts": [800]}}, "error", True),
-    ("bad RLE", {"segmentation": {"size": [20, 40], "counts": [700]}}, "error", True),
-    ("bad RLE", {"segmentation": {"size": [20, 40], "counts": None}}, "error", True),
-    (
-        "bad RLE",
-        {"segmentation": {"size": [20, 40], "counts": CORRUPT}},
-        "error",
-        False,
-    ),  # shows when decoded
+    ("bad polygon", {"segmentation": [[1, 2, 3, 4]]}, "warning", False),
+    ("bad polygon", {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "warning", False),
+    ("bad polygon", {"segmentation": [["a"]]}, "warning", False),
+    ("bad polygon", {"segmentation": 3}, "warning", False),
+    ("bad polygon", {"segmentation": [POLYGON, [1, 2, 3, 4]]}, "warning", False),
+    ("RLE of wrong size", {"segmentation": {"size": [40, 20], "counts": [800]}}, "warning", False),
+    ("bad RLE", {"segmentation": {"size": [20, 40], "counts": [700]}}, "warning", False),
+    ("bad RLE", {"segmentation": {"size": [20, 40], "counts": None}}, "warning", False),
+    ("bad RLE", {"segmentation": {"size": [20, 40], "counts": CORRUPT}}, "warning", False),
+    ("polygon not in a list", {"segmentation": POLYGON}, "warning", False),
+    ("polygon of points", {"segmentation": [[5, 5], [15, 5], [15, 13], [5, 13]]}, "warning", False),
+    ("polygon of points", {"segmentation": [[[5, 5], [15, 5], [15, 13], [5, 13]]]}, "warning", False),
+    ("bad iscrowd", {"iscrowd": "maybe"}, "error", True),
+    ("bad iscrowd", {"iscrowd": 2}, "error", True),
+    ("bad ignore", {"ignore": [1]}, "error", True),
+    ("iscrowd as text", {"iscrowd": "0"}, "warning", False),
+    ("iscrowd as text", {"iscrowd": "False"}, "warning", False),
+    ("ignore as text", {"ignore": "true"}, "warning", True),
     ("empty mask", {"segmentation": {"size": [20, 40], "counts": [800]}}, "warning", False),
     ("box and mask differ", {"segmentation": [[25, 5, 35, 5, 35, 13]]}, "info", False),
     ("crowd without RLE", {"iscrowd": 1, "segmentation": [POLYGON]}, "warning", True),
@@ -81,13 +97,18 @@ def test_bad_object(tmp_path: Path, kind: str, change: dict[str, Any], level: st
     bad = GOOD | {"id": 17, "segmentation": [POLYGON]} | change
     path = make(tmp_path, [IMAGE], [GOOD | {"segmentation": [POLYGON]}, bad], [{"id": 1, "name": "x"}])
     problems = validate(path, tmp_path)
+    if problems[-1].kind == "objects without a mask":  # about the file, because the other object has one
+        assert (
+            problems.pop().text.startswith("1 of 2 objects") and CocoDataset(path, tmp_path).without_mask == 1
+        )
     assert [(p.kind, p.id, p.level) for p in problems] == [(kind, bad["id"], level)]
     assert f"annotation {bad['id']}: " in problems[0].text and "\n" not in problems[0].text
     assert kind in format_report(problems)
     dataset = CocoDataset(path, tmp_path)
     assert len(dataset.objects(0)) == (1 if left_out else 2)
-    runtime = isinstance(bad["segmentation"], dict) and bad["segmentation"]["counts"] == CORRUPT
-    assert sum(dataset.skipped.values()) == (1 if level == "error" and not runtime else 0)
+    assert dict(dataset.skipped) == ({kind: 1} if level == "error" else {})
+    noted = level == "warning" and kind not in ONLY_REPORTED
+    assert dict(dataset.noted) == ({kind: 1} if noted else {})
 
 
 IMAGES = [

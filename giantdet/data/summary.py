@@ -1,0 +1,101 @@
+"""What a data set holds, in numbers: printed at the start of a run and by `giantdet validate-data`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from giantdet.data.reading import Records
+from giantdet.data.transforms import MIN_SIDE
+
+_NAMED = 20  # classes named in the text; the JSON has all
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of a data set. Crowd regions and ignored objects are not among the objects."""
+
+    images: int
+    images_without_objects: int = 0
+    objects: int = 0
+    crowds: int = 0
+    ignored: int = 0
+    without_mask: int = 0
+    tiny: int = 0
+    """Objects narrower than a pixel of the file."""
+    objects_per_class: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Records that could not be used, by kind."""
+    used_otherwise: dict[str, int] = field(default_factory=dict)
+    """Records that were used, but not as they are written, by kind."""
+
+    @property
+    def empty_classes(self) -> list[str]:
+        """Names of the classes without objects."""
+        return [name for name, count in self.objects_per_class.items() if not count]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all numbers, for a JSON file."""
+        return asdict(self) | {"classes_without_objects": self.empty_classes}
+
+    def text(self, title: str) -> str:
+        """Return the summary as lines of text, the first of which begins with `title`."""
+        lines = [f"{title}: {self.images} images"]
+        if self.objects_per_class:
+            lines[0] += f" ({self.images_without_objects} without objects), {self.objects} objects"
+            numbers = {
+                "crowd regions": self.crowds,
+                "ignored objects": self.ignored,
+                "objects without a mask": self.without_mask,
+                "objects narrower than a pixel": self.tiny,
+            }
+            lines.append("  " + ", ".join(f"{name}: {count}" for name, count in numbers.items()))
+            lines.append(f"  objects per class: {_counts(self.objects_per_class)}")
+        if self.objects and self.empty_classes:
+            lines.append(f"  classes without objects: {_listed(self.empty_classes)}")
+        for name, kinds in (("left out", self.left_out), ("used, not as written", self.used_otherwise)):
+            if kinds:
+                lines.append(f"  {name}: " + ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
+        return "\n".join(lines)
+
+
+def summarize(records: Records) -> Summary:
+    """Return the summary of the usable records of a file."""
+    objects, crowds, ignored, without_mask, tiny = Counter[int](), 0, 0, 0, 0
+    images: set[int] = set()
+    for record in records.annotations:
+        if record.get("iscrowd"):
+            crowds += 1
+        elif record.get("ignore"):
+            ignored += 1
+        else:
+            objects[record["category_id"]] += 1
+            images.add(record["image_id"])
+            without_mask += not record.get("segmentation")
+            tiny += min(record["bbox"][2:]) < MIN_SIDE
+    per_class: dict[str, int] = {}
+    for number, name in sorted(records.categories.items()):
+        per_class[f"{name} ({number})" if name in per_class else name] = objects[number]
+    return Summary(
+        images=len(records.images),
+        images_without_objects=len(records.images) - len(images),
+        objects=objects.total(),
+        crowds=crowds,
+        ignored=ignored,
+        without_mask=without_mask,
+        tiny=tiny,
+        objects_per_class=per_class,
+        left_out=dict(records.skipped),
+        used_otherwise=dict(records.noted),
+    )
+
+
+def _counts(per_class: dict[str, int]) -> str:
+    ordered = sorted(per_class.items(), key=lambda item: -item[1])
+    return _listed([f"{name} {count}" for name, count in ordered])
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
