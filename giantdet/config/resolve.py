@@ -15,6 +15,7 @@ from typing import Any
 
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.architectures.common import PartNormConfig
+from giantdet.config.batch import ACCUMULATION, BATCH, MICRO, solve_batch
 from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
@@ -28,11 +29,6 @@ from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
 from giantdet.config.types import GiantdetConfig
 from giantdet.errors import ConfigError
 
-BATCH, MICRO, ACCUMULATION = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-)
 _CLASS_WORDS = {"objects": "classes of objects", "semantic": "semantic maps", "stuff": "classes of stuff"}
 # Blocks in which DeepSpeed reads "auto" as "not given".
 AUTO_BLOCKS = [
@@ -131,38 +127,6 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
                 folder = source.path.parent
                 beside = [p.name for p in folder.glob(f"*{source.path.suffix}")] if folder.is_dir() else []
                 raise ConfigError(f"{where}: no file {source.path}{nearest(source.path.name, beside)}")
-
-
-def solve_batch(deepspeed: dict[str, Any], world_size: int) -> tuple[int, int, int]:
-    """Return (train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps).
-
-    Any two of the three, or one of the first two, determine the others by DeepSpeed's rule: the batch is
-    the product of micro-batch, accumulation steps and number of processes. Where only one is given there is
-    no accumulation.
-
-    Raises ConfigError, with the nearest possible batch size, where there is no solution.
-    """
-    given = [deepspeed.get(key, "auto") for key in (BATCH, MICRO, ACCUMULATION)]
-    batch, micro, accumulation = (None if value == "auto" else int(value) for value in given)
-    if batch is None and micro is None:
-        raise ConfigError(f"give {BATCH} or {MICRO}; the other one follows from the number of processes")
-    if batch is None:
-        assert micro is not None
-        accumulation = accumulation or 1
-        return micro * accumulation * world_size, micro, accumulation
-    if micro is None and accumulation is None:
-        accumulation = 1
-    unit = world_size * (micro or 1) * (accumulation or 1)
-    solved = (batch // unit, accumulation) if micro is None else (micro, accumulation or batch // unit)
-    micro_size, accumulated = solved[0], solved[1] or 0
-    if micro_size * accumulated * world_size != batch or batch < unit:
-        complete = micro is not None and accumulation is not None
-        possible = unit if complete else max(unit, round(batch / unit) * unit)
-        raise ConfigError(
-            f"{BATCH} {batch} is not {MICRO} ({given[1]}) x {ACCUMULATION} ({given[2]}) x {world_size} "
-            f"process{'es' if world_size > 1 else ''}; nearest possible {BATCH}: {possible}"
-        )
-    return batch, micro_size, accumulated
 
 
 def _with_classes(model: ArchitectureConfig, classes: Classes) -> ArchitectureConfig:

@@ -1,4 +1,4 @@
-"""The training loop, its preparation, and what it prints and logs."""
+"""The training loop, its preparation, and what it logs."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
 from giantdet.engine import zero
+from giantdet.engine.announce import announce, write_summary
 from giantdet.engine.evaluate import Evaluation, check_windows, evaluate, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
@@ -41,10 +42,9 @@ from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.export import export_config, export_model
-from giantdet.layers.norm import check_norms, norm_summary
+from giantdet.layers.norm import check_norms
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
-from giantdet.optim.param_groups import group_table
 
 logger = logging.getLogger("giantdet")
 
@@ -324,66 +324,3 @@ def progress(training: Training, counters: dict[str, int], skipped: int) -> dict
     line |= {name: round(total) for name, total in zip(names, totals, strict=True) if total}
     line |= training.checkpoints.counters()
     return line | (training.agvm.scalars() if training.agvm is not None else {})
-
-
-def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> None:
-    """Print a summary of the run before its first step, on the main rank."""
-    if not comm.is_main():
-        return
-    config, (total, micro_batch, accumulation) = run.giantdet, run.batch
-    keys = config.model.CLASS_KEYS
-    classes = ", ".join(
-        f"{getattr(config.model, k)} {k.removeprefix('num_').replace('_', ' ')}" for k in keys
-    )
-    print(
-        f"giantdet: {config.model.type}, {config.model.backbone.name}, {classes}, "
-        f"canvas {config.data.size}, ZeRO-{run.stage}, {comm.world_size()} ranks on {device.type}, "
-        f"{config.train.steps} steps\n"
-        f"batch {total} = {micro_batch} images x {accumulation} accumulated x {comm.world_size()} ranks\n"
-        + norm_table(model, micro_batch, accumulation)
-        + schedule_line(run)
-        + group_table(zero.groups_of(model, run), run.optimizer.lr),
-        flush=True,
-    )
-
-
-def write_summary(dataset: Dataset, validation: Dataset | None, file: Path) -> None:
-    """Print what the data sets hold, and write it to a JSON file."""
-    opened = {"train": dataset} | ({} if validation is None else {"val": validation})
-    found = {split: part.summary() for split, part in opened.items()}
-    for split, summary in found.items():
-        print(summary.text(f"data.{split}"), flush=True)
-    content = {split: summary.as_json() for split, summary in found.items()}
-    file.write_text(json_text(content, indent=2) + "\n")
-
-
-def schedule_line(run: ResolvedRun) -> str:
-    """Return optimizer, LR, schedule, clipping and averaging as a line that ends with a line break."""
-    config, optimizer, scheduler = run.giantdet, run.optimizer, run.scheduler
-    parts = [f"{optimizer.name} with LR {optimizer.lr:.4g}"]
-    if scheduler is None:
-        parts.append("constant")
-    else:
-        values = ", ".join(f"{key} {value}" for key, value in scheduler.given().items())
-        parts.append(f"{scheduler.name} ({values})")
-    if run.clipping:
-        window = config.train.clip_window
-        where = "" if window is None else f" in steps {window[0]} to {window[1]}"
-        parts.append(f"gradients clipped at {run.clipping:g}{where}")
-    if config.ema.enabled:
-        parts.append(f"weights averaged with decay {config.ema.decay:g}")
-    return ", ".join(parts) + "\n"
-
-
-def norm_table(model: Architecture, micro_batch: int, accumulation: int) -> str:
-    """Return which images the batch norms of each part normalise together, as lines with line breaks."""
-    lines = [
-        f"  {name.replace('_', ' ')}: {norm_summary(part, micro_batch)}\n"
-        for name, part in model.named_children()
-    ]
-    if accumulation > 1 and any("images" in line for line in lines):
-        lines.append(
-            f"  accumulation adds no image to these: each of the {accumulation} micro-steps is normalised "
-            "separately and updates the running statistics\n"
-        )
-    return "batch norms\n" + "".join(lines)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from giantdet.config.batch import solve_batch
 from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig, load_run, parse_run
-from giantdet.config.resolve import check_data, describe, resolve, solve_batch
+from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
