@@ -6,7 +6,7 @@ mmdetection 3.3 (`models/`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DeltaWeights = tuple[float, float, float, float]
 
@@ -84,18 +84,20 @@ class Conventions:
         return self.smooth_l1_beta if chosen is None else chosen
 
 
+DETECTRON2 = Conventions(
+    rounded_anchors=False,
+    anchors_in_padding=False,
+    min_proposal_size=0.0,
+    min_detection_size=0.0,
+    aligned_rois=True,
+    smooth_l1_beta=0.0,
+    rpn_loss_over_all_slots=True,
+    binary_mask_targets=True,
+    pastes_at_pixel_centres=True,
+)
+
 CONVENTIONS: dict[str, Conventions] = {
-    "detectron2": Conventions(
-        rounded_anchors=False,
-        anchors_in_padding=False,
-        min_proposal_size=0.0,
-        min_detection_size=0.0,
-        aligned_rois=True,
-        smooth_l1_beta=0.0,
-        rpn_loss_over_all_slots=True,
-        binary_mask_targets=True,
-        pastes_at_pixel_centres=True,
-    ),
+    "detectron2": DETECTRON2,
     "torchvision": Conventions(
         rounded_anchors=True,
         anchors_in_padding=True,
@@ -107,16 +109,9 @@ CONVENTIONS: dict[str, Conventions] = {
         binary_mask_targets=False,
         pastes_at_pixel_centres=False,
     ),
-    "mmdetection": Conventions(
-        rounded_anchors=False,
-        anchors_in_padding=False,
-        min_proposal_size=0.0,
-        min_detection_size=0.0,
-        aligned_rois=True,
-        smooth_l1_beta=0.0,
+    "mmdetection": replace(
+        DETECTRON2,
         rpn_loss_over_all_slots=False,
-        binary_mask_targets=True,
-        pastes_at_pixel_centres=True,
         anchors_by_ratio=True,
         trained_padding=32,
         clamps_shrinking=True,

@@ -1,4 +1,4 @@
-"""COCO panoptic data sets against their files decoded anew, and what becomes of each kind of bad record."""
+"""COCO panoptic data sets compared with an independent decoding of their files; bad records."""
 
 from __future__ import annotations
 
