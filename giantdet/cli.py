@@ -6,12 +6,14 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from giantdet import commands
 from giantdet.errors import GiantdetError, InputError, LostContactError
+from giantdet.tools.machines import MACHINES
 
 COCO_IMAGES = 117_266
 
@@ -31,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.command(options) or 0)
     except BrokenPipeError:
         return 0
+    except KeyboardInterrupt:
+        _say("giantdet: stopped: Ctrl-C")
+        return 128 + signal.SIGINT
     except GiantdetError as error:
         _say(f"giantdet: {'error' if isinstance(error, InputError) else 'stopped'}: {error}")
         return error.exit_code
@@ -172,9 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("config", type=_path, help="the run's JSON, see ds_configs/")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the JSON")
     plan.add_argument("--gpus", type=_at_least(1), required=True, help="number of GPUs")
-    plan.add_argument(
-        "--gpu", default="h100", help="GPU type: a100-40, a100, h100, h200, b200; default: h100"
-    )
+    plan.add_argument("--gpu", default="h100", help=f"GPU type: {', '.join(MACHINES)}; default: h100")
     plan.add_argument("--memory", type=float, metavar="GB", help="memory per GPU, for a type not in the list")
     plan.add_argument("--tflops", type=float, help="dense bf16 peak per GPU, for a type not in the list")
     plan.add_argument(

@@ -48,8 +48,10 @@ def print_config(run: Any) -> None:
 
     from giantdet.config.resolve import describe, resolve
     from giantdet.data.dataset import open_dataset
+    from giantdet.layers.body import check_name
     from giantdet.layers.norm import check_norms
 
+    check_name(run.giantdet.model.backbone.name)
     images = classes = None
     data = run.giantdet.data
     if data.train is not None and all(source.path.exists() for source in data.train.sources()):
@@ -256,10 +258,11 @@ def run_plot(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     from giantdet.config.load import load_run
-    from giantdet.tools.costs import machine_of
-    from giantdet.tools.plan import make_plan, report
+    from giantdet.tools.machines import machine_of
 
     machine = machine_of(options.gpu, options.memory, options.tflops)
+    from giantdet.tools.plan import make_plan, report
+
     run = load_run(options.config, ["model.backbone.pretrained=false", *options.overrides])
     bandwidth = options.bandwidth * 1e9
     print(report(make_plan(run, options.gpus, machine, bandwidth, options.efficiency, options.images)))

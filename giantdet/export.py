@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from giantdet import __version__
 from giantdet.architectures import Architecture, build_model
 from giantdet.architectures.class_layers import Transfer, rows_by_name, transfer
-from giantdet.checkpoint.files import SavedTensors, damage
+from giantdet.checkpoint.files import SavedTensors, damage, share
 from giantdet.config.architectures import ArchitectureConfig, ModelConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.classes import Category, Classes, ClassKind
 from giantdet.config.load import RunConfig
 from giantdet.config.section import Section
 from giantdet.distributed import comm
-from giantdet.errors import InputError
+from giantdet.errors import ConfigError, InputError
+from giantdet.layers.deferred import is_deferred, materialise
+from giantdet.layers.norm import FrozenBatchNorm2d
 from giantdet.layers.weights import (
     load_backbone_weights,
     load_strictly,
@@ -164,7 +166,9 @@ class _ShardWriter:
             old.unlink(missing_ok=True)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, self._temporary(len(self.shards)), metadata={"format": "pt"})
+        file = self._temporary(len(self.shards))
+        save_file(tensors, file, metadata={"format": "pt"})
+        share(file)
         self.shards.append(list(tensors))
         self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -258,9 +262,9 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
         for key in [key for key in state if key.startswith(layer.prefix) and key in expected]:
             if layer.kind in by_kind and known is not None:
                 others = by_kind[layer.kind].others
-                state[key] = rows_by_name(layer, state[key], expected[key], others)
+                state[key] = rows_by_name(layer, state[key], _initial(model, key), others)
             elif state[key].shape != expected[key].shape:
-                state[key] = expected[key]
+                state[key] = _initial(model, key)
                 fresh.append(key)
     for kind, found in by_kind.items():
         if found.fresh:
@@ -271,6 +275,30 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     if fresh:
         logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
     load_strictly(model, state, str(path))
+
+
+def _initial(model: Architecture, key: str) -> Tensor:
+    """Return the values that a parameter was initialised with; a deferred one is allocated for that."""
+    parameter = model.get_parameter(key)
+    return (materialise(parameter, key) if is_deferred(parameter) else parameter).detach()
+
+
+def check_frozen(model: Architecture, config: ArchitectureConfig) -> None:
+    """Raise ConfigError if layers of the backbone are frozen, and have random weights."""
+    backbone = config.backbone
+    if config.init_weights or backbone.init_weights or backbone.pretrained:
+        return
+    frozen: list[tuple[str, Any]] = []
+    if any(not parameter.requires_grad for parameter in model.backbone.parameters()):
+        frozen.append(("model.backbone.frozen_stages", 0))
+    if any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules()):
+        frozen.append(("norm.type", "local"))
+    if frozen:
+        keys, instead = (" and ".join(map(str, words)) for words in zip(*frozen, strict=True))
+        raise ConfigError(
+            f"giantdet.model.backbone has no weights, and {keys} would freeze its random layers: "
+            f"give pretrained or init_weights, or set {keys} to {instead}"
+        )
 
 
 def _transfers(known: Classes | None, classes: Classes | None) -> dict[ClassKind, Transfer]:

@@ -54,6 +54,15 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith(f"usage: giantdet {command}")
 
 
+def test_ctrl_c_ends_a_command_with_one_line(monkeypatch: Any, capsys: Any) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run_configs", interrupted)
+    assert cli.main(["configs"]) == 130
+    assert capsys.readouterr().err == "giantdet: stopped: Ctrl-C\n"
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -61,6 +70,14 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
         ({"giantdet.train.stepz": 8}, ["giantdet.train.stepz", "steps"]),
         ({"giantdet.train.steps": "many"}, ["giantdet.train.steps"]),
         ({"giantdet.model.backbone.name": "resnet51"}, ["unknown backbone 'resnet51'", "resnet50"]),
+        (
+            {"giantdet.model.backbone.frozen_stages": 2, "giantdet.norm.type": "frozen"},
+            [
+                "giantdet.model.backbone has no weights, and model.backbone.frozen_stages and norm.type",
+                "would freeze its random layers: give pretrained or init_weights, or set",
+                "model.backbone.frozen_stages and norm.type to 0 and local",
+            ],
+        ),
         ({"giantdet.data.size": [64, 72]}, ["data.size must be multiples of 32", "[64, 72]"]),
         ({"giantdet.data.train.annotations": "nowhere.json"}, ["no file nowhere.json"]),
         ({"giantdet.data.val.images": "nowhere"}, ["no folder nowhere"]),
@@ -338,4 +355,4 @@ def test_eval_refuses_foreign_categories(
     (tmp_path / "val.json").write_text(json.dumps(content))
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     code = cli.main(["eval", str(tiny_export), "--annotations", str(tmp_path / "val.json"), *images])
-    _one_line(code, capsys.readouterr().err, "categories [50]")
+    _one_line(code, capsys.readouterr().err, "category 'hexagon' (id 50)", "trained on: circle")

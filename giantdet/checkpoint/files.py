@@ -31,6 +31,8 @@ FORMAT = 1
 MANIFEST, STATE, PARTIAL = "manifest.json", "state.json", ".partial"
 _NAME = re.compile(r"step_\d+(\.replaced)?")
 _CHUNK = 2**24  # bytes
+_UMASK = os.umask(0o022)  # it can only be read by setting it
+os.umask(_UMASK)
 
 
 # Writing. All functions raise OSError with the file's name.
@@ -39,11 +41,17 @@ _CHUNK = 2**24  # bytes
 def write_tensors(path: Path, tensors: dict[str, Tensor], firsts: dict[str, int]) -> None:
     try:
         save_file(tensors, path, metadata={key: str(first) for key, first in firsts.items()})
+        share(path)
     except SafetensorError as error:  # has the system's error number only in its text
         number = re.search(r"os error (\d+)", str(error))
         reason = str(error) if number is None else os.strerror(int(number[1]))
         raise OSError(int(number[1]) if number else 0, reason, str(path)) from error
     sync(path)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of any new file; those of safetensors are for their owner only."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def write_text(path: Path, text: str) -> None:

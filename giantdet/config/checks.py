@@ -92,7 +92,9 @@ def _one_liners(
         chosen = None
         if where is not None:
             key, types = UNIONS[where]
-            if kind.startswith("union_tag"):
+            if kind.startswith("union_tag") and not isinstance(_value_at(value, where)[0], dict):
+                location, kind = where, "model_type"
+            elif kind.startswith("union_tag"):
                 location, kind = (*where, key), "literal_error"
                 context = {"expected": " or ".join(f"'{name}'" for name in types)}
             elif len(location) > len(where):  # pydantic adds the name of the type
@@ -117,7 +119,8 @@ def _one_liners(
         if kind == "literal_error" and isinstance(found, str):
             hint = nearest(found, _choices(context))
         messages[path] = f"{path} must {_be(wishes[path])}, got {show(found)}{hint}"
-    return list(messages.values())
+    # A key that is unknown is often the one that another message misses.
+    return sorted(messages.values(), key=lambda message: not message.startswith("unknown key"))
 
 
 def _value_at(value: Any, location: tuple[int | str, ...]) -> tuple[Any, list[str]]:
@@ -177,9 +180,12 @@ def _hint(section: type[Section], names: list[str], where: tuple[str, ...] | Non
     siblings: Any = keys_of(section, chosen)
     for name in names[:-1]:
         siblings = siblings[name]
-    hint = nearest(names[-1], siblings)
-    # In DeepSpeed's half the most similar of all paths would be the block that the key is in.
-    return hint or (nearest(".".join(names), all_paths()) if section is GiantdetConfig else "")
+    paths = all_paths()
+    if section is not GiantdetConfig:
+        # Only what is deeper in the same block: otherwise the most similar path is the block itself.
+        inside, depth = f"{names[0]}.", len(names)
+        paths = [path for path in paths if path.startswith(inside) and path.count(".") >= depth]
+    return nearest(names[-1], siblings) or nearest(".".join(names), paths)
 
 
 def _has(keys: Any, names: list[str]) -> bool:
@@ -209,7 +215,8 @@ def plugin(block: str, content: Any) -> OptimizerConfig | SchedulerConfig:
     """Return the section of an `optimizer` or `scheduler` block. Raises ConfigError."""
     known = cast("dict[str, type[Section]]", OPTIMIZERS if block == "optimizer" else SCHEDULERS)
     if not isinstance(content, dict):
-        raise ConfigError(f"{block} must be an object, got {show(content)}")
+        hint = f"; set {block}.type" if isinstance(content, str) else ""
+        raise ConfigError(f"{block} must be an object, got {show(content)}{hint}")
     name = content.get("type")
     if name is None:
         raise ConfigError(f"{block}.type is missing; known are {', '.join(known)}")

@@ -12,14 +12,53 @@ from giantdet.config.schedulers import SCHEDULERS
 from giantdet.config.section import Section
 from giantdet.config.types import UNIONS, GiantdetConfig
 
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "train_batch_size": ("batch", "batch_size", "ims_per_batch", "samples_per_gpu"),
+    "gradient_clipping": ("grad_clip", "clip_grad", "clip_grad_norm", "max_grad_norm"),
+    "gradient_accumulation_steps": ("accumulate", "accumulation", "accumulation_steps"),
+    "optimizer.type": ("optim",),
+    "optimizer.params.lr": ("learning_rate", "base_lr", "lr0"),
+    "scheduler.type": ("lr_schedule", "lr_scheduler", "lr_config"),
+    "scheduler.params.warmup_num_steps": ("warmup", "warmup_steps", "warmup_iters", "warmup_epochs"),
+    "giantdet.model.backbone.frozen_stages": ("freeze", "freeze_at", "frozen"),
+    "giantdet.model.init_weights": ("weights", "checkpoint", "load_from"),
+    "giantdet.model.num_classes": ("classes", "names", "nc"),
+    "giantdet.model.box_head.nms_iou": ("nms", "iou", "nms_thresh"),
+    "giantdet.model.box_head.score_threshold": ("conf", "score_thr", "score_thresh"),
+    "giantdet.data.size": ("imgsz", "img_size", "img_scale", "image_size", "input_size", "resolution"),
+    "giantdet.data.train.annotations": ("json", "ann_file", "annotation_file"),
+    "giantdet.data.train.images": ("path", "img_dir", "image_dir", "img_prefix"),
+    "giantdet.train.steps": ("max_iter", "max_iters", "max_steps", "iterations", "num_steps"),
+    "giantdet.train.epochs": ("max_epochs", "num_epochs", "num_train_epochs"),
+    "giantdet.train.output": ("output_dir", "work_dir", "save_dir", "project"),
+    "giantdet.train.save_every": ("save_period", "save_steps", "save_interval", "checkpoint_period"),
+    "giantdet.train.eval_every": ("eval_period", "eval_steps", "eval_interval", "val_interval"),
+    "giantdet.train.resume": ("resume_from", "resume_from_checkpoint"),
+}
+"""Settings, and what other trainers call them (detectron2, mmdetection, Ultralytics, Hugging Face)."""
+ABSENT = {
+    "device": "the launcher chooses the devices: deepspeed --include localhost:0,1, or "
+    "DS_ACCELERATOR=cpu for CPUs",
+    "gpus": "the launcher chooses the devices: deepspeed --num_gpus 8",
+}
+"""Settings of other trainers that giantdet does not have, and what to do."""
+_OURS = {other: ours for ours, others in OTHER_NAMES.items() for other in others}
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return `; did you mean X?` with the most similar of `names`, or "" if none is similar.
 
-    Names are compared as a whole and by their last part.
+    Names are compared as a whole and by their last part, and with what other trainers call them.
     """
+    names, last_part = list(names), name.lower().rsplit(".", 1)[-1]
+    if last_part in ABSENT:
+        return f"; {ABSENT[last_part]}"
+    ours = _OURS.get(last_part, "")
+    for candidate in (ours, ours.rsplit(".", 1)[-1]):  # the whole path, or its place among its siblings
+        if candidate in names:
+            return f"; did you mean {candidate}?"
     short, last = {}, {}
-    for candidate in reversed(list(names)):
+    for candidate in reversed(names):
         key = candidate.lower().removeprefix("giantdet.")
         short[key] = last[key.rsplit(".", 1)[-1]] = candidate
     name = name.lower().removeprefix("giantdet.")

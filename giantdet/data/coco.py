@@ -26,7 +26,6 @@ from giantdet.data.near_files import hint
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.reading import read_records
 from giantdet.data.records import Instances, is_id, logger, read_instances
-from giantdet.data.segments import Fault
 from giantdet.data.summary import Summary, summarize
 from giantdet.errors import DataError
 
@@ -122,18 +121,6 @@ class CocoDataset:
                 annotations,
                 self.crowd_objects,
             )
-
-    def _report_skipped(self) -> None:
-        for kind, count in self.skipped.items():
-            logger.warning(
-                "%s: skipped %d (%s), e.g. %s", self.annotations, count, kind, self._examples[kind]
-            )
-
-    def _skip(self, fault: Fault, what: str, record: Any) -> None:
-        kind, text = fault
-        self.skipped[kind] += 1
-        name = record.get("id") if isinstance(record, dict) else "?"
-        self._examples.setdefault(kind, f"{what} {name}: {text}")
 
     def _read_categories(self, names: dict[int, str]) -> None:
         self.category_ids = sorted(names)

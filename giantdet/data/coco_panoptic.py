@@ -21,6 +21,7 @@ from giantdet.config.classes import Category, Classes
 from giantdet.data.coco import CocoDataset, Objects
 from giantdet.data.images import named
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, read_panoptic_png
+from giantdet.data.reading import flag_of, with_integers
 from giantdet.data.records import (
     Instances,
     category_fault,
@@ -119,19 +120,35 @@ class CocoPanopticDataset(CocoDataset):
             record = by_image.get(image_id)
             names.append(record["file_name"] if record else "")
             for segment in _segments(record):
-                category = segment.get("category_id")
-                if not _id(segment) or not is_id(category) or category not in self.number:
-                    fault = ("bad segment", "it needs an id above 0 and a category of the file")
+                segment = with_integers(segment, "id", "category_id")
+                category, crowd = segment.get("category_id"), flag_of(segment.get("iscrowd") or 0)
+                if not _id(segment) or not is_id(category) or category not in self.number or crowd is None:
+                    fault = (
+                        "bad segment",
+                        "it needs an id above 0, a category of the file, iscrowd 0 or 1",
+                    )
                     self._skip(fault, f"image {image_id}, segment", segment)
                     continue
                 ids.append(segment["id"])
                 categories.append(category)
-                crowds.append(bool(segment.get("iscrowd")))
+                crowds.append(crowd)
             start.append(len(ids))
         self.segment_files = np.array(names)
         self.segment_ids, self.segment_categories = np.array(ids, np.int64), np.array(categories, np.int64)
         self.segment_crowds, self.segment_start = np.array(crowds, bool), np.array(start, np.int64)
         self._last: tuple[int, PanopticMap] | None = None
+
+    def _report_skipped(self) -> None:
+        for kind, count in self.skipped.items():
+            logger.warning(
+                "%s: skipped %d (%s), e.g. %s", self.annotations, count, kind, self._examples[kind]
+            )
+
+    def _skip(self, fault: Fault, what: str, record: Any) -> None:
+        kind, text = fault
+        self.skipped[kind] += 1
+        name = record.get("id") if isinstance(record, dict) else "?"
+        self._examples.setdefault(kind, f"{what} {name}: {text}")
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """Return the indices of the images to train on: all, or those that have a segment."""

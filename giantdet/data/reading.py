@@ -86,7 +86,7 @@ def read_records(file: str | Path, content: Instances, keep_findings: bool = Fal
     """Return the usable records of a file's lists. Raises `DataError` if its boxes are not in COCO's form."""
     records = Records(file, findings=[] if keep_findings else None)
     for record in content["categories"]:
-        record = _with_integers(record, "id")
+        record = with_integers(record, "id")
         if fault := category_fault(record, records.categories):
             records.found(fault, "category", record, left_out=True)
         else:
@@ -100,7 +100,7 @@ def read_records(file: str | Path, content: Instances, keep_findings: bool = Fal
         if note:
             records.found(note, "image", record, left_out=False)
     sizes = records.sizes
-    for record in content["annotations"]:
+    for record in content.get("annotations", []):  # a list of images has none
         record, fault, notes = _read_annotation(record, sizes, records.categories)
         if fault:
             records.found(fault, "annotation", record, left_out=True)
@@ -113,7 +113,7 @@ def read_records(file: str | Path, content: Instances, keep_findings: bool = Fal
     return records
 
 
-def _with_integers(record: Any, *keys: str) -> Any:
+def with_integers(record: Any, *keys: str) -> Any:
     """Return the record with integers for floats of integral values."""
     if not isinstance(record, dict):
         return record
@@ -123,7 +123,7 @@ def _with_integers(record: Any, *keys: str) -> Any:
 
 def _read_image(record: Any) -> tuple[Any, Fault | None]:
     """Return an image's record with its file name, and where that was found if not in `file_name`."""
-    record = _with_integers(record, "id", "height", "width")
+    record = with_integers(record, "id", "height", "width")
     if not isinstance(record, dict):
         return record, None
     for key in ("file_name", "coco_url", "url", "filename"):
@@ -144,7 +144,7 @@ def _read_annotation(
     record: Any, sizes: Mapping[int, Size], categories: Container[int]
 ) -> tuple[Any, Fault | None, list[Fault]]:
     """Return the annotation as it is meant, why it must be left out or None, and what is not as written."""
-    record = _with_integers(record, "id", "image_id", "category_id")
+    record = with_integers(record, "id", "image_id", "category_id")
     notes: list[Fault] = []
     usable: Any = []
     size = None
@@ -165,7 +165,7 @@ def _read_annotation(
         value = record.get(key)
         if value is None or (type(value) is int and value in (0, 1)):
             continue
-        flag = _flag(value)
+        flag = flag_of(value)
         if flag is None:
             return record, (f"bad {key}", f"{key} is {str(value)[:80]!r}; it is 0 or 1"), []
         flags[key] = flag
@@ -176,7 +176,7 @@ def _read_annotation(
     return record, None, notes
 
 
-def _flag(value: Any) -> int | None:
+def flag_of(value: Any) -> int | None:
     """Return a flag of any notation as 0 or 1, or None if its meaning is not certain."""
     if isinstance(value, str):
         return _FLAGS.get(value.strip().lower())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.layers.norm import norm_summary
 from giantdet.optim.param_groups import group_table
+from giantdet.optim.schedules import lr_function
+
+logger = logging.getLogger("giantdet")
 
 
 def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> None:
@@ -56,6 +60,13 @@ def schedule_line(run: ResolvedRun) -> str:
     else:
         values = ", ".join(f"{key} {value}" for key, value in scheduler.given().items())
         parts.append(f"{scheduler.name} ({values})")
+        peak = getattr(scheduler, "warmup_num_steps", getattr(scheduler, "cycle_first_step_size", 0))
+        if isinstance(peak, int) and config.train.steps is not None and peak >= config.train.steps:
+            reached = lr_function(scheduler, optimizer.lr)(config.train.steps - 1)
+            logger.warning(
+                "the warmup of %d steps is not shorter than the run of %d: the LR reaches %.4g of %.4g",
+                *(peak, config.train.steps, reached, optimizer.lr),
+            )
     if run.clipping:
         window = config.train.clip_window
         where = "" if window is None else f" in steps {window[0]} to {window[1]}"

@@ -30,18 +30,28 @@ _asked: list[str] = []
 
 
 def listen() -> None:
-    """Let SIGTERM and SIGUSR1 ask for a stop at the end of the step, in the process of a run.
+    """Let SIGTERM, SIGUSR1 and Ctrl-C ask for a stop at the end of the step, in the process of a run.
 
+    Without a launcher, a second Ctrl-C stops at once; launchers may send SIGINT more than once themselves.
     The launcher's death also sends SIGTERM: without a launcher nothing would ever end this process.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: _asked.append(signal.Signals(number).name))
+    launched = False
     try:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text()
-        if any(name in parent for name in _LAUNCHERS):
+        launched = any(name in parent for name in _LAUNCHERS)
+        if launched:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):
         logger.debug("not on Linux: the launcher's death is not noticed")
+
+    def ask(number: int, _: object) -> None:
+        _asked.append(signal.Signals(number).name)
+        if number == signal.SIGINT and not launched:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\ngiantdet: stopping after this step; press Ctrl-C again to stop at once\n")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, ask)
 
 
 def stop_asked() -> bool:

@@ -41,7 +41,8 @@ from giantdet.engine.lock import OutputLock
 from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
-from giantdet.export import export_config, export_model
+from giantdet.export import check_frozen, export_config, export_model
+from giantdet.layers.body import check_name
 from giantdet.layers.norm import check_norms
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
@@ -125,6 +126,7 @@ def prepare(run: RunConfig) -> Training:
 
     Raises InputError, a ValueError, for settings, data or a checkpoint that cannot be used.
     """
+    check_name(run.giantdet.model.backbone.name)  # before anything that takes time
     device = comm.start(run.giantdet.train.timeout_minutes)
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
     data = run.giantdet.data
@@ -133,10 +135,6 @@ def prepare(run: RunConfig) -> Training:
     dataset = open_dataset(data.train)
     # Opened now, so that an error in it ends the run at once and not at its first evaluation.
     validation = None if data.val is None else open_dataset(data.val)
-    scored = Classes()
-    if validation is not None:
-        known = run.giantdet.model.predicted(dataset.classes)
-        scored = meet(validation, known, dataset.annotations)
     images = len(dataset.training_indices(data.filter_empty))
     if not images:
         raise nothing_to_train(dataset)
@@ -145,6 +143,10 @@ def prepare(run: RunConfig) -> Training:
             check_files(opened)
     resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
     check_norms(resolved.giantdet.norm, resolved.batch.micro, comm.world_size())
+    scored = Classes()
+    if validation is not None:
+        known = resolved.giantdet.model.predicted(dataset.classes)
+        scored = meet(validation, known, dataset.annotations)
     lock = OutputLock(Path(resolved.giantdet.train.output))
     try:
         return _build(resolved, device, dataset, validation, scored, lock)
@@ -175,6 +177,8 @@ def _build(
     ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
     checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema, identity(run))
     first_step = checkpoints.resume() if config.train.resume else 0
+    if not first_step:
+        check_frozen(model, config.model)
     if comm.is_main():
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")

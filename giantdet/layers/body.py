@@ -43,20 +43,31 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
+def check_name(name: str) -> None:
+    """Raise InputError, a ValueError, with suggestions for the name or the tag of a model that timm lacks."""
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise InputError(f"unknown backbone '{name}'; nearest: {', '.join(_nearest(base)) or 'none'}")
+    if tag and name not in (tagged := timm.list_models(base + ".*", pretrained=True)):
+        raise InputError(f"unknown weights tag of backbone '{name}'; known: {', '.join(tagged) or 'none'}")
+
+
+def _nearest(name: str) -> list[str]:
+    """Return models with weights whose names begin with `name`, and models with similar names."""
+    name = name.lower().replace("-", "_")
+    weights = {full.partition(".")[0] for full in timm.list_models(pretrained=True)}
+    longer = sorted((known for known in weights if known.startswith(name)), key=lambda n: (len(n), n))
+    similar = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+    return list(dict.fromkeys(longer[:5] + similar))[:5]
+
+
 def create_body(config: BackboneConfig, timm_args: dict[str, Any]) -> Any:
     """Return a model of `timm.create_model`, with the stochastic depth of `config`.
 
     Raises InputError, a ValueError, for an unknown name or tag (with suggestions), and for arguments that the
     model does not accept.
     """
-    base, _, tag = config.name.partition(".")
-    if not timm.is_model(base):
-        nearest = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
-        raise InputError(f"unknown backbone '{config.name}'; nearest: {', '.join(nearest) or 'none'}")
-    if tag and config.name not in (tagged := timm.list_models(base + ".*", pretrained=True)):
-        raise InputError(
-            f"unknown weights tag of backbone '{config.name}'; known: {', '.join(tagged) or 'none'}"
-        )
+    check_name(config.name)
     if config.drop_path_rate > 0:
         timm_args = {**timm_args, "drop_path_rate": config.drop_path_rate}
     try:

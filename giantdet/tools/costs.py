@@ -5,33 +5,15 @@ Bytes of one rank. Checked against DeepSpeed 0.19 in `tests/tools/test_plan.py`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from giantdet.architectures import Architecture
 from giantdet.config.resolved import ResolvedRun
-from giantdet.errors import InputError
 from giantdet.layers.cgbn import CrossGpuBatchNorm
 
 GIB = 2**30
 # Memory besides tensors: CUDA's context, NCCL's buffers, and fragments that the allocator cannot use.
 RESERVE = 3 * GIB
-
-
-class Machine(NamedTuple):
-    """A GPU, from its data sheet: memory in bytes, dense bf16 FLOP/s."""
-
-    name: str
-    memory: float
-    flops: float
-
-
-MACHINES = {
-    "a100-40": Machine("A100 40 GB", 40e9, 312e12),
-    "a100": Machine("A100 80 GB", 80e9, 312e12),
-    "h100": Machine("H100 80 GB", 80e9, 989e12),
-    "h200": Machine("H200 141 GB", 141e9, 989e12),
-    "b200": Machine("B200 180 GB", 180e9, 2250e12),
-}
 
 
 class States(NamedTuple):
@@ -127,19 +109,3 @@ def buffers(run: ResolvedRun, parameters: int, bytes_each: int, stage: int) -> f
         live = zero.stage3_max_live_parameters + zero.stage3_prefetch_bucket_size
         return total + min(parameters, live) * bytes_each
     return total + min(parameters, zero.allgather_bucket_size) * bytes_each
-
-
-def machine_of(name: str, memory: float | None, tflops: float | None) -> Machine:
-    """Return a known GPU, or one described by `memory` (GB) and `tflops` (TFLOP/s), which take precedence.
-
-    Raises InputError, a ValueError, for an unknown GPU without both numbers.
-    """
-    known: Any = MACHINES.get(name.lower())
-    if known is None and (memory is None or tflops is None):
-        raise InputError(
-            f"unknown GPU '{name}'; known are {', '.join(MACHINES)}, or give --memory GB and --tflops"
-        )
-    known = known or Machine(name, 0.0, 0.0)
-    return Machine(
-        known.name, memory * 1e9 if memory else known.memory, tflops * 1e12 if tflops else known.flops
-    )

@@ -21,7 +21,6 @@ from giantdet.layers.norm import check_norms
 from giantdet.tools.costs import (
     GIB,
     RESERVE,
-    Machine,
     States,
     agvm_traffic,
     buffers,
@@ -32,6 +31,7 @@ from giantdet.tools.costs import (
     traffic,
 )
 from giantdet.tools.count import Count, count, meta_model, with_assumed_classes
+from giantdet.tools.machines import Machine
 
 
 class Choice(NamedTuple):

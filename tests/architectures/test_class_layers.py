@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from giantdet.config.classes import Classes
 from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
 from giantdet.export import export_config, load_weights
+from giantdet.layers.deferred import deferred_init, real_parameters
 
 OLD = Classes(
     objects=((1, "cat"), (3, "dog"), (4, "cow")),
@@ -56,16 +58,32 @@ def blocks(layer: Any, rows: Tensor, count: int) -> list[list[Tensor]]:
     return found
 
 
+@pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_rows_follow_the_names(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_follow_the_names(
+    kind: str,
+    deferred: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those of a model that is built for ZeRO-3, whose weights are not allocated yet."""
     torch.manual_seed(0)
     old, _, about = model_of(kind, OLD)
     save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(about.model_dump_json())
-    new, config, exported = model_of(kind, NEW, init_weights=str(tmp_path))
-    fresh = {key: value.clone() for key, value in new.state_dict().items()}
+    monkeypatch.setattr("giantdet.layers.deferred.LARGE", 1)
+    built = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        with deferred_init(0) if deferred else nullcontext():
+            built.append(model_of(kind, NEW, init_weights=str(tmp_path)))
+    (start, _, _), (new, config, exported) = built
+    list(real_parameters(start, torch.float32))  # as they are without a file
+    fresh = start.state_dict()
     with caplog.at_level(logging.WARNING, "giantdet"):
         load_weights(new, config, exported.classes)
+    list(real_parameters(new, torch.float32))
     found, source = new.state_dict(), old.state_dict()
     checked = set()
     for layer in new.class_layers():

@@ -20,8 +20,8 @@ from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.structures import IGNORE, Batch
-from giantdet.tools.costs import MACHINES
 from giantdet.tools.count import COCO, count
+from giantdet.tools.machines import MACHINES
 from giantdet.tools.plan import make_plan, report
 
 

@@ -73,7 +73,7 @@ COMMANDS = [
             "--workers",
             "0",
         ],
-        Error("...: categories [50] are not among those that ..."),
+        Error("...: category 'hexagon' (id 50) is not among the classes that ... was trained on: ..."),
     ),
     Case(
         "eval: no such folder of images",

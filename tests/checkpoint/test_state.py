@@ -33,14 +33,14 @@ def saved(tmp_path: Path) -> SavedTensors:
 
 
 def test_the_same_model_fits_whatever_the_order_of_groups(saved: SavedTensors) -> None:
-    check_fit(_engine(3, "fpn", "backbone"), saved)
+    check_fit(_engine(3, "fpn", "backbone"), saved, {})
 
 
 def test_other_groups_are_named(saved: SavedTensors) -> None:
     with pytest.raises(ValueError, match="groups: fpn is in the checkpoint alone; 2 groups differ"):
-        check_fit(_engine(3, "backbone", "rpn"), saved)
+        check_fit(_engine(3, "backbone", "rpn"), saved, {})
 
 
 def test_another_shape_is_named(saved: SavedTensors) -> None:
     with pytest.raises(ValueError, match=r"weight is \[2, 3\], in the run \[2, 4\]; 1 parameters differ"):
-        check_fit(_engine(4, "backbone", "fpn"), saved)
+        check_fit(_engine(4, "backbone", "fpn"), saved, {})

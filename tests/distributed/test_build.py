@@ -15,6 +15,7 @@ from tiny import MODEL, launch_ok, tiny_run
 from giantdet.architectures import build_model
 from giantdet.config.architectures.common import BackboneConfig, NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.data.coco import CocoDataset
 from giantdet.engine.metrics import read_metrics
 from giantdet.export import ExportConfig, export_model
 from giantdet.layers.backbone import build_backbone
@@ -82,7 +83,7 @@ def test_trains_as_stage_2(tmp_path: Path, demo_data: Path) -> None:
     torch.manual_seed(2)
     config = MaskRcnnConfig.model_validate(model)
     whole = build_model(config, (64, 64), NormConfig(type="local"))
-    categories = ((1, "a"), (2, "b"), (3, "c"), (4, "d"))
+    categories = CocoDataset(demo_data / "train.json", demo_data / "train").classes.objects
     exported = ExportConfig(model=config, size=(64, 64), short_side=64, categories=categories)
     export_model(whole, tmp_path / "start", exported)
     model["init_weights"] = str(tmp_path / "start")

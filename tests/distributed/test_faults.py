@@ -22,7 +22,10 @@ from giantdet.checkpoint.files import scan
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.loader import train_loader
+from giantdet.engine import faults
+from giantdet.engine.faults import listen, stop_asked, stop_reason
 from giantdet.engine.metrics import read_metrics
+from giantdet.errors import StoppedError
 from giantdet.export import export_checkpoint, read_export_config
 
 REPO = Path(__file__).resolve().parents[2]
@@ -145,6 +148,39 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, demo_data: Pa
     assert ended.code == 3, logs([ended])
     assert "after step 1 the weight of " in ended.err and "is not finite: no checkpoint of it" in ended.err
     assert checkpoints(tmp_path / "ruined") == []
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_saves_and_ends_a_run_without_a_launcher(tmp_path: Path, demo_data: Path) -> None:
+    path = write(tmp_path, "run", demo_data, giantdet__train__steps=STEPS, giantdet__train__save_every=0)
+    command = [sys.executable, "-m", "giantdet.cli", "train", "--config", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(), text=True) as process:
+        metrics = tmp_path / "run/metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text(), [process.pid], "step 1")
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode == StoppedError.exit_code, said
+    assert "stopping after this step; press Ctrl-C again to stop at once" in said
+    assert "giantdet: stopped: SIGINT after step" in said and "Traceback" not in said
+    steps = len(metrics.read_text().splitlines())
+    assert [found.name for found in checkpoints(tmp_path / "run")] == [f"step_{steps}"] and steps < STEPS
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_asked", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        listen()
+        assert not stop_asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_asked() and stop_reason() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # Signals and killed processes, under the deepspeed launcher

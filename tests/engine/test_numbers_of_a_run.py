@@ -14,6 +14,7 @@ from giantdet import cli
 from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
 from giantdet.data.coco import CocoDataset
+from giantdet.engine.announce import schedule_line
 from giantdet.engine.metrics import read_metrics
 from giantdet.errors import ConfigError
 
@@ -46,6 +47,28 @@ def test_the_logged_lr_is_the_one_that_the_step_used(run: Path) -> None:
     logged = [line["lr"] for line in read_metrics(run / "out/metrics.jsonl") if "loss" in line]
     # The warmup multiplies the decay, which has not begun before its end.
     assert logged == pytest.approx([0.002 * f for f in (0.5, 0.75, 1.0, 0.5**0.9)])
+
+
+def test_files_have_the_permissions_of_new_files(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    files = [path for folder in ("export", "checkpoints") for path in (run / "out" / folder).rglob("*.*")]
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert {str(file): file.stat().st_mode for file in files if file.is_file()} == {
+        str(file): expected for file in files if file.is_file()
+    }
+
+
+def test_a_warmup_that_the_run_does_not_complete_is_named(
+    demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = {"warmup_num_steps": 4, "warmup_min_ratio": 0.5}
+    for steps, said in ((5, []), (3, ["the LR reaches 0.0015 of 0.002"])):
+        raw = tiny_run(demo_data, tmp_path, scheduler={"type": "WarmupPolyLR", "params": dict(params)})
+        raw["giantdet"]["train"]["steps"] = steps
+        caplog.clear()
+        schedule_line(resolve(parse_run(raw), 1, 10))
+        assert [text.split(": ")[1] for text in caplog.messages] == said
 
 
 def test_intervals_in_images_and_steps(run: Path) -> None:

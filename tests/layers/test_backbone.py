@@ -253,6 +253,8 @@ def test_image_statistics_are_the_weights_own() -> None:
     ("name", "size", "message"),
     [
         ("resnet5o", (64, 64), r"unknown backbone 'resnet5o'; nearest: .*resnet50"),
+        ("swin_tiny", (64, 64), r"unknown backbone 'swin_tiny'; nearest: swin_tiny_patch4_window7_224"),
+        ("ViT-Small", (64, 64), r"unknown backbone 'ViT-Small'; nearest: .*vit_small_patch16_224"),
         (
             "resnet50.nonsense",
             (64, 64),

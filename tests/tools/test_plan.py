@@ -14,8 +14,9 @@ from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
 from giantdet.engine.zero import weight_dtype
 from giantdet.errors import ConfigError
-from giantdet.tools.costs import MACHINES, Machine, machine_of, states
+from giantdet.tools.costs import states
 from giantdet.tools.count import Count, count, meta_model
+from giantdet.tools.machines import MACHINES, Machine, machine_of
 from giantdet.tools.measure import largest, start
 from giantdet.tools.plan import Plan, make_plan, report
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import launch_ok, tiny_run
 from torch import nn
 
@@ -73,7 +74,13 @@ def test_command(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_nothing_to_estimate(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw = tiny_run(demo_data, tmp_path / "run", giantdet__norm={"type": "frozen"})
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+    raw = tiny_run(
+        demo_data,
+        tmp_path / "run",
+        giantdet__norm={"type": "frozen"},
+        giantdet__model__backbone__init_weights=str(tmp_path / "weights.safetensors"),
+    )
     (tmp_path / "run.json").write_text(json.dumps(raw))
     launch_ok(WORKER, 1, tmp_path / "run.json")
     assert cli.main(["precise-bn", str(tmp_path / "run"), "--batches", "1"]) == 2
