@@ -270,7 +270,7 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
         if found.fresh:
             taken = ", ".join(found.taken) or "none"
             logger.warning(
-                "%s: %s classes taken over: %s; start afresh: %s", path, kind, taken, ", ".join(found.fresh)
+                "%s: classes of %s taken over: %s; start afresh: %s", path, kind, taken, ", ".join(found.fresh)
             )
     if fresh:
         logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
