@@ -269,9 +269,8 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     for kind, found in by_kind.items():
         if found.fresh:
             taken = ", ".join(found.taken) or "none"
-            logger.warning(
-                "%s: classes of %s taken over: %s; start afresh: %s", path, kind, taken, ", ".join(found.fresh)
-            )
+            afresh = ", ".join(found.fresh)
+            logger.warning("%s: classes of %s taken over: %s; start afresh: %s", path, kind, taken, afresh)
     if fresh:
         logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
     load_strictly(model, state, str(path))

@@ -216,6 +216,7 @@ def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scor
         return _train(training, after_step)
     finally:
         training.lock.release()
+        training.engine.destroy()  # its hooks would keep the weights and the process groups
 
 
 def _train(training: Training, after_step: Callable[[], None]) -> Scores:
