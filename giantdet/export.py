@@ -31,6 +31,7 @@ from giantdet.config.load import RunConfig
 from giantdet.config.section import Section
 from giantdet.distributed import comm
 from giantdet.errors import InputError
+from giantdet.layers.model_names import with_timm_name, without_source
 from giantdet.layers.weight_files import read_tensors
 from giantdet.layers.weight_names import model_tensors
 from giantdet.layers.weights import load_backbone_weights, load_strictly, persistent_buffers
@@ -71,7 +72,7 @@ def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
     `classes` are those that the model predicts.
     """
     model = run.giantdet.model
-    backbone = model.backbone.model_copy(
+    backbone = without_source(with_timm_name(model.backbone)).model_copy(
         update={"init_weights": None, "pretrained": False, "compile_blocks": False}
     )
     return ExportConfig(

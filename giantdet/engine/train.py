@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from giantdet.engine.metrics import Metrics
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.export import export_config, export_model
+from giantdet.layers.model_names import with_timm_name
 from giantdet.layers.norm import check_norms
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
@@ -143,6 +144,7 @@ def prepare(run: RunConfig) -> Training:
     for opened in (dataset, validation):
         if opened is not None:
             check_files(opened)
+    run = _with_timm_name(run)
     resolved = resolve(run, comm.world_size(), images, dataset.classes, device.type == "cuda")
     check_norms(resolved.giantdet.norm, resolved.batch.micro, comm.world_size())
     lock = OutputLock(Path(resolved.giantdet.train.output))
@@ -151,6 +153,13 @@ def prepare(run: RunConfig) -> Training:
     except BaseException:
         lock.release()
         raise
+
+
+def _with_timm_name(run: RunConfig) -> RunConfig:
+    """Return the run with timm's own name of its backbone, so that its config.json needs no hub."""
+    model = run.giantdet.model
+    model = model.model_copy(update={"backbone": with_timm_name(model.backbone)})
+    return replace(run, giantdet=run.giantdet.model_copy(update={"model": model}))
 
 
 def _build(
