@@ -49,9 +49,10 @@ def print_config(run: Any) -> None:
     from giantdet.config.resolve import describe, resolve
     from giantdet.data.dataset import open_dataset
     from giantdet.layers.body import check_name
+    from giantdet.layers.model_names import with_timm_name
     from giantdet.layers.norm import check_norms
 
-    check_name(run.giantdet.model.backbone.name)
+    check_name(with_timm_name(run.giantdet.model.backbone).name)
     images = classes = None
     data = run.giantdet.data
     if data.train is not None and all(source.path.exists() for source in data.train.sources()):

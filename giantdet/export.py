@@ -32,13 +32,11 @@ from giantdet.config.section import Section
 from giantdet.distributed import comm
 from giantdet.errors import ConfigError, InputError
 from giantdet.layers.deferred import is_deferred, materialise
+from giantdet.layers.model_names import with_timm_name, without_source
 from giantdet.layers.norm import FrozenBatchNorm2d
-from giantdet.layers.weights import (
-    load_backbone_weights,
-    load_strictly,
-    persistent_buffers,
-    read_state_dict,
-)
+from giantdet.layers.weight_files import read_tensors
+from giantdet.layers.weight_names import model_tensors
+from giantdet.layers.weights import load_backbone_weights, load_strictly, persistent_buffers
 
 logger = logging.getLogger("giantdet")
 
@@ -76,7 +74,7 @@ def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
     `classes` are those that the model predicts.
     """
     model = run.giantdet.model
-    backbone = model.backbone.model_copy(
+    backbone = without_source(with_timm_name(model.backbone)).model_copy(
         update={"init_weights": None, "pretrained": False, "compile_blocks": False}
     )
     return ExportConfig(
@@ -231,7 +229,7 @@ def load_detector(
     folder = Path(folder)
     config = read_export_config(folder)
     model = build_model(config.model, config.size, config.norm)
-    load_strictly(model, read_state_dict(folder), str(folder))
+    load_strictly(model, read_tensors(folder), str(folder))
     return model.float().to(device).eval(), config
 
 
@@ -239,21 +237,26 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     """Load the initial weights of a detector: `model.init_weights`, or those that the backbone section names.
 
     `model.init_weights` is the folder of an export, its model.safetensors, or a file of torchvision's Mask or
-    Faster R-CNN. The rows of layers that belong to classes are taken over by name from an export: `classes`
-    are those of the run. Without names on one of the sides, such a layer is taken over if it has as many
-    classes. What is taken over and what starts afresh is printed. Raises InputError, a ValueError, that lists
-    every key, for any other mismatch.
+    Faster R-CNN, under any prefix (`layers/weight_names.py`). The rows of layers that belong to classes are
+    taken over by name from an export: `classes` are those of the run. Without names on one of the sides, such
+    a layer is taken over if it has as many classes. What is taken over and what starts afresh is printed.
+    Raises InputError, a ValueError, that lists every key, for any other mismatch.
     """
     if config.init_weights is None:
         load_backbone_weights(model.backbone, config.backbone)
         return
     path = Path(config.init_weights)
-    state = read_state_dict(path)
+    expected = model.state_dict()
+    state = model_tensors(read_tensors(config.init_weights), expected, model.translate, str(path))
     try:
         state = dict(model.translate(state))
     except LookupError as error:
         raise InputError(f"{path} is not a complete file of torchvision's detectors: {error}") from error
-    expected = model.state_dict()
+    if not any(key in expected for key in state):
+        raise InputError(
+            f"{path} has no tensor of {config.type} by name; if these are weights of a backbone, give them "
+            "in model.backbone.init_weights"
+        )
     folder = path if path.is_dir() else path.parent
     known = read_export_config(folder).classes if (folder / CONFIG).is_file() else None
     by_kind = _transfers(known, classes)

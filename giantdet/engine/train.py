@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.export import check_frozen, export_config, export_model
 from giantdet.layers.body import check_name
+from giantdet.layers.model_names import with_timm_name
 from giantdet.layers.norm import check_norms
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
@@ -126,6 +127,7 @@ def prepare(run: RunConfig) -> Training:
 
     Raises InputError, a ValueError, for settings, data or a checkpoint that cannot be used.
     """
+    run = _with_timm_name(run)
     check_name(run.giantdet.model.backbone.name)  # before anything that takes time
     device = comm.start(run.giantdet.train.timeout_minutes)
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
@@ -153,6 +155,13 @@ def prepare(run: RunConfig) -> Training:
     except BaseException:
         lock.release()
         raise
+
+
+def _with_timm_name(run: RunConfig) -> RunConfig:
+    """Return the run with timm's own name of its backbone, so that its config.json needs no hub."""
+    model = run.giantdet.model
+    model = model.model_copy(update={"backbone": with_timm_name(model.backbone)})
+    return replace(run, giantdet=run.giantdet.model_copy(update={"model": model}))
 
 
 def _build(

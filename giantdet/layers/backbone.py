@@ -24,6 +24,7 @@ from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.blocks import wrap_blocks
 from giantdet.layers.body import Backbone, create_body, freeze, image_statistics, require_multiple
+from giantdet.layers.model_names import with_timm_name
 from giantdet.layers.plain_vit import PlainViT
 from giantdet.layers.swin import pad_before_shift
 
@@ -41,6 +42,7 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
     Raises InputError, a ValueError, for an unknown name, a canvas size that the model cannot take, or an
     option that the model family does not have.
     """
+    config = with_timm_name(config)
     name = config.name.partition(".")[0]
     plain = is_model_in_modules(name, _PLAIN)
     if config.stride_in_1x1 and plain:
@@ -98,7 +100,7 @@ def _timm_args(config: BackboneConfig, image_size: tuple[int, int], swin: bool) 
         if is_model_in_modules(name, {"swin_transformer_v2_cr"}):
             # By default its window is 1/32 of the image side: 32 for images of 1024 pixels, where the
             # pretrained models have 7 or 12.
-            args["window_size"] = _native_side(name) // 32
+            args["window_size"] = config.timm_args.get("window_size", _native_side(name) // 32)
         set_fused_attn(True, experimental=True)  # a global setting of timm; Swin's fused attention needs it
     elif is_model_in_modules(name, _FIXED_SIZE):
         args["img_size"] = image_size

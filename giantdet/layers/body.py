@@ -86,14 +86,13 @@ def image_statistics(body: Any) -> tuple[tuple[float, float, float], tuple[float
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def checkpoint_filter(
-    name: str, body: Any
-) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
+def checkpoint_filter(body: Any) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
     """Return timm's converter of checkpoints of this model family, or None where it has none.
 
     It renames the keys of other projects and resamples position embeddings.
     """
-    modules = (timm.model_entrypoint(name.partition(".")[0]).__module__, type(body).__module__)
+    name = body.pretrained_cfg["architecture"]
+    modules = (timm.model_entrypoint(name).__module__, type(body).__module__)
     found = (getattr(sys.modules[m], "checkpoint_filter_fn", None) for m in modules)
     return next((fn for fn in found if fn is not None), None)
 

@@ -1,22 +1,17 @@
 """Load pretrained weights into a backbone, strictly: an error lists all keys that do not match.
 
 Loading happens before DeepSpeed partitions the model (`load_state_dict` inside `zero.Init` fails). Tensors
-are cast to the type of the parameters. Files are memory-mapped: the tensor of a deferred parameter
-(`deferred.py`) is read only when that parameter is materialised.
+are cast to the type of the parameters. Files are memory-mapped (`weight_files.py`): the tensor of a
+deferred parameter (`deferred.py`) is read only when that parameter is materialised.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
@@ -24,102 +19,46 @@ from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.body import Backbone, checkpoint_filter
 from giantdet.layers.deferred import fill, is_deferred
+from giantdet.layers.weight_files import first_line, flatten, read_tensors
+from giantdet.layers.weight_names import FOREIGN, model_tensors
 
 _log = logging.getLogger(__name__)
-_HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
-# What timm's filters raise for the tensors of another model.
-_FOREIGN = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError)
-_NESTS = ("state_dict", "model")
+_HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token", "decoder_")
 
 
 def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
     """Load the weights that `config.init_weights` (a file) or `config.pretrained` (timm's tag) names, if any.
 
-    timm's own filter of the model family runs first: it renames the keys of other projects and resamples
-    patch and position embeddings. Head, final norm and class token, which the backbone does not use, are left
-    out and logged. Relative positions that the file lacks stay zero.
+    The tensors may be anywhere in the file, under any prefix (`weight_names.py`). timm's own filter of the
+    model family renames the keys of other projects and resamples patch and position embeddings. Head, final
+    norm and class token, which the backbone does not use, are left out and logged. Relative positions that
+    the file lacks stay zero.
 
     Raises InputError, a ValueError, for a missing file, a file without weights, and any mismatch of keys.
     """
     if config.init_weights and config.pretrained:
         raise InputError("give either backbone.pretrained or backbone.init_weights, not both")
     if config.init_weights:
-        state, what = read_state_dict(config.init_weights), str(config.init_weights)
+        state, what = read_tensors(config.init_weights), str(config.init_weights)
     elif config.pretrained:
-        state, what = _tagged_state_dict(backbone.body.pretrained_cfg, config.name), "timm's file"
+        state, what = _tagged_tensors(backbone.body.pretrained_cfg, config.name), "timm's file"
     else:
         return
-    translate = checkpoint_filter(config.name, backbone.body)
-    if translate is not None:
-        try:
-            state = translate(state, backbone.body)
-        except _FOREIGN as error:
-            raise InputError(f"{what} does not look like weights of '{config.name}': {error}") from error
+    if any(".fpn.inner_blocks." in key for key in state):
+        raise InputError(f"{what} is a whole detector of torchvision: name it in model.init_weights instead")
+    rename = checkpoint_filter(backbone.body)
+    translate = (lambda found: found) if rename is None else lambda found: rename(found, backbone.body)
     own = backbone.body.state_dict()
+    expected = {key: tensor for key, tensor in own.items() if key not in backbone.added_keys}
+    state = model_tensors(state, expected, translate, what)
+    try:
+        state = translate(state)
+    except FOREIGN as error:
+        raise InputError(f"{what} does not look like weights of '{config.name}': {error}") from error
     state = {key: own[key] for key in backbone.added_keys} | dict(state)
     what = f"{what} as backbone '{config.name}'"
     ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
     load_strictly(backbone.body, state, what, ignore)
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors, .pth or .pt file by name.
-
-    They may be at the top level of the file, or under a key `state_dict` or `model`. For a folder, or an
-    index file in it (`*.safetensors.index.json`), the tensors of all shards are returned. No code from the
-    files is run. Files are memory-mapped: a tensor is read when it is used.
-
-    Raises InputError, a ValueError, that names the file.
-    """
-    file = Path(path)
-    if file.is_dir():
-        indices = sorted(file.glob("*.safetensors.index.json"))
-        files = indices or sorted(file.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{file}: no weights here (looked for *.safetensors)")
-        if len(files) > 1:
-            raise InputError(f"{file} has {len(files)} safetensors files and no index; name one of the files")
-        file = files[0]
-    if not file.is_file():
-        raise InputError(f"weights file {file} does not exist")
-    if file.name.endswith(".index.json"):
-        try:
-            names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-            shards = [file.parent / name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file} is no index of safetensors: {_first_line(error)}") from error
-        if missing := [shard for shard in shards if not shard.is_file()]:
-            raise InputError(f"{file.parent}: {missing[0].name} is missing, which {file.name} names")
-        return {key: tensor for shard in shards for key, tensor in _read_file(shard).items()}
-    return _read_file(file)
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise InputError(f"weights file {file} does not exist")
-    try:
-        if file.suffix == ".safetensors":
-            state: Any = load_file(file)
-        else:
-            mapped = zipfile.is_zipfile(file)  # torch's older format cannot be memory-mapped
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"weights file {file} cannot be read: {_first_line(error)}") from error
-    except Exception as error:  # pickle.UnpicklingError and whatever else a damaged pickle raises
-        raise InputError(
-            f"weights file {file} is no plain file of tensors; other Python objects, which could run code, "
-            "are not loaded: save a state_dict"
-        ) from error
-    for nest in _NESTS:
-        if isinstance(state, Mapping) and isinstance(state.get(nest), Mapping):
-            state = state[nest]
-    pairs = state.items() if isinstance(state, Mapping) else ()
-    tensors = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        raise InputError(f"weights file {file} holds no tensors at its top, in 'state_dict' or in 'model'")
-    if all(key.startswith("module.") for key in tensors):  # saved from DistributedDataParallel
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
 
 
 def load_strictly(
@@ -168,14 +107,14 @@ def report_mismatch(
     return ignored
 
 
-def _tagged_state_dict(source: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the weights that timm's configuration of a tag names: a file, a file of the hub, or a URL.
+def _tagged_tensors(source: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Return the tensors that timm's configuration of a tag names: a file, a file of the hub, or a URL.
 
     Only the file is read. timm's own loading would build a whole second model on every rank.
     """
+    if source.get("file"):
+        return read_tensors(source["file"])
     try:
-        if source.get("file"):
-            return read_state_dict(source["file"])
         if source.get("hf_hub_id"):
             chosen = source.get("hf_hub_filename")
             state = load_state_dict_from_hf(source["hf_hub_id"], **({"filename": chosen} if chosen else {}))
@@ -184,21 +123,16 @@ def _tagged_state_dict(source: Mapping[str, Any], name: str) -> dict[str, Tensor
         else:
             raise InputError("timm has no weights of this name")
     except Exception as error:  # no network, a full disk, a missing file: each library has its own types
+        name = source.get("hf_hub_id") or name
         raise InputError(
-            f"cannot get timm's weights of '{name}' ({_first_line(error)}); download them elsewhere and "
+            f"cannot get timm's weights of '{name}' ({first_line(error)}); download them elsewhere and "
             "name the file in backbone.init_weights"
         ) from error
-    for nest in _NESTS:
-        state = state.get(nest, state)
-    return dict(state)
+    return flatten(state)
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -249,4 +249,9 @@ CONFIGURATIONS = [
         {"zero_optimization.reduce_bucket_size": 0},
         Error("DeepSpeed refuses the run's JSON: ..."),
     ),
+    Case(
+        "an argument of timm that another key sets",
+        {"giantdet.model.backbone.timm_args": {"img_size": 224}},
+        Error("giantdet.model.backbone.timm_args.img_size: the model is built for giantdet.data.size; ..."),
+    ),
 ]

@@ -30,6 +30,12 @@ def _written(path: Path, content: bytes) -> Path:
     return path
 
 
+def _folder(path: Path) -> Path:
+    (path.parent / "config.json").write_text("{}")
+    path.mkdir()
+    return path
+
+
 def export_with(name: str, content: bytes) -> Callable[[Path, Path], Path]:
     """A copy of the export in which one file holds something else."""
 
@@ -75,14 +81,36 @@ def tensors(**changes: Any) -> Callable[[Path, Path], Path]:
     return make
 
 
-_PLAIN = "weights file ... is no plain file of tensors; other Python objects, which could run code, ..."
+_PLAIN = "weights file ... is no plain file of tensors; other Python objects (...), which could run code, ..."
 WEIGHTS = [
     Case("no file", lambda folder, export: folder / "no.pth", Error("weights file ...no.pth does not exist")),
-    Case("0 bytes", cut(0), Error("weights file ... cannot be read: ...header too small")),
+    Case("0 bytes", cut(0), Error("weights file ... is empty: copy or download it again")),
+    Case(
+        "a web page called .pth",
+        lambda f, e: _written(f / "w.pth", b"<!DOCTYPE html><html>"),
+        Error("weights file ... is a web page, not weights: download the file itself, perhaps after a login"),
+    ),
+    Case(
+        "a pointer of Git LFS",
+        lambda f, e: _written(f / "w.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        Error(
+            "weights file ... is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository"
+        ),
+    ),
+    Case(
+        "the folder of a run",
+        lambda f, e: export_with("config.json", b"{}")(_folder(f / "export"), e).parent,
+        Error("... is the folder of a run: name .../export"),
+    ),
+    Case(
+        "weights of a backbone as those of a detector",
+        saved(lambda f, e: {"layer1.0.conv1.weight": torch.ones(1)}),
+        Error("... has no tensor of mask_rcnn by name; ... give them in model.backbone.init_weights"),
+    ),
     Case(
         "a text called .safetensors",
         lambda f, e: _written(f / "w.safetensors", b"hello" * 9),
-        Error("weights file ... cannot be read: ..."),
+        Error("weights file ... is a text, not weights: it begins with ..."),
     ),
     Case("safetensors cut in the header", cut(1000), Error("weights file ... cannot be read: ...")),
     Case(
@@ -93,7 +121,7 @@ WEIGHTS = [
     Case(
         "a .pth cut off",
         lambda f, e: _written(f / "w.pth", saved(lambda f, e: state(e))(f, e).read_bytes()[:5000]),
-        Error("weights file ... cannot be read: ..."),
+        Error("weights file ... cannot be read: its end is missing; copy or download it again"),
     ),
     Case("a pickle with code in it", saved(lambda f, e: {"w": Evil(f / "evil")}), Error(_PLAIN)),
     Case(
@@ -104,12 +132,12 @@ WEIGHTS = [
     Case(
         "a bare pickle with code in it",
         lambda f, e: _written(f / "w.pkl", pickle.dumps(Evil(f / "evil"))),
-        Error(_PLAIN),
+        Error("weights file ... is a bare pickle, ...unpickling could run code, so it is not read: ..."),
     ),
     Case(
         "a list, or other things",
         saved(lambda f, e: [1, 2]),
-        Error("weights file ... holds no tensors at its top, ..."),
+        Error("weights file ... holds no tensors by name; save those of the model: ..."),
     ),
     Case(
         "a wrong shape",
@@ -127,7 +155,7 @@ WEIGHTS = [
     Case(
         "a folder without weights",
         lambda folder, export: folder,
-        Error("...: no weights here (looked for *.safetensors)"),
+        Error("...: no weights here (looked for *.safetensors, *.bin, *.pth, *.pt, *.ckpt, *.pth.tar)"),
     ),
     Case(
         "an index that is no JSON",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from giantdet.config.architectures.common import BackboneConfig
 from giantdet.layers.backbone import Backbone, build_backbone
-from giantdet.layers.weights import load_backbone_weights, load_strictly, read_state_dict, report_mismatch
+from giantdet.layers.weights import load_backbone_weights, load_strictly, report_mismatch
 
 SIZE = (64, 96)
 
@@ -133,21 +133,6 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"w\.safetensors"):
             loaded(name, tmp_path / "w.safetensors")
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.pth does not exist"):
-        read_state_dict(tmp_path / "gone.pth")
-    for name in ("bad.safetensors", "bad.pth"):
-        (tmp_path / name).write_bytes(b"not a checkpoint at all")
-        with pytest.raises(ValueError, match=f"weights file .*{name}"):
-            read_state_dict(tmp_path / name)
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(ValueError, match="holds no tensors"):
-        read_state_dict(tmp_path / "empty.pth")
-    torch.save({"w": torch.ones(1), "run": Path("x")}, tmp_path / "code.pth")  # would run code
-    with pytest.raises(ValueError, match=r"code\.pth is no plain file of tensors"):
-        read_state_dict(tmp_path / "code.pth")
 
 
 def test_report_and_strict_loading_serve_any_module() -> None:

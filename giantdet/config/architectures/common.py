@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from giantdet.config import timm_args
 from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.section import Auto, Fraction, NonNegative, PathText, PositiveInt, Section
@@ -33,11 +34,13 @@ class BackboneConfig(Section):
     """A timm model as the backbone; `layers/backbone.py` has the three adapters."""
 
     name: str = "resnet50"
-    """Name of a timm model, for example resnet50, convnext_tiny, swin_tiny_patch4_window7_224."""
+    """Name of a timm model, for example resnet50, convnext_tiny, swin_tiny_patch4_window7_224. Also with
+    timm's sources: hf-hub:USER/REPOSITORY, or local-dir:FOLDER with a config.json of timm."""
     pretrained: bool = False
     """Load timm's weights of this name (from the network or timm's cache); see also `init_weights`."""
     init_weights: PathText | None = None
-    """Local .safetensors or .pth file with pretrained weights of this backbone, or a folder of shards."""
+    """Local safetensors or PyTorch file with pretrained weights of this backbone, or a folder of shards.
+    Nests and prefixes (state_dict, model_ema, module., backbone.) are found by the names of the model."""
     stride_in_1x1: bool = False
     """ResNet bottlenecks have their stride in the first 1x1 convolution (MSRA and Caffe weights)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
@@ -51,7 +54,8 @@ class BackboneConfig(Section):
     """Compile each block with torch.compile: the same results up to rounding, and faster on GPUs after
     minutes of compilation."""
     timm_args: dict[str, Any] = Field(default={})
-    """Further arguments of timm's model, for example {"embed_dim": 64, "num_heads": 4} for a small ViT."""
+    """Further arguments of timm's model, for example {"embed_dim": 64, "num_heads": 4} for a small ViT.
+    Those that other keys set, such as img_size, are refused (config/timm_args.py)."""
     window: Annotated[int, Field(ge=0)] = 16
     """Plain ViTs: side of the attention windows in patches; 0 makes all blocks global."""
     global_blocks: PositiveInt = 4
@@ -76,6 +80,7 @@ class BackboneConfig(Section):
             yield (
                 "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
             )
+        yield from timm_args.problems(self.timm_args)
         for key in ("position_grid", "relative_positions", "attend_padding"):
             if getattr(self, key) and not self.window:
                 yield f"backbone.{key} needs windows: set backbone.window to the side of a window in patches"

@@ -1,0 +1,183 @@
+"""Files and folders that are no weights: each is named in one line that says what to do."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from giantdet.layers.weight_files import read_tensors
+
+
+def bytes_of(content: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def zipped(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"))
+    return buffer.getvalue()
+
+
+def script() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
+    return buffer.getvalue()
+
+
+NOT_PYTORCH = (
+    "giantdet reads safetensors and PyTorch files; convert it, or look for those weights in one of them"
+)
+SAVE = "save those of the model: torch.save(model.state_dict(), 'weights.pth')"
+KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "empty": ("w.pth", lambda: b"", "is empty: copy or download it again"),
+    "page": (
+        "w.pth",
+        lambda: b"\n<!DOCTYPE html><html><body>Sign in",
+        "is a web page, not weights: download the file itself, perhaps after a login",
+    ),
+    "pointer": (
+        "w.safetensors",
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository",
+    ),
+    "text": ("w.pth", lambda: b"Not found", "is a text, not weights: it begins with 'Not found'"),
+    "JSON": ("config.json", lambda: b'{"a": 1}', "is a text, not weights: it begins with '{\"a\": 1}'"),
+    "HDF5": ("w.h5", lambda: b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, of Keras for example: {NOT_PYTORCH}"),
+    "ONNX": (
+        "w.onnx",
+        lambda: b"\x08\x07\x12",
+        f"is a .onnx file, of TensorFlow, Flax or ONNX: {NOT_PYTORCH}",
+    ),
+    "Flax": ("w.msgpack", lambda: b"\x81", f"is a .msgpack file, of TensorFlow, Flax or ONNX: {NOT_PYTORCH}"),
+    "TensorFlow": (
+        "m.ckpt.data-00000-of-00001",
+        lambda: b"\0\1",
+        f"is a .data-00000-of-00001 file, of TensorFlow, Flax or ONNX: {NOT_PYTORCH}",
+    ),
+    "NumPy": (
+        "w.npz",
+        lambda: zipped("a.npy"),
+        "is a NumPy archive, of JAX or Flax: convert it with torch.save(timm.create_model(NAME, "
+        "checkpoint_path='w.npz').state_dict(), 'weights.pth')",
+    ),
+    "tar": ("w.tar.gz", tar, "is an archive: unpack it"),
+    "zip": ("w.pth", lambda: zipped("weights.txt"), "is an archive: unpack it"),
+    "TorchScript": (
+        "w.pt",
+        script,
+        "is a TorchScript program: save its weights with torch.save(torch.jit.load('w.pt').state_dict(), "
+        "'weights.pth')",
+    ),
+    "cut off": (
+        "w.pth",
+        lambda: bytes_of({"w": torch.ones(9999)})[:5000],
+        "cannot be read: its end is missing; copy or download it again",
+    ),
+    "detectron2": (
+        "R-50.pkl",
+        lambda: pickle.dumps({"model": {"conv1_w": np.ones(2)}, "__author__": "x"}),
+        "is a bare pickle, as of detectron2's model zoo; unpickling could run code, so it is not read: "
+        "convert it to a state_dict with the names of timm's model",
+    ),
+    "no tensors": ("w.pth", lambda: bytes_of({"epoch": 3}), f"holds no tensors by name; {SAVE}"),
+    "list": ("w.pth", lambda: bytes_of([torch.ones(1)]), f"holds no tensors by name; {SAVE}"),
+    "whole model": (
+        "w.pt",
+        lambda: bytes_of({"model": torch.nn.Identity()}),
+        "is no plain file of tensors; other Python objects (torch.nn.modules.linear.Identity), which could "
+        "run code, are not loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_other_kind_of_file_is_named(kind: str, tmp_path: Path) -> None:
+    name, content, message = KINDS[kind]
+    (tmp_path / name).write_bytes(content())
+    with pytest.raises(ValueError) as raised:
+        read_tensors(tmp_path / name)
+    assert str(raised.value) == f"weights file {tmp_path / name} {message}"
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+ZERO = "run the checkpoint's own script, `python zero_to_fp32.py . FOLDER`, and name FOLDER"
+PLACES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "run": (("config.json", "export/config.json"), "", "{0} is the folder of a run: name {0}/export"),
+    "run without an export": (
+        ("config.json", "checkpoints/step_1/state.json"),
+        "",
+        "{0} is the folder of a run: run `giantdet export {0}`, and name {0}/export",
+    ),
+    "checkpoint": (
+        tuple(f"checkpoints/step_4/{n}" for n in ("manifest.json", "state.json", "rank_00000.safetensors")),
+        "checkpoints/step_4",
+        "{0}/checkpoints/step_4 is a checkpoint of giantdet: run `giantdet export {0}`, and name {0}/export",
+    ),
+    "checkpoints": (
+        ("checkpoints/step_4/state.json",),
+        "checkpoints",
+        "{0}/checkpoints has the checkpoints of a run: run `giantdet export {0}`, and name {0}/export",
+    ),
+    "file of a checkpoint": (
+        tuple(f"checkpoints/step_4/{n}" for n in ("manifest.json", "rank_00000.safetensors")),
+        "checkpoints/step_4/rank_00000.safetensors",
+        "{0}/checkpoints/step_4/rank_00000.safetensors is a part of a checkpoint of giantdet: run "
+        "`giantdet export {0}`, and name {0}/export",
+    ),
+    "DeepSpeed": (
+        ("latest", "zero_to_fp32.py", "global_step10/mp_rank_00_model_states.pt"),
+        "",
+        f"{{0}} is a checkpoint of DeepSpeed: {ZERO}",
+    ),
+    "file of DeepSpeed": (
+        ("zero_pp_rank_0_mp_rank_00_model_states.pt",),
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+        f"{{0}}/zero_pp_rank_0_mp_rank_00_model_states.pt is a part of a checkpoint of DeepSpeed: {ZERO}",
+    ),
+    "TensorFlow": (("checkpoint", "m.ckpt.index"), "", f"{{0}} is a checkpoint of TensorFlow: {NOT_PYTORCH}"),
+    "a mistyped name": (
+        ("weights.pth",),
+        "weigths.pth",
+        "weights file {0}/weigths.pth does not exist; did you mean weights.pth?",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_other_places_give_a_hint(place: str, tmp_path: Path) -> None:
+    files, named, message = PLACES[place]
+    with pytest.raises(ValueError) as raised:
+        read_tensors(make(tmp_path, *files) / named)
+    assert str(raised.value) == message.format(tmp_path)
+
+
+def test_addresses_and_names_of_the_hub_are_no_files() -> None:
+    with pytest.raises(ValueError, match=r"not read from https:// addresses; download the file"):
+        read_tensors("https://example.org/w.pth")
+    with pytest.raises(ValueError, match=r"is a name for backbone\.name"):
+        read_tensors("hf_hub:user/repository")
