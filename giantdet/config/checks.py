@@ -89,21 +89,28 @@ def _one_liners(
         where = next((path for path in UNIONS if location[: len(path)] == path), None)
         if section is not GiantdetConfig:
             where = None
-        chosen = None
+        chosen, inner = None, list(location)  # the latter: the path within a section, for hints
         if where is not None:
             key, types = UNIONS[where]
-            if kind.startswith("union_tag") and not isinstance(_value_at(value, where)[0], dict):
-                location, kind = where, "model_type"
-            elif kind.startswith("union_tag"):
-                location, kind = (*where, key), "literal_error"
+            if kind.startswith("union_tag"):
+                at = (*where, *location[len(where) + 1 :])  # deeper in a list of data sets
+                location, kind = (*at, key), "literal_error"
                 context = {"expected": " or ".join(f"'{name}'" for name in types)}
+                if not isinstance(_value_at(value, at)[0], dict):
+                    location, kind = at, "model_type"
             elif len(location) > len(where):  # pydantic adds the name of the type
                 chosen, location = str(location[len(where)]), (*where, *location[len(where) + 1 :])
+                inner, tag = list(location), len(where) + 2  # the latter is after "parts" and a number
+                if location[len(where)] == "parts" and len(location) > tag:
+                    chosen, location = str(location[tag]), (*location[:tag], *location[tag + 1 :])
+                    inner = [*where, *location[tag:]]
         names = [str(part) for part in location]
         if kind == "extra_forbidden":
             of = f" of {owner}" if owner else ""
             path = _join(prefix, *names)
-            messages[path] = f"unknown key {path}{of}{_hint(section, names, where, chosen)}"
+            messages[path] = (
+                f"unknown key {path}{of}{_hint(section, [str(part) for part in inner], where, chosen)}"
+            )
             continue
         if kind == "missing":
             needs = f"; {owner} needs it" if owner else ""

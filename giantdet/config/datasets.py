@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
 
 from giantdet.config.section import PathText, Section, tagged_union
+
+JOINED: Literal["joined"] = "joined"
 
 
 class Source(NamedTuple):
@@ -105,11 +109,36 @@ class SemanticPngDatasetConfig(BaseDatasetConfig):
             yield Source("classes", Path(self.classes))
 
 
-FORMATS: dict[str, type[BaseDatasetConfig]] = {
+_SINGLE: dict[str, type[BaseDatasetConfig]] = {
     "coco": CocoDatasetConfig,
     "coco_panoptic": CocoPanopticDatasetConfig,
     "semantic_png": SemanticPngDatasetConfig,
 }
+if TYPE_CHECKING:
+    _SingleConfig = BaseDatasetConfig
+else:
+    _SingleConfig = tagged_union(_SINGLE, "format", "coco")
+
+
+class JoinedDatasetConfig(Section):
+    """Several data sets as one. A list in the JSON is the same as `parts`."""
+
+    format: Literal["joined"] = JOINED
+    parts: Annotated[tuple[_SingleConfig, ...], Field(min_length=1)]
+    """Data sets with the same classes, by name; the first one's ids count."""
+
+    def sources(self) -> Iterator[Source]:
+        """See `BaseDatasetConfig.sources`."""
+        for n, part in enumerate(self.parts):
+            yield from (source._replace(key=f"parts.{n}.{source.key}") for source in part.sources())
+
+
+def with_joined(section: Any) -> Any:
+    """Return a data set's section of the JSON, where a list becomes the section of a joined data set."""
+    return {"format": JOINED, "parts": section} if isinstance(section, list) else section
+
+
+FORMATS: dict[str, type[Section]] = {**_SINGLE, JOINED: JoinedDatasetConfig}
 """The sections of data sets by the name in `format`; `data/dataset.py` has their readers."""
 
 # A data set of any format. Type checkers see the fields that all share.

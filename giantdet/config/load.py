@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from giantdet.config.checks import check_deepspeed, parse_giantdet, show
+from giantdet.config.datasets import with_joined
 from giantdet.config.deepspeed import DeepSpeedConfig
 from giantdet.config.names import all_paths, nearest
 from giantdet.config.types import GiantdetConfig
@@ -72,7 +73,16 @@ def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
     deepspeed = {key: value for key, value in raw.items() if key not in OWN_KEYS}
     check_deepspeed(deepspeed)
     deepspeed = _with_homes(deepspeed)
-    return RunConfig(parse_giantdet(raw["giantdet"]), deepspeed, raw.get("about"), path)
+    return RunConfig(parse_giantdet(_with_joined(raw["giantdet"])), deepspeed, raw.get("about"), path)
+
+
+def _with_joined(giantdet: dict[str, Any]) -> dict[str, Any]:
+    """Return the giantdet block with sections in the place of lists of data sets."""
+    data = giantdet.get("data")
+    if not isinstance(data, dict):
+        return giantdet
+    lists = {split: with_joined(data[split]) for split in ("train", "val") if split in data}
+    return giantdet | {"data": data | lists}
 
 
 def _with_homes(block: Any, key: str = "") -> Any:

@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantdet.config.classes import Category, Classes
-from giantdet.config.datasets import CocoDatasetConfig, CocoPanopticDatasetConfig, DatasetConfig
+from giantdet.config.datasets import (
+    CocoDatasetConfig,
+    CocoPanopticDatasetConfig,
+    DatasetConfig,
+    JoinedDatasetConfig,
+)
 from giantdet.data.coco import CocoDataset
 from giantdet.data.coco_panoptic import CocoPanopticDataset
 from giantdet.data.near_files import hint
@@ -128,11 +133,18 @@ def _coco_panoptic(config: CocoPanopticDatasetConfig) -> Dataset:
     return CocoPanopticDataset(config.annotations, config.images, config.segments_folder, config.instances)
 
 
+def _joined(config: JoinedDatasetConfig) -> Dataset:
+    from giantdet.data.joined import JoinedDataset  # which needs this file
+
+    return JoinedDataset([open_dataset(part) for part in config.parts])
+
+
 _CHECKED_FILES = 50
 READERS: dict[str, Callable[[Any], Dataset]] = {
     "coco": _coco,
     "coco_panoptic": _coco_panoptic,
     "semantic_png": SemanticPngDataset,
+    "joined": _joined,
 }
 """How a data set of each format is opened; config/datasets.py has their sections."""
 
