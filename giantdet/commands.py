@@ -157,6 +157,8 @@ def run_predict(options: argparse.Namespace) -> None:
         images = listed_images(options.annotations, options.images[0])
     pictures = picture_names([image.path for image in images], options.output)
     predictor = load_predictor(options.export, max_image_pixels=options.max_image_pixels)
+    if options.tile is not None:
+        predictor.check_tiles(options.tile, options.tile_overlap)
     results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
     left_out: list[str] = []
     for (number, path, _), image, picture in zip(images, images, pictures, strict=True):
@@ -166,7 +168,7 @@ def run_predict(options: argparse.Namespace) -> None:
             logger.warning("image left out: %s", error)
             left_out.append(str(error))
             continue
-        found = predictor(pixels, options.threshold)
+        found = predictor(pixels, options.threshold, options.tile, options.tile_overlap)
         draw(pixels, found).save(picture)
         print(f"{path}: {results.add(number, path, picture.stem, found)}, {picture}")
     for file in results.write():
