@@ -27,7 +27,7 @@ from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
 from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
-from giantdet.engine.tiles import shifted_rle, tiles_of, kept_in_tile
+from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
 from giantdet.errors import InputError
 from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
 from giantdet.evaluation.panoptic import panoptic_map

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.ops import batched_nms
 
 from giantdet import cli, load_predictor
-from giantdet.engine.tiles import BORDER, Tile, shifted_rle, tiles_of, kept_in_tile
+from giantdet.engine.tiles import BORDER, Tile, kept_in_tile, shifted_rle, tiles_of
 from giantdet.evaluation.coco import encode_mask
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (100, 150, 3), dtype=np.uint8)
