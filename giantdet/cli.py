@@ -129,6 +129,15 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--threshold", type=float, default=0.5, help="lowest score of the detections; default: 0.5"
     )
+    predict.add_argument(
+        "--tile",
+        type=_at_least(1),
+        metavar="PIXELS",
+        help="predict large images in tiles of PIXELS x PIXELS; only for models of objects; default: off",
+    )
+    predict.add_argument(
+        "--tile-overlap", type=float, default=0.2, help="overlap, as a part of a tile's side; default: 0.2"
+    )
     predict.set_defaults(command=commands.run_predict)
 
     export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")

@@ -47,7 +47,7 @@ def print_config(run: Any) -> None:
     import torch
 
     from giantdet.config.resolve import describe, resolve
-    from giantdet.data.dataset import open_dataset
+    from giantdet.data.formats import open_dataset
     from giantdet.layers.body import check_name
     from giantdet.layers.model_names import with_timm_name
     from giantdet.layers.norm import check_norms
@@ -68,7 +68,8 @@ def print_config(run: Any) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
-    from giantdet.data.dataset import check_files, meet, open_dataset
+    from giantdet.data.dataset import check_files, meet
+    from giantdet.data.formats import open_dataset
     from giantdet.data.images import limit_pixels
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate, warn_of_limits
@@ -158,6 +159,8 @@ def run_predict(options: argparse.Namespace) -> None:
         images = listed_images(options.annotations, options.images[0])
     pictures = picture_names([image.path for image in images], options.output)
     predictor = load_predictor(options.export, max_image_pixels=options.max_image_pixels)
+    if options.tile is not None:
+        predictor.check_tiles(options.tile, options.tile_overlap)
     results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
     left_out: list[str] = []
     for (number, path, _), image, picture in zip(images, images, pictures, strict=True):
@@ -167,7 +170,7 @@ def run_predict(options: argparse.Namespace) -> None:
             logger.warning("image left out: %s", error)
             left_out.append(str(error))
             continue
-        found = predictor(pixels, options.threshold)
+        found = predictor(pixels, options.threshold, options.tile, options.tile_overlap)
         draw(pixels, found).save(picture)
         print(f"{path}: {results.add(number, path, picture.stem, found)}, {picture}")
     for file in results.write():
@@ -179,7 +182,7 @@ def run_predict(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from giantdet.checkpoint.files import newest
     from giantdet.config.resolved import load_resolved
-    from giantdet.data.dataset import open_dataset
+    from giantdet.data.formats import open_dataset
     from giantdet.export import export_checkpoint, export_config
 
     run = load_resolved(options.run / "config.json")
@@ -203,7 +206,7 @@ def run_export(options: argparse.Namespace) -> None:
 def run_precise_bn(options: argparse.Namespace) -> None:
     from giantdet.config.resolve import check_data
     from giantdet.config.resolved import load_resolved
-    from giantdet.data.dataset import open_dataset
+    from giantdet.data.formats import open_dataset
     from giantdet.data.loader import train_loader
     from giantdet.distributed import comm
     from giantdet.export import export_model, load_detector

@@ -139,7 +139,7 @@ def with_joined(section: Any) -> Any:
 
 
 FORMATS: dict[str, type[Section]] = {**_SINGLE, JOINED: JoinedDatasetConfig}
-"""The sections of data sets by the name in `format`; `data/dataset.py` has their readers."""
+"""The sections of data sets by the name in `format`; `data/formats.py` has their readers."""
 
 # A data set of any format. Type checkers see the fields that all share.
 if TYPE_CHECKING:

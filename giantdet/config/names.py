@@ -23,8 +23,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "giantdet.model.backbone.frozen_stages": ("freeze", "freeze_at", "frozen"),
     "giantdet.model.init_weights": ("weights", "checkpoint", "load_from"),
     "giantdet.model.num_classes": ("classes", "names", "nc"),
-    "giantdet.model.box_head.nms_iou": ("nms", "iou", "nms_thresh"),
-    "giantdet.model.box_head.score_threshold": ("conf", "score_thr", "score_thresh"),
     "giantdet.data.size": ("imgsz", "img_size", "img_scale", "image_size", "input_size", "resolution"),
     "giantdet.data.train.annotations": ("json", "ann_file", "annotation_file"),
     "giantdet.data.train.images": ("path", "img_dir", "image_dir", "img_prefix"),

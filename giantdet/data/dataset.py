@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Container
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,18 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantdet.config.classes import Category, Classes
-from giantdet.config.datasets import (
-    CocoDatasetConfig,
-    CocoPanopticDatasetConfig,
-    DatasetConfig,
-    JoinedDatasetConfig,
-)
-from giantdet.data.coco import CocoDataset
-from giantdet.data.coco_panoptic import CocoPanopticDataset
 from giantdet.data.near_files import hint
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import Instances, logger
-from giantdet.data.semantic_png import SemanticPngDataset
 from giantdet.data.summary import Summary
 from giantdet.errors import DataError
 
@@ -125,33 +116,7 @@ class Dataset(Protocol):
         ...
 
 
-def _coco(config: CocoDatasetConfig) -> Dataset:
-    return CocoDataset(config.annotations, config.images)
-
-
-def _coco_panoptic(config: CocoPanopticDatasetConfig) -> Dataset:
-    return CocoPanopticDataset(config.annotations, config.images, config.segments_folder, config.instances)
-
-
-def _joined(config: JoinedDatasetConfig) -> Dataset:
-    from giantdet.data.joined import JoinedDataset  # which needs this file
-
-    return JoinedDataset([open_dataset(part) for part in config.parts])
-
-
 _CHECKED_FILES = 50
-READERS: dict[str, Callable[[Any], Dataset]] = {
-    "coco": _coco,
-    "coco_panoptic": _coco_panoptic,
-    "semantic_png": SemanticPngDataset,
-    "joined": _joined,
-}
-"""How a data set of each format is opened; config/datasets.py has their sections."""
-
-
-def open_dataset(config: DatasetConfig) -> Dataset:
-    """Open the data set of a section of `data`. Raises DataError if it cannot be used."""
-    return READERS[config.format](config)
 
 
 def check_files(dataset: Dataset) -> None:
@@ -216,7 +181,7 @@ def _by_name(
     for number, name in theirs:
         if name not in {known for _, known in ours}:
             raise DataError(
-                f"{what} {name!r} (id {number}) is not among the classes that {whose} was trained on: "
+                f"{what} {name!r} (id {number}) is not among the classes of {whose}: "
                 f"{', '.join(known for _, known in ours)}"
             )
     if set(theirs) <= set(ours):
@@ -229,6 +194,6 @@ def _by_name(
     matched = tuple((ids[name] if name in ids else next(free), name) for _, name in ours)
     pairs = [f"{name} {ids[name]} for {old}" for old, name in ours if name in ids and ids[name] != old]
     logger.warning(
-        "%s ids differ from those of training, and are matched by name: %s", what, ", ".join(pairs)
+        "%s ids differ from those of %s, and are matched by name: %s", what, whose, ", ".join(pairs)
     )
     return matched

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from giantdet.architectures import Architecture
 from giantdet.config.classes import Classes
@@ -26,6 +27,7 @@ from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
 from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
+from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
 from giantdet.errors import InputError
 from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
 from giantdet.evaluation.panoptic import panoptic_map
@@ -95,25 +97,91 @@ class Predictor:
         self.data = DataConfig(size=config.size, short_side=config.short_side)
 
     @overload
-    def __call__(self, image: ImageLike, threshold: float = 0.5) -> Found: ...
+    def __call__(
+        self, image: ImageLike, threshold: float = 0.5, tile: int | None = None, tile_overlap: float = 0.2
+    ) -> Found: ...
     @overload
-    def __call__(self, image: list[Any] | tuple[Any, ...], threshold: float = 0.5) -> list[Found]: ...
+    def __call__(
+        self,
+        image: list[Any] | tuple[Any, ...],
+        threshold: float = 0.5,
+        tile: int | None = None,
+        tile_overlap: float = 0.2,
+    ) -> list[Found]: ...
 
     def __call__(
-        self, image: ImageLike | list[Any] | tuple[Any, ...], threshold: float = 0.5
+        self,
+        image: ImageLike | list[Any] | tuple[Any, ...],
+        threshold: float = 0.5,
+        tile: int | None = None,
+        tile_overlap: float = 0.2,
     ) -> Found | list[Found]:
         """Return what is in an image: detections with a score of at least `threshold`, and maps.
 
         The image is a file, a PIL image, an array `[h, w]` or `[h, w, c]`, or a tensor `[c, h, w]`, with RGB
         values of 0 to 1, 0 to 255 or 16 bits; `pixels.rgb_pixels` has the rules. A list of them, or an array
-        or tensor with four dimensions, gives a list. Raises InputError, a ValueError, in one line for
-        anything else, and for a file that is not a readable image.
+        or tensor with four dimensions, gives a list. With `tile`, a larger image is predicted in tiles of
+        `tile` x `tile` of its pixels, which overlap by `tile_overlap` of their side; this is for models that
+        predict only objects. Raises InputError, a ValueError, in one line for anything else, and for a file
+        that is not a readable image.
         """
+        if tile is not None:
+            self.check_tiles(tile, tile_overlap)
         if not is_batch(image):
-            return self._found(_pixels(image), threshold)
+            return self._in_tiles(_pixels(image), threshold, tile, tile_overlap)
         if any(map(is_batch, image)):
             raise InputError("a list of images has another list in it; give one list")
-        return [self._found(_pixels(one), threshold) for one in image]
+        return [self._in_tiles(_pixels(one), threshold, tile, tile_overlap) for one in image]
+
+    def check_tiles(self, tile: int, overlap: float) -> None:
+        """Raise InputError, a ValueError, for tiles that are impossible, or not for this model."""
+        tiles_of((1, 1), tile, overlap)
+        if self.config.model.detections_nms_iou is None or "semantic" in self.detector.tasks:
+            raise InputError(
+                "tiles (--tile) are for models that predict only objects; this one predicts "
+                f"{', '.join(self.detector.tasks)}; for semantic maps, eval.window_stride gives windows"
+            )
+
+    def _in_tiles(
+        self, pixels: NDArray[np.uint8], threshold: float, side: int | None, overlap: float
+    ) -> Found:
+        """Return what is in an image, by tiles with a `side`: their detections after NMS by class.
+
+        The model's limit of detections holds for each tile, and none for the image.
+        """
+        size_hw = (pixels.shape[0], pixels.shape[1])
+        tiles = [] if side is None else tiles_of(size_hw, side, overlap)
+        if len(tiles) < 2:
+            return self._found(pixels, threshold)
+        boxes, scores, labels = [], [], []
+        rles: list[dict[str, Any]] = []
+        has_masks = False
+        for tile in tiles:
+            part = self._found(pixels[tile.top : tile.bottom, tile.left : tile.right], threshold)
+            boxes_D4 = part.boxes_D4 + torch.tensor([tile.left, tile.top] * 2)
+            keep_D = kept_in_tile(boxes_D4, tile)
+            boxes.append(boxes_D4[keep_D])
+            scores.append(part.scores_D[keep_D])
+            labels.append(part.labels_D[keep_D])
+            if part.rles_D is not None:
+                has_masks = True
+                kept = keep_D.nonzero()[:, 0].tolist()
+                rles += [shifted_rle(part.rles_D[d], (tile.top, tile.left), size_hw) for d in kept]
+        boxes_D4, scores_D, labels_D = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+        nms_iou = self.config.model.detections_nms_iou
+        assert nms_iou is not None
+        best_D = batched_nms(boxes_D4, scores_D, labels_D, nms_iou)
+        categories = [self.config.categories[label] for label in labels_D[best_D].tolist()]
+        return Found(
+            boxes_D4=boxes_D4[best_D],
+            scores_D=scores_D[best_D],
+            labels_D=labels_D[best_D],
+            names=[name for _, name in categories],
+            category_ids=[number for number, _ in categories],
+            rles_D=[rles[d] for d in best_D.tolist()] if has_masks else None,
+            classes=self.config.classes,
+            size_hw=size_hw,
+        )
 
     @torch.no_grad()
     def _found(self, pixels: NDArray[np.uint8], threshold: float) -> Found:

@@ -17,7 +17,8 @@ from giantdet.config.load import parse_run
 from giantdet.config.resolve import check_data, describe
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
-from giantdet.data.dataset import Dataset, open_dataset
+from giantdet.data.dataset import Dataset
+from giantdet.data.formats import open_dataset
 from giantdet.data.joined import JoinedDataset
 from giantdet.data.loader import train_loader
 from giantdet.data.truth import ground_truth
@@ -65,7 +66,7 @@ def pair(demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> t
     images = demo_data / "train"
     with caplog.at_level(logging.WARNING, "giantdet"):
         joined = JoinedDataset([CocoDataset(one, images), CocoDataset(other, images)])
-    assert "category ids differ from those of training, and are matched by name" in caplog.text
+    assert "part0.json, and are matched by name: circle 20 for 1, rectangle 12 for 3" in caplog.text
     assert "6 images have the id of another one, so all are numbered from 1" in caplog.text
     return joined, CocoDataset(whole, images)
 
@@ -113,7 +114,9 @@ def test_a_name_that_the_first_does_not_have(demo_data: Path, tmp_path: Path) ->
     content = json.loads(other.read_text())
     content["categories"][0]["name"] = "disc"
     other.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"part1.json: category 'disc' \(id 20\) .*part0.json was trained on"):
+    with pytest.raises(
+        DataError, match=r"part1.json: category 'disc' \(id 20\) .*the classes of .*part0.json: "
+    ):
         JoinedDataset([CocoDataset(file, demo_data / "train") for file in (one, other)])
 
 

@@ -284,6 +284,11 @@ class ArchitectureConfig(Section):
         return None
 
     @property
+    def detections_nms_iou(self) -> float | None:
+        """The IoU above which NMS removes a detection; None for a model that predicts no objects."""
+        return None
+
+    @property
     def merge_rule(self) -> PanopticMergeConfig:
         """How the outputs become a panoptic map."""
         return PanopticMergeConfig()

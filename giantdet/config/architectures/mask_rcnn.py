@@ -30,6 +30,11 @@ class TwoStageConfig(ArchitectureConfig):
         """See `ArchitectureConfig.most_detections`."""
         return self.box_head.detections
 
+    @property
+    def detections_nms_iou(self) -> float | None:
+        """See `ArchitectureConfig.detections_nms_iou`."""
+        return self.box_head.nms_iou
+
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
         yield from self.fpn.problems()

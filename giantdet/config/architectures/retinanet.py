@@ -69,6 +69,11 @@ class RetinaNetConfig(ArchitectureConfig):
         """See `ArchitectureConfig.most_detections`."""
         return self.head.detections
 
+    @property
+    def detections_nms_iou(self) -> float | None:
+        """See `ArchitectureConfig.detections_nms_iou`."""
+        return self.head.nms_iou
+
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
         head = self.head
