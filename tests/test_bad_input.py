@@ -359,7 +359,7 @@ What giantdet does with input that is wrong. Each row is a case of `tests/test_b
 this page.
 
 - **error**: the command ends with exit code 2 and one line, `giantdet: error: ...`; here `...` stands for
-  names and places. Of many ranks that end for one reason the main rank says it.
+  names and places. Where many ranks end for the same reason, the main rank prints the line.
 - **skipped**: the record is left out of training and evaluation, and a warning at the start gives the number
   of each kind with an example. `giantdet validate-data` lists every one.
 - **used, counted as**: the record is read as it is meant, or without its broken part, in training and in
@@ -367,13 +367,13 @@ this page.
 - **image left out**: found when the image is read. In training the next image takes its place, a warning
   names it, and `replaced_images` in each line of `metrics.jsonl` is the sum over all ranks so far; 50 such
   images in a row are an error. In evaluation nothing is found in it, and a warning names it.
-  `giantdet predict` names it, goes on with the others and ends with exit code 2.
-- **works**: told here because it might be taken for a mistake.
+  `giantdet predict` names it, continues with the others and ends with exit code 2.
+- **works**: listed because it may look like a mistake.
 
 Symbolic links, of image folders and of images, are followed wherever they lead: data sets often consist of
-them, and only who owns the disk can make one. A `file_name` that leads out of the folder is skipped.
-Of `.pth` and `.pt` files tensors are read, and nothing that could run code. The checkpoints of a run are its
-own and hold more: take up runs only from folders that you trust.
+them, and only the owner of the disk can make one. A `file_name` that leads out of the folder is skipped.
+Only tensors are read from `.pth` and `.pt` files, and nothing in them can run code. The checkpoints of a run
+hold more: resume runs only from folders that you trust.
 """
 
 

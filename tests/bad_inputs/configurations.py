@@ -197,6 +197,16 @@ CONFIGURATIONS = [
         Error("unknown backbone 'resnet51'; nearest: ..."),
     ),
     Case(
+        "frozen stages without weights",
+        {"giantdet.model.backbone.frozen_stages": 2},
+        Error("giantdet.model.backbone has no weights, and model.backbone.frozen_stages ...: give ..."),
+    ),
+    Case(
+        "a list of data sets with a name in it",
+        {"giantdet.data.train": ["train.json"]},
+        Error('giantdet.data.train.parts.0 must be an object, got "train.json"'),
+    ),
+    Case(
         "fewer classes than categories",
         {"giantdet.model.num_classes": 1},
         Error("num_classes is 1, but ... 2 categories..."),
@@ -210,6 +220,11 @@ CONFIGURATIONS = [
         "an override of an unknown key",
         ["tarin.steps=3"],
         Error("unknown key tarin.steps; did you mean giantdet.train.steps?"),
+    ),
+    Case(
+        "what another trainer calls it",
+        ["max_iters=3"],
+        Error("unknown key max_iters; did you mean giantdet.train.steps?"),
     ),
     Case(
         "an override given twice",
