@@ -46,6 +46,7 @@ def print_config(run: Any) -> None:
     """Print the run as resolved for the current number of processes, and for the data set if it exists."""
     import torch
 
+    from giantdet.config.datasets import sections
     from giantdet.config.resolve import describe, resolve
     from giantdet.data.dataset import open_dataset
     from giantdet.layers.body import check_name
@@ -54,7 +55,8 @@ def print_config(run: Any) -> None:
     check_name(run.giantdet.model.backbone.name)
     images = classes = None
     data = run.giantdet.data
-    if data.train is not None and all(source.path.exists() for source in data.train.sources()):
+    parts = [] if data.train is None else [section for _, section in sections(data.train)]
+    if data.train is not None and all(source.path.exists() for part in parts for source in part.sources()):
         dataset = open_dataset(data.train)
         images = len(dataset.training_indices(data.filter_empty))
         classes = dataset.classes

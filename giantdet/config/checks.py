@@ -17,7 +17,7 @@ from giantdet.config.lengths import LENGTH_WORDS
 from giantdet.config.names import all_paths, keys_of, nearest
 from giantdet.config.optimizers import OPTIMIZERS, OptimizerConfig
 from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
-from giantdet.config.section import Section
+from giantdet.config.section import LISTS, Section
 from giantdet.config.types import UNIONS, GiantdetConfig
 from giantdet.config.unsupported import UNSUPPORTED
 from giantdet.errors import ConfigError
@@ -73,6 +73,7 @@ _WORDS = {
     "list_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",
+    "sections_type": "an object or a list of objects",
     "model_attributes_type": "an object",
     "string_pattern_mismatch": LENGTH_WORDS,
 }
@@ -92,13 +93,21 @@ def _one_liners(
         chosen = None
         if where is not None:
             key, types = UNIONS[where]
-            if kind.startswith("union_tag") and not isinstance(_value_at(value, where)[0], dict):
-                location, kind = where, "model_type"
+            if location[len(where) : len(where) + 1] == (LISTS,):
+                location = (*where, *location[len(where) + 1 :])
+                if len(location) > len(where):
+                    where = (*where, str(location[len(where)]))
+            at = location[: len(where)]
+            if kind.startswith("union_tag") and not isinstance(_value_at(value, at)[0], dict):
+                location, kind = (
+                    at,
+                    "sections_type" if where in UNIONS and where[0] == "data" else "model_type",
+                )
             elif kind.startswith("union_tag"):
-                location, kind = (*where, key), "literal_error"
+                location, kind = (*at, key), "literal_error"
                 context = {"expected": " or ".join(f"'{name}'" for name in types)}
             elif len(location) > len(where):  # pydantic adds the name of the type
-                chosen, location = str(location[len(where)]), (*where, *location[len(where) + 1 :])
+                chosen, location = str(location[len(where)]), (*at, *location[len(where) + 1 :])
         names = [str(part) for part in location]
         if kind == "extra_forbidden":
             of = f" of {owner}" if owner else ""
@@ -173,7 +182,8 @@ def _be(wishes: list[str]) -> str:
 def _hint(section: type[Section], names: list[str], where: tuple[str, ...] | None, chosen: str | None) -> str:
     """Return a hint for an unknown key: the types of a section that have it, or a similar key."""
     if where is not None and chosen is not None:
-        key, types = UNIONS[where]
+        key, types = UNIONS[where[:2]]  # without the position in a list
+        names = [name for name in names if not name.isdecimal()]
         owners = [name for name in types if _has(keys_of(section, name), names)]
         if owners:
             return f": it is a key of {', '.join(owners)}, and giantdet.{_join(*where, key)} is {chosen}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+from pydantic import Field
 
 from giantdet.config.section import PathText, Section, tagged_union
 
@@ -115,5 +117,16 @@ FORMATS: dict[str, type[BaseDatasetConfig]] = {
 # A data set of any format. Type checkers see the fields that all share.
 if TYPE_CHECKING:
     DatasetConfig = BaseDatasetConfig
+    DatasetConfigs = BaseDatasetConfig | tuple[BaseDatasetConfig, ...]
 else:
     DatasetConfig = tagged_union(FORMATS, "format", "coco")
+    _List = Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
+    DatasetConfigs = tagged_union(FORMATS, "format", "coco", lists=_List)
+"""One data set, or a list of several that are joined (data/joined.py)."""
+
+
+def sections(config: DatasetConfigs) -> list[tuple[str, BaseDatasetConfig]]:
+    """Return each section of `data.train` or `data.val` with its key in a list: "" for one, ".0", ".1"."""
+    if isinstance(config, BaseDatasetConfig):
+        return [("", config)]
+    return [(f".{n}", section) for n, section in enumerate(config)]

@@ -153,8 +153,9 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             node[part] = {} if node.get(part) is None else node[part]
             node = node[part]
             if not isinstance(node, dict):
+                hint = "; override the whole list" if isinstance(node, list) else ""
                 raise ConfigError(
-                    f"override {override!r}: {'.'.join(parts[:depth])} is {show(node)}, not an object"
+                    f"override {override!r}: {'.'.join(parts[:depth])} is {show(node)}, not an object{hint}"
                 )
         node[parts[-1]] = value
     # An override replaces the other key only if that is from the file. Overriding both is an error.

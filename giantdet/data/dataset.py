@@ -12,9 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantdet.config.classes import Category, Classes
-from giantdet.config.datasets import CocoDatasetConfig, CocoPanopticDatasetConfig, DatasetConfig
+from giantdet.config.datasets import (
+    CocoDatasetConfig,
+    CocoPanopticDatasetConfig,
+    DatasetConfigs,
+    sections,
+)
 from giantdet.data.coco import CocoDataset
 from giantdet.data.coco_panoptic import CocoPanopticDataset
+from giantdet.data.joined import JoinedDataset, check_kinds
 from giantdet.data.near_files import hint
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import Instances, logger
@@ -137,9 +143,17 @@ READERS: dict[str, Callable[[Any], Dataset]] = {
 """How a data set of each format is opened; config/datasets.py has their sections."""
 
 
-def open_dataset(config: DatasetConfig) -> Dataset:
-    """Open the data set of a section of `data`. Raises DataError if it cannot be used."""
-    return READERS[config.format](config)
+def open_dataset(config: DatasetConfigs) -> Dataset:
+    """Open the data set of a section of `data`, or of a list of sections, whose first has the classes.
+
+    Raises DataError if one cannot be used, or has other classes or kinds of targets than the first.
+    """
+    first, *others = parts = [READERS[section.format](section) for _, section in sections(config)]
+    if not others:
+        return first
+    check_kinds(parts)
+    matched = [first.classes, *(meet(part, first.classes, first.annotations) for part in others)]
+    return JoinedDataset(parts, matched)
 
 
 def check_files(dataset: Dataset) -> None:

@@ -140,7 +140,7 @@ class LabelTable:
         new = np.full(IGNORE + 1, IGNORE)
         new[: len(self.classes)] = [names.index(entry.name) for entry in self.classes]
         for lookup in (self.by_label, self.by_color):
-            lookup.numbers = new[lookup.numbers]
+            lookup.numbers = new[lookup.own]
 
     def of_labels(self, labels_HW: NDArray[Any]) -> NDArray[np.uint8]:
         """Return the classes of a map of numbers, uint8 `[h, w]`. Raises DataError for an unknown label."""
@@ -167,7 +167,8 @@ class _Lookup:
 
     def __init__(self, numbers: Mapping[int, int]) -> None:
         self.keys = np.array(sorted(numbers), np.int64)
-        self.numbers = np.array([numbers[key] for key in sorted(numbers)], np.int64)
+        self.own = np.array([numbers[key] for key in sorted(numbers)], np.int64)
+        self.numbers = self.own  # renumbering starts from `own`, so that it can be repeated
 
     def __call__(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
