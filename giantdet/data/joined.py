@@ -181,7 +181,7 @@ def _categories(first: Classes, matched: Classes) -> dict[int, int]:
 
 
 def _unique(parts: Sequence[Sequence[Any]]) -> tuple[list[int], int]:
-    """Return the ids of all parts, with new ones for those taken or not integers, and the count of new ones."""
+    """Return the ids of all parts, new ones for those taken or not integers, and the count of new ones."""
     used = {number for part in parts for number in part if type(number) is int}
     free: Iterator[int] = (number for number in itertools.count(1) if number not in used)
     seen: set[int] = set()

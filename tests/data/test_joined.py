@@ -83,7 +83,7 @@ def test_as_one_merged_file(
         np.testing.assert_array_equal(chosen, whole.training_indices(filter_empty))
     for i in range(len(whole)):
         height, width = whole.sizes_hw[i].tolist()
-        geometry = draw_geometry(np.random.default_rng(i), (height, width), CONFIG)
+        geometry = draw_geometry(np.random.default_rng(i), (height, width), CONFIG, training=True)
         ours, theirs = (
             make_sample(d, i, i, CONFIG, geometry, frozenset(("boxes", "masks"))) for d in (joined, whole)
         )
