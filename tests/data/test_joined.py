@@ -49,7 +49,7 @@ def files(demo_data: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def results(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return every other object with a box that is too large, and every third as another class."""
+    """Return every other object with a box that is too large, every third as another class; no scores are equal."""
     numbers = dataset.classes.object_ids
     found = []
     for i in range(len(dataset)):
@@ -60,7 +60,7 @@ def results(dataset: Dataset) -> list[dict[str, Any]]:
             category = numbers[(label + (n % 3 == 2)) % len(numbers)]
             found.append(
                 {"image_id": int(dataset.image_ids[i]), "category_id": category, "bbox": box}
-                | {"score": 1 / (1 + i + n)}
+                | {"score": 1 / (1 + i + 100 * n)}
             )
     return found
 
