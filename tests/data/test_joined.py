@@ -49,7 +49,7 @@ def files(demo_data: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def results(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return every other object with a box that is too large, every third as another class; no scores are equal."""
+    """Return objects, some with too large a box, some of another class; no two scores are equal."""
     numbers = dataset.classes.object_ids
     found = []
     for i in range(len(dataset)):
