@@ -93,16 +93,14 @@ def _one_liners(
         chosen = None
         if where is not None:
             key, types = UNIONS[where]
-            if location[len(where) : len(where) + 1] == (LISTS,):
+            if location[len(where) : len(where) + 1] == (LISTS,):  # the position in the list follows
                 location = (*where, *location[len(where) + 1 :])
                 if len(location) > len(where):
                     where = (*where, str(location[len(where)]))
             at = location[: len(where)]
             if kind.startswith("union_tag") and not isinstance(_value_at(value, at)[0], dict):
-                location, kind = (
-                    at,
-                    "sections_type" if where in UNIONS and where[0] == "data" else "model_type",
-                )
+                may_be_list = where in UNIONS and where[0] == "data"
+                location, kind = at, "sections_type" if may_be_list else "model_type"
             elif kind.startswith("union_tag"):
                 location, kind = (*at, key), "literal_error"
                 context = {"expected": " or ".join(f"'{name}'" for name in types)}

@@ -151,6 +151,8 @@ def open_dataset(config: DatasetConfigs) -> Dataset:
     first, *others = parts = [READERS[section.format](section) for _, section in sections(config)]
     if not others:
         return first
+    for part in parts:
+        check_files(part)  # a wrong folder of one part would be hidden by the images of the others
     check_kinds(parts)
     matched = [first.classes, *(meet(part, first.classes, first.annotations) for part in others)]
     return JoinedDataset(parts, matched)
@@ -192,11 +194,12 @@ def check_targets(dataset: Dataset, targets: Container[str], without_masks: str)
 
 
 def meet(dataset: Dataset, known: Classes, whose: str | Path) -> Classes:
-    """Match a data set with the classes that a model predicts, `known`, by name.
+    """Match a data set with known classes, those of a model or of another data set, by name.
 
-    Returns the model's classes with the data set's own ids; classes that the data set does not have get ids
+    Returns the known classes with the data set's own ids; classes that the data set does not have get ids
     that are none of its. Semantic maps are numbered as in `known` from now on. Different ids are named in a
-    warning. Raises DataError for a name that is none of the model's, and where nothing can be scored.
+    warning. `whose` names where the known classes are from. Raises DataError for a name that is none of
+    theirs, and where nothing can be scored.
     """
     objects = _by_name(dataset.classes.objects, known.objects, f"{dataset.annotations}: category", whose)
     semantic = _by_name(
@@ -218,7 +221,7 @@ def _by_name(
     for number, name in theirs:
         if name not in {known for _, known in ours}:
             raise DataError(
-                f"{what} {name!r} (id {number}) is not among the classes that {whose} was trained on: "
+                f"{what} {name!r} (id {number}) is not among the classes of {whose}: "
                 f"{', '.join(known for _, known in ours)}"
             )
     if set(theirs) <= set(ours):
@@ -231,6 +234,6 @@ def _by_name(
     matched = tuple((ids[name] if name in ids else next(free), name) for _, name in ours)
     pairs = [f"{name} {ids[name]} for {old}" for old, name in ours if name in ids and ids[name] != old]
     logger.warning(
-        "%s ids differ from those of training, and are matched by name: %s", what, ", ".join(pairs)
+        "%s ids differ from those of %s, and are matched by name: %s", what, whose, ", ".join(pairs)
     )
     return matched

@@ -56,6 +56,7 @@ class JoinedDataset:
             )
         self.labels = [_labels(p.classes, m) for p, m in zip(parts, matched, strict=True)]
         self.categories = [_categories(self.classes, m) for m in matched]
+        self._warn_of_masks()
 
     def __len__(self) -> int:
         return int(self.start[-1])
@@ -103,7 +104,18 @@ class JoinedDataset:
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """See `Dataset.training_indices`."""
         found = [part.training_indices(filter_empty) for part in self.parts]
-        return np.concatenate([at + start for at, start in zip(found, self.start, strict=False)])
+        return np.concatenate([at + start for at, start in zip(found, self.start[:-1], strict=True)])
+
+    def _warn_of_masks(self) -> None:
+        """Warn where whole parts have no masks; those of single objects are named by their part."""
+        without = [part for part in self.parts if not part.has_masks and part.summary().objects]
+        if without and self.has_masks:
+            logger.warning(
+                "%s: %d of %d objects have no mask, all those of %s among them; they are trained and scored "
+                "as boxes alone",
+                *(self.annotations, self.summary().without_mask, self.summary().objects),
+                without[0].annotations,
+            )
 
     def summary(self) -> Summary:
         """Return the sums of the parts' numbers, by the class names of the first."""
@@ -112,7 +124,7 @@ class JoinedDataset:
         per_class = dict.fromkeys(names, 0)
         left_out, otherwise = Counter[str](), Counter[str]()
         for one, labels in zip(found, self.labels, strict=True):
-            for label, count in zip(labels.tolist(), one.objects_per_class.values(), strict=False):
+            for label, count in zip(labels.tolist(), one.objects_per_class.values(), strict=True):
                 per_class[names[label]] += count
             left_out.update(one.left_out)
             otherwise.update(one.used_otherwise)
@@ -127,10 +139,12 @@ class JoinedDataset:
             objects_per_class=per_class,
             left_out=dict(left_out),
             used_otherwise=dict(otherwise),
+            images_by_part=tuple((str(part.annotations), len(part)) for part in self.parts),
         )
 
     def instances(self) -> Instances:
         """Return the usable records of all parts, with unique ids and the categories of the first."""
+        # Names of files are relative to the folder of each part, so they need not be unique.
         images: list[dict[str, Any]] = []
         annotations: list[list[dict[str, Any]]] = []
         for p, part in enumerate(self.parts if self.classes.objects else ()):

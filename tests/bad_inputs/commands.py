@@ -73,7 +73,7 @@ COMMANDS = [
             "--workers",
             "0",
         ],
-        Error("...: category 'hexagon' (id 50) is not among the classes that ... was trained on: ..."),
+        Error("...: category 'hexagon' (id 50) is not among the classes of ...: ..."),
     ),
     Case(
         "eval: no such folder of images",

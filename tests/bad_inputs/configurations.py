@@ -230,6 +230,16 @@ CONFIGURATIONS = [
         Error("data.train.annotations: no file no.json"),
     ),
     Case(
+        "a list of data sets, one of them without a file",
+        {"giantdet.data.train": [{"annotations": "no.json", "images": "nowhere"}]},
+        Error("giantdet.data.train.0.annotations: no file no.json"),
+    ),
+    Case(
+        "a path for a data set",
+        {"giantdet.data.train": "train.json"},
+        Error('giantdet.data.train must be an object or a list of objects, got "train.json"'),
+    ),
+    Case(
         "no such image folder",
         {"giantdet.data.val.images": "nowhere"},
         Error("giantdet.data.val.images: no folder nowhere"),

@@ -5,24 +5,39 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny import REPO, launch, logs, tiny_run
 
 from giantdet.config.checks import parse_giantdet
-from giantdet.config.datasets import CocoDatasetConfig, CocoPanopticDatasetConfig, SemanticPngDatasetConfig
+from giantdet.config.classes import Classes
+from giantdet.config.datasets import (
+    CocoDatasetConfig,
+    CocoPanopticDatasetConfig,
+    SemanticPngDatasetConfig,
+    sections,
+)
+from giantdet.config.identity import identity, refusal
+from giantdet.config.load import load_run, parse_run
+from giantdet.config.resolve import check_data, describe, resolve
+from giantdet.config.resolved import load_resolved
 from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset, open_dataset
+from giantdet.data.demo import CATEGORIES
+from giantdet.data.loader import train_loader
 from giantdet.data.samples import make_sample
 from giantdet.data.transforms import draw_geometry
 from giantdet.data.truth import ground_truth
 from giantdet.errors import ConfigError, DataError
 from giantdet.evaluation.coco import all_scores
 
-CONFIG = DataConfig(size=(64, 64), short_side=64, max_objects=8, mask_frame=28)
+CONFIG = DataConfig(size=(64, 64), short_side=64, max_objects=8, mask_frame=28, workers=0)
 
 
 def coco(file: Path, images: Path) -> CocoDatasetConfig:
@@ -77,7 +92,10 @@ def test_as_one_merged_file(
     assert f"{count} image ids occur in an earlier part" in caplog.text
     assert "matched by name" in caplog.text
     assert len(set(joined.image_ids.tolist())) == len(joined) == len(whole)
-    assert joined.summary() == whole.summary() and joined.classes == whole.classes
+    parts = ((str(one), count), (str(two), count))
+    assert joined.summary() == replace(whole.summary(), images_by_part=parts)
+    assert joined.classes == whole.classes
+    assert joined.summary().text("data.train").endswith(f"  {one}: {count} images\n  {two}: {count} images")
     for filter_empty in (True, False):
         chosen = joined.training_indices(filter_empty)
         np.testing.assert_array_equal(chosen, whole.training_indices(filter_empty))
@@ -100,6 +118,48 @@ def test_as_one_merged_file(
     assert scores[0] == scores[1] and scores[0]
 
 
+def test_the_stream_of_training(files: tuple[Path, Path, Path], demo_data: Path) -> None:
+    """The batches of a run are those of the merged file, up to image ids."""
+    images = demo_data / "val"
+    joined = open_dataset((coco(files[0], images), coco(files[1], images)))
+    whole = open_dataset(coco(files[2], images))
+    number = dict(zip(whole.image_ids.tolist(), joined.image_ids.tolist(), strict=True))
+    ours, theirs = (train_loader(dataset, CONFIG, 3, seed=5) for dataset in (joined, whole))
+    seen = set()
+    for _ in range(2 * len(whole) // 3):
+        mine, other = next(ours), next(theirs)
+        assert mine.image_ids_B.tolist() == [number[i] for i in other.image_ids_B.tolist()]
+        seen |= set(mine.image_ids_B.tolist())
+        assert torch.equal(mine.images_B3HW, other.images_B3HW)
+        for found, expected in zip(mine.targets, other.targets, strict=True):
+            assert torch.equal(found, expected)
+    assert seen == set(joined.image_ids[joined.training_indices(True)].tolist())
+
+
+def test_ids_that_clash_with_later_ones(files: tuple[Path, Path, Path], demo_data: Path) -> None:
+    """Only what is taken gets a new id, and no new id is one that a later part has."""
+    ids = ([1, 2, 3, 4, 5], [3, 4, 8, 9, 2**63 - 1], [6, 7, 1, 10, 11])
+    paths = []
+    for part, numbers in enumerate(ids):
+        content = json.loads(files[0].read_text())
+        new = {r["id"]: n for r, n in zip(content["images"], numbers, strict=True)}
+        for record in content["images"]:
+            record["id"] = new[record["id"]]
+        for record in content["annotations"]:
+            record["image_id"] = new[record["image_id"]]
+        content["annotations"][0] |= {"image_id": 999}  # of no image, also not of one that is renumbered
+        paths.append(files[0].with_name(f"part{part}.json"))
+        paths[-1].write_text(json.dumps(content))
+    joined = open_dataset(tuple(coco(path, demo_data / "val") for path in paths))
+    expected = [1, 2, 3, 4, 5, 12, 13, 8, 9, 2**63 - 1, 6, 7, 14, 10, 11]
+    assert joined.image_ids.tolist() == expected
+    assert [record["id"] for record in joined.instances()["images"]] == expected
+    assert joined.summary().left_out == {"unknown image": 3}
+    truth = ground_truth(joined.annotations, joined.instances())
+    for i, number in enumerate(expected):
+        assert len(truth.getAnnIds(imgIds=number)) == len(joined.objects(i))
+
+
 def test_a_list_of_one(files: tuple[Path, Path, Path], demo_data: Path) -> None:
     assert type(open_dataset((coco(files[0], demo_data / "val"),))).__name__ == "CocoDataset"
 
@@ -110,6 +170,54 @@ def test_a_name_that_is_missing(files: tuple[Path, Path, Path], demo_data: Path)
     files[1].write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"two\.json: category 'hexagon' .*one\.json"):
         open_dataset(tuple(coco(file, demo_data / "val") for file in files[:2]))
+
+
+def test_one_part_without_its_images(files: tuple[Path, Path, Path], demo_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"two\.json: none of its images exists, e\.g\. .*empty"):
+        open_dataset((coco(files[0], demo_data / "val"), coco(files[1], tmp_path / "empty")))
+
+
+def test_one_part_without_masks(
+    files: tuple[Path, Path, Path], demo_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Boxes alone are trained beside masks, as in one file, and a warning says so."""
+    content = json.loads(files[1].read_text())
+    for record in content["annotations"]:
+        del record["segmentation"]
+    files[1].write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING, "giantdet"):
+        joined = open_dataset(tuple(coco(file, demo_data / "val") for file in files[:2]))
+    objects = joined.summary().objects
+    assert f"{objects // 2} of {objects} objects have no mask, all those of {files[1]}" in caplog.text
+    half = len(joined) // 2
+    assert joined.has_masks and joined.objects(0).has_mask(0) and not joined.objects(half).has_mask(0)
+
+
+def test_lists_of_images(files: tuple[Path, Path, Path], demo_data: Path) -> None:
+    """They can be joined with each other, but not with data whose objects are known."""
+    lists = []
+    for file in files[:2]:
+        content = json.loads(file.read_text())
+        lists.append(file.with_name(f"list_{file.name}"))
+        lists[-1].write_text(json.dumps({key: content[key] for key in ("images", "categories")}))
+    joined = open_dataset(tuple(coco(path, demo_data / "val") for path in lists))
+    assert not joined.annotated and len(joined) == len(set(joined.image_ids.tolist())) == 10
+    with pytest.raises(DataError, match=r'list_one\.json have no list "annotations"'):
+        joined.training_indices(False)
+    with pytest.raises(DataError, match=r'list_two\.json have no list "annotations"'):
+        open_dataset((coco(files[0], demo_data / "val"), coco(lists[1], demo_data / "val")))
+
+
+def test_images_without_objects(files: tuple[Path, Path, Path], demo_data: Path) -> None:
+    """A part whose list of annotations is empty adds images to evaluate, and none to train on."""
+    content = json.loads(files[1].read_text()) | {"annotations": []}
+    files[1].write_text(json.dumps(content))
+    joined = open_dataset(tuple(coco(file, demo_data / "val") for file in files[:2]))
+    alone = open_dataset(coco(files[0], demo_data / "val"))
+    assert joined.annotated and len(joined) == 2 * len(alone)
+    assert joined.training_indices(True).tolist() == alone.training_indices(True).tolist()
+    assert joined.training_indices(False).tolist() == list(range(len(joined)))
 
 
 def maps(folder: Path, names: tuple[str, ...], labels: list[list[int]]) -> SemanticPngDatasetConfig:
@@ -164,8 +272,8 @@ def test_errors_of_lists(train: Any, text: str) -> None:
 
 
 def test_panoptic_categories(demo_data: Path, tmp_path: Path) -> None:
-    found = sorted(demo_data.glob("*val*panoptic*.json")) + sorted(demo_data.glob("panoptic*val*.json"))
-    content = json.loads(found[0].read_text())
+    file = demo_data / "panoptic_val.json"
+    content = json.loads(file.read_text())
     for record in content["categories"]:
         record["id"] += 50
     for record in content["annotations"]:
@@ -175,11 +283,11 @@ def test_panoptic_categories(demo_data: Path, tmp_path: Path) -> None:
     keys = {
         "format": "coco_panoptic",
         "images": str(demo_data / "val"),
-        "segments": str(found[0].with_suffix("")),
+        "segments": str(file.with_suffix("")),
     }
     one, two = (
-        CocoPanopticDatasetConfig.model_validate(keys | {"annotations": str(file)})
-        for file in (found[0], tmp_path / "other.json")
+        CocoPanopticDatasetConfig.model_validate(keys | {"annotations": str(path)})
+        for path in (file, tmp_path / "other.json")
     )
     joined, alone = open_dataset((one, two)), open_dataset(one)
     count = len(alone)
@@ -191,3 +299,41 @@ def test_panoptic_categories(demo_data: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone.objects(i).labels_N, joined.objects(count + i).labels_N)
         assert len(alone.objects(i)) == 0 or alone.objects(i).rle(0) == joined.objects(count + i).rle(0)
     assert len(joined.instances()["annotations"]) == 2 * len(alone.instances()["annotations"])
+
+
+def test_an_override_of_a_list(demo_data: Path, tmp_path: Path) -> None:
+    raw = tiny_run(demo_data, tmp_path)
+    raw["giantdet"]["data"]["train"] = [raw["giantdet"]["data"]["train"]] * 2
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"data\.train is \[.*, not an object; override the whole list$"):
+        load_run(tmp_path / "run.json", ["data.train.annotations=x.json"])
+    section = json.dumps([raw["giantdet"]["data"]["val"]])
+    train = load_run(tmp_path / "run.json", [f"data.train={section}"]).giantdet.data.train
+    assert train is not None
+    assert [(place, part.images) for place, part in sections(train)] == [(".0", str(demo_data / "val"))]
+
+
+def test_a_run(files: tuple[Path, Path, Path], demo_data: Path, tmp_path: Path) -> None:
+    """A run trains, scores and describes lists; its config.json opens again, with the same identity."""
+    both = [{"annotations": str(file), "images": str(demo_data / "val")} for file in files[:2]]
+    raw = tiny_run(demo_data, tmp_path / "out", giantdet__data__train=both, giantdet__data__val=both)
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    ended = launch(REPO / "scripts/train.py", 1, "--deepspeed_config", tmp_path / "run.json")
+    assert [end.code for end in ended] == [0], logs(ended)
+    assert f"  {files[1]}: 5 images" in ended[0].out
+    described = json.loads((tmp_path / "out/data.json").read_text())
+    assert described["train"]["images"] == described["val"]["images"] == 10
+    assert described["train"]["images_by_part"] == [[str(files[0]), 5], [str(files[1]), 5]]
+    assert {"box", "mask"} <= json.loads((tmp_path / "out/scores.json").read_text()).keys()
+    written = load_resolved(tmp_path / "out/config.json")
+    assert json.loads(describe(written))["giantdet"]["data"]["train"] == [
+        {"format": "coco", **section} for section in both
+    ]
+    # The identity that a resumed run is compared by has the classes, not the paths.
+    alone = tiny_run(demo_data, tmp_path / "out")
+    resolved = resolve(parse_run(alone), 1, 10, Classes(objects=tuple(CATEGORIES.items())))
+    assert refusal(identity(written), identity(resolved)) is None
+    check_data(written)
+    files[1].unlink()
+    with pytest.raises(ConfigError, match=r"giantdet\.data\.train\.1\.annotations: no file .*two\.json"):
+        check_data(written)
