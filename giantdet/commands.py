@@ -46,8 +46,9 @@ def print_config(run: Any) -> None:
     """Print the run as resolved for the current number of processes, and for the data set if it exists."""
     import torch
 
+    from giantdet.config.datasets import sections
     from giantdet.config.resolve import describe, resolve
-    from giantdet.data.formats import open_dataset
+    from giantdet.data.dataset import open_dataset
     from giantdet.layers.body import check_name
     from giantdet.layers.model_names import with_timm_name
     from giantdet.layers.norm import check_norms
@@ -55,7 +56,8 @@ def print_config(run: Any) -> None:
     check_name(with_timm_name(run.giantdet.model.backbone).name)
     images = classes = None
     data = run.giantdet.data
-    if data.train is not None and all(source.path.exists() for source in data.train.sources()):
+    parts = [] if data.train is None else [section for _, section in sections(data.train)]
+    if data.train is not None and all(source.path.exists() for part in parts for source in part.sources()):
         dataset = open_dataset(data.train)
         images = len(dataset.training_indices(data.filter_empty))
         classes = dataset.classes
@@ -68,8 +70,7 @@ def print_config(run: Any) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
-    from giantdet.data.dataset import check_files, meet
-    from giantdet.data.formats import open_dataset
+    from giantdet.data.dataset import check_files, meet, open_dataset
     from giantdet.data.images import limit_pixels
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate, warn_of_limits
@@ -182,7 +183,7 @@ def run_predict(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from giantdet.checkpoint.files import newest
     from giantdet.config.resolved import load_resolved
-    from giantdet.data.formats import open_dataset
+    from giantdet.data.dataset import open_dataset
     from giantdet.export import export_checkpoint, export_config
 
     run = load_resolved(options.run / "config.json")
@@ -206,7 +207,7 @@ def run_export(options: argparse.Namespace) -> None:
 def run_precise_bn(options: argparse.Namespace) -> None:
     from giantdet.config.resolve import check_data
     from giantdet.config.resolved import load_resolved
-    from giantdet.data.formats import open_dataset
+    from giantdet.data.dataset import open_dataset
     from giantdet.data.loader import train_loader
     from giantdet.distributed import comm
     from giantdet.export import export_model, load_detector

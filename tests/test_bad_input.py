@@ -30,8 +30,8 @@ from giantdet import cli
 from giantdet.config.load import load_run
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
+from giantdet.data.dataset import open_dataset
 from giantdet.data.demo import CATEGORIES, make_demo
-from giantdet.data.formats import open_dataset
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader, train_loader
 from giantdet.data.streams import TrainStream, sample_index

@@ -17,7 +17,7 @@ from giantdet.config.lengths import LENGTH_WORDS
 from giantdet.config.names import all_paths, keys_of, nearest
 from giantdet.config.optimizers import OPTIMIZERS, OptimizerConfig
 from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
-from giantdet.config.section import Section
+from giantdet.config.section import LISTS, Section
 from giantdet.config.types import UNIONS, GiantdetConfig
 from giantdet.config.unsupported import UNSUPPORTED
 from giantdet.errors import ConfigError
@@ -73,6 +73,7 @@ _WORDS = {
     "list_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",
+    "sections_type": "an object or a list of objects",
     "model_attributes_type": "an object",
     "string_pattern_mismatch": LENGTH_WORDS,
 }
@@ -89,28 +90,27 @@ def _one_liners(
         where = next((path for path in UNIONS if location[: len(path)] == path), None)
         if section is not GiantdetConfig:
             where = None
-        chosen, inner = None, list(location)  # the latter: the path within a section, for hints
+        chosen = None
         if where is not None:
             key, types = UNIONS[where]
-            if kind.startswith("union_tag"):
-                at = (*where, *location[len(where) + 1 :])  # deeper in a list of data sets
+            if location[len(where) : len(where) + 1] == (LISTS,):  # the position in the list follows
+                location = (*where, *location[len(where) + 1 :])
+                if len(location) > len(where):
+                    where = (*where, str(location[len(where)]))
+            at = location[: len(where)]
+            if kind.startswith("union_tag") and not isinstance(_value_at(value, at)[0], dict):
+                may_be_list = where in UNIONS and where[0] == "data"
+                location, kind = at, "sections_type" if may_be_list else "model_type"
+            elif kind.startswith("union_tag"):
                 location, kind = (*at, key), "literal_error"
                 context = {"expected": " or ".join(f"'{name}'" for name in types)}
-                if not isinstance(_value_at(value, at)[0], dict):
-                    location, kind = at, "model_type"
             elif len(location) > len(where):  # pydantic adds the name of the type
-                chosen, location = str(location[len(where)]), (*where, *location[len(where) + 1 :])
-                inner, tag = list(location), len(where) + 2  # the latter is after "parts" and a number
-                if location[len(where)] == "parts" and len(location) > tag:
-                    chosen, location = str(location[tag]), (*location[:tag], *location[tag + 1 :])
-                    inner = [*where, *location[tag:]]
+                chosen, location = str(location[len(where)]), (*at, *location[len(where) + 1 :])
         names = [str(part) for part in location]
         if kind == "extra_forbidden":
             of = f" of {owner}" if owner else ""
             path = _join(prefix, *names)
-            messages[path] = (
-                f"unknown key {path}{of}{_hint(section, [str(part) for part in inner], where, chosen)}"
-            )
+            messages[path] = f"unknown key {path}{of}{_hint(section, names, where, chosen)}"
             continue
         if kind == "missing":
             needs = f"; {owner} needs it" if owner else ""
@@ -180,7 +180,8 @@ def _be(wishes: list[str]) -> str:
 def _hint(section: type[Section], names: list[str], where: tuple[str, ...] | None, chosen: str | None) -> str:
     """Return a hint for an unknown key: the types of a section that have it, or a similar key."""
     if where is not None and chosen is not None:
-        key, types = UNIONS[where]
+        key, types = UNIONS[where[:2]]  # without the position in a list
+        names = [name for name in names if not name.isdecimal()]
         owners = [name for name in types if _has(keys_of(section, name), names)]
         if owners:
             return f": it is a key of {', '.join(owners)}, and giantdet.{_join(*where, key)} is {chosen}"

@@ -24,6 +24,18 @@ def unique_names(categories: Sequence[Category]) -> list[str]:
     return list(found)
 
 
+def positions(classes: Sequence[Category], among: Sequence[Category]) -> list[int]:
+    """Return where each class is in `among`: the one of its id and name, or else the first of its name.
+
+    Names alone do not tell apart two classes of one name. Raises KeyError for a name that is not there.
+    """
+    by_name: dict[str, int] = {}
+    for number, (_, name) in enumerate(among):
+        by_name.setdefault(name, number)
+    by_pair = {category: number for number, category in enumerate(among)}
+    return [by_pair[category] if category in by_pair else by_name[category[1]] for category in classes]
+
+
 class Classes(Section):
     """Classes of objects and of semantic maps. A class of either may be missing from the images."""
 

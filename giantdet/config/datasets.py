@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
 from giantdet.config.section import PathText, Section, tagged_union
-
-JOINED: Literal["joined"] = "joined"
 
 
 class Source(NamedTuple):
@@ -109,40 +107,26 @@ class SemanticPngDatasetConfig(BaseDatasetConfig):
             yield Source("classes", Path(self.classes))
 
 
-_SINGLE: dict[str, type[BaseDatasetConfig]] = {
+FORMATS: dict[str, type[BaseDatasetConfig]] = {
     "coco": CocoDatasetConfig,
     "coco_panoptic": CocoPanopticDatasetConfig,
     "semantic_png": SemanticPngDatasetConfig,
 }
-if TYPE_CHECKING:
-    _SingleConfig = BaseDatasetConfig
-else:
-    _SingleConfig = tagged_union(_SINGLE, "format", "coco")
-
-
-class JoinedDatasetConfig(Section):
-    """Several data sets as one. A list in the JSON is the same as `parts`."""
-
-    format: Literal["joined"] = JOINED
-    parts: Annotated[tuple[_SingleConfig, ...], Field(min_length=1)]
-    """Data sets with the same classes, by name; the first one's ids count."""
-
-    def sources(self) -> Iterator[Source]:
-        """See `BaseDatasetConfig.sources`."""
-        for n, part in enumerate(self.parts):
-            yield from (source._replace(key=f"parts.{n}.{source.key}") for source in part.sources())
-
-
-def with_joined(section: Any) -> Any:
-    """Return a data set's section of the JSON, where a list becomes the section of a joined data set."""
-    return {"format": JOINED, "parts": section} if isinstance(section, list) else section
-
-
-FORMATS: dict[str, type[Section]] = {**_SINGLE, JOINED: JoinedDatasetConfig}
-"""The sections of data sets by the name in `format`; `data/formats.py` has their readers."""
+"""The sections of data sets by the name in `format`; `data/dataset.py` has their readers."""
 
 # A data set of any format. Type checkers see the fields that all share.
 if TYPE_CHECKING:
     DatasetConfig = BaseDatasetConfig
+    DatasetConfigs = BaseDatasetConfig | tuple[BaseDatasetConfig, ...]
 else:
     DatasetConfig = tagged_union(FORMATS, "format", "coco")
+    _List = Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
+    DatasetConfigs = tagged_union(FORMATS, "format", "coco", lists=_List)
+"""One data set, or a list of several that are joined (data/joined.py)."""
+
+
+def sections(config: DatasetConfigs) -> list[tuple[str, BaseDatasetConfig]]:
+    """Return each section of `data.train` or `data.val` with its key in a list: "" for one, ".0", ".1"."""
+    if isinstance(config, BaseDatasetConfig):
+        return [("", config)]
+    return [(f".{n}", section) for n, section in enumerate(config)]

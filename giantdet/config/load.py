@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from giantdet.config.checks import check_deepspeed, parse_giantdet, show
-from giantdet.config.datasets import with_joined
 from giantdet.config.deepspeed import DeepSpeedConfig
 from giantdet.config.names import all_paths, nearest
 from giantdet.config.types import GiantdetConfig
@@ -73,16 +72,7 @@ def parse_run(raw: dict[str, Any], path: Path | None = None) -> RunConfig:
     deepspeed = {key: value for key, value in raw.items() if key not in OWN_KEYS}
     check_deepspeed(deepspeed)
     deepspeed = _with_homes(deepspeed)
-    return RunConfig(parse_giantdet(_with_joined(raw["giantdet"])), deepspeed, raw.get("about"), path)
-
-
-def _with_joined(giantdet: dict[str, Any]) -> dict[str, Any]:
-    """Return the giantdet block with sections in the place of lists of data sets."""
-    data = giantdet.get("data")
-    if not isinstance(data, dict):
-        return giantdet
-    lists = {split: with_joined(data[split]) for split in ("train", "val") if split in data}
-    return giantdet | {"data": data | lists}
+    return RunConfig(parse_giantdet(raw["giantdet"]), deepspeed, raw.get("about"), path)
 
 
 def _with_homes(block: Any, key: str = "") -> Any:
@@ -163,8 +153,9 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             node[part] = {} if node.get(part) is None else node[part]
             node = node[part]
             if not isinstance(node, dict):
+                hint = "; override the whole list" if isinstance(node, list) else ""
                 raise ConfigError(
-                    f"override {override!r}: {'.'.join(parts[:depth])} is {show(node)}, not an object"
+                    f"override {override!r}: {'.'.join(parts[:depth])} is {show(node)}, not an object{hint}"
                 )
         node[parts[-1]] = value
     # An override replaces the other key only if that is from the file. Overriding both is an error.

@@ -18,6 +18,7 @@ from giantdet.config.architectures.common import PartNormConfig
 from giantdet.config.batch import ACCUMULATION, BATCH, MICRO, solve_batch
 from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
+from giantdet.config.datasets import sections
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
 from giantdet.config.identity import first_difference
 from giantdet.config.lengths import to_steps
@@ -119,8 +120,9 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
                 f'giantdet.data.{split} is missing; give {{"annotations": ..., "images": ...}}, a COCO '
                 "instances JSON and the folder of its images"
             )
-        for source in dataset.sources():
-            where = f"giantdet.data.{split}.{source.key}"
+        found = [(place, source) for place, section in sections(dataset) for source in section.sources()]
+        for place, source in found:
+            where = f"giantdet.data.{split}{place}.{source.key}"
             if source.is_folder and not source.path.is_dir():
                 raise ConfigError(f"{where}: no folder {source.path}")
             if not source.is_folder and not source.path.is_file():

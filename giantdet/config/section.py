@@ -89,15 +89,26 @@ class Section(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-def tagged_union(known: Mapping[str, type[Section]], key: str, default: str) -> Any:
-    """Return the union of sections, one of which is chosen by the value of `key`, or by `default` without."""
+LISTS = "list"
+"""The tag of a list of sections in a union."""
+
+
+def tagged_union(known: Mapping[str, type[Section]], key: str, default: str, lists: Any = None) -> Any:
+    """Return the union of sections, one of which is chosen by the value of `key`, or by `default` without.
+
+    `lists`, if given, is the type of a list of sections, which may be given instead of one.
+    """
 
     def tag_of(section: Any) -> Any:
         """Return the name of a JSON object or of a section."""
+        if lists is not None and isinstance(section, list | tuple):
+            return LISTS
         return section.get(key, default) if isinstance(section, dict) else getattr(section, key, default)
 
     union: Any = None
     for name, section in known.items():
         member = Annotated[section, Tag(name)]  # type: ignore[valid-type]
         union = member if union is None else union | member
+    if lists is not None:
+        union = union | Annotated[lists, Tag(LISTS)]
     return Annotated[union, Discriminator(tag_of)]

@@ -14,7 +14,7 @@ from giantdet.config.architectures import SECTIONS, ModelConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.classes import Classes
-from giantdet.config.datasets import FORMATS, DatasetConfig
+from giantdet.config.datasets import FORMATS, DatasetConfigs
 from giantdet.config.section import Auto, Fraction, Length, PathText, PositiveFloat, PositiveInt, Section
 
 
@@ -40,8 +40,10 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    train: DatasetConfig | None = None
-    val: DatasetConfig | None = None
+    train: DatasetConfigs | None = None
+    """A data set, or a list of them: the classes are those of the first, the others meet them by name."""
+    val: DatasetConfigs | None = None
+    """The same for evaluation."""
     classes: Classes | None = None
     """Names and ids of the classes that the model predicts. Training writes them here; if they are given,
     training data with others are refused. None: those of the training data."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 
-from giantdet.config.classes import Category, Classes
+from giantdet.config.classes import Category, Classes, positions
 from giantdet.data.coco import CocoDataset, Objects
 from giantdet.data.images import named
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, read_panoptic_png
@@ -212,9 +212,10 @@ class CocoPanopticDataset(CocoDataset):
 
     def number_as(self, semantic: tuple[Category, ...]) -> None:
         """See `Dataset.number_as`."""
-        index = {name: number for number, (_, name) in enumerate(semantic)}
-        for category, name in self.classes.stuff:
-            self.number[category] = index[name]
+        for (category, _), number in zip(
+            self.classes.stuff, positions(self.classes.stuff, semantic), strict=True
+        ):
+            self.number[category] = number
 
     def segment_rle(self, panoptic: PanopticMap, segment: int, i: int) -> dict[str, Any]:
         """Return the compressed RLE of a segment of image i. Raises DataError if it has no pixel."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from giantdet.config.classes import Category, Classes
+from giantdet.config.datasets import (
+    CocoDatasetConfig,
+    CocoPanopticDatasetConfig,
+    DatasetConfigs,
+    sections,
+)
+from giantdet.data.coco import CocoDataset
+from giantdet.data.coco_panoptic import CocoPanopticDataset
+from giantdet.data.joined import JoinedDataset, check_kinds
 from giantdet.data.near_files import hint
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import Instances, logger
+from giantdet.data.semantic_png import SemanticPngDataset
 from giantdet.data.summary import Summary
 from giantdet.errors import DataError
 
@@ -116,7 +126,36 @@ class Dataset(Protocol):
         ...
 
 
+def _coco(config: CocoDatasetConfig) -> Dataset:
+    return CocoDataset(config.annotations, config.images)
+
+
+def _coco_panoptic(config: CocoPanopticDatasetConfig) -> Dataset:
+    return CocoPanopticDataset(config.annotations, config.images, config.segments_folder, config.instances)
+
+
 _CHECKED_FILES = 50
+READERS: dict[str, Callable[[Any], Dataset]] = {
+    "coco": _coco,
+    "coco_panoptic": _coco_panoptic,
+    "semantic_png": SemanticPngDataset,
+}
+"""How a data set of each format is opened; config/datasets.py has their sections."""
+
+
+def open_dataset(config: DatasetConfigs) -> Dataset:
+    """Open the data set of a section of `data`, or of a list of sections, whose first has the classes.
+
+    Raises DataError if one cannot be used, or has other classes or kinds of targets than the first.
+    """
+    first, *others = parts = [READERS[section.format](section) for _, section in sections(config)]
+    if not others:
+        return first
+    for part in parts:
+        check_files(part)  # a wrong folder of one part would be hidden by the images of the others
+    check_kinds(parts)
+    matched = [first.classes, *(meet(part, first.classes, first.annotations) for part in others)]
+    return JoinedDataset(parts, matched)
 
 
 def check_files(dataset: Dataset) -> None:
@@ -155,11 +194,12 @@ def check_targets(dataset: Dataset, targets: Container[str], without_masks: str)
 
 
 def meet(dataset: Dataset, known: Classes, whose: str | Path) -> Classes:
-    """Match a data set with the classes that a model predicts, `known`, by name.
+    """Match a data set with known classes, those of a model or of another data set, by name.
 
-    Returns the model's classes with the data set's own ids; classes that the data set does not have get ids
+    Returns the known classes with the data set's own ids; classes that the data set does not have get ids
     that are none of its. Semantic maps are numbered as in `known` from now on. Different ids are named in a
-    warning. Raises DataError for a name that is none of the model's, and where nothing can be scored.
+    warning. `whose` names where the known classes are from. Raises DataError for a name that is none of
+    theirs, and where nothing can be scored.
     """
     objects = _by_name(dataset.classes.objects, known.objects, f"{dataset.annotations}: category", whose)
     semantic = _by_name(

@@ -1,165 +1,210 @@
-"""Several data sets as one: `data.train` or `data.val` is a list."""
+"""Several data sets as one: a list of sections in `data.train` or `data.val`."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from giantdet.config.classes import Category
-from giantdet.data.dataset import Dataset, ImageObjects, meet
+from giantdet.config.classes import Category, Classes
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.reading import read_records
 from giantdet.data.records import Instances, logger
 from giantdet.data.summary import Summary
 from giantdet.errors import DataError
 
-
-@dataclass(frozen=True)
-class _Relabelled:
-    """The objects of an image of a part, with the class indices of the whole."""
-
-    objects: ImageObjects
-    labels_N: NDArray[np.int64]
-
-    @property
-    def boxes_N4(self) -> NDArray[np.float32]:
-        return self.objects.boxes_N4
-
-    @property
-    def ids_N(self) -> NDArray[np.int64]:
-        return self.objects.ids_N
-
-    @property
-    def size_hw(self) -> tuple[int, int]:
-        return self.objects.size_hw
-
-    def __len__(self) -> int:
-        return len(self.objects)
-
-    def has_mask(self, n: int) -> bool:
-        return self.objects.has_mask(n)
-
-    def rle(self, n: int) -> dict[str, Any]:
-        return self.objects.rle(n)
+if TYPE_CHECKING:
+    from giantdet.data.dataset import Dataset, ImageObjects
 
 
 class JoinedDataset:
-    """The images of several data sets, one after the other; see `Dataset` for the methods.
+    """The images of several data sets, one after the other, with the classes of the first.
 
-    The classes are those of the first part, which the others meet by name: they need not have all of them,
-    and other ids are mapped, with a warning. Where two images have the same id, all images are numbered from
-    1. Raises DataError for a name that the first part does not have, and where parts differ in the kind of
-    their targets.
+    Args:
+        parts: data sets of one kind (`check_kinds`), of any format.
+        matched: for each part, the classes of the first with the part's own ids, as `meet` returns them.
+
+    Image ids that an earlier part has are replaced by free ones; a warning counts them.
+    Raises `DataError` where some parts have annotations and another is a list of images.
     """
 
-    def __init__(self, parts: Sequence[Dataset]) -> None:
-        self.parts, first = list(parts), parts[0]
-        self.annotations, self.classes, self.root = first.annotations, first.classes, first.root
-        self.ids: list[dict[int, int]] = []  # by part: the first's category id for each of its own
-        self.labels: list[NDArray[np.int64]] = []  # by part: the class index for each of its own
-        for part in self.parts:
-            for kind in ("objects", "semantic"):
-                if bool(getattr(part.classes, kind)) != bool(getattr(self.classes, kind)):
-                    raise DataError(
-                        f"{part.annotations} and {first.annotations} cannot be joined: only one of them has "
-                        f"classes of {kind}"
-                    )
-            matched = part.classes if part is first else meet(part, self.classes, first.annotations)
-            index = {theirs: n for n, (theirs, _) in enumerate(matched.objects)}
-            self.labels.append(np.array([index[own] for own, _ in part.classes.objects], np.int64))
-            pairs = [*zip(matched.objects, self.classes.objects, strict=True)]
-            pairs += zip(matched.semantic, self.classes.semantic, strict=True)
-            self.ids.append({theirs: ours for (theirs, _), (ours, _) in pairs})
-        self.start = np.cumsum([0, *map(len, self.parts)])
-        self.sizes_hw = np.concatenate([part.sizes_hw for part in self.parts])
-        self.image_ids = np.concatenate([part.image_ids for part in self.parts])
-        if clashes := len(self.image_ids) - len(np.unique(self.image_ids)):
-            self.image_ids = np.arange(1, len(self.image_ids) + 1)
+    def __init__(self, parts: Sequence[Dataset], matched: Sequence[Classes]) -> None:
+        first = parts[0]
+        self.parts = parts
+        more = f"{len(parts) - 1} more" if len(parts) > 2 else parts[-1].annotations
+        self.annotations, self.root = Path(f"{first.annotations} and {more}"), first.root
+        self.classes = first.classes
+        self.has_masks = any(part.has_masks for part in parts)
+        self.annotated = any(part.annotated for part in parts)
+        for part in parts:
+            if self.annotated and not part.annotated:
+                part.training_indices(False)  # raises for a list of images, whose objects are unknown
+        self.start = np.cumsum([0, *(len(part) for part in parts)])
+        self.sizes_hw = np.concatenate([part.sizes_hw for part in parts])
+        ids, renumbered = _unique([part.image_ids.tolist() for part in parts])
+        self.image_ids = np.array(ids, np.int64)
+        # Data without objects have no ids of their own, so that nobody looks for them in results.
+        if renumbered and self.classes.objects:
             logger.warning(
-                "%s and %d more: %d images have the id of another one, so all are numbered from 1",
-                *(self.annotations, len(self.parts) - 1, clashes),
+                "%s: %d image ids occur in an earlier part; renumbered", self.annotations, renumbered
             )
-        self.has_masks = any(part.has_masks for part in self.parts)
-        self.annotated = all(part.annotated for part in self.parts)
+        self.labels = [_labels(p.classes, m) for p, m in zip(parts, matched, strict=True)]
+        self.categories = [_categories(self.classes, m) for m in matched]
+        self._warn_of_masks()
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return int(self.start[-1])
 
     def _at(self, i: int) -> tuple[int, int]:
-        """Return the number of the part that image i is in, and its index there."""
-        part = int(np.searchsorted(self.start, i, side="right")) - 1
-        return part, i - int(self.start[part])
+        """Return the part of image i, and the image's index in it."""
+        p = int(np.searchsorted(self.start, i, side="right")) - 1
+        return p, int(i - self.start[p])
 
     def path(self, i: int) -> Path:
-        part, i = self._at(i)
-        return self.parts[part].path(i)
+        """See `Dataset.path`."""
+        p, at = self._at(i)
+        return self.parts[p].path(at)
 
     def read_image(self, i: int) -> NDArray[np.uint8]:
-        part, i = self._at(i)
-        return self.parts[part].read_image(i)
+        """See `Dataset.read_image`."""
+        p, at = self._at(i)
+        return self.parts[p].read_image(at)
 
     def objects(self, i: int) -> ImageObjects:
-        part, i = self._at(i)
-        found = self.parts[part].objects(i)
-        return _Relabelled(found, self.labels[part][found.labels_N])
+        """See `Dataset.objects`; labels are those of the first part, ids the part's own."""
+        p, at = self._at(i)
+        found: Any = self.parts[p].objects(at)
+        return cast("ImageObjects", replace(found, labels_N=self.labels[p][found.labels_N]))
 
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
-        part, i = self._at(i)
-        return self.parts[part].semantic_map(i)
+        """See `Dataset.semantic_map`; `meet` has numbered the parts' classes as in the first."""
+        p, at = self._at(i)
+        return self.parts[p].semantic_map(at)
 
     def panoptic_map(self, i: int) -> PanopticMap | None:
-        part, i = self._at(i)
-        found = self.parts[part].panoptic_map(i)
+        """See `Dataset.panoptic_map`; categories are those of the first part."""
+        p, at = self._at(i)
+        found = self.parts[p].panoptic_map(at)
         if found is None:
             return None
-        ids = self.ids[part]
+        ids = self.categories[p]
         return found._replace(segments=[s._replace(category=ids[s.category]) for s in found.segments])
 
     def number_as(self, semantic: tuple[Category, ...]) -> None:
+        """See `Dataset.number_as`."""
         for part in self.parts:
             part.number_as(semantic)
 
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
+        """See `Dataset.training_indices`."""
         found = [part.training_indices(filter_empty) for part in self.parts]
-        return np.concatenate([indices + first for indices, first in zip(found, self.start, strict=False)])
+        return np.concatenate([at + start for at, start in zip(found, self.start[:-1], strict=True)])
+
+    def _warn_of_masks(self) -> None:
+        """Warn where whole parts have no masks; those of single objects are named by their part."""
+        without = [part for part in self.parts if not part.has_masks and part.summary().objects]
+        if without and self.has_masks:
+            logger.warning(
+                "%s: %d of %d objects have no mask, all those of %s among them; they are trained and scored "
+                "as boxes alone",
+                *(self.annotations, self.summary().without_mask, self.summary().objects),
+                without[0].annotations,
+            )
 
     def summary(self) -> Summary:
-        """Return the sums over the parts."""
-        found = [vars(part.summary()) for part in self.parts]
-        total: dict[str, Any] = {}
-        for name, value in found[0].items():
-            if isinstance(value, dict):
-                counts: Counter[str] = Counter(dict.fromkeys(value, 0))
-                for numbers in found:
-                    counts.update(numbers[name])
-                total[name] = dict(counts)
-            else:
-                total[name] = sum(numbers[name] for numbers in found)
-        return Summary(**total)
+        """Return the sums of the parts' numbers, by the class names of the first."""
+        found = [part.summary() for part in self.parts]
+        names = list(found[0].objects_per_class)
+        per_class = dict.fromkeys(names, 0)
+        left_out, otherwise = Counter[str](), Counter[str]()
+        for one, labels in zip(found, self.labels, strict=True):
+            for label, count in zip(labels.tolist(), one.objects_per_class.values(), strict=True):
+                per_class[names[label]] += count
+            left_out.update(one.left_out)
+            otherwise.update(one.used_otherwise)
+        return Summary(
+            images=sum(one.images for one in found),
+            images_without_objects=sum(one.images_without_objects for one in found),
+            objects=sum(one.objects for one in found),
+            crowds=sum(one.crowds for one in found),
+            ignored=sum(one.ignored for one in found),
+            without_mask=sum(one.without_mask for one in found),
+            tiny=sum(one.tiny for one in found),
+            objects_per_class=per_class,
+            left_out=dict(left_out),
+            used_otherwise=dict(otherwise),
+            images_by_part=tuple((str(part.annotations), len(part)) for part in self.parts),
+        )
 
     def instances(self) -> Instances:
-        """Return the usable records of all parts; objects are numbered from 1."""
-        images: list[Any] = []
-        annotations: list[Any] = []
-        for n, part in enumerate(self.parts):
-            own = self.image_ids[self.start[n] : self.start[n + 1]]
-            number = dict(zip(part.image_ids.tolist(), own.tolist(), strict=True))
+        """Return the usable records of all parts, with unique ids and the categories of the first."""
+        # Names of files are relative to the folder of each part, so they need not be unique.
+        images: list[dict[str, Any]] = []
+        annotations: list[list[dict[str, Any]]] = []
+        for p, part in enumerate(self.parts if self.classes.objects else ()):
+            # An object of an unusable image must not become one of another part's image with the same id.
             records = read_records(part.annotations, part.instances())
-            images += [record | {"id": number[i]} for i, record in records.images.items()]
-            annotations += [
-                record
-                | {
-                    "id": len(annotations) + k,
-                    "image_id": number[record["image_id"]],
-                    "category_id": self.ids[n][record["category_id"]],
-                }
-                for k, record in enumerate(records.annotations, 1)
-            ]
-        categories = [{"id": number, "name": name} for number, name in self.classes.objects]
-        return {"images": images, "categories": categories, "annotations": annotations}
+            new = self.image_ids[self.start[p] : self.start[p + 1]].tolist()
+            ids, categories = dict(zip(part.image_ids.tolist(), new, strict=True)), self.categories[p]
+            images += [record | {"id": ids[number]} for number, record in records.images.items()]
+            annotations.append(
+                [
+                    r | {"image_id": ids[r["image_id"]], "category_id": categories[r["category_id"]]}
+                    for r in records.annotations
+                ]
+            )
+        numbers, _ = _unique([[record.get("id") for record in part] for part in annotations])
+        every = itertools.chain.from_iterable(annotations)
+        return {
+            "images": images,
+            "annotations": [r | {"id": number} for r, number in zip(every, numbers, strict=True)],
+            "categories": [{"id": number, "name": name} for number, name in self.classes.objects],
+        }
+
+
+def check_kinds(parts: Sequence[Dataset]) -> None:
+    """Raise DataError unless all parts have the kinds of targets of the first: objects, semantic maps."""
+    first = parts[0]
+    for part in parts[1:]:
+        for kind, what in (("objects", "objects"), ("semantic", "semantic maps")):
+            here, there = bool(getattr(part.classes, kind)), bool(getattr(first.classes, kind))
+            if here != there:
+                one, other = (part, first) if here else (first, part)
+                raise DataError(
+                    f"{one.annotations} has {what} and {other.annotations} has none; data sets that are "
+                    "joined need the same kinds of targets"
+                )
+
+
+def _labels(classes: Classes, matched: Classes) -> NDArray[np.int64]:
+    """Return the first part's class index by the class index of a part."""
+    index = {number: label for label, (number, _) in enumerate(matched.objects)}
+    return np.array([index[number] for number, _ in classes.objects], np.int64)
+
+
+def _categories(first: Classes, matched: Classes) -> dict[int, int]:
+    """Return the first part's ids of objects and stuff by those of a part."""
+    pairs = zip(first.stuff + first.objects, matched.stuff + matched.objects, strict=True)
+    return {theirs: ours for (ours, _), (theirs, _) in pairs}
+
+
+def _unique(parts: Sequence[Sequence[Any]]) -> tuple[list[int], int]:
+    """Return the ids of all parts, new ones for those taken or not integers, and the count of new ones."""
+    used = {number for part in parts for number in part if type(number) is int}
+    free: Iterator[int] = (number for number in itertools.count(1) if number not in used)
+    seen: set[int] = set()
+    found: list[int] = []
+    changed = 0
+    for number in itertools.chain.from_iterable(parts):
+        if type(number) is not int or number in seen:
+            number = next(free)
+            changed += 1
+        seen.add(number)
+        found.append(number)
+    return found, changed

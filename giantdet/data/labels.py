@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from giantdet.config.classes import Category
+from giantdet.config.classes import Category, positions
 from giantdet.errors import DataError
 from giantdet.structures import IGNORE
 
@@ -135,10 +135,10 @@ class LabelTable:
         """(label, name) of each class."""
         return tuple((entry.label, entry.name) for entry in self.classes)
 
-    def number_as(self, names: list[str]) -> None:
-        """Number the classes by their positions in `names`, which has all of them."""
+    def number_as(self, semantic: tuple[Category, ...]) -> None:
+        """Number the classes by their positions in `semantic`, which has all of them."""
         new = np.full(IGNORE + 1, IGNORE)
-        new[: len(self.classes)] = [names.index(entry.name) for entry in self.classes]
+        new[: len(self.classes)] = positions(self.categories, semantic)
         for lookup in (self.by_label, self.by_color):
             lookup.numbers = new[lookup.own]
 

@@ -115,7 +115,7 @@ class SemanticPngDataset:
 
     def number_as(self, semantic: tuple[Category, ...]) -> None:
         """See `Dataset.number_as`."""
-        self.table.number_as([name for _, name in semantic])
+        self.table.number_as(semantic)
 
     def panoptic_map(self, i: int) -> None:
         """Return None: there are no segments."""

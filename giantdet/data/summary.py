@@ -29,6 +29,8 @@ class Summary:
     """Records that could not be used, by kind."""
     used_otherwise: dict[str, int] = field(default_factory=dict)
     """Records that were used, but not as they are written, by kind."""
+    images_by_part: tuple[tuple[str, int], ...] = ()
+    """Of several data sets as one: the file or folder of each, and its number of images."""
 
     @property
     def empty_classes(self) -> list[str]:
@@ -42,6 +44,7 @@ class Summary:
     def text(self, title: str) -> str:
         """Return the summary as lines of text, the first of which begins with `title`."""
         lines = [f"{title}: {self.images} images"]
+        parts = [f"  {name}: {images} images" for name, images in self.images_by_part]
         if self.objects_per_class:
             lines[0] += f" ({self.images_without_objects} without objects), {self.objects} objects"
             numbers = {
@@ -57,7 +60,7 @@ class Summary:
         for name, kinds in (("left out", self.left_out), ("used, not as written", self.used_otherwise)):
             if kinds:
                 lines.append(f"  {name}: " + ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
-        return "\n".join(lines)
+        return "\n".join([*lines, *parts])
 
 
 def summarize(records: Records) -> Summary:

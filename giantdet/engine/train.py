@@ -27,8 +27,8 @@ from giantdet.data.dataset import (
     check_targets,
     meet,
     nothing_to_train,
+    open_dataset,
 )
-from giantdet.data.formats import open_dataset
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm

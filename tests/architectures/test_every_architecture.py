@@ -17,7 +17,7 @@ from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
 from giantdet.config.resolved import ResolvedRun
-from giantdet.data.formats import open_dataset
+from giantdet.data.dataset import open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.structures import IGNORE, Batch
 from giantdet.tools.count import COCO, count

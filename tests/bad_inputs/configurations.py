@@ -204,7 +204,7 @@ CONFIGURATIONS = [
     Case(
         "a list of data sets with a name in it",
         {"giantdet.data.train": ["train.json"]},
-        Error('giantdet.data.train.parts.0 must be an object, got "train.json"'),
+        Error('giantdet.data.train.0 must be an object, got "train.json"'),
     ),
     Case(
         "fewer classes than categories",
@@ -243,6 +243,16 @@ CONFIGURATIONS = [
         "no such annotations",
         {"giantdet.data.train.annotations": "no.json"},
         Error("data.train.annotations: no file no.json"),
+    ),
+    Case(
+        "a list of data sets, one of them without a file",
+        {"giantdet.data.train": [{"annotations": "no.json", "images": "nowhere"}]},
+        Error("giantdet.data.train.0.annotations: no file no.json"),
+    ),
+    Case(
+        "a path for a data set",
+        {"giantdet.data.train": "train.json"},
+        Error('giantdet.data.train must be an object or a list of objects, got "train.json"'),
     ),
     Case(
         "no such image folder",

@@ -100,7 +100,7 @@ BAD_OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["max_iters=3"], ["unknown key max_iters", "did you mean giantdet.train.steps?"]),
     (["device=cpu"], ["unknown key device; the launcher chooses the devices", "DS_ACCELERATOR=cpu"]),
     (["optimizer=SGD"], ['optimizer must be an object, got "SGD"; set optimizer.type']),
-    (["data.train=coco"], ['giantdet.data.train must be an object, got "coco"']),
+    (["data.train=coco"], ['giantdet.data.train must be an object or a list of objects, got "coco"']),
     (["train_batch_sizes=3"], ["train_batch_sizes", "did you mean train_batch_size?"]),
     (["train.steps=3", "giantdet.train.steps=4"], ["giantdet.train.steps is given twice"]),
     (

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import SemanticPngDatasetConfig
@@ -84,6 +85,23 @@ def test_semantic_maps_are_numbered_by_name(demo_data: Path) -> None:
         new = dataset.semantic_map(i)
         for number, n in enumerate(order):
             assert np.array_equal(new == number, old == n)
+
+
+def test_semantic_classes_of_one_name_are_told_apart_by_id(tmp_path: Path) -> None:
+    """Two of ADE20K's classes are a "screen"; data with the same ids keep both."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.array([[0, 1, 2, 255]], np.uint8)).save(tmp_path / folder / "a.png")
+    config = SemanticPngDatasetConfig(
+        format="semantic_png",
+        images=str(tmp_path / "images"),
+        labels=str(tmp_path / "labels"),
+        classes=("screen", "wall", "screen"),
+    )
+    dataset = SemanticPngDataset(config)
+    known = Classes(semantic=((5, "sea"), *dataset.classes.semantic))
+    meet(dataset, known, "x")
+    assert dataset.semantic_map(0).tolist() == [[1, 2, 3, 255]]
 
 
 def test_stuff_is_numbered_by_name(demo_data: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from giantdet.config.classes import unique_names
 from giantdet.config.datasets import SemanticPngDatasetConfig
-from giantdet.data.formats import open_dataset
+from giantdet.data.dataset import open_dataset
 from giantdet.data.semantic_png import SemanticPngDataset
 from giantdet.errors import DataError
 from giantdet.structures import IGNORE

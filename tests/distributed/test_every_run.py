@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from giantdet import cli
 from giantdet.architectures import build_model
 from giantdet.config.load import load_run
-from giantdet.data.formats import open_dataset
+from giantdet.data.dataset import open_dataset
 from giantdet.data.loader import eval_loader
 from giantdet.distributed import comm
 from giantdet.engine.predict import Found, load_predictor

@@ -23,8 +23,7 @@ from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
 from giantdet.config.resolved import ResolvedRun
 from giantdet.config.types import AgvmConfig
-from giantdet.data.dataset import Dataset
-from giantdet.data.formats import open_dataset
+from giantdet.data.dataset import Dataset, open_dataset
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.engine import zero

@@ -20,8 +20,7 @@ from giantdet.architectures import build_model
 from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
 from giantdet.config.resolved import ResolvedRun
-from giantdet.data.dataset import Dataset
-from giantdet.data.formats import open_dataset
+from giantdet.data.dataset import Dataset, open_dataset
 from giantdet.distributed import comm
 from giantdet.engine.evaluate import evaluate
 from giantdet.errors import DataError
