@@ -227,9 +227,19 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     doctor.set_defaults(command=commands.run_doctor)
 
-    validate = subparsers.add_parser("validate-data", help="report every bad record of a COCO data set")
-    validate.add_argument("annotations", type=_path, help="COCO instances JSON")
-    validate.add_argument("images", type=_path, help="folder of its images")
+    validate = subparsers.add_parser(
+        "validate-data",
+        help="report every bad record and file of data sets",
+        description="Report every bad record and file of a COCO data set, or of data.train and data.val of a "
+        "run. Exit code 1 if there are errors.",
+    )
+    validate.add_argument("annotations", type=_path, nargs="?", help="COCO instances JSON")
+    validate.add_argument("images", type=_path, nargs="?", help="folder of its images")
+    validate.add_argument(
+        "--config",
+        type=_path,
+        help="instead of both: a run's JSON, whose data.train and data.val are of any format",
+    )
     _add_pixel_limit(validate)
     validate.set_defaults(command=commands.run_validate)
 

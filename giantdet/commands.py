@@ -78,9 +78,12 @@ def run_eval(options: argparse.Namespace) -> None:
 
     device = comm.start()
     model, config = load_detector(options.export, device)
-    data, max_detections, max_image_pixels = _evaluated_data(options)
+    usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
+    data, run_config = _data_sets(options, ["val"], usage)
+    max_detections, max_image_pixels = _limits(options, run_config)
     limit_pixels(max_image_pixels)
-    dataset = open_dataset(data)
+    (section,) = data.values()
+    dataset = open_dataset(section)
     check_files(dataset)
     classes = meet(dataset, config.classes, options.export)
     if not dataset.annotated and options.results is None:
@@ -114,10 +117,13 @@ def run_eval(options: argparse.Namespace) -> None:
     comm.barrier()
 
 
-def _evaluated_data(options: argparse.Namespace) -> tuple[Any, int, int]:
-    """Return the section of the data set to score, and the limits of detections and of pixels.
+def _data_sets(
+    options: argparse.Namespace, splits: list[str], usage: str
+) -> tuple[dict[str, Any], GiantdetConfig]:
+    """Return what describes the data sets of a command, by name, and the giantdet block.
 
-    The section is that of a run's JSON, or of a COCO instances JSON.
+    They are those `splits` of --config, a run's JSON, that are given, or a COCO instances JSON. Raises
+    InputError with `usage` without either.
     """
     from giantdet.config.datasets import CocoDatasetConfig
     from giantdet.config.load import load_run
@@ -127,12 +133,14 @@ def _evaluated_data(options: argparse.Namespace) -> tuple[Any, int, int]:
     both = (options.annotations, options.images)
     if options.config is not None and both == (None, None):
         run = load_run(options.config)
-        check_data(run, ["val"])
-        return run.giantdet.data.val, *_limits(options, run.giantdet)
+        data = run.giantdet.data
+        given = [split for split in splits if getattr(data, split) is not None] or splits[:1]
+        check_data(run, given)
+        return {f"data.{split}": getattr(data, split) for split in given}, run.giantdet
     if options.config is not None or None in both:
-        raise InputError("eval: give --annotations and --images, or --config, a run's JSON with data.val")
+        raise InputError(usage)
     section = CocoDatasetConfig(annotations=str(options.annotations), images=str(options.images))
-    return section, *_limits(options, GiantdetConfig())
+    return {str(options.annotations): section}, GiantdetConfig()
 
 
 def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, int]:
@@ -295,19 +303,28 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_validate(options: argparse.Namespace) -> int:
+    """Report the problems of data sets of any format; the exit code is 1 if there are errors."""
+    from giantdet.config.datasets import sections
+    from giantdet.data.dataset import CHECKS, open_dataset
     from giantdet.data.images import limit_pixels
-    from giantdet.data.reading import read_records
-    from giantdet.data.records import read_instances
-    from giantdet.data.summary import summarize
-    from giantdet.data.validate import check, format_report
+    from giantdet.data.validate import format_report
 
-    if options.max_image_pixels is not None:
-        limit_pixels(options.max_image_pixels)
-    records = read_records(options.annotations, read_instances(options.annotations), keep_findings=True)
-    print(summarize(records).text(options.annotations))
-    problems = check(records, options.images)
-    print(format_report(problems))
-    return 1 if any(problem.is_error for problem in problems) else 0
+    usage = "validate-data: give a COCO instances JSON and the folder of its images, or --config JSON"
+    data, run_config = _data_sets(options, ["train", "val"], usage)
+    limit_pixels(options.max_image_pixels or run_config.data.max_image_pixels)
+    failed = False
+    for name, config in data.items():
+        parts = sections(config)
+        reports = []
+        for place, section in parts:
+            reports.append(CHECKS[section.format](section))
+            print(reports[-1].summary.text(f"{name}{place}"))
+            print(format_report(reports[-1].problems))
+        has_errors = any(report.has_errors for report in reports)
+        if len(parts) > 1 and not has_errors:
+            print(open_dataset(config).summary().text(name))  # an error if they do not fit each other
+        failed |= has_errors
+    return 1 if failed else 0
 
 
 def run_configs(options: argparse.Namespace) -> None:

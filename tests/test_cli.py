@@ -355,4 +355,4 @@ def test_eval_refuses_foreign_categories(
     (tmp_path / "val.json").write_text(json.dumps(content))
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     code = cli.main(["eval", str(tiny_export), "--annotations", str(tmp_path / "val.json"), *images])
-    _one_line(code, capsys.readouterr().err, "category 'hexagon' (id 50)", ": circle, rectangle")
+    _one_line(code, capsys.readouterr().err, "category 'hexagon' (id 50)", "export0: circle")

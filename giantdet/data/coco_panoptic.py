@@ -76,21 +76,9 @@ class CocoPanopticDataset(CocoDataset):
     ) -> None:
         content = read_instances(annotations, "panoptic")
         self.segments, self.instances_file = segments, instances
-        things, stuff = _categories(content["categories"])
-        if not things:
-            raise DataError(f"annotations {annotations} have no category with isthing 1")
-        objects = _object_records(content, set(things)) if instances is None else _read_objects(instances)
-        # The categories are those of the panoptic JSON, so that objects and segments agree on their ids.
-        # Without their supercategories: a class of the PNG files stays one without objects, too.
-        records = [_without_super(record) for record in content["categories"] if _id(record) in things]
-        super().__init__(
-            annotations, images, {"images": content["images"], "categories": records, "annotations": objects}
-        )
+        things, stuff = read_categories(annotations, content)
+        super().__init__(annotations, images, thing_content(content, things, instances))
         self.classes = Classes(objects=self.classes.objects, semantic=(THINGS, *stuff.items()))
-        if len(stuff) >= IGNORE:
-            raise DataError(
-                f"annotations {annotations}: {len(stuff)} categories of stuff, at most 254 are possible"
-            )
         self.annotated = bool(content["annotations"])
         self.number = dict.fromkeys(things, 0) | {category: n for n, category in enumerate(stuff, 1)}
         self.skipped.clear()  # the objects' are reported
@@ -106,10 +94,7 @@ class CocoPanopticDataset(CocoDataset):
         by_image: dict[int, Any] = {}
         known = set(self.image_ids.tolist())
         for record in records:
-            fault = _annotation_fault(record, by_image)
-            if fault is None and record["image_id"] not in known:
-                fault = "unknown image", "its image_id is not among the usable images"
-            if fault:
+            if fault := annotation_fault(record, by_image, known):
                 name = record.get("image_id") if isinstance(record, dict) else "?"
                 self._skip(fault, "annotation of image", {"id": name})
             else:
@@ -119,19 +104,13 @@ class CocoPanopticDataset(CocoDataset):
         for image_id in self.image_ids.tolist():
             record = by_image.get(image_id)
             names.append(record["file_name"] if record else "")
-            for segment in _segments(record):
-                segment = with_integers(segment, "id", "category_id")
-                category, crowd = segment.get("category_id"), flag_of(segment.get("iscrowd") or 0)
-                if not _id(segment) or not is_id(category) or category not in self.number or crowd is None:
-                    fault = (
-                        "bad segment",
-                        "it needs an id above 0, a category of the file, iscrowd 0 or 1",
-                    )
+            for segment in segments_of(record):
+                if fault := segment_fault(segment, self.number):
                     self._skip(fault, f"image {image_id}, segment", segment)
                     continue
                 ids.append(segment["id"])
-                categories.append(category)
-                crowds.append(crowd)
+                categories.append(segment["category_id"])
+                crowds.append(is_crowd(segment) or 0)
             start.append(len(ids))
         self.segment_files = np.array(names)
         self.segment_ids, self.segment_categories = np.array(ids, np.int64), np.array(categories, np.int64)
@@ -271,17 +250,41 @@ def _without_super(category: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in category.items() if key != "supercategory"}
 
 
-def _categories(records: list[Any]) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the names of things and of stuff by id, in the order of ids. Without `isthing` it is a thing."""
-    found: tuple[dict[int, str], dict[int, str]] = ({}, {})
-    for record in records:
-        if not category_fault(record, found[0] | found[1]):
-            found[record.get("isthing", 1) == 0][record["id"]] = category_name(record)
-    return dict(sorted(found[0].items())), dict(sorted(found[1].items()))
+def read_categories(annotations: str | Path, content: Instances) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the names of things and of stuff by id, in the order of ids. Without `isthing` it is a thing.
+
+    Raises DataError without things, and for more classes of stuff than a map can have.
+    """
+    things: dict[int, str] = {}
+    stuff: dict[int, str] = {}
+    for record in content["categories"]:
+        if not category_fault(record, things | stuff):
+            (stuff if record.get("isthing", 1) == 0 else things)[record["id"]] = category_name(record)
+    if not things:
+        raise DataError(f"annotations {annotations} have no category with isthing 1")
+    if len(stuff) >= IGNORE:
+        raise DataError(
+            f"annotations {annotations}: {len(stuff)} categories of stuff, at most 254 are possible"
+        )
+    return dict(sorted(things.items())), dict(sorted(stuff.items()))
 
 
-def _annotation_fault(record: Any, seen: Container[int]) -> Fault | None:
-    """Return why the annotation of an image cannot be used, or None."""
+def thing_content(content: Instances, things: Container[int], instances: str | None) -> Instances:
+    """Return the lists of an instances JSON of the things: from a file of them, or from their segments.
+
+    The categories are those of the panoptic JSON, so that objects and segments agree on their ids. They have
+    no supercategories: a class of the PNG files stays one without objects, too.
+    """
+    objects = _object_records(content, things) if instances is None else _read_objects(instances)
+    records = [_without_super(record) for record in content["categories"] if _id(record) in things]
+    return {"images": content["images"], "categories": records, "annotations": objects}
+
+
+def annotation_fault(record: Any, seen: Container[int], images: Container[int] | None = None) -> Fault | None:
+    """Return why the annotation of an image cannot be used, or None.
+
+    `seen` are the images of earlier annotations, `images` those that can be used, if they are known.
+    """
     if not isinstance(record, dict) or not is_id(record.get("image_id")):
         return "bad annotation", f"{str(record)[:80]} has no image_id that is an integer of at least 0"
     if record["image_id"] in seen:
@@ -294,23 +297,39 @@ def _annotation_fault(record: Any, seen: Container[int]) -> Fault | None:
     name = record.get("file_name")
     if not isinstance(name, str) or not name or escapes(name):
         return "bad file name", f"file_name of the PNG file of segments is {str(name)[:80]!r}"
+    if images is not None and record["image_id"] not in images:
+        return "unknown image", "its image_id is not among the usable images"
     return None
 
 
-def _segments(record: Any) -> list[dict[str, Any]]:
+def segments_of(record: Any) -> list[dict[str, Any]]:
     """Return the segments of an annotation; those that are no JSON objects are empty ones."""
     found = record.get("segments_info") if isinstance(record, dict) else None
-    return [s if isinstance(s, dict) else {} for s in found] if isinstance(found, list) else []
+    segments = found if isinstance(found, list) else []
+    return [with_integers(s, "id", "category_id") if isinstance(s, dict) else {} for s in segments]
 
 
-def _object_records(content: Instances, things: set[int]) -> list[dict[str, Any]]:
+def is_crowd(segment: dict[str, Any]) -> int | None:
+    """Return 1 for a crowd region, 0 for others, and None if that is not certain."""
+    return flag_of(segment.get("iscrowd") or 0)
+
+
+def segment_fault(segment: dict[str, Any], categories: Container[int]) -> Fault | None:
+    """Return why a segment cannot be used, or None."""
+    category = segment.get("category_id")
+    if _id(segment) and is_id(category) and category in categories and is_crowd(segment) is not None:
+        return None
+    return "bad segment", "it needs an id above 0, a category of the file, iscrowd 0 or 1"
+
+
+def _object_records(content: Instances, things: Container[int]) -> list[dict[str, Any]]:
     """Return the segments of things as annotations of an instances JSON, without masks."""
     found: list[dict[str, Any]] = []
     seen: set[int] = set()
     for record in content["annotations"]:
-        if _annotation_fault(record, seen) is None:
+        if annotation_fault(record, seen) is None:
             seen.add(record["image_id"])
-            for segment in _segments(record):
+            for segment in segments_of(record):
                 category = segment.get("category_id")
                 if is_id(category) and category in things:
                     fields = {key: value for key, value in segment.items() if key != "segmentation"}

@@ -26,6 +26,9 @@ from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import Instances, logger
 from giantdet.data.semantic_png import SemanticPngDataset
 from giantdet.data.summary import Summary
+from giantdet.data.validate import Report, check_coco
+from giantdet.data.validate_panoptic import check_coco_panoptic
+from giantdet.data.validate_semantic import check_semantic_png
 from giantdet.errors import DataError
 
 
@@ -141,6 +144,13 @@ READERS: dict[str, Callable[[Any], Dataset]] = {
     "semantic_png": SemanticPngDataset,
 }
 """How a data set of each format is opened; config/datasets.py has their sections."""
+CHECKS: dict[str, Callable[[Any], Report]] = {
+    "coco": check_coco,
+    "coco_panoptic": check_coco_panoptic,
+    "semantic_png": check_semantic_png,
+}
+"""How `giantdet validate-data` checks a data set of each format. Each raises DataError where it cannot be
+used as a whole."""
 
 
 def open_dataset(config: DatasetConfigs) -> Dataset:

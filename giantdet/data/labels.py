@@ -142,6 +142,10 @@ class LabelTable:
         for lookup in (self.by_label, self.by_color):
             lookup.numbers = new[lookup.own]
 
+    def of(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the classes of a map of numbers `[h, w]` or colours `[h, w, 3]`. Raises DataError."""
+        return self.of_colors(pixels) if pixels.ndim == 3 else self.of_labels(pixels)
+
     def of_labels(self, labels_HW: NDArray[Any]) -> NDArray[np.uint8]:
         """Return the classes of a map of numbers, uint8 `[h, w]`. Raises DataError for an unknown label."""
         return self._known(self.by_label(labels_HW.astype(np.int64)), labels_HW)

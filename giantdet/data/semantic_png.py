@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,46 +50,20 @@ class SemanticPngDataset:
 
     def __init__(self, config: SemanticPngDatasetConfig) -> None:
         self.annotations, self.images = Path(config.labels), Path(config.images)
-        try:
-            self.table = LabelTable(read_classes(config.classes), config.ignore, config.reduce_zero_label)
-        except DataError as error:
-            raise DataError(f"{self.annotations}: {error}") from error
+        self.table = read_table(config)
         self.classes = Classes(semantic=self.table.categories)
         self.has_masks, self.annotated = False, True
         self.root = self.images
-        self.pairs = self._find(config.image_suffix, config.label_suffix)
-        self.image_ids = np.arange(len(self.pairs))
-        self.sizes_hw = np.array([_size(self.annotations / label) for _, label in self.pairs], np.int64)
-
-    def _find(self, image_suffix: str, label_suffix: str) -> list[tuple[str, str]]:
-        """Return the paths of images and their labels, relative to the two folders."""
-        labels = {name for name in _files(self.annotations) if name.lower().endswith(".png")}
-        images = [name for name in _files(self.images) if Path(name).suffix.lower() in image_endings()]
-        pairs, without = [], []
-        for image in images:
-            stem = os.path.splitext(image)[0]
-            if not stem.endswith(image_suffix):
-                continue
-            label = f"{stem.removesuffix(image_suffix)}{label_suffix}.png"
-            if label in labels:
-                pairs.append((image, label))
-            else:
-                without.append((image, label))
-        if not pairs:
-            example = f", e.g. {without[0][0]} would need {without[0][1]}" if without else ""
-            raise DataError(
-                f"{self.annotations}: no label map belongs to one of the {len(images)} images in "
-                f"{self.images}{example}; see image_suffix and label_suffix"
-            )
-        if without:
+        found = find_pairs(config)
+        self.pairs = found.pairs
+        if found.without:
             logger.warning(
                 "%s: left out %d of %d images without a label map, e.g. %s (no %s)",
-                self.annotations,
-                len(without),
-                len(images),
-                *without[0],
+                *(self.annotations, len(found.without), len(found.images)),
+                *found.without[0],
             )
-        return pairs
+        self.image_ids = np.arange(len(self.pairs))
+        self.sizes_hw = np.array([_size(self.annotations / label) for _, label in self.pairs], np.int64)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -105,13 +79,9 @@ class SemanticPngDataset:
     def semantic_map(self, i: int) -> NDArray[np.uint8]:
         """See `Dataset.semantic_map`."""
         path = self.annotations / self.pairs[i][1]
-        with named(path), Image.open(path) as file:
-            if file.mode in ("RGB", "RGBA"):
-                return self.table.of_colors(np.asarray(file.convert("RGB")))
-            # The numbers of a palette image, not its colours.
-            return self.table.of_labels(
-                np.asarray(file if file.mode not in ("1", "LA") else file.convert("L"))
-            )
+        pixels = read_labels(path)
+        with named(path):
+            return self.table.of(pixels)
 
     def number_as(self, semantic: tuple[Category, ...]) -> None:
         """See `Dataset.number_as`."""
@@ -135,6 +105,58 @@ class SemanticPngDataset:
     def instances(self) -> Instances:
         """See `Dataset.instances`; there are none."""
         return {"images": [], "annotations": [], "categories": []}
+
+
+def read_table(config: SemanticPngDatasetConfig) -> LabelTable:
+    """Return the classes of a section. Raises DataError, which names the folder of labels."""
+    try:
+        return LabelTable(read_classes(config.classes), config.ignore, config.reduce_zero_label)
+    except DataError as error:
+        raise DataError(f"{config.labels}: {error}") from error
+
+
+class Pairs(NamedTuple):
+    """The files of a data set, as paths relative to the two folders."""
+
+    images: list[str]
+    pairs: list[tuple[str, str]]
+    """Images and their label maps."""
+    without: list[tuple[str, str]]
+    """Images without a label map, and the name that it would have."""
+    unused: list[str]
+    """Label maps without an image."""
+
+
+def find_pairs(config: SemanticPngDatasetConfig) -> Pairs:
+    """Return which label map belongs to each image. Raises DataError if none does."""
+    labels = {name for name in _files(Path(config.labels)) if name.lower().endswith(".png")}
+    images = [name for name in _files(Path(config.images)) if Path(name).suffix.lower() in image_endings()]
+    pairs: list[tuple[str, str]] = []
+    without: list[tuple[str, str]] = []
+    for image in images:
+        stem = os.path.splitext(image)[0]
+        if not stem.endswith(config.image_suffix):
+            continue
+        label = f"{stem.removesuffix(config.image_suffix)}{config.label_suffix}.png"
+        (pairs if label in labels else without).append((image, label))
+    if not pairs:
+        example = f", e.g. {without[0][0]} would need {without[0][1]}" if without else ""
+        raise DataError(
+            f"{config.labels}: no label map belongs to one of the {len(images)} images in "
+            f"{config.images}{example}; see image_suffix and label_suffix"
+        )
+    used = {label for _, label in pairs}
+    named_so = [name for name in labels if os.path.splitext(name)[0].endswith(config.label_suffix)]
+    return Pairs(images, pairs, without, sorted(set(named_so) - used))
+
+
+def read_labels(path: Path) -> NDArray[Any]:
+    """Return a PNG of labels as numbers `[h, w]` or colours `[h, w, 3]`. Raises DataError."""
+    with named(path), Image.open(path) as file:
+        if file.mode in ("RGB", "RGBA"):
+            return np.asarray(file.convert("RGB"))
+        # The numbers of a palette image, not its colours.
+        return np.asarray(file if file.mode not in ("1", "LA") else file.convert("L"))
 
 
 def _files(folder: Path) -> list[str]:

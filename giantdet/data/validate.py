@@ -2,12 +2,15 @@
 
 Records with an error are left out; those with a warning or an info are used. Not checked: whether `area` is
 that of the mask, and whether labels are correct.
+
+This file has what the checks of all formats share, and the check of COCO instances. The others are in
+`validate_panoptic.py` and `validate_semantic.py`; the table `CHECKS` in `dataset.py` has all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,16 +18,21 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from giantdet.config.datasets import CocoDatasetConfig
 from giantdet.data.images import has_frames, orient
 from giantdet.data.near_files import hint
 from giantdet.data.pixels import to_rgb
-from giantdet.data.reading import Finding, Records, read_records
+from giantdet.data.reading import Records, read_records
 from giantdet.data.records import is_number, read_instances
 from giantdet.data.segments import Fault, Size
+from giantdet.data.summary import Summary, summarize
 from giantdet.errors import DataError
 
 _OVERHANG = 1.0  # pixels a box may extend beyond the image because of rounding
 _BOX_MASK_SLACK = 2.0  # allowed pixels between the sides of a box and of its mask
+
+
+Level = Literal["error", "warning", "info"]
 
 
 class Problem(NamedTuple):
@@ -33,47 +41,48 @@ class Problem(NamedTuple):
     kind: str
     id: Any
     text: str
-    level: Literal["error", "warning", "info"] = "error"
+    level: Level = "error"
 
     @property
     def is_error(self) -> bool:
         return self.level == "error"
 
 
-def validate(annotations: str | Path, images: str | Path, read_files: bool = True) -> list[Problem]:
-    """Return all problems of a COCO instances JSON and its image folder; decode the images if `read_files`.
+class Report(NamedTuple):
+    """What a data set holds, and what is wrong with it."""
+
+    summary: Summary
+    problems: list[Problem]
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether any problem is an error."""
+        return any(problem.is_error for problem in self.problems)
+
+
+def validate(annotations: str | Path, images: str | Path) -> list[Problem]:
+    """Return all problems of a COCO instances JSON and its image folder. All images are decoded.
 
     Raises `DataError` if the JSON as a whole cannot be used.
     """
-    return check(
-        read_records(annotations, read_instances(annotations), keep_findings=True), images, read_files
-    )
+    return check_coco(CocoDatasetConfig(annotations=str(annotations), images=str(images))).problems
 
 
-def check(records: Records, images: str | Path, read_files: bool = True) -> list[Problem]:
-    """Return the same of records that were read with their findings."""
-    problems = [_found(finding) for finding in records.findings or ()]
-    names: set[str] = set()
-    for number, name in records.categories.items():
-        if name in names:
-            fault = ("duplicate category name", f"an earlier category is called {name!r}, too")
-            problems.append(_problem(fault, "category", {"id": number}, "warning"))
-        names.add(name)
-    for record in records.images.values() if read_files else ():
-        problems += _file_problems(record, Path(images))
-    sizes = records.sizes
-    seen: set[Any] = set()
-    with_objects: set[int] = set()
-    for record in records.annotations:
-        with_objects.add(record["image_id"])
-        problems += _object_problems(record, sizes[record["image_id"]], seen)
-    problems += _class_problems(records)
-    for image_id in sizes:
-        if image_id not in with_objects:
-            problems.append(
-                Problem("no objects", image_id, f"image {image_id}: it has no usable object", "info")
-            )
-    return problems
+def check_coco(section: CocoDatasetConfig) -> Report:
+    """Return the report of a COCO instances JSON. Raises `DataError` if it cannot be used as a whole."""
+    content = read_instances(section.annotations, images_only=True)
+    records = read_records(section.annotations, content, keep_findings=True)
+    problems = [
+        *found_problems(records),
+        *name_problems(records.categories.items(), "category"),
+        *(p for record in records.images.values() for p in file_problems(record, Path(section.images))),
+    ]
+    if "annotations" in content:
+        problems += [*object_problems(records), *class_problems(records)]
+    else:
+        text = 'there is no list "annotations"; a list of images can be evaluated, but not trained on'
+        problems.append(Problem("no annotations", None, text, "warning"))
+    return Report(summarize(records), problems)
 
 
 def format_report(problems: list[Problem], examples: int = 5) -> str:
@@ -92,13 +101,26 @@ def format_report(problems: list[Problem], examples: int = 5) -> str:
     return "\n".join(lines)
 
 
-def _found(finding: Finding) -> Problem:
-    level: Literal["error", "warning"] = "error" if finding.left_out else "warning"
-    return Problem(finding.kind, finding.name, f"{finding.what} {finding.name}: {finding.text}", level)
+def found_problems(records: Records) -> Iterator[Problem]:
+    """Yield what reading has found, of records that were read with their findings."""
+    for finding in records.findings or ():
+        level: Level = "error" if finding.left_out else "warning"
+        text = f"{finding.what} {finding.name}: {finding.text}"
+        yield Problem(finding.kind, finding.name, text, level)
 
 
-def _class_problems(records: Records) -> Iterator[Problem]:
-    """Yield what concerns whole classes or the whole file, of a file with objects."""
+def name_problems(categories: Iterable[tuple[int, str]], what: str) -> Iterator[Problem]:
+    """Yield the names that an earlier category has too; `what` is "category" or what else it is called."""
+    names: set[str] = set()
+    for number, name in categories:
+        if name in names:
+            fault = (f"duplicate {what} name", f"an earlier {what} is called {name!r}, too")
+            yield problem_of(fault, what, number, "warning")
+        names.add(name)
+
+
+def class_problems(records: Records) -> Iterator[Problem]:
+    """Yield what concerns whole classes, whole images, or the whole file, of a file with objects."""
     crowds = sum(bool(record.get("iscrowd")) for record in records.annotations)
     if crowds and crowds == len(records.annotations):
         text = f"all {crowds} annotations are crowd regions; if they are objects, set iscrowd to 0"
@@ -113,52 +135,67 @@ def _class_problems(records: Records) -> Iterator[Problem]:
         if used and number not in used:
             text = f"category {number}: no annotation is of the class {name!r}"
             yield Problem("class without objects", number, text, "info")
+    with_objects = {record["image_id"] for record in records.annotations}
+    for image_id in records.images:
+        if image_id not in with_objects:
+            yield problem_of(("no objects", "it has no usable object"), "image", image_id, "info")
 
 
-def _problem(
-    fault: Fault, what: str, record: Any, level: Literal["error", "warning", "info"] = "error"
-) -> Problem:
-    name = record.get("id") if isinstance(record, dict) else None
+def problem_of(fault: Fault, what: str, name: Any, level: Level = "error") -> Problem:
+    """Return a fault of the image, annotation or category of this name or id as a problem."""
     return Problem(fault[0], name, f"{what} {name}: {fault[1]}", level)
 
 
-def _file_problems(record: dict[str, Any], folder: Path) -> Iterator[Problem]:
+def file_problems(record: dict[str, Any], folder: Path) -> Iterator[Problem]:
+    """Yield the problems of an image file, which is decoded.
+
+    `record` is that of a COCO JSON. Without `height` and `width` any size is right.
+    """
     path = folder / record["file_name"]
-    size = (record["height"], record["width"])
+
+    def found(kind: str, text: str, level: Level = "error") -> Problem:
+        return problem_of((kind, f"{path}{text}"), "image", record["id"], level)
+
     try:
         with Image.open(path) as file:
             stored = (file.height, file.width)
+            size = (record.get("height", stored[0]), record.get("width", stored[1]))
             turned = file.getexif().get(0x0112, 1) not in (0, 1)
             oriented = orient(file, size)
             oriented.load()  # decode the whole file, to find a truncated one
             try:
                 to_rgb(oriented)
             except DataError as error:
-                yield _problem(("unreadable pixels", f"{path}: {error}"), "image", record)
+                yield found("unreadable pixels", f": {error}")
             several = has_frames(file)
     except FileNotFoundError:
-        yield _problem(("missing file", f"{path} does not exist{hint(folder, path)}"), "image", record)
+        yield found("missing file", f" does not exist{hint(folder, path)}")
     except DataError as error:
-        yield _problem(("size mismatch", f"{path}: {error}"), "image", record)
+        yield found("size mismatch", f": {error}")
     except Exception as error:  # PIL's plugins raise any exception on broken files
-        yield _problem(("unreadable file", f"{path}: {type(error).__name__} {error}"), "image", record)
+        yield found("unreadable file", f": {type(error).__name__} {error}")
     else:
         if several:
-            text = f"{path} has several frames, of which the first is read"
-            yield _problem(("several frames", text), "image", record, "warning")
+            yield found("several frames", " has several frames, of which the first is read", "warning")
         if turned:
             rotated = oriented is not file
             how = "is applied" if rotated else f"is ignored: only the stored {stored[1]} x {stored[0]} fits"
-            yield _problem(
-                ("EXIF rotation", f"{path} has an EXIF rotation, which {how}"), "image", record, "warning"
-            )
+            yield found("EXIF rotation", f" has an EXIF rotation, which {how}", "warning")
+
+
+def object_problems(records: Records) -> Iterator[Problem]:
+    """Yield the problems of the annotations, one by one."""
+    sizes = records.sizes
+    seen: set[Any] = set()
+    for record in records.annotations:
+        yield from _object_problems(record, sizes[record["image_id"]], seen)
 
 
 def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iterator[Problem]:
     """Yield the problems of an annotation whose ids and box can be used."""
 
-    def found(kind: str, text: str, level: Literal["error", "warning", "info"] = "error") -> Problem:
-        return _problem((kind, text), "annotation", record, level)
+    def found(kind: str, text: str, level: Level = "error") -> Problem:
+        return problem_of((kind, text), "annotation", record.get("id"), level)
 
     name = record.get("id")
     if type(name) is not int:

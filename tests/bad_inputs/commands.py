@@ -46,6 +46,11 @@ COMMANDS = [
         Error("1 of 1 images are left out, the first: ...raise data.max_image_pixels of the JSON, ..."),
     ),
     Case(
+        "validate-data: annotations without a folder of images",
+        ["validate-data", "{data}/train.json"],
+        Error("validate-data: give a COCO instances JSON and the folder of its images, or --config JSON"),
+    ),
+    Case(
         "eval: a list of images without annotations, and no file for results",
         [
             "eval",

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import REPO, launch, logs, tiny_run
+from tiny import REPO, free_port, launch, logs, tiny_run
 
+from giantdet import cli
 from giantdet.config.checks import parse_giantdet
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import (
@@ -299,6 +300,34 @@ def test_panoptic_categories(demo_data: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone.objects(i).labels_N, joined.objects(count + i).labels_N)
         assert len(alone.objects(i)) == 0 or alone.objects(i).rle(0) == joined.objects(count + i).rle(0)
     assert len(joined.instances()["annotations"]) == 2 * len(alone.instances()["annotations"])
+
+
+def test_evaluation(
+    files: tuple[Path, Path, Path],
+    demo_data: Path,
+    tiny_export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`giantdet eval --config` finds what it finds in a merged file, under the ids of the joined set."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
+    for name, value in (group | {"LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    images = str(demo_data / "val")
+    parts = [{"annotations": str(file), "images": images} for file in files]
+    found = []
+    for name, val in (("joined", parts[:2]), ("merged", parts[2])):
+        raw = tiny_run(demo_data, tmp_path / "out", giantdet__data__val=val)
+        (tmp_path / "run.json").write_text(json.dumps(raw))
+        results_file = tmp_path / f"results_{name}.json"
+        keys = ["--config", str(tmp_path / "run.json"), "--results", str(results_file), "--workers", "0"]
+        assert cli.main(["eval", str(tiny_export), *keys]) == 0
+        found.append(json.loads(results_file.read_text()))
+    merged = open_dataset(coco(files[2], demo_data / "val"))
+    joined = open_dataset((coco(files[0], demo_data / "val"), coco(files[1], demo_data / "val")))
+    number = dict(zip(merged.image_ids.tolist(), joined.image_ids.tolist(), strict=True))
+    assert found[0] == [result | {"image_id": number[result["image_id"]]} for result in found[1]]
+    assert found[0]
 
 
 def test_an_override_of_a_list(demo_data: Path, tmp_path: Path) -> None:
