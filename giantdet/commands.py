@@ -172,7 +172,7 @@ def run_predict(options: argparse.Namespace) -> None:
         predictor.check_tiles(options.tile, options.tile_overlap)
     results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
     left_out: list[str] = []
-    for (number, path, _), image, picture in zip(images, images, pictures, strict=True):
+    for image, picture in zip(images, pictures, strict=True):
         try:
             pixels = image.read()
         except ValueError as error:
@@ -181,7 +181,8 @@ def run_predict(options: argparse.Namespace) -> None:
             continue
         found = predictor(pixels, options.threshold, options.tile, options.tile_overlap)
         draw(pixels, found).save(picture)
-        print(f"{path}: {results.add(number, path, picture.stem, found)}, {picture}")
+        described = results.add(image.number, image.path, picture.stem, found)
+        print(f"{image.path}: {described}, {picture}")
     for file in results.write():
         print(f"results: {file}")
     if left_out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -151,6 +152,13 @@ def set_path(raw: dict[str, Any], path: str, value: Any) -> None:
         raw[parent] = dict(raw.get(parent, {}))
         raw = raw[parent]
     raw[last] = value
+
+
+def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
+    """Change the content of a JSON file in place."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -265,7 +265,7 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
             if agvm is not None:
                 agvm.observe()
                 agvm.scale()
-            lr = max(zero.learning_rates(engine).values())  # before the schedule goes on to the next step
+            lr = max(zero.learning_rates(engine).values())  # the step advances the schedule
             applied = guard.step()  # DeepSpeed steps optimizer and schedule at the last micro-step
             metrics.add({"loss": loss, **losses, **model.counts(predictions)}, micro_batch, data_seconds)
         if training.ema is not None and applied:

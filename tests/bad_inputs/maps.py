@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tiny import edit_json
 
 from bad_inputs.cases import Case, Error, Replaced, Skipped, Works
 
@@ -50,10 +50,7 @@ def panoptic(change: Callable[[dict[str, Any]], Any]) -> Change:
     """The content of the panoptic JSON."""
 
     def changed(folder: Path, section: dict[str, Any]) -> None:
-        file = folder / "panoptic_train.json"
-        content = json.loads(file.read_text())
-        change(content)
-        file.write_text(json.dumps(content))
+        edit_json(folder / "panoptic_train.json", change)
 
     return changed
 

@@ -14,6 +14,7 @@ from PIL import Image
 from pq import read_ids
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
+from tiny import edit_json
 
 from giantdet.data.coco_panoptic import CocoPanopticDataset
 from giantdet.data.demo import make_demo
@@ -119,9 +120,7 @@ def demo(tmp_path: Path) -> Path:
 
 def opened(demo: Path, change: Callable[[dict[str, Any]], Any] = lambda content: None) -> CocoPanopticDataset:
     file = demo / "panoptic_train.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
+    edit_json(file, change)
     return CocoPanopticDataset(file, demo / "train", demo / "panoptic_train")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import demo_section, tiny_run
+from tiny import demo_section, edit_json, tiny_run
 
 from giantdet import cli
 from giantdet.config.datasets import FORMATS
@@ -146,10 +146,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> Change:
     """A change of the panoptic JSON."""
 
     def made(demo: Path) -> None:
-        file = demo / "panoptic_train.json"
-        content = json.loads(file.read_text())
-        change(content)
-        file.write_text(json.dumps(content))
+        edit_json(demo / "panoptic_train.json", change)
 
     return made
 
