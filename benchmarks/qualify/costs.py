@@ -15,11 +15,12 @@ from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 
 from giantdet.architectures import total_loss
 from giantdet.config.types import AgvmConfig
+from giantdet.data.blank import blank_batch
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.layers.cgbn import CrossGpuBatchNorm
 from giantdet.optim.agvm import Agvm
-from giantdet.tools.measure import blank_batch, run_with
+from giantdet.tools.measure import run_with
 
 INTERVAL = 10
 
@@ -101,7 +102,7 @@ def agvm(setting: Setting, stage: int, estimator: str) -> Row:
     model = zero.build(run, run.batch.micro).to(device)
     engine = zero.initialize(model, run)
     engine.train()
-    batch = blank_batch(run, run.batch.micro, model.targets).to(device)
+    batch = blank_batch(run.giantdet.data, run.batch.micro, model.targets).to(device)
 
     def step(measured: Agvm | None = None) -> None:
         for _ in range(run.batch.accumulation):

@@ -12,11 +12,12 @@ from qualify.speed import matmul_rate
 
 from giantdet.architectures import total_loss
 from giantdet.config.resolved import ResolvedRun
+from giantdet.data.blank import blank_batch
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.tools.costs import GIB, RESERVE
 from giantdet.tools.machines import MACHINES
-from giantdet.tools.measure import blank_batch, run_with
+from giantdet.tools.measure import run_with
 from giantdet.tools.plan import Plan
 
 
@@ -104,7 +105,7 @@ def measured(setting: Setting, giant: Giant, rate: float) -> Row:
     model = zero.build(run, run.batch.micro).to(device)
     engine = zero.initialize(model, run)
     engine.train()
-    batch = blank_batch(run, run.batch.micro, model.targets).to(device)
+    batch = blank_batch(run.giantdet.data, run.batch.micro, model.targets).to(device)
     built = time.monotonic() - started
 
     def step() -> None:
