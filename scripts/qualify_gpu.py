@@ -10,9 +10,9 @@ there is no network, bring wheels of what is missing, usually deepspeed, hjson, 
 pydantic, pydantic-core, annotated-types and typing-inspection. giantdet itself may be on PYTHONPATH only.
 
 Each group of checks is a process of its own, so that an error of CUDA ends only its group. All start at
-once, import and prepare their inputs, and then take turns on the GPU. A row is written to OUTPUT/rows.jsonl
-as soon as it is known: a time-out loses nothing. The exit code is 1 where a row failed or a group did not
-end.
+once and prepare, which includes compiling; meanwhile the checks of correctness run, and then the others, one
+after the other. A row is written to OUTPUT/rows.jsonl as soon as it is known: a time-out loses nothing. The
+exit code is 1 where a row failed or a group did not end.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _all(args: argparse.Namespace) -> int:
         report.write(json.dumps(row) + "\n")
         report.flush()
 
-    for name, process in waiting.items():
+    for index, (name, process) in enumerate(waiting.items()):
+        if index == 1:
+            _wait_until_ready(list(waiting.values())[1:], started + args.seconds)
         left = args.seconds - (time.monotonic() - started)
         assert process.stdin is not None and process.stdout is not None
         if left < 5 or process.poll() is not None:
@@ -111,6 +113,16 @@ def _all(args: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
+def _wait_until_ready(processes: list[subprocess.Popen[str]], end: float) -> None:
+    """Wait for the processes' first lines: nothing is timed while others compile."""
+    timer = threading.Timer(max(0.0, end - time.monotonic()), lambda: [p.kill() for p in processes])
+    timer.start()
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    timer.cancel()
+
+
 def _group(args: argparse.Namespace) -> int:
     """Run one group when the parent says so; rows go to stdout, everything else to stderr."""
     rows, sys.stdout = sys.stdout, sys.stderr
@@ -121,6 +133,7 @@ def _group(args: argparse.Namespace) -> int:
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     setting = Setting(device, args.toy, args.output)
     module.prepare(setting)
+    print("READY", file=rows, flush=True)
     sys.stdin.readline()
     for row in module.checks(setting):
         print("ROW " + json.dumps(row._asdict()), file=rows, flush=True)

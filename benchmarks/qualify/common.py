@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from bench_scene import CLASSES, giantdet_batch, make_scene
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
@@ -73,6 +73,26 @@ def seconds(step: Callable[[], object], device: torch.device, repeats: int, warm
     return statistics.median(times)
 
 
+def profiled(setting: Setting, title: str, step: Callable[[], object]) -> Iterator[Row]:
+    """Profile three steps: a table of their kernels in a file, and their number and time as a row."""
+    if setting.device.type != "cuda":
+        return
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
+        for _ in range(3):
+            step()
+        synchronise(setting.device)
+    name = "_".join(title.replace(",", "").split())
+    averages = profiler.key_averages()
+    table = averages.table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=100)
+    (setting.output / f"kernels_{name}.txt").write_text(table)
+    kernels = [event for event in averages if event.device_type.name == "CUDA"]
+    milliseconds = sum(event.self_device_time_total for event in kernels) / 3e3
+    launched = sum(event.count for event in kernels) // 3
+    yield Row(
+        f"{title}: kernels", None, f"{launched} of {milliseconds:.1f} ms in all, see kernels_{name}.txt"
+    )
+
+
 def peak_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
@@ -118,8 +138,3 @@ def loss_of(model: Architecture, batch: Batch) -> Tensor:
 def recipe(name: str, *overrides: str) -> tuple[Path, list[str]]:
     """Return the path of a recipe and the overrides that make it run without data or weights."""
     return REPO / "ds_configs" / f"{name}.json", ["model.backbone.frozen_stages=0", *overrides]
-
-
-def write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")

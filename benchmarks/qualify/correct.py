@@ -1,10 +1,10 @@
-"""Does a GPU give the CPU's answers: operators, batch norms, losses, a step without synchronisation, a graph."""
+"""Does a GPU give the CPU's answers: operators, batch norms, losses, a step without synchronisation."""
 
 from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from giantdet.architectures import Architecture
 from giantdet.distributed import comm
+from giantdet.engine.faster import capture_training
 from giantdet.layers.cgbn import CrossGpuBatchNorm
 from giantdet.ops.nms import class_nms_mask, nms_mask
 from giantdet.ops.roi_align import roi_align_pyramid
@@ -235,46 +236,21 @@ def graph(setting: Setting) -> Iterator[Row]:
         return
     model, batch = small(setting)
     model = model.to(setting.device, torch.bfloat16)
-    static = batch.to(setting.device)
-    other = tree_map_only(Tensor, lambda t: t.flip(0), static)
-    run = captured(model, static)
-    for mine, new in zip(static_tensors(static), static_tensors(other), strict=True):
-        mine.copy_(new)
-    loss = run()
-    gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+    batch = batch.to(setting.device)
+    other = tree_map_only(Tensor, lambda t: t.flip(0), batch)
+    graphed = copy.deepcopy(model)
+    capture_training(graphed, batch, accumulates=True)
+    loss = loss_of(graphed, other)
+    loss.backward()
     eager = loss_of(model, other)
     eager.backward()
-    errors = [difference(gradient[n], p.grad) for n, p in model.named_parameters() if p.grad is not None]
-    text = f"loss {float(loss):.5f}, eager {float(eager):.5f}; largest gradient difference {max(errors):.1e}"
+    pairs = zip(graphed.parameters(), model.parameters(), strict=True)
+    errors = [difference(a.grad, b.grad) for a, b in pairs if a.grad is not None and b.grad is not None]
+    text = (
+        f"loss {float(loss.detach()):.5f}, eager {float(eager.detach()):.5f}; largest gradient difference "
+        f"{max(errors):.1e}"
+    )
     yield Row("CUDA graph", difference(loss, eager) < 1e-2, text)
-
-
-def static_tensors(batch: Batch) -> list[Tensor]:
-    flat = [*batch._replace(targets=None)] + [*batch.targets]  # type: ignore[arg-type]
-    return [t for t in flat if isinstance(t, Tensor)]
-
-
-def captured(model: Architecture, static: Batch) -> Callable[[], Tensor]:
-    """Return a function that replays forward and backward of a batch in place; gradients are overwritten."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            model.zero_grad(set_to_none=True)
-            loss_of(model, static).backward()
-    torch.cuda.current_stream().wait_stream(side)
-    model.zero_grad(set_to_none=True)
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
-        loss = loss_of(model, static)
-        loss.backward()
-
-    def run() -> Tensor:
-        recorded.replay()
-        return loss
-
-    return run
 
 
 def losses(setting: Setting) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Images/s, share of the matrix rate and memory of ViTDet detectors in bf16, under DeepSpeed, beside the plan."""
+"""Images/s, share of the matrix rate and memory of ViTDet in bf16 under DeepSpeed, beside the plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from qualify.common import Row, Setting, freed, peak_gib, recipe, seconds
+from qualify.common import Row, Setting, freed, peak_gib, profiled, recipe, seconds
 from qualify.speed import matmul_rate
 
 from giantdet.architectures import total_loss
@@ -30,10 +30,12 @@ class Giant(NamedTuple):
     images: int
 
 
+COMPILED = "model.backbone.compile_blocks=true"
 REAL = (
-    Giant("ViTDet-L", "mask_rcnn_vitdet_large_64_adamw", (), 8),
-    Giant("ViTDet-H", "mask_rcnn_vitdet_huge_64_adamw", (), 8),
-    Giant("ViTDet-g, 1B", "mask_rcnn_vitdet_giant_32_agvm_adamw", ("agvm.enabled=false",), 8),
+    Giant("ViTDet-L", "mask_rcnn_vitdet_large_64_adamw", (COMPILED,), 8),
+    Giant("ViTDet-g, 1B", "mask_rcnn_vitdet_giant_32_agvm_adamw", ("agvm.enabled=false", COMPILED), 8),
+    Giant("ViTDet-L, eager", "mask_rcnn_vitdet_large_64_adamw", (), 8),
+    Giant("ViTDet-H", "mask_rcnn_vitdet_huge_64_adamw", (COMPILED,), 8),
 )
 TOY = (
     Giant(
@@ -92,12 +94,12 @@ def checks(setting: Setting) -> Iterator[Row]:
     for giant in giants(setting):
         try:
             with freed(setting.device):
-                yield measured(setting, giant, rate)
+                yield from measured(setting, giant, rate)
         except torch.OutOfMemoryError as error:
             yield Row(giant.title, False, str(error)[:300])
 
 
-def measured(setting: Setting, giant: Giant, rate: float) -> Row:
+def measured(setting: Setting, giant: Giant, rate: float) -> Iterator[Row]:
     """Run whole optimizer steps of a run under its DeepSpeed engine."""
     estimate, device = ESTIMATES[giant.title], setting.device
     run = estimate.run
@@ -118,11 +120,12 @@ def measured(setting: Setting, giant: Giant, rate: float) -> Row:
     images = run.batch.total
     share = estimate.flops * run.batch.accumulation / each / rate
     peak = peak_gib(device)
-    engine.destroy()
-    return Row(
+    yield Row(
         giant.title,
         None,
-        f"{parameters / 1e6:.0f}M parameters, {images / each:.2f} images/s ({1e3 * each:.0f} ms for {images}), "
-        f"{100 * share:.0f}% of the matrix rate, {estimate.flops / giant.images / 1e12:.2f} TFLOP an image; "
+        f"{parameters / 1e6:.0f}M parameters, {images / each:.2f} images/s "
+        f"({1e3 * each:.0f} ms for {images}), {100 * share:.0f}% of the matrix rate, {estimate.flops / giant.images / 1e12:.2f} TFLOP an image; "
         f"{peak:.1f} GiB, planned {estimate.memory:.1f}; built in {built:.0f} s",
     )
+    yield from profiled(setting, giant.title, step)
+    engine.destroy()

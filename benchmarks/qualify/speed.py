@@ -1,4 +1,4 @@
-"""Images/s of Mask R-CNN R50 in bf16, in training, beside torchvision's; eager, as a CUDA graph, compiled."""
+"""Images/s of Mask R-CNN R50 in bf16, in training: eager, compiled, as a CUDA graph, beside torchvision's."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ from copy import deepcopy
 
 import torch
 from bench_scene import CLASSES, make_scene, torchvision_inputs
-from qualify.common import (
-    Row,
-    Setting,
-    freed,
-    loss_of,
-    model_and_batch,
-    peak_gib,
-    seconds,
-    synchronise,
-)
-from qualify.correct import captured
-from torch import Tensor
+from qualify.common import Row, Setting, freed, loss_of, model_and_batch, peak_gib, profiled, seconds
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-REPEATS = 15
+from giantdet.architectures import Architecture
+from giantdet.engine.faster import capture_training, compile_training
+from giantdet.structures import Batch
+
+REPEATS = 12
+FEW = 2
+"""Images of a small micro-batch, as in the recipes of one node."""
 
 
 def prepare(setting: Setting) -> None:
-    """Make the inputs, while other groups use the GPU."""
-    global MODEL, BATCH, SCENE, FLOPS
+    """Make the inputs and compile, while the checks of correctness run."""
+    global MODEL, BATCH, COMPILED, FLOPS
     size, images = canvas(setting)
     head = {"batch_per_image": setting.pick(512, 32)}
-    MODEL, BATCH = model_and_batch(setting, size, images, setting.pick("resnet50", "resnet18"), box_head=head)
-    SCENE = make_scene(size, images, 8)
-    FLOPS = flops(setting)
+    backbone = setting.pick("resnet50", "resnet18")
+    model, BATCH = model_and_batch(setting, size, images, backbone, box_head=head)
+    FLOPS = flops(setting, model)
+    MODEL = model.to(setting.device, setting.pick(torch.bfloat16, torch.float32))
+    BATCH = BATCH.to(setting.device)
+    COMPILED = deepcopy(MODEL)
+    if setting.device.type == "cuda":
+        compile_training(COMPILED)
+        loss_of(COMPILED, BATCH).backward()
 
 
 def canvas(setting: Setting) -> tuple[tuple[int, int], int]:
     return setting.pick((800, 1344), (64, 128)), setting.pick(16, 2)
 
 
-def flops(setting: Setting) -> float:
+def flops(setting: Setting, model: Architecture) -> float:
     """Return the FLOPs of forward and backward of one image."""
-    size, _ = canvas(setting)
-    model, batch = model_and_batch(setting, size, 1, setting.pick("resnet50", "resnet18"))
-    model = deepcopy(model).to("meta")
+    model, batch = deepcopy(model).to("meta"), tree_map_only(Tensor, lambda t: t[:1], BATCH)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = model.to_empty(device="cpu")
         batch = tree_map_only(Tensor, mode.from_tensor, batch)
@@ -56,53 +56,55 @@ def flops(setting: Setting) -> float:
 
 def checks(setting: Setting) -> Iterator[Row]:
     torch.backends.cudnn.benchmark = True
-    device = setting.device
+    device, (_, images) = setting.device, canvas(setting)
     rate = matmul_rate(setting)
     yield Row("matrix product, bf16", None, f"{rate / 1e12:.0f} TFLOP/s on random data")
     yield Row("copy on the device", None, f"{copy_rate(setting) / 1e12:.2f} TB/s, read and written")
+    reference: dict[int, float] = {}
 
-    images = canvas(setting)[1]
-    results: dict[str, float] = {}
-
-    def row(name: str, each: float) -> Row:
-        results[name] = images / each
-        share = FLOPS * images / each / rate
-        beside = ""
-        if "torchvision" in results and name != "torchvision":
-            beside = f", {results[name] / results['torchvision']:.2f} times torchvision"
+    def row(name: str, batch: int, each: float) -> Row:
+        if name == "torchvision":
+            reference[batch] = each
+        beside = f", {reference[batch] / each:.2f} times torchvision" if name != "torchvision" else ""
+        share = FLOPS * batch / each / rate
         return Row(
-            f"Mask R-CNN R50, {name}",
+            f"Mask R-CNN R50, {name}, {batch} images",
             None,
-            f"{images / each:.1f} images/s ({1e3 * each:.0f} ms for {images}), "
-            f"{100 * share:.0f}% of the matrix rate, {peak_gib(device):.1f} GiB{beside}",
+            f"{batch / each:.1f} images/s ({1e3 * each:.1f} ms), {100 * share:.0f}% of the matrix rate, "
+            f"{peak_gib(device):.1f} GiB{beside}",
         )
 
+    few = tree_map_only(Tensor, lambda t: t[:FEW], BATCH)
+    repeats = setting.pick(REPEATS, 1)
     with freed(device):
-        yield row("torchvision", seconds(torchvision_step(setting), device, setting.pick(8, 1)))
-    model = MODEL.to(device, torch.bfloat16)
-    batch = BATCH.to(device)
+        yield row(
+            "torchvision", images, seconds(torchvision_step(setting, images), device, repeats // 2 or 1)
+        )
     with freed(device):
-        step = training_step(model, lambda: loss_of(model, batch))
-        yield row("giantdet, eager", seconds(step, device, setting.pick(REPEATS, 1)))
-        yield from parts(setting, model, batch)
-    if device.type == "cuda":
+        step = training_step(MODEL, BATCH)
+        yield row("eager", images, seconds(step, device, repeats))
+        yield from profiled(setting, "Mask R-CNN, eager", step)
+    with freed(device):
+        yield row("torchvision", FEW, seconds(torchvision_step(setting, FEW), device, repeats))
+    with freed(device):
+        yield row("eager", FEW, seconds(training_step(MODEL, few), device, repeats))
+    if device.type != "cuda":
+        return
+    with freed(device):
+        step = training_step(COMPILED, BATCH)
+        yield row("compiled", images, seconds(step, device, repeats))
+        yield from profiled(setting, "Mask R-CNN, compiled", step)
+    for name, model, batch in (("graph", MODEL, few), ("compiled graph", COMPILED, BATCH)):
         with freed(device):
-            replay = captured(model, batch)
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, foreach=True)
-
-            def step_of_graph() -> None:
-                replay()
-                optimizer.step()
-
-            yield row("giantdet, CUDA graph", seconds(step_of_graph, device, REPEATS))
-            del replay
-        with freed(device):
-            compiled = torch.compile(model)
-            step = training_step(model, lambda: loss_of(compiled, batch))
-            yield row("giantdet, compiled", seconds(step, device, REPEATS))
+            capture_training(model, batch, accumulates=False)
+            yield row(name, len(batch.images_B3HW), seconds(training_step(model, batch), device, repeats))
 
 
-def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def training_step(model: Architecture, batch: Batch) -> Callable[[], None]:
+    return step_of(model, lambda: loss_of(model, batch))
+
+
+def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     """Return a step of SGD with momentum; the rate is so low that all steps do the same work."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, foreach=True)
 
@@ -114,10 +116,9 @@ def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> C
     return step
 
 
-def torchvision_step(setting: Setting) -> Callable[[], None]:
+def torchvision_step(setting: Setting, count: int) -> Callable[[], None]:
     """Return torchvision's step under autocast, on the same pixels, boxes and masks."""
-    size, _ = canvas(setting)
-    device = setting.device
+    size, device = canvas(setting)[0], setting.device
     model = maskrcnn_resnet50_fpn(
         weights=None,
         weights_backbone=None,
@@ -130,48 +131,15 @@ def torchvision_step(setting: Setting) -> Callable[[], None]:
         if name.endswith("bn3"):
             module.weight.data.fill_(0.2)
     model = model.to(device).train()
-    images, targets = torchvision_inputs(SCENE)
+    images, targets = torchvision_inputs(make_scene(size, count, 8))
     images = [image.to(device) for image in images]
     targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
 
-    def loss() -> torch.Tensor:
+    def loss() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             return torch.stack([value.float() for value in model(images, targets).values()]).sum()
 
-    return training_step(model, loss)
-
-
-def parts(setting: Setting, model: torch.nn.Module, batch: object) -> Iterator[Row]:
-    """Profile three steps; the operators and kernels go to files, the shares of groups of kernels to a row."""
-    if setting.device.type != "cuda":
-        return
-    from torch.profiler import ProfilerActivity, profile
-
-    def step() -> None:
-        with torch.profiler.record_function("forward"):
-            loss = loss_of(model, batch)  # type: ignore[arg-type]
-        with torch.profiler.record_function("backward"):
-            loss.backward()
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
-        for _ in range(3):
-            step()
-        synchronise(setting.device)
-    averages = profiler.key_averages()
-    (setting.output / "kernels.txt").write_text(
-        averages.table(sort_by="self_device_time_total", row_limit=70, max_name_column_width=110)
-    )
-    by_shape = profiler.key_averages(group_by_input_shape=True)
-    (setting.output / "operators.txt").write_text(
-        by_shape.table(sort_by="device_time_total", row_limit=90, max_name_column_width=60)
-    )
-    total = sum(e.self_device_time_total for e in averages if e.device_type.name == "CUDA")
-    yield Row(
-        "kernels of a step",
-        None,
-        f"{total / 3e3:.1f} ms on the GPU, {sum(e.count for e in averages if e.device_type.name == 'CUDA') // 3} "
-        "kernels, see kernels.txt",
-    )
+    return step_of(model, loss)
 
 
 def matmul_rate(setting: Setting) -> float:

@@ -12,8 +12,8 @@ def check_faster(giantdet: GiantdetConfig, stage: int, has_gpu: bool) -> None:
     for key in ("compile", "cuda_graph"):
         if getattr(train, key) and stage == 3:
             raise ConfigError(
-                f"giantdet.train.{key} needs all weights in place, but zero_optimization.stage is 3; take stage "
-                "2, or giantdet.model.backbone.compile_blocks"
+                f"giantdet.train.{key} needs all weights in place, but zero_optimization.stage is 3; take "
+                "stage 2, or giantdet.model.backbone.compile_blocks"
             )
     if not train.cuda_graph:
         return

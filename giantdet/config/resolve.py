@@ -20,9 +20,9 @@ from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import sections
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
+from giantdet.config.faster import check_faster
 from giantdet.config.identity import first_difference
 from giantdet.config.lengths import to_steps
-from giantdet.config.faster import check_faster
 from giantdet.config.load import RunConfig
 from giantdet.config.names import nearest
 from giantdet.config.optimizers import OPTIMIZERS

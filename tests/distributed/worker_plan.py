@@ -91,7 +91,8 @@ def main() -> None:
         engine = zero.initialize(zero.build(run, images), run)
         engine.train()
         losses = mask_rcnn_losses(
-            engine(blank_batch(run.giantdet.data, images, engine.module.targets)), run.giantdet.model.reference
+            engine(blank_batch(run.giantdet.data, images, engine.module.targets)),
+            run.giantdet.model.reference,
         )
         engine.backward(total_loss(losses))
         engine.step()
