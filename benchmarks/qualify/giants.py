@@ -123,9 +123,9 @@ def measured(setting: Setting, giant: Giant, rate: float) -> Iterator[Row]:
     yield Row(
         giant.title,
         None,
-        f"{parameters / 1e6:.0f}M parameters, {images / each:.2f} images/s "
-        f"({1e3 * each:.0f} ms for {images}), {100 * share:.0f}% of the matrix rate, {estimate.flops / giant.images / 1e12:.2f} TFLOP an image; "
-        f"{peak:.1f} GiB, planned {estimate.memory:.1f}; built in {built:.0f} s",
+        f"{parameters / 1e6:.0f}M parameters, {images / each:.2f} images/s ({1e3 * each:.0f} ms for "
+        f"{images}), {100 * share:.0f}% of the matrix rate, {estimate.flops / giant.images / 1e12:.2f} "
+        f"TFLOP an image; {peak:.1f} GiB, planned {estimate.memory:.1f}; built in {built:.0f} s",
     )
     yield from profiled(setting, giant.title, step)
     engine.destroy()
