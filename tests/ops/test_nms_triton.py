@@ -70,13 +70,13 @@ def test_no_boxes(interpreted: dict[int, Tensor]) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_gpus(arch: int) -> None:
     found = json.loads(run_script(Path(__file__), "compile", str(arch)))
-    assert [kernel["name"] for kernel in found] == ["_pack_overlaps", "_scan"] * 3
+    assert [kernel["name"] for kernel in found] == ["_pack_overlaps", "_scan"] * 2
     assert all(kernel["arch"] == arch and kernel["spilled"] == 0 for kernel in found)
 
 
 def compiled(arch: int) -> list[dict[str, Any]]:
     found = only_compile(arch)
-    for count in (100, 2000, 5000):
+    for count in (2000, 5000):
         nms_triton.keep_sorted(torch.zeros(2, count, 4), torch.ones(2, count, dtype=torch.bool), THRESHOLD)
     return [describe(kernel) for kernel in found]
 
