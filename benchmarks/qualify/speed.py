@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from bench_scene import CLASSES, make_scene, torchvision_inputs
@@ -23,29 +24,48 @@ FEW = 2
 """Images of a small micro-batch, as in the recipes of one node."""
 
 
+@dataclass
+class Inputs:
+    """A model, a batch and a compiled copy of the model, all on the device."""
+
+    model: Architecture
+    compiled: Architecture
+    batch: Batch
+    flops: float
+    """Of forward and backward of one image."""
+
+
 def prepare(setting: Setting) -> None:
     """Make the inputs and compile, while the checks of correctness run."""
-    global MODEL, BATCH, COMPILED, FLOPS
+    global INPUTS
+    INPUTS = inputs(setting)
+
+
+def inputs(setting: Setting, frozen: tuple[str, ...] = ()) -> Inputs:
+    """Return the inputs; parameters whose names in the backbone begin with `frozen` are not trained."""
     size, images = canvas(setting)
     head = {"batch_per_image": setting.pick(512, 32)}
     backbone = setting.pick("resnet50", "resnet18")
-    model, BATCH = model_and_batch(setting, size, images, backbone, box_head=head)
-    FLOPS = flops(setting, model)
-    MODEL = model.to(setting.device, setting.pick(torch.bfloat16, torch.float32))
-    BATCH = BATCH.to(setting.device)
-    COMPILED = deepcopy(MODEL)
+    model, batch = model_and_batch(setting, size, images, backbone, box_head=head)
+    for name, parameter in model.backbone.body.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    counted = flops(model, batch)
+    model = model.to(setting.device, setting.pick(torch.bfloat16, torch.float32))
+    batch = batch.to(setting.device)
+    compiled = deepcopy(model)
     if setting.device.type == "cuda":
-        compile_training(COMPILED)
-        loss_of(COMPILED, BATCH).backward()
+        compile_training(compiled)
+        loss_of(compiled, batch).backward()
+    return Inputs(model, compiled, batch, counted)
 
 
 def canvas(setting: Setting) -> tuple[tuple[int, int], int]:
     return setting.pick((800, 1344), (64, 128)), setting.pick(16, 2)
 
 
-def flops(setting: Setting, model: Architecture) -> float:
+def flops(model: Architecture, batch: Batch) -> float:
     """Return the FLOPs of forward and backward of one image."""
-    model, batch = deepcopy(model).to("meta"), tree_map_only(Tensor, lambda t: t[:1], BATCH)
+    model, batch = deepcopy(model).to("meta"), tree_map_only(Tensor, lambda t: t[:1], batch)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = model.to_empty(device="cpu")
         batch = tree_map_only(Tensor, mode.from_tensor, batch)
@@ -56,48 +76,56 @@ def flops(setting: Setting, model: Architecture) -> float:
 
 def checks(setting: Setting) -> Iterator[Row]:
     torch.backends.cudnn.benchmark = True
-    device, (_, images) = setting.device, canvas(setting)
+    device, all_images = setting.device, INPUTS.batch
+    few = tree_map_only(Tensor, lambda t: t[:FEW], all_images)
     rate = matmul_rate(setting)
     yield Row("matrix product, bf16", None, f"{rate / 1e12:.0f} TFLOP/s on random data")
     yield Row("copy on the device", None, f"{copy_rate(setting) / 1e12:.2f} TB/s, read and written")
-    reference: dict[int, float] = {}
-
-    def row(name: str, batch: int, each: float) -> Row:
-        if name == "torchvision":
-            reference[batch] = each
-        beside = f", {reference[batch] / each:.2f} times torchvision" if name != "torchvision" else ""
-        share = FLOPS * batch / each / rate
-        return Row(
-            f"Mask R-CNN R50, {name}, {batch} images",
-            None,
-            f"{batch / each:.1f} images/s ({1e3 * each:.1f} ms), {100 * share:.0f}% of the matrix rate, "
-            f"{peak_gib(device):.1f} GiB{beside}",
-        )
-
-    few = tree_map_only(Tensor, lambda t: t[:FEW], BATCH)
-    repeats = setting.pick(REPEATS, 1)
-    with freed(device):
-        yield row(
-            "torchvision", images, seconds(torchvision_step(setting, images), device, repeats // 2 or 1)
-        )
-    with freed(device):
-        step = training_step(MODEL, BATCH)
-        yield row("eager", images, seconds(step, device, repeats))
-        yield from profiled(setting, "Mask R-CNN, eager", step)
-    with freed(device):
-        yield row("torchvision", FEW, seconds(torchvision_step(setting, FEW), device, repeats))
-    with freed(device):
-        yield row("eager", FEW, seconds(training_step(MODEL, few), device, repeats))
-    if device.type != "cuda":
-        return
-    with freed(device):
-        step = training_step(COMPILED, BATCH)
-        yield row("compiled", images, seconds(step, device, repeats))
-        yield from profiled(setting, "Mask R-CNN, compiled", step)
-    for name, model, batch in (("graph", MODEL, few), ("compiled graph", COMPILED, BATCH)):
+    for batch in (all_images, few):
+        images = len(batch.images_B3HW)
         with freed(device):
-            capture_training(model, batch, accumulates=False)
-            yield row(name, len(batch.images_B3HW), seconds(training_step(model, batch), device, repeats))
+            reference = timed(setting, torchvision_step(setting, images))
+            yield row("torchvision", images, reference, rate)
+        with freed(device):
+            each = timed(setting, training_step(INPUTS.model, batch))
+            yield row("eager", images, each, rate, reference)
+        if device.type == "cuda":
+            yield from faster(setting, INPUTS, batch, rate, reference)
+
+
+def faster(
+    setting: Setting, given: Inputs, batch: Batch, rate: float, reference: float | None, name: str = ""
+) -> Iterator[Row]:
+    """Measure a large batch compiled and as a graph, a small one as a graph."""
+    images = len(batch.images_B3HW)
+    ways = ("CUDA graph",) if images == FEW else ("compiled", "compiled, CUDA graph")
+    for way in ways:
+        model = given.compiled if "compiled" in way else deepcopy(given.model)
+        with freed(setting.device):
+            if "graph" in way:
+                capture_training(model, batch, accumulates=False)
+            step = training_step(model, batch)
+            yield row(name + way, images, timed(setting, step), rate, reference, given.flops)
+            if way == ways[-1] and images > FEW:
+                yield from profiled(setting, f"Mask R-CNN, {name}{way}", step)
+
+
+def row(
+    name: str, images: int, each: float, rate: float, reference: float | None = None, flops: float = 0.0
+) -> Row:
+    """Return the row of a step of `each` seconds; `reference` is torchvision's."""
+    beside = f", {reference / each:.2f} times torchvision" if reference else ""
+    share = (flops or INPUTS.flops) * images / each / rate
+    return Row(
+        f"Mask R-CNN R50, {name}, {images} images",
+        None,
+        f"{images / each:.1f} images/s ({1e3 * each:.1f} ms), {100 * share:.0f}% of the matrix rate, "
+        f"{peak_gib(torch.device('cuda' if torch.cuda.is_available() else 'cpu')):.1f} GiB{beside}",
+    )
+
+
+def timed(setting: Setting, step: Callable[[], None]) -> float:
+    return seconds(step, setting.device, setting.pick(REPEATS, 1), warm=setting.pick(3, 1))
 
 
 def training_step(model: Architecture, batch: Batch) -> Callable[[], None]:
@@ -106,7 +134,8 @@ def training_step(model: Architecture, batch: Batch) -> Callable[[], None]:
 
 def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     """Return a step of SGD with momentum; the rate is so low that all steps do the same work."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, foreach=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9, foreach=True)
 
     def step() -> None:
         loss().backward()

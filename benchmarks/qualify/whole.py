@@ -36,37 +36,81 @@ def checks(setting: Setting) -> Iterator[Row]:
     yield from loader(setting)
 
 
-def overrides(setting: Setting) -> list[str]:
-    data = folder(setting) / "data"
-    found = [f"train.output={folder(setting)}"]
-    for split in ("train", "val"):
-        found += [f"data.{split}.annotations={data / split}.json", f"data.{split}.images={data / split}"]
-    return found + setting.pick([], ["train.steps=4", "train_batch_size=4", "data.workers=0"])
-
-
 def demo(setting: Setting) -> Iterator[Row]:
-    """`scripts/train.py` with ds_configs/demo.json, as a user starts it, on one process."""
-    command = [sys.executable, str(REPO / "scripts" / "train.py")]
-    command += ["--deepspeed_config", str(REPO / "ds_configs" / "demo.json"), *overrides(setting)]
+    """ds_configs/demo.json as a user trains it: its first steps in all ways, then whole as a CUDA graph."""
+    steps = setting.pick(20, 2)
+    ways: dict[str, list[str]] = {"eager": []}
+    if setting.device.type == "cuda":
+        ways |= {"CUDA graph": ["train.cuda_graph=true"], "compiled": ["train.compile=true"]}
+    # At once: the numbers of interest are losses, not seconds.
+    short = ["train.log_every=1", f"train.steps={steps}", "data.val=null"]
+    runs = {name: train(setting, name, [*short, *changes]) for name, changes in ways.items()}
+    losses = {name: [line["loss"] for line in lines_of(run)] for name, run in runs.items()}
+    reference = losses["eager"]
+    for name, found in losses.items():
+        if len(found) != steps:
+            yield Row(f"demo, {name}", False, f"ended early, see {folder(setting) / name}.log")
+        elif name != "eager":
+            apart = [abs(a - b) / b for a, b in zip(found, reference, strict=True)]
+            text = f"losses of steps 1 and {steps} are {apart[0]:.1e} and {apart[-1]:.1e} from eager's"
+            yield Row(f"demo, {name}", apart[0] < 1e-3 and max(apart) < 0.1, text)
+    yield from whole(setting, ways.get("CUDA graph", []))
+
+
+def whole(setting: Setting, changes: list[str]) -> Iterator[Row]:
     started = time.monotonic()
-    log = folder(setting) / "train.log"
-    with log.open("w") as output:
-        ended = subprocess.run(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT, env=os.environ)
+    run = train(setting, "demo", [*changes, *setting.pick([], ["train.steps=4"])])
+    run.wait()
     took = time.monotonic() - started
-    if ended.returncode:
-        text = " ".join(log.read_text().split()[-60:])
-        yield Row("demo", False, f"ended with {ended.returncode} after {took:.0f} s: {text}")
+    path = folder(setting) / "demo" / "scores.json"
+    if not path.exists():
+        yield Row("demo", False, f"ended with {run.returncode}, see {folder(setting) / 'demo'}.log")
         return
-    scores = json.loads((folder(setting) / "scores.json").read_text())
-    lines = [json.loads(line) for line in (folder(setting) / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "loss" in line][-1]
-    ap50 = {task: found["AP50"] for task, found in scores.items()}
+    ap50 = {task: found["AP50"] for task, found in json.loads(path.read_text()).items()}
+    last = lines_of(run)[-1]
     keys = ("images_per_second", "data_share", "memory_gib")
     yield Row(
         "demo",
         None if setting.toy else min(ap50.values()) > LEAST_AP50,
         f"{took:.0f} s in all; AP50 {ap50}; {', '.join(f'{key} {last[key]:.3g}' for key in keys)}",
     )
+
+
+class Run(subprocess.Popen[str]):
+    """A training in a process of its own, and the folder of its output."""
+
+    output: Path
+
+
+def train(setting: Setting, name: str, changes: list[str]) -> Run:
+    """Start `scripts/train.py` on one process."""
+    output = folder(setting) / name
+    data = folder(setting) / "data"
+    command = [sys.executable, str(REPO / "scripts" / "train.py")]
+    command += ["--deepspeed_config", str(REPO / "ds_configs" / "demo.json"), f"train.output={output}"]
+    for split in ("train", "val"):
+        if "data.val=null" not in changes or split == "train":
+            command += [
+                f"data.{split}.annotations={data / split}.json",
+                f"data.{split}.images={data / split}",
+            ]
+    if setting.toy:
+        command += ["train_batch_size=4", "data.workers=0"]
+    log = output.with_suffix(".log").open("w")
+    environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "RANK")}
+    run = Run(
+        [*command, *changes], cwd=REPO, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    run.output = output
+    return run
+
+
+def lines_of(run: Run) -> list[dict[str, float]]:
+    """Wait for a run and return its log lines with losses."""
+    run.wait()
+    path = run.output / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if "loss" in line]
 
 
 def loader(setting: Setting) -> Iterator[Row]:

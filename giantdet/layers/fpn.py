@@ -6,8 +6,9 @@ ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -73,6 +74,30 @@ class TopConvolutions(nn.Module):
         return [p6, self.p7(F.relu(p6) if self.relu else p6)]
 
 
+def add_upsampled(fine: Tensor, coarse: Tensor) -> Tensor:
+    """Return `fine` `[B, C, 2 h, 2 w]` plus `coarse` `[B, C, h, w]`, upsampled to the nearest neighbour."""
+    total: Tensor = _AddUpsampled.apply(fine, coarse)
+    return total
+
+
+class _AddUpsampled(torch.autograd.Function):
+    """Adds by broadcasting over cells of 2 x 2: the upsampled map is never written.
+
+    The backward pass of `F.interpolate` adds atomically once torch.compile has made a kernel of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fine: Tensor, coarse: Tensor) -> Tensor:
+        cells = fine.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) + coarse[:, :, :, None, :, None]
+        total: Tensor = cells.flatten(4, 5).flatten(2, 3)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        upper, lower = dy[:, :, ::2], dy[:, :, 1::2]
+        return dy, upper[..., ::2] + upper[..., 1::2] + lower[..., ::2] + lower[..., 1::2]
+
+
 class FeaturePyramid(nn.Module):
     """FPN: a top-down pathway with lateral connections, one level for each map, and the levels of `top`."""
 
@@ -93,7 +118,7 @@ class FeaturePyramid(nn.Module):
         merged = self.laterals[-1](maps[-1])
         levels = [self.outputs[-1](merged)]
         for i in range(len(maps) - 2, -1, -1):
-            merged = self.laterals[i](maps[i]) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            merged = add_upsampled(self.laterals[i](maps[i]), merged)
             levels.insert(0, self.outputs[i](merged))
         return [*levels, *self.top(maps[-1], levels[-1])]
 
