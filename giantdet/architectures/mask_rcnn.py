@@ -22,8 +22,10 @@ from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
     BoxHead,
     BoxPredictions,
+    SampledRois,
     box_losses,
-    sample_rois,
+    candidate_rois,
+    random_rois,
     scores_and_boxes,
     select_detections,
     training_predictions,
@@ -36,9 +38,10 @@ from giantdet.layers.mask_head import (
     mask_training_predictions,
     with_masks,
 )
-from giantdet.layers.roi_pool import RoiPool
-from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
-from giantdet.structures import Batch, Detections, Outputs
+from giantdet.layers.ohem import hard_rois, without_graph
+from giantdet.layers.roi_pool import RoiMaps, RoiPool
+from giantdet.layers.rpn import Proposals, Rpn, RpnPredictions, rpn_losses
+from giantdet.structures import Batch, Detections, Outputs, Targets
 
 DEFAULT = MaskRcnnConfig()
 
@@ -96,26 +99,34 @@ class MaskRcnn(Architecture):
         targets = batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
-        config = self.config.box_head
-        rois = sample_rois(
-            proposals,
-            targets,
-            config,
-            config.iou,
-            self.num_classes,
-            batch.seeds_B,
-            config.best_takes_object,
-        )
-        features = self.pool(levels, rois.boxes_BR4, config.resolution, config.sampling_ratio)
-        logits, deltas = self.box_head(features)
-        both_sides = self.conventions.clamps_shrinking
-        box = training_predictions(logits, deltas, rois, targets, both_sides=both_sides)
+        maps = RoiMaps(levels)
+        rois = self.sample(maps, proposals, batch)
+        box = self.box_predictions(maps, rois, targets)
         mask = None
         if self.mask_head is not None:
-            mask = mask_training_predictions(
-                self.mask_head, self.pool, levels, rois, targets, self.conventions
-            )
+            mask = mask_training_predictions(self.mask_head, self.pool, maps, rois, targets, self.conventions)
         return Predictions(rpn=rpn, box=box, mask=mask)
+
+    def sample(self, maps: RoiMaps, proposals: Proposals, batch: Batch) -> SampledRois:
+        """Return the RoIs to train on, random or hard ones."""
+        config, targets = self.config.box_head, batch.targets
+        candidates = candidate_rois(
+            proposals, targets, config.iou, self.num_classes, config.best_takes_object
+        )
+        if config.sampling.type == "random":
+            return random_rois(candidates, config, self.num_classes, batch.seeds_B)
+        with without_graph(self.box_head):
+            predictions = self.box_predictions(maps, candidates, targets)
+            beta = self.conventions.beta(config.smooth_l1_beta)
+            return hard_rois(candidates, predictions, config, beta, self.num_classes)
+
+    def box_predictions(self, maps: RoiMaps, rois: SampledRois, targets: Targets) -> BoxPredictions:
+        """Return the box head's predictions for RoIs, with their targets."""
+        config = self.config.box_head
+        features = self.pool(maps, rois.boxes_BR4, config.resolution, config.sampling_ratio, rois.image_BR)
+        logits, deltas = self.box_head(features)
+        both_sides = self.conventions.clamps_shrinking
+        return training_predictions(logits, deltas, rois, targets, both_sides=both_sides)
 
     def answer(self, batch: Batch) -> Outputs:
         """See `Architecture.answer`."""
@@ -125,7 +136,8 @@ class MaskRcnn(Architecture):
         """Objects, with masks where there is a mask head."""
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
-        features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
+        maps = RoiMaps(levels)
+        features = self.pool(maps, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
         scores_BNC, boxes_BNC4 = scores_and_boxes(
             logits, deltas, proposals.boxes_BN4, both_sides=self.conventions.clamps_shrinking
@@ -140,7 +152,7 @@ class MaskRcnn(Architecture):
         )
         if self.mask_head is None:
             return found
-        return with_masks(self.mask_head, self.pool, levels, found)
+        return with_masks(self.mask_head, self.pool, maps, found)
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `mask_rcnn_losses`."""

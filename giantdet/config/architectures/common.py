@@ -152,6 +152,23 @@ class RpnConfig(Section):
 BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
 
 
+class SamplingConfig(Section):
+    """Which RoIs the box head is trained on."""
+
+    type: Literal["random", "ohem"] = "random"
+    """random: `positive_fraction` of them positive, as in Fast R-CNN; ohem: those of the largest losses
+    (`layers/ohem.py`), for which all proposals pass through the head once more, without a graph."""
+    over: Literal["batch", "image"] = "batch"
+    """ohem: batch takes the largest classification + box losses of the whole micro-batch, without a quota
+    of positives (Megvii); image the largest classification losses of each image, positives and negatives
+    in the numbers of random sampling (mmdetection's `OHEMSampler`)."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield messages like those of `ArchitectureConfig.problems`."""
+        if self.type == "random" and "over" in self.model_fields_set:
+            yield 'box_head.sampling.over is for {"type": "ohem"}: leave it out, or set sampling.type to ohem'
+
+
 class BaseBoxHeadConfig(Section):
     """Classification and box regression of RoIs: what single and cascaded box heads share."""
 
@@ -167,6 +184,8 @@ class BaseBoxHeadConfig(Section):
     batch_per_image: PositiveInt = 512
     """Number of RoIs per image that are sampled for the loss."""
     positive_fraction: Fraction = 0.25
+    """Largest share of positive RoIs among those sampled; ohem over the batch has no such limit."""
+    sampling: SamplingConfig = SamplingConfig()
     loss: BoxLoss = "smooth_l1"
     """Box loss. smooth_l1 compares deltas; giou, diou and ciou compare the decoded boxes (Rezatofighi et al.
     2019, Zheng et al. 2020)."""

@@ -39,6 +39,7 @@ class TwoStageConfig(ArchitectureConfig):
         """See `ArchitectureConfig.problems`."""
         yield from self.fpn.problems()
         yield from self.rpn.problems()
+        yield from self.box_head.sampling.problems()
         if self.box_head.convs:
             yield from group_norm_problems(
                 self.box_head.norm, "fpn.channels (with box_head.norm group)", self.fpn.channels
