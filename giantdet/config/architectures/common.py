@@ -86,6 +86,29 @@ class BackboneConfig(Section):
                 yield f"backbone.{key} needs windows: set backbone.window to the side of a window in patches"
 
 
+PyramidLevel = Annotated[int, Field(ge=2, le=5)]
+
+
+class LargeKernelConfig(Section):
+    """Large separable kernels instead of 1x1 ones, from the backbone to the pyramid (Peng et al. 2017)."""
+
+    size: PositiveInt = 15
+    """Side of the kernel, odd: a tall and a wide convolution of this length in both orders, summed."""
+    width: PositiveInt = 256
+    """Channels between the two convolutions."""
+    levels: tuple[PyramidLevel, ...] = (5,)
+    """Levels that have one, 2 to 5. Each finer one costs four times as much."""
+
+
+class ContextConfig(Section):
+    """Context of the whole map, added to a level before the top-down pathway (GCNet, Cao et al. 2019)."""
+
+    reduction: PositiveInt = 16
+    """Channels of the level per channel between the block's two convolutions."""
+    levels: tuple[PyramidLevel, ...] = (5,)
+    """Levels that have one, 2 to 5; the top-down pathway hands it down to finer ones."""
+
+
 class FpnConfig(Section):
     """Feature pyramid P2-P6 (Lin et al. 2017; for plain ViTs the simple pyramid of ViTDet)."""
 
@@ -93,10 +116,19 @@ class FpnConfig(Section):
     norm: NormName = "none"
     """Norm after each FPN convolution; `batch` is set by the `norm` block, `layer` is ViTDet's LayerNorm,
     `group` is GroupNorm of 32 groups."""
+    large_kernel: LargeKernelConfig | None = None
+    """Large separable kernels; null: 1x1 convolutions."""
+    context: ContextConfig | None = None
+    """Global context blocks; null: none."""
 
-    def problems(self) -> Iterator[str]:
-        """Yield messages like those of `ArchitectureConfig.problems`."""
+    def problems(self, finest: int = 2) -> Iterator[str]:
+        """Yield messages like those of `ArchitectureConfig.problems`; the pyramid begins at P`finest`."""
         yield from group_norm_problems(self.norm, "fpn.channels", self.channels)
+        if self.large_kernel is not None and self.large_kernel.size % 2 == 0:
+            yield f"fpn.large_kernel.size must be odd, got {self.large_kernel.size}"
+        for name, part in (("large_kernel", self.large_kernel), ("context", self.context)):
+            if part is not None and (not part.levels or min(part.levels) < finest):
+                yield f"fpn.{name}.levels must be levels from {finest} to 5, got {list(part.levels)}"
 
 
 class RpnConfig(Section):
