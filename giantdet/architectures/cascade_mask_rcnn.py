@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.architectures.class_layers import ClassLayer
+from giantdet.architectures.mask_rcnn import branch_class_layers
 from giantdet.config.architectures.cascade_mask_rcnn import CascadeMaskRcnnConfig
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.conventions import Conventions
@@ -46,6 +47,14 @@ from giantdet.layers.mask_head import (
 from giantdet.layers.ohem import hard_rois, without_graph
 from giantdet.layers.roi_pool import RoiMaps, RoiPool
 from giantdet.layers.rpn import Proposals, Rpn, RpnPredictions, rpn_losses
+from giantdet.layers.semantic_branch import (
+    NO_CLASS,
+    BranchPredictions,
+    SemanticBranch,
+    branch_loss,
+    branch_predictions,
+    roi_maps,
+)
 from giantdet.ops.boxes import clip_boxes, non_empty
 from giantdet.structures import Batch, Outputs, Targets
 
@@ -56,12 +65,16 @@ class Predictions(NamedTuple):
     rpn: RpnPredictions
     stages: tuple[BoxPredictions, ...]
     masks: tuple[MaskPredictions, ...]  # one for each mask head
+    semantic: BranchPredictions | None = None
 
 
 class CascadeMaskRcnn(Architecture):
     """Two-stage detector with a cascade of box heads; see `Architecture` for the arguments."""
 
-    WITHOUT_MASKS = "; set giantdet.model.mask_head.enabled to false to train on boxes"
+    WITHOUT_MASKS = (
+        "; set giantdet.model.mask_head.enabled to false to train on boxes"
+        " (and the source of a semantic_branch to boxes)"
+    )
 
     def __init__(self, config: CascadeMaskRcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -83,9 +96,13 @@ class CascadeMaskRcnn(Architecture):
             self.mask_head = MaskHead(config.mask_head, channels, self.num_classes)
         self.delta_weights = config.box_head.delta_weights or self.conventions.cascade_delta_weights
         self.loss_weights = config.box_head.loss_weights or self.conventions.cascade_loss_weights
+        self.semantic_branch = (
+            SemanticBranch(config, self.num_classes) if config.semantic_branch.enabled else None
+        )
         if config.checkpoint_heads:
-            for part in (self.fpn, *self.box_head, *self.mask_heads()):
-                recompute(part)
+            for part in (self.fpn, *self.box_head, *self.mask_heads(), self.semantic_branch):
+                if part is not None:
+                    recompute(part)
 
     def mask_heads(self) -> list[MaskHead]:
         """Return the mask heads: one for all stages, one for each, or none."""
@@ -94,7 +111,9 @@ class CascadeMaskRcnn(Architecture):
     @property
     def targets(self) -> frozenset[str]:
         """See `Architecture.targets`."""
-        return frozenset({"boxes", "masks"} if self.mask_head is not None else {"boxes"})
+        masks = frozenset({"masks"} if self.mask_head is not None else ())
+        branch = frozenset() if self.semantic_branch is None else self.semantic_branch.targets
+        return masks | branch | {"boxes"}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -122,13 +141,13 @@ class CascadeMaskRcnn(Architecture):
         levels, targets = self.pyramid(batch), batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
-        maps = RoiMaps(levels)
+        maps, semantic = branch_predictions(self.semantic_branch, levels, targets)
         rois, stages = self.train_stages(maps, proposals, batch)
         masks = tuple(
             mask_training_predictions(head, self.pool, maps, of_stage, targets, self.conventions)
             for head, of_stage in zip(self.mask_heads(), rois, strict=False)
         )
-        return Predictions(rpn=rpn, stages=stages, masks=masks)
+        return Predictions(rpn=rpn, stages=stages, masks=masks, semantic=semantic)
 
     def train_stages(
         self, maps: RoiMaps, proposals: Proposals, batch: Batch
@@ -184,7 +203,7 @@ class CascadeMaskRcnn(Architecture):
         """Return detections with masks; see `Architecture.answer`."""
         levels = self.pyramid(batch)
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
-        maps = RoiMaps(levels)
+        maps = roi_maps(self.semantic_branch, levels)
         boxes_BN4, valid_BN = proposals.boxes_BN4, proposals.valid_BN
         answers: list[tuple[Tensor, Tensor]] = []
         for number, weights in enumerate(self.delta_weights):
@@ -220,17 +239,19 @@ class CascadeMaskRcnn(Architecture):
         return cascade_losses(predictions, self.conventions, self.config, self.loss_weights)
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
-        """Positive anchors, positive RoIs of each stage and mask slots in use."""
+        """Positive anchors, positive RoIs of each stage, mask slots in use and labelled cells."""
         masks = {"rpn_positive": predictions.rpn.positive_BR}
         for number, stage in enumerate(predictions.stages):
             masks[f"roi_positive_stage{number}"] = stage.positive_BR
         if predictions.masks:
             masks["mask_slots_used"] = torch.cat([mask.valid_BP for mask in predictions.masks], 1)
+        if predictions.semantic is not None:
+            masks["labelled_cells"] = (predictions.semantic.labels_Bhw != NO_CLASS).flatten(1)
         return mean_counts(masks)
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """See `Architecture.norm_parts`."""
-        heads = (self.rpn, self.box_head, self.mask_head)
+        heads = (self.rpn, self.box_head, self.mask_head, self.semantic_branch)
         return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
 
     def class_layers(self) -> tuple[ClassLayer, ...]:
@@ -240,6 +261,7 @@ class CascadeMaskRcnn(Architecture):
         return (
             *(ClassLayer(f"box_head.{number}.classes.", after=1) for number in stages),
             *(ClassLayer(prefix) for prefix in masks),
+            *branch_class_layers(self.semantic_branch),
         )
 
 
@@ -268,13 +290,15 @@ def cascade_losses(
 ) -> dict[str, Tensor]:
     """Return the RPN's losses, those of each stage (`loss_cls_stage0`, ...), weighted, and the masks'.
 
-    The mask losses of several mask heads are named and weighted by stage, too.
+    The mask losses of several mask heads are named and weighted by stage, too. A semantic branch adds one.
     """
     losses = rpn_losses(predictions.rpn, conventions, config.rpn.smooth_l1_beta)
     beta = conventions.beta(config.box_head.smooth_l1_beta)
     for number, (stage, weight) in enumerate(zip(predictions.stages, weights, strict=True)):
         found = box_losses(stage, beta, config.box_head.loss)
         losses |= {f"{name}_stage{number}": weight * loss for name, loss in found.items()}
+    if predictions.semantic is not None:
+        losses |= branch_loss(predictions.semantic, config.semantic_branch.loss_weight)
     if len(predictions.masks) == 1:
         return losses | mask_loss(predictions.masks[0])
     for number, (mask, weight) in enumerate(zip(predictions.masks, weights, strict=False)):

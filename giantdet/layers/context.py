@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from giantdet.config.architectures.common import ContextConfig, FpnConfig, LargeKernelConfig, NormName
+from giantdet.config.architectures.challenge import ContextConfig, LargeKernelConfig
+from giantdet.config.architectures.common import FpnConfig, NormName
 from giantdet.layers.common import ConvBlock, make_norm
 
 

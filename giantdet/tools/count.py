@@ -107,7 +107,7 @@ def with_assumed_classes(run: RunConfig) -> RunConfig:
     model = run.giantdet.model
     numbers = {
         key: len(getattr(COCO, kind))
-        for key, kind in model.CLASS_KEYS.items()
+        for key, kind in model.class_keys.items()
         if getattr(model, key) == "auto"
     }
     giantdet = run.giantdet.model_copy(update={"model": model.model_copy(update=numbers)})
@@ -130,7 +130,9 @@ def fake_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
         valid_BM=empty(slots, dtype=torch.bool),
         masks_BMSS=empty(slots, side, side, dtype=torch.uint8),
         frames_BM4=empty(slots, 4),
-        semantic_BHW=empty(*((height, width) if "semantic" in wanted else (0, 0)), dtype=torch.uint8),
+        semantic_BHW=empty(
+            *((height, width) if wanted & {"semantic", "ignored"} else (0, 0)), dtype=torch.uint8
+        ),
     )
     return Batch(
         images_B3HW=empty(3, height, width, dtype=torch.uint8),

@@ -10,12 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from giantdet.config.architectures import SECTIONS
-from giantdet.config.architectures.common import (
-    ContextConfig,
-    FpnConfig,
-    LargeKernelConfig,
-    PartNormConfig,
-)
+from giantdet.config.architectures.challenge import ContextConfig, LargeKernelConfig
+from giantdet.config.architectures.common import FpnConfig, PartNormConfig
 from giantdet.layers.cgbn import CrossGpuBatchNorm
 from giantdet.layers.context import GlobalContext, SeparableKernel
 from giantdet.layers.fpn import build_fpn

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from giantdet.config import timm_args
+from giantdet.config.architectures.challenge import ContextConfig, LargeKernelConfig, SamplingConfig
 from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.section import Auto, Fraction, NonNegative, PathText, PositiveInt, Section
@@ -86,29 +87,6 @@ class BackboneConfig(Section):
                 yield f"backbone.{key} needs windows: set backbone.window to the side of a window in patches"
 
 
-PyramidLevel = Annotated[int, Field(ge=2, le=5)]
-
-
-class LargeKernelConfig(Section):
-    """Large separable kernels instead of 1x1 ones, from the backbone to the pyramid (Peng et al. 2017)."""
-
-    size: PositiveInt = 15
-    """Side of the kernel, odd: a tall and a wide convolution of this length in both orders, summed."""
-    width: PositiveInt = 256
-    """Channels between the two convolutions."""
-    levels: tuple[PyramidLevel, ...] = (5,)
-    """Levels that have one, 2 to 5. Each finer one costs four times as much."""
-
-
-class ContextConfig(Section):
-    """Context of the whole map, added to a level before the top-down pathway (GCNet, Cao et al. 2019)."""
-
-    reduction: PositiveInt = 16
-    """Channels of the level per channel between the block's two convolutions."""
-    levels: tuple[PyramidLevel, ...] = (5,)
-    """Levels that have one, 2 to 5; the top-down pathway hands it down to finer ones."""
-
-
 class FpnConfig(Section):
     """Feature pyramid P2-P6 (Lin et al. 2017; for plain ViTs the simple pyramid of ViTDet)."""
 
@@ -124,11 +102,9 @@ class FpnConfig(Section):
     def problems(self, finest: int = 2) -> Iterator[str]:
         """Yield messages like those of `ArchitectureConfig.problems`; the pyramid begins at P`finest`."""
         yield from group_norm_problems(self.norm, "fpn.channels", self.channels)
-        if self.large_kernel is not None and self.large_kernel.size % 2 == 0:
-            yield f"fpn.large_kernel.size must be odd, got {self.large_kernel.size}"
-        for name, part in (("large_kernel", self.large_kernel), ("context", self.context)):
-            if part is not None and (not part.levels or min(part.levels) < finest):
-                yield f"fpn.{name}.levels must be levels from {finest} to 5, got {list(part.levels)}"
+        for part in (self.large_kernel, self.context):
+            if part is not None:
+                yield from part.problems(finest)
 
 
 class RpnConfig(Section):
@@ -182,23 +158,6 @@ class RpnConfig(Section):
 
 
 BoxLoss = Literal["smooth_l1", "giou", "diou", "ciou"]
-
-
-class SamplingConfig(Section):
-    """Which RoIs the box head is trained on."""
-
-    type: Literal["random", "ohem"] = "random"
-    """random: `positive_fraction` of them positive, as in Fast R-CNN; ohem: those of the largest losses
-    (`layers/ohem.py`), for which all proposals pass through the head once more, without a graph."""
-    over: Literal["batch", "image"] = "batch"
-    """ohem: batch takes the largest classification + box losses of the whole micro-batch, without a quota
-    of positives (Megvii); image the largest classification losses of each image, positives and negatives
-    in the numbers of random sampling (mmdetection's `OHEMSampler`)."""
-
-    def problems(self) -> Iterator[str]:
-        """Yield messages like those of `ArchitectureConfig.problems`."""
-        if self.type == "random" and "over" in self.model_fields_set:
-            yield 'box_head.sampling.over is for {"type": "ohem"}: leave it out, or set sampling.type to ohem'
 
 
 class BaseBoxHeadConfig(Section):
@@ -316,9 +275,14 @@ class ArchitectureConfig(Section):
     CLASS_KEYS: ClassVar[Mapping[str, ClassKind]] = {"num_classes": "objects"}
     """The keys that hold a number of classes, and which classes of a data set they count."""
 
+    @property
+    def class_keys(self) -> Mapping[str, ClassKind]:
+        """Those of `CLASS_KEYS`, and of the parts that are enabled."""
+        return self.CLASS_KEYS
+
     def predicted(self, classes: Classes) -> Classes:
         """Return those of a data set's classes that the model predicts."""
-        kinds = set(self.CLASS_KEYS.values())
+        kinds = set(self.class_keys.values())
         return Classes(
             objects=classes.objects if "objects" in kinds else (),
             semantic=classes.semantic if kinds & {"semantic", "stuff"} else (),
