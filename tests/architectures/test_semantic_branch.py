@@ -200,6 +200,18 @@ def test_numbers_of_stuff_classes(demo_data: Path) -> None:
         resolved("mask_rcnn", source="maps")
 
 
+def test_batch_norms_follow_the_norm_block() -> None:
+    section = {"enabled": True, "norm": "batch", "convs": 2}
+    config = SECTIONS["mask_rcnn"].model_validate({"semantic_branch": section})
+    assert config.batch_norms()["heads"] == (
+        "model.box_head or model.mask_head or model.semantic_branch",
+        True,
+    )
+    branch = branched(norm="batch", embed=True).semantic_branch
+    kinds = [type(module).__name__ for module in branch.modules() if hasattr(module, "running_mean")]
+    assert kinds == ["CrossGpuBatchNorm"] * (5 + 2 + 1)
+
+
 def test_bad_settings_are_named() -> None:
     def problems(kind: str, **section: Any) -> list[str]:
         return list(SECTIONS[kind].model_validate({"type": kind, **section}).problems())

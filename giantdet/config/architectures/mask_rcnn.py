@@ -74,11 +74,15 @@ class TwoStageConfig(ArchitectureConfig):
 
     def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
         """See `ArchitectureConfig.batch_norms`."""
-        optional = (self.mask_head, self.semantic_branch)
-        norms = [self.box_head.norm, *(part.norm for part in optional if part.enabled)]
+        norms = {"box_head": self.box_head.norm, "mask_head": "none"}
+        if self.mask_head.enabled:
+            norms["mask_head"] = self.mask_head.norm
+        if self.semantic_branch.enabled:
+            norms["semantic_branch"] = self.semantic_branch.norm
+        where = " or ".join(f"model.{part}" for part in norms)
         return {
             "fpn": ("model.fpn", self.fpn.norm == "batch"),
-            "heads": ("model.box_head or model.mask_head", "batch" in norms),
+            "heads": (where, "batch" in norms.values()),
         }
 
 
