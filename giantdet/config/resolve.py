@@ -20,6 +20,7 @@ from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import sections
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
+from giantdet.config.faster import check_faster
 from giantdet.config.identity import first_difference
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
@@ -92,6 +93,8 @@ def resolve(
             "giantdet.ema needs the weights in memory, but zero_optimization.offload_param moves them to "
             'nvme; set its device to "cpu"'
         )
+
+    check_faster(giantdet, int(deepspeed.get("zero_optimization", {}).get("stage", 0)), has_gpu)
 
     if classes is not None:
         model = _with_classes(giantdet.model, classes)

@@ -29,6 +29,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.distributed import comm
 from giantdet.errors import ConfigError, InputError
+from giantdet.ops.statistics import local_statistics, merge_statistics, statistics_type
+from giantdet.ops.triton_kernels import INSTALLED, use_triton
+
+if INSTALLED:
+    from giantdet.ops import statistics_triton
 
 
 def convert_batchnorm(model: nn.Module, group: comm.Group | None = None) -> nn.Module:
@@ -215,6 +220,10 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
         """Update the running statistics on the device, without a branch on the ranks' numbers of images."""
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
+        if is_fused(mean) and self.momentum is not None:
+            moving = (self.running_mean, self.running_var, self.num_batches_tracked)
+            statistics_triton.update(*moving, mean, var, count, self.momentum)
+            return
         # A group without an image changes nothing, and is no batch of the cumulative average.
         self.num_batches_tracked.add_((count > 0).squeeze(0))
         batches = self.num_batches_tracked.clamp(min=1).double()
@@ -234,32 +243,30 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def statistics_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def is_fused(x: Tensor) -> bool:
+    """Return whether Triton's kernels do the steps between the passes over the activations."""
+    fits = x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return fits and use_triton(x.device)
 
 
-def local_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean `[C]`, biased variance `[C]` and count `[1]` of each channel; zeros for an empty input."""
-    zeros = x.new_zeros(x.shape[1], dtype=statistics_type(x))
-    count = zeros.new_full((1,), x.numel() // x.shape[1])
-    if x.numel() == 0:
-        return zeros, zeros.clone(), count
-    # Given running statistics to write to, the kernel computes in their type and not in bf16.
-    mean, var = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
-    return mean, var, count
+def _statistics(x: Tensor, eps: float, group: comm.Group | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean, biased variance, 1 / sqrt(variance + eps), `[C]`, and count `[1]` of a group's ranks."""
+    parts = comm.all_gather(torch.cat(local_statistics(x)), group)
+    channels = x.shape[1]
+    merged = merge_statistics(*torch.split(parts, [channels, channels, 1], dim=1))
+    mean, var, count = (t.to(parts.dtype) for t in merged)
+    return mean, var, (var + eps).rsqrt(), count
 
 
-def merge_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the statistics of R parts, `[R, C]`, `[R, C]` and `[R, 1]`, to `[C]`, `[C]` and `[1]` in float64.
-
-    Weighted by count and computed from deviations, not from sums of squares (Chan, Golub, LeVeque 1979),
-    which is stable for any mean. Variances are biased. Parts may be empty.
-    """
-    means, variances, counts = means.double(), variances.double(), counts.double()
-    total = counts.sum(0)
-    share = counts / total.clamp(min=1)
-    mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean).square())).sum(0), total
+def _fused_statistics(
+    x: Tensor, eps: float, group: comm.Group | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_statistics` in five kernels and the all-gather."""
+    own = torch.zeros(2 * x.shape[1] + 1, device=x.device)
+    if x.numel():
+        count = own.new_full((1,), x.numel() // x.shape[1])
+        own = torch.cat([*torch.batch_norm_stats(x, 0.0), count])
+    return statistics_triton.merge(comm.all_gather(own, group), eps)
 
 
 class _Normalise(torch.autograd.Function):
@@ -274,15 +281,14 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: comm.Group | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=_memory_format(x))
-        parts = comm.all_gather(torch.cat(local_statistics(x)), group)
-        channels = x.shape[1]
-        merged = merge_statistics(*torch.split(parts, [channels, channels, 1], dim=1))
-        mean, var, count = (t.to(parts.dtype) for t in merged)
+        mean, var, invstd, count = (_fused_statistics if is_fused(x) else _statistics)(x, eps, group)
         if x.numel() == 0:
             y = torch.empty_like(x)
+        elif x.is_cuda:
+            y = torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
         else:
             y, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
+        ctx.save_for_backward(x, weight, mean, invstd, count)
         ctx.group = group
         ctx.mark_non_differentiable(mean, var, count)
         return y, mean, var, count

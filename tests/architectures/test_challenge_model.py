@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from giantdet.architectures import total_loss
+from giantdet.engine.faster import _Flat
 from giantdet.structures import IGNORE, Batch
 from giantdet.tools.count import count
 
@@ -69,6 +70,21 @@ def test_recomputation_changes_nothing(demo_data: Path, kind: str) -> None:
     assert mine == pytest.approx(losses, rel=1e-6) and found.keys() == tensors.keys()
     for key, tensor in tensors.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_head": {"enabled": False}}, section("mask_rcnn")])
+def test_flat_pass_of_cuda_graphs(demo_data: Path, changes: dict[str, Any]) -> None:
+    """Tensors in and out, whatever heads there are: predictions as without it, and the same tree."""
+    run, batch = run_of(demo_data, "mask_rcnn", giantdet__model={**MODELS["mask_rcnn"], **changes})
+    losses, model = {}, build(run)
+    state = copy.deepcopy(model.state_dict())
+    flat = _Flat(model, batch)
+    assert all(isinstance(tensor, Tensor) for tensor in flat(*flat.tensors_of(batch)))
+    for name, predict in (("flat", flat.predictions), ("plain", model.predict)):
+        model.load_state_dict(state)
+        predictions = predict(batch)
+        losses[name] = {key: float(loss.detach()) for key, loss in model.losses(predictions, batch).items()}
+    assert losses["flat"] == losses["plain"]
 
 
 def test_plan_counts_the_parts(demo_data: Path) -> None:
