@@ -137,7 +137,7 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
 def _with_classes(model: ArchitectureConfig, classes: Classes) -> ArchitectureConfig:
     """Return the `model` section with its numbers of classes. Raises ConfigError if they do not fit."""
     numbers: dict[str, int] = {}
-    for key, kind in model.CLASS_KEYS.items():
+    for key, kind in model.class_keys.items():
         declared, found = getattr(model, key), len(getattr(classes, kind))
         if found == 0:
             raise ConfigError(

@@ -24,7 +24,9 @@ def empty_batch(data: DataConfig, images: int, wanted: frozenset[str]) -> Batch:
         valid_BM=empty(slots, dtype=torch.bool),
         masks_BMSS=empty(slots, side, side, dtype=torch.uint8),
         frames_BM4=empty(slots, 4),
-        semantic_BHW=empty(*((height, width) if "semantic" in wanted else (0, 0)), dtype=torch.uint8),
+        semantic_BHW=empty(
+            *((height, width) if wanted & {"semantic", "ignored"} else (0, 0)), dtype=torch.uint8
+        ),
     )
     return Batch(
         images_B3HW=empty(3, height, width, dtype=torch.uint8),

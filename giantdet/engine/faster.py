@@ -72,23 +72,26 @@ class _Flat(nn.Module):
         self.predict: Callable[[Batch], Any] = model.predict
         self.input_spec = tree_flatten(_without_windows(batch))[1]
         self.output_spec: TreeSpec = self.input_spec
-        self.trained: list[bool] = []
+        self.trained: list[bool | None] = []  # by leaf of the predictions; None: a head that there is not
 
     def tensors_of(self, batch: Batch) -> tuple[Tensor, ...]:
         return tuple(tree_flatten(_without_windows(batch))[0])
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         content = tree_unflatten(list(tensors), self.input_spec)
-        found, self.output_spec = tree_flatten(self.predict(Batch(*content)))
-        self.trained = [tensor.requires_grad for tensor in found]
-        return tuple(found)
+        leaves, self.output_spec = tree_flatten(self.predict(Batch(*content)))
+        self.trained = [None if leaf is None else leaf.requires_grad for leaf in leaves]
+        return tuple(leaf for leaf in leaves if leaf is not None)
 
     def predictions(self, batch: Batch) -> Any:
         """Replay the graph on a batch; the predictions are overwritten by the next replay."""
-        found = self(*self.tensors_of(batch))
-        # All outputs in floating point come with a gradient, targets too.
-        found = [f if trained else f.detach() for f, trained in zip(found, self.trained, strict=True)]
-        return tree_unflatten(found, self.output_spec)
+        found = iter(self(*self.tensors_of(batch)))
+        leaves: list[Tensor | None] = []
+        for trained in self.trained:
+            leaf = None if trained is None else next(found)
+            # All outputs in floating point come with a gradient, targets too.
+            leaves.append(leaf if leaf is None or trained else leaf.detach())
+        return tree_unflatten(leaves, self.output_spec)
 
 
 def _without_windows(batch: Batch) -> tuple[Any, ...]:

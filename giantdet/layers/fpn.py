@@ -1,7 +1,8 @@
 """Feature pyramids: maps with the same number of channels, P2 to P6 at strides 4 to 64, or P3 to P7.
 
 `FeaturePyramid` is FPN (Lin et al., CVPR 2017) over a hierarchical backbone. `SimplePyramid` is that of
-ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT.
+ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT. Both begin a level with what
+`layers/context.py` makes, by default a 1x1 convolution.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from giantdet.config.architectures.common import FpnConfig
 from giantdet.errors import InputError
 from giantdet.layers.common import ConvBlock
+from giantdet.layers.context import lateral
 
 LEVELS = 5
+TOP_LEVEL = 5
+"""Number of the coarsest level that has a backbone map, C5."""
 # Of P2 to P6.
 STRIDES = tuple(4 * 2**level for level in range(LEVELS))
 
@@ -103,7 +107,10 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, config: FpnConfig, channels: tuple[int, ...], top: nn.Module) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(ConvBlock(c, config.channels, 1, config.norm) for c in channels)
+        finest = TOP_LEVEL + 1 - len(channels)
+        self.laterals = nn.ModuleList(
+            lateral(config, level, count) for level, count in enumerate(channels, finest)
+        )
         self.outputs = nn.ModuleList(
             ConvBlock(config.channels, config.channels, 3, config.norm) for _ in channels
         )
@@ -129,9 +136,9 @@ class SimplePyramid(nn.Module):
     def __init__(self, config: FpnConfig, width: int, finest: Literal[2, 3], top: nn.Module) -> None:
         super().__init__()
 
-        def tail(channels: int) -> list[nn.Module]:
+        def tail(level: int, channels: int) -> list[nn.Module]:
             return [
-                ConvBlock(channels, config.channels, 1, config.norm),
+                lateral(config, level, channels),
                 ConvBlock(config.channels, config.channels, 3, config.norm),
             ]
 
@@ -139,10 +146,12 @@ class SimplePyramid(nn.Module):
             return nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
 
         stages = [
-            nn.Sequential(up(width), LayerNorm2d(width // 2), nn.GELU(), up(width // 2), *tail(width // 4)),
-            nn.Sequential(up(width), *tail(width // 2)),
-            nn.Sequential(*tail(width)),
-            nn.Sequential(nn.MaxPool2d(2), *tail(width)),
+            nn.Sequential(
+                up(width), LayerNorm2d(width // 2), nn.GELU(), up(width // 2), *tail(2, width // 4)
+            ),
+            nn.Sequential(up(width), *tail(3, width // 2)),
+            nn.Sequential(*tail(4, width)),
+            nn.Sequential(nn.MaxPool2d(2), *tail(TOP_LEVEL, width)),
         ]
         self.stages = nn.ModuleList(stages[finest - 2 :])
         self.top = top

@@ -129,21 +129,24 @@ def _level_pool(
 
 def roi_align_pyramid(
     levels: Sequence[Tensor], boxes_BR4: Tensor, strides: Sequence[float], output_size: int,
-    sampling_ratio: int, aligned: bool, level_epsilon: float = 1e-8,
+    sampling_ratio: int, aligned: bool, level_epsilon: float = 1e-8, image_BR: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the features of each box, pooled from its level: `[B * R, C, output_size, output_size]`.
 
     `levels` are `[B, C, h, w]` with `strides` (pixels, powers of two, finest first); boxes are xyxy pixels
     of the canvas. `sampling_ratio` is the number of points per bin and axis, 0 for one per cell
     (detectron2's default, slower on the CPU). `aligned` is the half-pixel offset (detectron2: True,
-    torchvision: False). `level_epsilon` is that of `assign_levels`. Computed in float32, returned in the
-    dtype of the levels. Boxes get no gradient. A degenerate box gives finite values; a box with a NaN gives 0
-    if the number of points is fixed or a Triton kernel runs.
+    torchvision: False). `level_epsilon` is that of `assign_levels`. `image_BR` is the image of each box,
+    int64; None: the box's row. Computed in float32, returned in the dtype of the levels. Boxes get no
+    gradient. A degenerate box gives finite values; a box with a NaN gives 0 if the number of points is fixed
+    or a Triton kernel runs.
     """
     batch, rois = boxes_BR4.shape[:2]
     corner = boxes_BR4.detach().float()[..., :2]
     boxes_K4 = torch.cat([corner, torch.maximum(boxes_BR4.detach().float()[..., 2:], corner)], -1).view(-1, 4)
-    batch_K = torch.arange(batch, device=boxes_BR4.device).repeat_interleave(rois, output_size=batch * rois)
+    if image_BR is None:
+        image_BR = torch.arange(batch, device=boxes_BR4.device)[:, None].expand(batch, rois)
+    batch_K = image_BR.flatten()
     finest = round(math.log2(strides[0]))
     level_K = assign_levels(boxes_K4, len(levels), min_level=finest, epsilon=level_epsilon)
     pool = _level_pool

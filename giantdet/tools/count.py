@@ -108,7 +108,7 @@ def with_assumed_classes(run: RunConfig) -> RunConfig:
     model = run.giantdet.model
     numbers = {
         key: len(getattr(COCO, kind))
-        for key, kind in model.CLASS_KEYS.items()
+        for key, kind in model.class_keys.items()
         if getattr(model, key) == "auto"
     }
     giantdet = run.giantdet.model_copy(update={"model": model.model_copy(update=numbers)})
