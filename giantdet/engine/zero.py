@@ -69,8 +69,8 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
 def cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the floating-point buffers of other libraries' modules to the type of the weights, in place.
 
-    DeepSpeed 0.19.8 casts parameters only, and in some of timm's modules, EVA's attention among them, a buffer
-    is an operand beside weights. giantdet's own modules take care of the types of their buffers.
+    DeepSpeed 0.19.8 casts parameters only, and in some of timm's modules, EVA's attention among them, a
+    buffer is an operand beside weights. giantdet's own modules take care of the types of their buffers.
     """
     for module in model.modules():
         if type(module).__module__.startswith("giantdet."):

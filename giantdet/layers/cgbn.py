@@ -29,11 +29,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.distributed import comm
 from giantdet.errors import ConfigError, InputError
-from giantdet.ops.statistics import local_statistics, merge_statistics, statistics_type
+from giantdet.ops.statistics import (
+    local_statistics,
+    memory_format,
+    merge_statistics,
+    refuse_second_derivatives,
+    statistics_type,
+)
 from giantdet.ops.triton_kernels import INSTALLED, use_triton
 
 if INSTALLED:
-    from giantdet.ops import statistics_triton
+    from giantdet.layers.cgbn_cuda import NormaliseOnGpu
+    from giantdet.ops.statistics_triton import Moving
 
 
 def convert_batchnorm(model: nn.Module, group: comm.Group | None = None) -> nn.Module:
@@ -186,6 +193,8 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
             y = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
         elif self.group is None and x.numel() > 0:
             y = self._normalise_alone(x, weight, bias)
+        elif self._has_kernels(x):
+            y = self._normalise_on_gpu(x, weight, bias)
         else:
             y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
             if self._moves():
@@ -212,6 +221,21 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
             mean, var = mean.clone(), var.clone()
         return F.batch_norm(x, mean, var, weight, bias, True, factor or 0.0, self.eps)
 
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Return whether `cgbn_cuda.py` normalises x; the operators below are for all other cases."""
+        fits = x.dtype != torch.float64 and self.momentum is not None
+        return fits and use_triton(x.device) and not torch.compiler.is_compiling()
+
+    def _normalise_on_gpu(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        moving = None
+        if self._moves():
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            moving = Moving(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        x = x.contiguous(memory_format=memory_format(x))
+        y: Tensor = NormaliseOnGpu.apply(x, weight, bias, self.eps, self.group, moving)
+        return y
+
     def _moves(self) -> bool:
         return self.training and self.running_mean is not None and not is_recomputing()
 
@@ -220,10 +244,6 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
         """Update the running statistics on the device, without a branch on the ranks' numbers of images."""
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
-        if is_fused(mean) and self.momentum is not None:
-            moving = (self.running_mean, self.running_var, self.num_batches_tracked)
-            statistics_triton.update(*moving, mean, var, count, self.momentum)
-            return
         # A group without an image changes nothing, and is no batch of the cumulative average.
         self.num_batches_tracked.add_((count > 0).squeeze(0))
         batches = self.num_batches_tracked.clamp(min=1).double()
@@ -243,32 +263,6 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def is_fused(x: Tensor) -> bool:
-    """Return whether Triton's kernels do the steps between the passes over the activations."""
-    fits = x.dtype != torch.float64 and not torch.compiler.is_compiling()
-    return fits and use_triton(x.device)
-
-
-def _statistics(x: Tensor, eps: float, group: comm.Group | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean, biased variance, 1 / sqrt(variance + eps), `[C]`, and count `[1]` of a group's ranks."""
-    parts = comm.all_gather(torch.cat(local_statistics(x)), group)
-    channels = x.shape[1]
-    merged = merge_statistics(*torch.split(parts, [channels, channels, 1], dim=1))
-    mean, var, count = (t.to(parts.dtype) for t in merged)
-    return mean, var, (var + eps).rsqrt(), count
-
-
-def _fused_statistics(
-    x: Tensor, eps: float, group: comm.Group | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_statistics` in five kernels and the all-gather."""
-    own = torch.zeros(2 * x.shape[1] + 1, device=x.device)
-    if x.numel():
-        count = own.new_full((1,), x.numel() // x.shape[1])
-        own = torch.cat([*torch.batch_norm_stats(x, 0.0), count])
-    return statistics_triton.merge(comm.all_gather(own, group), eps)
-
-
 class _Normalise(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias with the statistics of all ranks of a group.
 
@@ -280,30 +274,25 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: comm.Group | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = x.contiguous(memory_format=_memory_format(x))
-        mean, var, invstd, count = (_fused_statistics if is_fused(x) else _statistics)(x, eps, group)
+        x = x.contiguous(memory_format=memory_format(x))
+        parts = comm.all_gather(torch.cat(local_statistics(x)), group)
+        channels = x.shape[1]
+        merged = merge_statistics(*torch.split(parts, [channels, channels, 1], dim=1))
+        mean, var, count = (t.to(parts.dtype) for t in merged)
         if x.numel() == 0:
             y = torch.empty_like(x)
-        elif x.is_cuda:
-            y = torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
         else:
             y, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
-        ctx.save_for_backward(x, weight, mean, invstd, count)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
         ctx.group = group
         ctx.mark_non_differentiable(mean, var, count)
         return y, mean, var, count
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # Not `once_differentiable`: autograd skips its error where the gradient has another path, and the
-        # result is wrong.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a batch norm over several ranks has no gradients of gradients: call backward() or grad() "
-                "without create_graph, or use local or frozen batch norms"
-            )
+        refuse_second_derivatives()
         x, weight, mean, invstd, count = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=_memory_format(x))
+        dy = dy.contiguous(memory_format=memory_format(x))
         sums = _gradient_sums(dy, x, mean, invstd)
         dbias, dweight = sums.unbind() if weight is not None else (None, None)
         dx = None
@@ -311,13 +300,6 @@ class _Normalise(torch.autograd.Function):
             totals = comm.all_reduce(sums.clone(), ctx.group)
             dx = _input_gradient(dy, x, weight, mean, invstd, totals, count)
         return dx, dweight, dbias, None, None
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return torch.contiguous_format
 
 
 def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:

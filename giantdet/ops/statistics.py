@@ -1,4 +1,6 @@
-"""Mean and variance of each channel of `[B, C, ...]` activations, and their merging over parts of a batch."""
+"""Mean and variance of the channels of `[B, C, ...]` activations, their merging over parts of a batch, and
+what else the batch norms over several ranks share.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +34,24 @@ def merge_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[
     share = counts / total.clamp(min=1)
     mean = (share * means).sum(0)
     return mean, (share * (variances + (means - mean).square())).sum(0), total
+
+
+def refuse_second_derivatives() -> None:
+    """Raise RuntimeError in a backward pass with `create_graph`.
+
+    Not `once_differentiable`: autograd skips its error where the gradient has another path, and the result is
+    wrong.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a batch norm over several ranks has no gradients of gradients: call backward() or grad() "
+            "without create_graph, or use local or frozen batch norms"
+        )
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the layout that batch-norm kernels take x in."""
+    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == ndim and x.is_contiguous(memory_format=layout):
+            return layout
+    return torch.contiguous_format
