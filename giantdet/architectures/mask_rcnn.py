@@ -28,7 +28,7 @@ from giantdet.layers.box_head import (
     select_detections,
     training_predictions,
 )
-from giantdet.layers.fpn import STRIDES, build_fpn
+from giantdet.layers.fpn import build_fpn
 from giantdet.layers.mask_head import (
     MaskHead,
     MaskPredictions,
@@ -61,8 +61,10 @@ class MaskRcnn(Architecture):
         self.config = config
         channels, backbone = config.fpn.channels, self.backbone
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
-        self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
-        self.pool = RoiPool(self.conventions.aligned_rois, self.conventions.roi_level_epsilon)
+        self.rpn = Rpn(config.rpn, channels, self.fpn.strides, image_size, self.conventions)
+        self.pool = RoiPool(
+            self.fpn.strides, self.conventions.aligned_rois, self.conventions.roi_level_epsilon
+        )
         self.box_head = BoxHead(config.box_head, channels, self.num_classes)
         self.mask_head = (
             MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None

@@ -63,6 +63,9 @@ TRAINED: dict[str, dict[str, Any]] = {
     "mmdetection's retinanet": {"kind": "retinanet", "conventions": "mmdetection"},
     "mmdetection's cascade": {"kind": "cascade_mask_rcnn", "conventions": "mmdetection"},
     "sampled": {"rpn": {"loss_pass": "sampled"}},
+    "dilated and deformable": {
+        "backbone": {"name": "test_resnet", "output_stride": 16, "deformable_stages": [4, 5]}
+    },
     "vitdet": {
         "backbone": {
             "name": "vit_tiny_patch16_224",
