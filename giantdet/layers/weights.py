@@ -56,7 +56,10 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
         raise InputError(f"{what} does not look like weights of '{config.name}': {error}") from error
     state = {key: own[key] for key in backbone.added_keys} | dict(state)
     what = f"{what} as backbone '{config.name}'"
-    ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
+    classifier = backbone.body.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads = (*_HEADS, *(f"{name}." for name in heads))
+    ignore = lambda key: key in backbone.dropped_keys or key.startswith(heads)  # noqa: E731
     load_strictly(backbone.body, state, what, ignore)
 
 
