@@ -44,7 +44,10 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
     """
     config = with_timm_name(config)
     check_name(config.name)
-    plain = family_of(config.name).is_plain
+    family = family_of(config.name)
+    if family.refusal:
+        raise InputError(f"backbone '{config.name}' {family.refusal}")
+    plain = family.is_plain
     if config.stride_in_1x1 and plain:
         raise InputError(_no_bottleneck(config))
     if config.output_stride != _STRIDES[-1] and plain:

@@ -1,5 +1,6 @@
-"""What some families of timm models need, by the names of timm's modules: a table, so that no code asks for a
-family. A family that is not listed takes a canvas of any multiple of 32 as it is.
+"""What some families of timm models need: a table by timm's modules, so that no other code names a family.
+
+A family that is not listed is built as it is, for a canvas of multiples of 32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from giantdet.layers.swin import pad_before_shift
 class Family(NamedTuple):
     """How models of these timm modules are built, changed and loaded."""
 
-    modules: frozenset[str]
+    modules: tuple[str, ...]
     is_plain: bool = False
     """A plain ViT, which `plain_vit.py` runs."""
     timm_args: Callable[[BackboneConfig, tuple[int, int]], dict[str, Any]] = lambda config, size: {}
@@ -38,7 +39,7 @@ def family_of(name: str) -> Family:
 
 
 def _at_image_size(config: BackboneConfig, image_size: tuple[int, int]) -> dict[str, Any]:
-    """MaxViT and GCViT: windows are 1/32 of the canvas; CoAtNet, Hiera: tables of positions are for it."""
+    """Return the canvas: windows of MaxViT and GCViT are 1/32 of it, CoAtNet and Hiera have tables for it."""
     return {"img_size": image_size}
 
 
@@ -59,9 +60,9 @@ def _swin_cr(config: BackboneConfig, image_size: tuple[int, int]) -> dict[str, A
 
 
 def pad_convolutions(body: nn.Module) -> None:
-    """Pad the unpadded convolutions and pools of an Inception network by half their kernel.
+    """Pad the unpadded convolutions and pools of an Inception network, or Xception, by half their kernel.
 
-    Without padding its maps are one to three cells short, and cell i of the map of stride s is centred at
+    Without padding its maps are one to four cells short, and cell i of the map of stride s is centred at
     pixel s * i + c, with c of 5, 13, 21 and 37 in Inception-v4. With it c is 0, as in a ResNet: at the centre
     of the cell's anchors, and less than half a cell from where RoIAlign assumes it. The weights are the
     same, and TensorFlow's Inception-ResNet-v2 for detection is built in this way (`align_feature_maps`).
@@ -82,14 +83,22 @@ def _hiera_positions(state: Mapping[str, Tensor], body: Any) -> Mapping[str, Ten
     return {**state, key: resample_abs_pos_embed(state[key], grid, num_prefix_tokens=0)}
 
 
-_Modules = Callable[..., frozenset[str]]
-_of: _Modules = lambda *names: frozenset(names)  # noqa: E731
-_ANY = Family(_of())
+_ANY = Family(())
 FAMILIES = (
-    Family(_of("vision_transformer", "eva", "deit"), is_plain=True),
-    Family(_of("swin_transformer", "swin_transformer_v2"), timm_args=_swin, adapt=pad_before_shift),
-    Family(_of("swin_transformer_v2_cr"), timm_args=_swin_cr, adapt=pad_before_shift),
-    Family(_of("maxxvit", "gcvit"), timm_args=_at_image_size),
-    Family(_of("hiera"), timm_args=_at_image_size, resample=_hiera_positions),
-    Family(_of("inception_v3", "inception_v4", "inception_resnet_v2"), adapt=pad_convolutions),
+    Family(("vision_transformer", "eva", "deit"), is_plain=True),
+    Family(("swin_transformer", "swin_transformer_v2"), timm_args=_swin, adapt=pad_before_shift),
+    Family(("swin_transformer_v2_cr",), timm_args=_swin_cr, adapt=pad_before_shift),
+    Family(("maxxvit", "gcvit"), timm_args=_at_image_size),
+    Family(("hiera",), timm_args=_at_image_size, resample=_hiera_positions),
+    Family(("inception_v4", "inception_resnet_v2", "xception"), adapt=pad_convolutions),
+    Family(
+        ("inception_v3",),
+        refusal="has pooling without padding inside its blocks, so that its maps do not align: "
+        "choose inception_v4",
+    ),
+    Family(
+        ("naflexvit",),
+        refusal="takes lists of patches and has no map: choose a vit_* model, such as "
+        "vit_base_patch16_siglip_224",
+    ),
 )

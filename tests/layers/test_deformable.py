@@ -24,6 +24,7 @@ from giantdet.layers.deferred import deferred_init, is_deferred, materialise
 from giantdet.layers.deformable import DeformableConv2d
 from giantdet.layers.norm import apply_norm
 from giantdet.layers.weights import load_backbone_weights
+from giantdet.optim.param_groups import parameter_groups
 from giantdet.tools.count import count
 
 SIZE = (64, 96)
@@ -190,6 +191,15 @@ def test_frozen_stages_and_unknown_ones_are_refused() -> None:
     assert "has stages [3], which frozen_stages 3 freezes" in "".join(frozen.problems())
     with pytest.raises(ValidationError, match="deformable_stages"):
         BackboneConfig(deformable_stages=(1,))
+
+
+def test_offsets_can_have_a_learning_rate_of_their_own() -> None:
+    """By the settings that docs/backbones.md gives."""
+    modules = {"offsets": ("*.offset.*",), "rest": ("*",)}
+    backbone = build("resnet18", deformable_stages=[5])
+    groups = parameter_groups(backbone, 0.1, 1.0, modules, None, {"offsets": 0.1})
+    slow = {id(p) for group in groups for p in group["params"] if group["lr"] == 0.1}
+    assert slow == {id(p) for name, p in backbone.named_parameters() if ".offset." in name} and len(slow) == 8
 
 
 def test_flops_are_those_of_the_convolution_and_its_offsets(demo_data: Path) -> None:
