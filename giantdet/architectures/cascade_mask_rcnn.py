@@ -36,7 +36,7 @@ from giantdet.layers.box_head import (
     training_predictions,
 )
 from giantdet.layers.common import scale_gradient
-from giantdet.layers.fpn import STRIDES, build_fpn
+from giantdet.layers.fpn import build_fpn
 from giantdet.layers.mask_head import (
     MaskHead,
     MaskPredictions,
@@ -81,8 +81,10 @@ class CascadeMaskRcnn(Architecture):
         self.config = config
         channels, backbone = config.fpn.channels, self.backbone
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
-        self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
-        self.pool = RoiPool(self.conventions.aligned_rois, self.conventions.roi_level_epsilon)
+        self.rpn = Rpn(config.rpn, channels, self.fpn.strides, image_size, self.conventions)
+        self.pool = RoiPool(
+            self.fpn.strides, self.conventions.aligned_rois, self.conventions.roi_level_epsilon
+        )
         self.box_head = nn.ModuleList(
             BoxHead(config.box_head, channels, self.num_classes, class_agnostic=True)
             for _ in config.box_head.ious
@@ -97,7 +99,9 @@ class CascadeMaskRcnn(Architecture):
         self.delta_weights = config.box_head.delta_weights or self.conventions.cascade_delta_weights
         self.loss_weights = config.box_head.loss_weights or self.conventions.cascade_loss_weights
         self.semantic_branch = (
-            SemanticBranch(config, self.num_classes) if config.semantic_branch.enabled else None
+            SemanticBranch(config, self.num_classes, self.fpn.strides)
+            if config.semantic_branch.enabled
+            else None
         )
         if config.checkpoint_heads:
             for part in (self.fpn, *self.box_head, *self.mask_heads(), self.semantic_branch):

@@ -30,7 +30,7 @@ from giantdet.layers.box_head import (
     select_detections,
     training_predictions,
 )
-from giantdet.layers.fpn import STRIDES, build_fpn
+from giantdet.layers.fpn import build_fpn
 from giantdet.layers.mask_head import (
     MaskHead,
     MaskPredictions,
@@ -76,14 +76,18 @@ class MaskRcnn(Architecture):
         self.config = config
         channels, backbone = config.fpn.channels, self.backbone
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
-        self.rpn = Rpn(config.rpn, channels, STRIDES, image_size, self.conventions)
-        self.pool = RoiPool(self.conventions.aligned_rois, self.conventions.roi_level_epsilon)
+        self.rpn = Rpn(config.rpn, channels, self.fpn.strides, image_size, self.conventions)
+        self.pool = RoiPool(
+            self.fpn.strides, self.conventions.aligned_rois, self.conventions.roi_level_epsilon
+        )
         self.box_head = BoxHead(config.box_head, channels, self.num_classes)
         self.mask_head = (
             MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None
         )
         self.semantic_branch = (
-            SemanticBranch(config, self.num_classes) if config.semantic_branch.enabled else None
+            SemanticBranch(config, self.num_classes, self.fpn.strides)
+            if config.semantic_branch.enabled
+            else None
         )
         if config.checkpoint_heads:
             for part in (self.fpn, self.box_head, self.mask_head, self.semantic_branch):

@@ -17,7 +17,6 @@ from giantdet.architectures.mask_rcnn import MaskRcnn
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
 from giantdet.layers.blocks import recompute
-from giantdet.layers.fpn import STRIDES
 from giantdet.layers.roi_pool import ROI_LEVELS
 from giantdet.layers.semantic_head import SemanticHead, SemanticPredictions, labelled, semantic_loss
 from giantdet.structures import Batch, Outputs
@@ -42,7 +41,10 @@ class PanopticFpn(MaskRcnn):
         self.semantic_weight, self.instance_weight = config.semantic_loss_weight, config.instance_loss_weight
         self.loss_divisor = config.semantic_head.loss_divisor
         self.semantic_head = SemanticHead(
-            config.semantic_head, config.fpn.channels, STRIDES[:ROI_LEVELS], 1 + int(config.num_stuff_classes)
+            config.semantic_head,
+            config.fpn.channels,
+            self.fpn.strides[:ROI_LEVELS],
+            1 + int(config.num_stuff_classes),
         )
         if config.checkpoint_heads:
             recompute(self.semantic_head)

@@ -30,7 +30,6 @@ from giantdet.ops.matching import match
 from giantdet.ops.nms import class_nms_mask
 from giantdet.structures import Batch, Detections, Outputs, Targets
 
-STRIDES = (8, 16, 32, 64, 128)
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
@@ -133,7 +132,7 @@ class RetinaNet(Architecture):
         found = grid_anchors(
             self.image_size,
             [(level.shape[-2], level.shape[-1]) for level in levels],
-            STRIDES,
+            self.fpn.strides,
             [[size * scale for scale in head.anchor_scales] for size in head.anchor_sizes],
             head.anchor_ratios,
             device=levels[0].device,

@@ -19,8 +19,8 @@ from giantdet.layers.fpn import build_fpn
 from giantdet.layers.semantic_head import SemanticHead, SemanticPredictions, labelled, semantic_loss
 from giantdet.structures import Batch, Outputs
 
-STRIDES = (4, 8, 16, 32)
-"""Of P2 to P5."""
+LEVELS = 4
+"""P2 to P5."""
 
 
 class SemanticFpn(Architecture):
@@ -31,7 +31,8 @@ class SemanticFpn(Architecture):
         backbone, channels = self.backbone, config.fpn.channels
         self.loss_divisor = config.semantic_head.loss_divisor
         self.fpn = build_fpn(config.fpn, backbone.channels, backbone.strides, backbone.is_plain)
-        self.semantic_head = SemanticHead(config.semantic_head, channels, STRIDES, self.num_classes)
+        strides = self.fpn.strides[:LEVELS]
+        self.semantic_head = SemanticHead(config.semantic_head, channels, strides, self.num_classes)
         if config.checkpoint_heads:
             recompute(self.fpn)
             recompute(self.semantic_head)
@@ -49,7 +50,7 @@ class SemanticFpn(Architecture):
     def logits(self, batch: Batch) -> Tensor:
         """float32 `[B, C, h, w]` at stride 4."""
         levels = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
-        logits_BChw: Tensor = self.semantic_head(levels[: len(STRIDES)])
+        logits_BChw: Tensor = self.semantic_head(levels[:LEVELS])
         return logits_BChw
 
     def predict(self, batch: Batch) -> SemanticPredictions:

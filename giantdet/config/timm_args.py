@@ -15,7 +15,7 @@ OWNED: dict[str, str] = {
     "num_classes": "a backbone has no classifier; leave it out, and set giantdet.model.num_classes",
     "features_only": _PYRAMID,
     "out_indices": _PYRAMID,
-    "output_stride": _PYRAMID,
+    "output_stride": "leave it out, and set backbone.output_stride",
     "patch_size": "leave it out, and set backbone.patch_size (for plain ViTs)",
     "drop_path_rate": "leave it out, and set backbone.drop_path_rate",
     "pretrained": "leave it out, and set backbone.pretrained",

@@ -1,11 +1,14 @@
-"""Build any timm model as a backbone, with one of three adapters.
+"""Build any timm model as a backbone, with one of two adapters.
 
 - Convolutional and hierarchical models (`Pyramid`): feature maps at strides 4, 8, 16 and 32, from timm's
   `forward_intermediates`. It runs the raw model, so the parameter names match those of its checkpoints
   (`features_only` renames some). Families without BatchNorm (Swin, ConvNeXt, ...) do not normalise the output
   of a stage. They get one LayerNorm per level, as in Swin's and ConvNeXt's detection code.
-- Swin: the same, with windows that need not divide the canvas (`swin.py`).
 - Plain ViTs: one feature map, windowed attention (`plain_vit.py`).
+
+What single families need beyond that is the table in `families.py`. With `output_stride` the last stages are
+dilated, and their maps have the same stride. With `deformable_stages` their 3x3 convolutions are deformable
+(`deformable.py`).
 
 All images have one fixed size, which is known at construction. Weights are loaded afterwards (`weights.py`),
 and BatchNorms are converted afterwards (`norm.py`).
@@ -15,24 +18,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import LayerNorm2d, set_fused_attn
-from timm.models import is_model_in_modules
+from timm.layers import LayerNorm2d
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.blocks import wrap_blocks
-from giantdet.layers.body import Backbone, create_body, freeze, image_statistics, require_multiple
+from giantdet.layers.body import Backbone, check_name, create_body, freeze, image_statistics, require_multiple
+from giantdet.layers.deformable import make_deformable
+from giantdet.layers.families import family_of
 from giantdet.layers.model_names import with_timm_name
 from giantdet.layers.plain_vit import PlainViT
-from giantdet.layers.swin import pad_before_shift
 
 __all__ = ["Backbone", "build_backbone"]
 
-_PLAIN = {"vision_transformer", "eva", "deit"}
-_SWIN = {"swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"}
-_FIXED_SIZE = {"maxxvit", "gcvit", "hiera"}  # built for one image size, given as img_size
 _STRIDES = (4, 8, 16, 32)
 
 
@@ -43,10 +43,17 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
     option that the model family does not have.
     """
     config = with_timm_name(config)
-    name = config.name.partition(".")[0]
-    plain = is_model_in_modules(name, _PLAIN)
+    check_name(config.name)
+    family = family_of(config.name)
+    if family.refusal:
+        raise InputError(f"backbone '{config.name}' {family.refusal}")
+    plain = family.is_plain
     if config.stride_in_1x1 and plain:
         raise InputError(_no_bottleneck(config))
+    if config.output_stride != _STRIDES[-1] and plain:
+        raise InputError(_no_dilation(config))
+    if config.deformable_stages and plain:
+        raise InputError(f"deformable_stages is for convolutional backbones, not for '{config.name}'")
     for key in ("position_grid", "relative_positions", "attend_padding"):
         if getattr(config, key) and not plain:
             raise InputError(f"{key} is for plain ViTs, not for '{config.name}'")
@@ -56,33 +63,41 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
 
 
 class Pyramid(Backbone):
-    """A backbone that returns four feature maps, at strides 4, 8, 16 and 32."""
+    """A backbone that returns four feature maps, at strides 4, 8, 16 and 32, or at most `output_stride`."""
 
     def __init__(self, config: BackboneConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
         require_multiple(config, image_size, _STRIDES[-1])
-        swin = is_model_in_modules(config.name.partition(".")[0], _SWIN)
-        self.timm_args = config.timm_args | _timm_args(config, image_size, swin)
-        body = create_body(config, self.timm_args)
+        family = family_of(config.name)
+        self.timm_args = config.timm_args | {"num_classes": 0} | family.timm_args(config, image_size)
+        self.strides, self.is_plain = tuple(min(s, config.output_stride) for s in _STRIDES), False
+        body = (
+            _dilated_body(config, self.timm_args)
+            if self.strides != _STRIDES
+            else create_body(config, self.timm_args)
+        )
         _require_native_size(config, body, self.timm_args, image_size)
         keys = set(body.state_dict())
-        self.indices, modules = _levels(config, body)
+        self.indices, modules = _levels(config, body, self.strides)
         self.channels = tuple(body.feature_info[i]["num_chs"] for i in self.indices)
-        self.strides, self.is_plain = _STRIDES, False
         self.mean, self.std = image_statistics(body)
         body.prune_intermediate_layers(self.indices, prune_norm=True)
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
-        if swin:
-            pad_before_shift(body)
+        family.adapt(body)
         if config.stride_in_1x1:
             _move_strides(config, body)
+        for stage in sorted(set(config.deformable_stages)):
+            inside = _first_stages("deformable_stages", config, body, modules, stage)
+            before = _first_stages("deformable_stages", config, body, modules, stage - 1)
+            make_deformable(body, inside - before, f"stage {stage} of '{config.name}'")
+        self.added_keys = frozenset(set(body.state_dict()) - keys)
         self.body = body
         unnormed = not any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
         self.norms = nn.ModuleList(
             LayerNorm2d(c, eps=1e-6) if unnormed else nn.Identity() for c in self.channels
         )
         if config.frozen_stages:
-            frozen = _first_stages(config, body, modules)
+            frozen = _first_stages("frozen_stages", config, body, modules, config.frozen_stages)
             freeze(body, lambda name: name in frozen)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
@@ -90,35 +105,38 @@ class Pyramid(Backbone):
         return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
 
 
-def _timm_args(config: BackboneConfig, image_size: tuple[int, int], swin: bool) -> dict[str, Any]:
-    args: dict[str, Any] = dict(num_classes=0)
-    name = config.name.partition(".")[0]
-    if swin:
-        # With a fixed size timm stores the attention masks of the shifted windows. always_partition keeps
-        # the window size also where a map is smaller than a window.
-        args |= dict(img_size=image_size, always_partition=True)
-        if is_model_in_modules(name, {"swin_transformer_v2_cr"}):
-            # By default its window is 1/32 of the image side: 32 for images of 1024 pixels, where the
-            # pretrained models have 7 or 12.
-            args["window_size"] = config.timm_args.get("window_size", _native_side(name) // 32)
-        set_fused_attn(True, experimental=True)  # a global setting of timm; Swin's fused attention needs it
-    elif is_model_in_modules(name, _FIXED_SIZE):
-        args["img_size"] = image_size
-    return args
+def _dilated_body(config: BackboneConfig, timm_args: dict[str, Any]) -> Any:
+    """Return a timm model whose last stages are dilated; InputError where its family cannot be."""
+    try:
+        return create_body(config, timm_args | {"output_stride": config.output_stride})
+    except (AssertionError, NotImplementedError) as error:
+        raise InputError(_no_dilation(config)) from error
+    except InputError as error:
+        if "output_stride" in str(error.__cause__):  # the family has no such argument
+            raise InputError(_no_dilation(config)) from error
+        raise
 
 
-def _native_side(name: str) -> int:
-    from timm.models import get_pretrained_cfg
+def _no_dilation(config: BackboneConfig) -> str:
+    return (
+        f"timm cannot dilate backbone '{config.name}': set output_stride to 32, or choose a ResNet, RegNet, "
+        "EfficientNet or ConvNeXt"
+    )
 
-    weights = get_pretrained_cfg(name)
-    return weights.input_size[-1] if weights is not None else 224
 
+def _levels(config: BackboneConfig, body: Any, strides: tuple[int, ...]) -> tuple[list[int], list[str]]:
+    """Return the index in `feature_info` and the module name of the last map of each stride.
 
-def _levels(config: BackboneConfig, body: Any) -> tuple[list[int], list[str]]:
-    """Return the index in `feature_info` and the module name of the last map of each stride."""
+    In a dilated model, whose last stages have the same stride, these are the last four maps.
+    """
     if not hasattr(body, "forward_intermediates") or not hasattr(body, "feature_info"):
         raise InputError(f"timm cannot return intermediate maps of backbone '{config.name}': choose another")
     last = {info["reduction"]: i for i, info in enumerate(body.feature_info)}
+    if strides != _STRIDES:
+        indices = [*range(len(body.feature_info))][-len(strides) :]
+        if tuple(body.feature_info[i]["reduction"] for i in indices) != strides:
+            raise InputError(_no_dilation(config))
+        return indices, [body.feature_info[i]["module"] for i in indices]
     missing = [stride for stride in _STRIDES if stride not in last]
     if missing:
         raise InputError(
@@ -141,16 +159,15 @@ def _require_native_size(
         )
 
 
-def _first_stages(config: BackboneConfig, body: nn.Module, modules: list[str]) -> set[str]:
-    """Return the parameter names of the first `frozen_stages` stages: the stem, then those of `modules`."""
+def _first_stages(
+    key: str, config: BackboneConfig, body: nn.Module, modules: list[str], count: int
+) -> set[str]:
+    """Return the parameter names of the first `count` stages: the stem, then those of `modules`."""
     names = [name for name, _ in body.named_parameters()]
-    count = config.frozen_stages
     module = modules[max(count - 2, 0)]
     inside = [i for i, name in enumerate(names) if name.startswith(module + ".")]
     if not inside:
-        raise InputError(
-            f"frozen_stages: timm does not list the stages of '{config.name}'; set frozen_stages to 0"
-        )
+        raise InputError(f"{key}: timm does not list the stages of '{config.name}'; leave {key} out")
     return set(names[: inside[0] if count == 1 else inside[-1] + 1])
 
 

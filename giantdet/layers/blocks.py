@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 
-_CLASS = re.compile("Block|Bottle2?neck|Residual")
+_CLASS = re.compile("Block|Bottle2?neck|Residual|Inception[A-E]|Reduction|Mixed")
 _LEAST_SHARE = 0.5  # of the model's parameters: modules with fewer are not all of its blocks
 
 

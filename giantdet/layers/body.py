@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -15,6 +15,7 @@ from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.blocks import set_stochastic_depth
 from giantdet.layers.cgbn import replace_batchnorm
+from giantdet.layers.families import family_of
 from giantdet.layers.norm import FrozenBatchNorm2d
 
 
@@ -86,15 +87,17 @@ def image_statistics(body: Any) -> tuple[tuple[float, float, float], tuple[float
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def checkpoint_filter(body: Any) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """Return timm's converter of checkpoints of this model family, or None where it has none.
+def checkpoint_filter(body: Any) -> Callable[[dict[str, Tensor]], Mapping[str, Tensor]]:
+    """Return the converter of checkpoints of this model family: timm's, if any, and the family's own.
 
     It renames the keys of other projects and resamples position embeddings.
     """
     name = body.pretrained_cfg["architecture"]
     modules = (timm.model_entrypoint(name).__module__, type(body).__module__)
     found = (getattr(sys.modules[m], "checkpoint_filter_fn", None) for m in modules)
-    return next((fn for fn in found if fn is not None), None)
+    rename = next((fn for fn in found if fn is not None), lambda state, model: state)
+    resample = family_of(name).resample
+    return lambda state: resample(rename(state, body), body)
 
 
 def freeze(body: nn.Module, is_frozen: Callable[[str], bool]) -> None:

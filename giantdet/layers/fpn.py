@@ -1,5 +1,8 @@
 """Feature pyramids: maps with the same number of channels, P2 to P6 at strides 4 to 64, or P3 to P7.
 
+A dilated backbone makes the coarse levels finer: with `output_stride` 16, P2 to P6 are at 4, 8, 16, 16, 32.
+Each pyramid has its levels' `strides`, which anchors and RoIs follow.
+
 `FeaturePyramid` is FPN (Lin et al., CVPR 2017) over a hierarchical backbone. `SimplePyramid` is that of
 ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT. Both begin a level with what
 `layers/context.py` makes, by default a 1x1 convolution.
@@ -7,7 +10,7 @@ ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT. Bot
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +22,9 @@ from giantdet.errors import InputError
 from giantdet.layers.common import ConvBlock
 from giantdet.layers.context import lateral
 
-LEVELS = 5
 TOP_LEVEL = 5
 """Number of the coarsest level that has a backbone map, C5."""
-# Of P2 to P6.
-STRIDES = tuple(4 * 2**level for level in range(LEVELS))
+_C2_TO_C5 = (4, 8, 16, 32)
 
 
 def build_fpn(
@@ -32,35 +33,46 @@ def build_fpn(
     strides: tuple[int, ...],
     is_plain: bool,
     finest: Literal[2, 3] = 2,
-    top: nn.Module | None = None,
-) -> nn.Module:
+    top: Top | None = None,
+) -> BasePyramid:
     """Return the pyramid over backbone maps of these channels and strides; its finest level is P`finest`.
 
     `top` computes the levels above P5 from C5 (the single map of a plain ViT) and P5; the default is P6, P5
-    subsampled by two. Raises InputError where the maps are not at strides 4, 8, 16, 32 (a plain ViT: 16).
+    subsampled by two. Raises InputError where the maps are not at strides 4, 8, 16, 32, or no longer than
+    the stride of a dilated backbone (a plain ViT: 16).
     """
-    wanted = (16,) if is_plain else (4, 8, 16, 32)
-    if strides != wanted:
+    wanted = (16,) if is_plain else tuple(min(stride, strides[-1]) for stride in _C2_TO_C5)
+    if strides != wanted or strides[-1] < 8:
         raise InputError(f"the pyramid needs backbone maps at strides {wanted}, this backbone has {strides}")
     top = Subsampled() if top is None else top
     if is_plain:
         return SimplePyramid(config, channels[0], finest, top)
-    return FeaturePyramid(config, channels[finest - 2 :], top)
+    return FeaturePyramid(config, channels[finest - 2 :], strides[finest - 2 :], top)
 
 
-class Subsampled(nn.Module):
+class Top(nn.Module):
+    """The levels above P5, each of half the size of the one before."""
+
+    LEVELS: ClassVar[int]
+
+
+class Subsampled(Top):
     """P6 as every second cell of P5, as in detectron2's `LastLevelMaxPool`."""
+
+    LEVELS = 1
 
     def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
         """Return one map of half the size of `p5`, `[B, C, h, w]`, rounded up."""
         return [F.max_pool2d(p5, kernel_size=1, stride=2)]
 
 
-class TopConvolutions(nn.Module):
+class TopConvolutions(Top):
     """P6 and P7 by 3x3 convolutions of stride 2, with a ReLU between them (RetinaNet, Lin et al. 2017).
 
     mmdetection has no ReLU there.
     """
+
+    LEVELS = 2
 
     def __init__(self, in_channels: int, channels: int, from_c5: bool, relu: bool = True) -> None:
         super().__init__()
@@ -102,11 +114,27 @@ class _AddUpsampled(torch.autograd.Function):
         return dy, upper[..., ::2] + upper[..., 1::2] + lower[..., ::2] + lower[..., 1::2]
 
 
-class FeaturePyramid(nn.Module):
-    """FPN: a top-down pathway with lateral connections, one level for each map, and the levels of `top`."""
+class BasePyramid(nn.Module):
+    """Levels of the given strides, and those of `top`."""
 
-    def __init__(self, config: FpnConfig, channels: tuple[int, ...], top: nn.Module) -> None:
+    strides: tuple[int, ...]
+    """Stride of each level in pixels, finest first."""
+
+    def __init__(self, strides: tuple[int, ...], top: Top) -> None:
         super().__init__()
+        self.strides = strides + tuple(strides[-1] * 2**i for i in range(1, top.LEVELS + 1))
+
+
+class FeaturePyramid(BasePyramid):
+    """FPN: a top-down pathway with lateral connections, one level for each map, and the levels of `top`.
+
+    Where two maps have the same stride, because the backbone is dilated, they are added cell by cell.
+    """
+
+    def __init__(
+        self, config: FpnConfig, channels: tuple[int, ...], strides: tuple[int, ...], top: Top
+    ) -> None:
+        super().__init__(strides, top)
         finest = TOP_LEVEL + 1 - len(channels)
         self.laterals = nn.ModuleList(
             lateral(config, level, count) for level, count in enumerate(channels, finest)
@@ -125,16 +153,18 @@ class FeaturePyramid(nn.Module):
         merged = self.laterals[-1](maps[-1])
         levels = [self.outputs[-1](merged)]
         for i in range(len(maps) - 2, -1, -1):
-            merged = add_upsampled(self.laterals[i](maps[i]), merged)
+            fine = self.laterals[i](maps[i])
+            is_same = self.strides[i] == self.strides[i + 1]
+            merged = fine + merged if is_same else add_upsampled(fine, merged)
             levels.insert(0, self.outputs[i](merged))
         return [*levels, *self.top(maps[-1], levels[-1])]
 
 
-class SimplePyramid(nn.Module):
+class SimplePyramid(BasePyramid):
     """ViTDet's pyramid: one map rescaled by transposed convolutions or pooling, and the levels of `top`."""
 
-    def __init__(self, config: FpnConfig, width: int, finest: Literal[2, 3], top: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, config: FpnConfig, width: int, finest: Literal[2, 3], top: Top) -> None:
+        super().__init__(_C2_TO_C5[finest - 2 :], top)
 
         def tail(level: int, channels: int) -> list[nn.Module]:
             return [

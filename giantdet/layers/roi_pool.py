@@ -1,4 +1,4 @@
-"""Features of RoIs from the pyramid P2 to P6. The coarsest level serves the RPN alone (Lin et al. 2017)."""
+"""Features of RoIs from the pyramid P2 to P6. P6 serves the RPN alone (Lin et al. 2017)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from giantdet.layers.fpn import LEVELS, STRIDES
 from giantdet.ops.roi_align import roi_align_pyramid
 
-ROI_LEVELS = LEVELS - 1
+ROI_LEVELS = 4
 
 
 class RoiMaps(NamedTuple):
@@ -26,11 +25,13 @@ EMBEDDING_STRIDE = 8
 class RoiPool:
     """RoIAlign over P2 to P5, each box from the level of its size.
 
-    `aligned` and `level_epsilon` are those of `roi_align_pyramid`.
+    `strides` are those of the pyramid's levels. With a dilated backbone P4 and P5 may have the same: a box is
+    assigned by its size all the same, because the levels differ in receptive field. `aligned` and
+    `level_epsilon` are those of `roi_align_pyramid`.
     """
 
-    def __init__(self, aligned: bool, level_epsilon: float) -> None:
-        self.aligned, self.level_epsilon = aligned, level_epsilon
+    def __init__(self, strides: tuple[int, ...], aligned: bool, level_epsilon: float) -> None:
+        self.strides, self.aligned, self.level_epsilon = strides[:ROI_LEVELS], aligned, level_epsilon
 
     def __call__(
         self,
@@ -57,7 +58,7 @@ class RoiPool:
                 image_BR,
             )
 
-        features = read(maps.levels[:ROI_LEVELS], STRIDES[:ROI_LEVELS])
+        features = read(maps.levels[:ROI_LEVELS], self.strides)
         if maps.embedding_BChw is not None:
             features = features + read([maps.embedding_BChw], (EMBEDDING_STRIDE,))
         return features

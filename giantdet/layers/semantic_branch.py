@@ -17,15 +17,12 @@ from torch import Tensor, nn
 
 from giantdet.config.architectures.mask_rcnn import TwoStageConfig
 from giantdet.layers.common import ConvBlock, normal_
-from giantdet.layers.fpn import LEVELS, STRIDES
 from giantdet.layers.roi_pool import EMBEDDING_STRIDE, RoiMaps
 from giantdet.ops.label_maps import cell_centres, paint_objects
 from giantdet.structures import IGNORE, Targets
 
 NO_CLASS = -1
 """Label of cells that are not trained. `IGNORE` is a class where a data set has more than 255."""
-FUSED = STRIDES.index(EMBEDDING_STRIDE)
-"""Index of the level that the others are resized to."""
 
 
 class BranchPredictions(NamedTuple):
@@ -38,12 +35,14 @@ class BranchPredictions(NamedTuple):
 class SemanticBranch(nn.Module):
     """Levels P2 to P6 to class logits `[B, C, h, w]`, float32, and an embedding `[B, channels, h, w]`.
 
+    The levels, at `strides`, are resized to the one of stride 8.
     With labels made of objects, the classes are those of the objects and then background. With the data set's
     maps, class 0 stands for all objects, and the others are stuff.
     """
 
-    def __init__(self, config: TwoStageConfig, num_classes: int) -> None:
+    def __init__(self, config: TwoStageConfig, num_classes: int, strides: tuple[int, ...]) -> None:
         super().__init__()
+        self.fused = strides.index(EMBEDDING_STRIDE)
         section, channels = config.semantic_branch, config.fpn.channels
         self.source, self.background = section.source, num_classes
         count = config.num_stuff_classes if section.source == "maps" else num_classes
@@ -53,7 +52,7 @@ class SemanticBranch(nn.Module):
         def block(inputs: int, outputs: int, kernel: int) -> ConvBlock:
             return ConvBlock(inputs, outputs, kernel, section.norm, relu=True, init="msra")
 
-        self.laterals = nn.ModuleList(block(channels, channels, 1) for _ in range(LEVELS))
+        self.laterals = nn.ModuleList(block(channels, channels, 1) for _ in strides)
         inputs = [channels, *[section.width] * section.convs]
         self.convs = nn.Sequential(*(block(count, section.width, 3) for count in inputs[:-1]))
         self.classes = nn.Conv2d(inputs[-1], outputs, 1)
@@ -66,10 +65,10 @@ class SemanticBranch(nn.Module):
         return frozenset({"maps": {"semantic"}, "masks": {"masks", "ignored"}}.get(self.source, {"ignored"}))
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        size = levels[FUSED].shape[-2:]
-        fused = self.laterals[FUSED](levels[FUSED])
+        size = levels[self.fused].shape[-2:]
+        fused = self.laterals[self.fused](levels[self.fused])
         for i, level in enumerate(levels):
-            if i != FUSED:
+            if i != self.fused:
                 resized = F.interpolate(level, size=size, mode="bilinear", align_corners=False)
                 fused = fused + self.laterals[i](resized)
         hidden = self.convs(fused)

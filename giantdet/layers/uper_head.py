@@ -37,7 +37,7 @@ class PoolingPyramid(nn.Module):
 
 
 class UperHead(nn.Module):
-    """Backbone maps `[B, ., H / s, W / s]` of strides 4, 8, 16, 32 to float32 logits `[B, C, h, w]`.
+    """Backbone maps `[B, ., H / s, W / s]` of strides 4, 8, 16, 32 or less to float32 logits `[B, C, h, w]`.
 
     The pooling pyramid of C5 is the top of a feature pyramid, whose levels are resized to stride 4,
     concatenated and classified together.

@@ -46,18 +46,20 @@ def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
         return
     if any(".fpn.inner_blocks." in key for key in state):
         raise InputError(f"{what} is a whole detector of torchvision: name it in model.init_weights instead")
-    rename = checkpoint_filter(backbone.body)
-    translate = (lambda found: found) if rename is None else lambda found: rename(found, backbone.body)
+    translate = checkpoint_filter(backbone.body)
     own = backbone.body.state_dict()
     expected = {key: tensor for key, tensor in own.items() if key not in backbone.added_keys}
     state = model_tensors(state, expected, translate, what)
     try:
-        state = translate(state)
+        state = dict(translate(state))
     except FOREIGN as error:
         raise InputError(f"{what} does not look like weights of '{config.name}': {error}") from error
     state = {key: own[key] for key in backbone.added_keys} | dict(state)
     what = f"{what} as backbone '{config.name}'"
-    ignore = lambda key: key in backbone.dropped_keys or key.startswith(_HEADS)  # noqa: E731
+    classifier = backbone.body.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads = (*_HEADS, *(f"{name}." for name in heads))
+    ignore = lambda key: key in backbone.dropped_keys or key.startswith(heads)  # noqa: E731
     load_strictly(backbone.body, state, what, ignore)
 
 
@@ -73,7 +75,8 @@ def load_strictly(
         _log.info("%s: left out %s", what, ", ".join(ignored))
     deferred = {name: p for name, p in module.named_parameters() if is_deferred(p)}
     for name, parameter in deferred.items():
-        fill(parameter, state[name])
+        if not state[name].is_meta:  # the own value of a key that the weights need not have
+            fill(parameter, state[name])
     # strict=False because of `num_batches_tracked`, the only key that may be missing.
     kept = {k: v for k, v in state.items() if k not in deferred and k not in set(ignored)}
     module.load_state_dict(kept, strict=False)

@@ -9,10 +9,12 @@ temporary tensors, and one parameter's gradient at a time.
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torchvision  # noqa: F401  # registers its operators
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,10 +40,22 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-# PyTorch's counter knows the fused attention of GPUs; that of CPUs is missing in some versions (2.14.1).
-_ATTENTION_ON_CPUS = {
+def _deformable(x: Any, weight: Any, offset: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of the convolution alone; the bilinear reading is a few percent of it."""
+    return int(2 * offset[0] * offset[2] * offset[3] * math.prod(weight))
+
+
+def _deformable_backward(gradient: Any, x: Any, weight: Any, offset: Any, *_: Any, **__: Any) -> int:
+    return 2 * _deformable(x, weight, offset)
+
+
+# PyTorch's counter knows the fused attention of GPUs; that of CPUs is missing in some versions (2.14.1). It
+# does not know the operators of torchvision.
+MORE_FLOPS: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.torchvision.deform_conv2d: _deformable,
+    torch.ops.torchvision._deform_conv2d_backward: _deformable_backward,
 }
 
 
@@ -81,7 +95,7 @@ def _count(run: ResolvedRun, micro_batch: int) -> Count:
         for parameter in model.parameters():
             if parameter.requires_grad:  # ZeRO reduces each gradient and frees it as soon as it is complete
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPUS) as flops:
+        with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as flops:
             loss = _loss(model, batch)
             forward = flops.get_total_flops()
             loss.backward()

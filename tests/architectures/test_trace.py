@@ -74,6 +74,9 @@ TRAINED: dict[str, dict[str, Any]] = {
         "box_head": {"sampling": {"type": "ohem", "over": "image"}},
         "semantic_branch": {"enabled": True, "source": "boxes", "embed": True},
     },
+    "dilated and deformable": {
+        "backbone": {"name": "test_resnet", "output_stride": 16, "deformable_stages": [4, 5]}
+    },
     "vitdet": {
         "backbone": {
             "name": "vit_tiny_patch16_224",

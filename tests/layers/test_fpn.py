@@ -41,7 +41,7 @@ def test_equals_torchvision(size: tuple[int, int]) -> None:
 def test_initialisation_is_detectron2s() -> None:
     """`c2_xavier_fill`: uniform within sqrt(3 / fan_in), biases 0."""
     torch.manual_seed(0)
-    fpn = FeaturePyramid(FpnConfig(channels=64), CHANNELS, Subsampled())
+    fpn = FeaturePyramid(FpnConfig(channels=64), CHANNELS, (4, 8, 16, 32), Subsampled())
     for block in (*fpn.laterals, *fpn.outputs):
         weight, bias = block[0].weight, block[0].bias
         bound = (3 / weight[0].numel()) ** 0.5
@@ -51,7 +51,7 @@ def test_initialisation_is_detectron2s() -> None:
 
 def test_norms_replace_biases() -> None:
     for norm in ("batch", "layer", "group"):
-        fpn = FeaturePyramid(FpnConfig(channels=32, norm=norm), CHANNELS, Subsampled())
+        fpn = FeaturePyramid(FpnConfig(channels=32, norm=norm), CHANNELS, (4, 8, 16, 32), Subsampled())
         for block in (*fpn.laterals, *fpn.outputs):
             assert block[0].bias is None and len(block) == 2
         assert [level.shape[1] for level in fpn(maps(64, 64))] == [32] * 5

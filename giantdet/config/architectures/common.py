@@ -46,6 +46,12 @@ class BackboneConfig(Section):
     """ResNet bottlenecks have their stride in the first 1x1 convolution (MSRA and Caffe weights)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """Number of stages that are frozen, from the first; 1 is the stem. detectron2's FREEZE_AT."""
+    output_stride: Literal[8, 16, 32] = 32
+    """Stride of the last map: 16 dilates the last stage instead of striding it, 8 the last two (DeepLab).
+    Only convolutional families; the weights are the same."""
+    deformable_stages: tuple[Annotated[int, Field(ge=2, le=5)], ...] = ()
+    """Stages whose 3x3 convolutions are deformable (DCNv2, `layers/deformable.py`), for example [3, 4, 5];
+    2 to 5 are the stages of C2 to C5."""
     drop_path_rate: Fraction = 0.0
     """Probability that stochastic depth drops the last block; it grows linearly with depth."""
     checkpoint_blocks: bool | PositiveInt = False
@@ -80,6 +86,12 @@ class BackboneConfig(Section):
         if self.pretrained and self.init_weights:
             yield (
                 "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
+            )
+        frozen = [stage for stage in self.deformable_stages if stage <= self.frozen_stages]
+        if frozen:
+            yield (
+                f"backbone.deformable_stages has stages {frozen}, which frozen_stages {self.frozen_stages} "
+                "freezes, so their offsets could not be learnt: leave them out"
             )
         yield from timm_args.problems(self.timm_args)
         for key in ("position_grid", "relative_positions", "attend_padding"):
