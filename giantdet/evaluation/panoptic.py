@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from giantdet.config.architectures.common import ArchitectureConfig, PanopticMergeConfig
+from giantdet.config.architectures.common import ArchitectureConfig
+from giantdet.config.architectures.panoptic_fpn import PanopticMergeConfig
 from giantdet.config.classes import Classes, unique_names
 from giantdet.config.conventions import Conventions
 from giantdet.config.json_text import json_text

@@ -13,8 +13,8 @@ from test_trace import Recorder
 
 from giantdet.architectures import build_model, total_loss
 from giantdet.architectures.panoptic_fpn import PanopticFpn
-from giantdet.config.architectures.common import NormConfig, PanopticMergeConfig
-from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
+from giantdet.config.architectures.common import NormConfig
+from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig, PanopticMergeConfig
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.panoptic import DETECTRON2, merge, panoptic_map

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torchmetrics.functional.detection import panoptic_quality
 
-from giantdet.config.architectures.common import PanopticMergeConfig
-from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig
+from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig, PanopticMergeConfig
 from giantdet.config.classes import Classes
 from giantdet.data.panoptic import PanopticMap, Segment, panoptic_png, read_panoptic_png
 from giantdet.engine.predict import no_targets
