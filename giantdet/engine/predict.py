@@ -29,8 +29,9 @@ from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
 from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
 from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
 from giantdet.errors import InputError
-from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
+from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.panoptic import panoptic_map
+from giantdet.evaluation.rle import Rle, decode_mask
 from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig, load_detector
 from giantdet.structures import Batch, Detections, Outputs, Targets
@@ -51,7 +52,7 @@ class Found(NamedTuple):
     labels_D: Tensor  # int64, class index
     names: list[str]  # by detection
     category_ids: list[int]  # by detection, of the training data set
-    rles_D: list[dict[str, Any]] | None = None  # masks, by detection
+    rles_D: list[Rle] | None = None  # masks, by detection
     semantic_HW: Tensor | None = None  # int64, number of a class in `ExportConfig.semantic_categories`
     panoptic: PanopticMap | None = None  # its segments' categories are the training data set's ids
     classes: Classes = Classes()  # all that the model knows
@@ -59,7 +60,7 @@ class Found(NamedTuple):
 
     @property
     def masks_DHW(self) -> Tensor | None:
-        """The masks as bitmaps, bool, or None without masks; `mask` returns one of them."""
+        """The masks as bitmaps, bool, D x h x w bytes, or None without masks; `mask` returns one of them."""
         if self.rles_D is None:
             return None
         if not self.rles_D:
@@ -154,7 +155,7 @@ class Predictor:
         if len(tiles) < 2:
             return self._found(pixels, threshold)
         boxes, scores, labels = [], [], []
-        rles: list[dict[str, Any]] = []
+        rles: list[Rle] = []
         has_masks = False
         for tile in tiles:
             part = self._found(pixels[tile.top : tile.bottom, tile.left : tile.right], threshold)
@@ -206,23 +207,17 @@ class Predictor:
         named_BD = detections.labels_BD < len(self.config.categories)
         shown_BD = detections.valid_BD & named_BD & (detections.scores_BD >= threshold)
         detections = detections._replace(valid_BD=shown_BD)
-        height, width = batch.original_sizes_B2[0].tolist()
-        boxes: list[Tensor] = []
-        rles: list[dict[str, Any]] = []
-        for part in in_parts(detections, height * width):
-            boxes_D4, masks_DHW = to_original(part, batch, 0, self.config.model.reference)
-            boxes.append(boxes_D4)
-            rles += [] if masks_DHW is None else map(encode_mask, masks_DHW)
+        boxes_D4, rles_D = to_original(detections, batch, 0, self.config.model.reference)
         chosen = detections.valid_BD[0]
         labels_D = detections.labels_BD[0][chosen].cpu()
         categories = [self.config.categories[label] for label in labels_D.tolist()]
         return Found(
-            boxes_D4=torch.cat(boxes),
+            boxes_D4=boxes_D4,
             scores_D=detections.scores_BD[0][chosen].cpu(),
             labels_D=labels_D,
             names=[name for _, name in categories],
             category_ids=[number for number, _ in categories],
-            rles_D=None if detections.masks_BDSS is None else rles,
+            rles_D=rles_D,
         )
 
     def _panoptic(self, outputs: Outputs, batch: Batch) -> PanopticMap:
