@@ -142,6 +142,8 @@ def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, i
 
 def run_predict(options: argparse.Namespace) -> None:
     """Predict all readable images. Raises InputError at the end if some could not be read."""
+    from tqdm import tqdm
+
     from giantdet.data.records import logger
     from giantdet.engine.draw import draw
     from giantdet.engine.inputs import InputImage, image_files, listed_images, picture_names
@@ -155,22 +157,40 @@ def run_predict(options: argparse.Namespace) -> None:
         if len(options.images) != 1:
             raise InputError("predict: with --annotations, give one folder, that of its images")
         images = listed_images(options.annotations, options.images[0])
-    pictures = picture_names([image.path for image in images], options.output)
-    predictor = load_predictor(options.export, max_image_pixels=options.max_image_pixels)
+    pictures = picture_names([image.path for image in images], options.output, options.overlays)
+    predictor = load_predictor(options.export, options.device, options.max_image_pixels)
     if options.tile is not None:
         predictor.check_tiles(options.tile, options.tile_overlap)
     results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
     left_out: list[str] = []
-    for (number, path, _), image, picture in zip(images, images, pictures, strict=True):
-        try:
-            pixels = image.read()
-        except ValueError as error:
-            logger.warning("image left out: %s", error)
-            left_out.append(str(error))
-            continue
-        found = predictor(pixels, options.threshold, options.tile, options.tile_overlap)
-        draw(pixels, found).save(picture)
-        print(f"{path}: {results.add(number, path, picture.stem, found)}, {picture}")
+    # A bar is shown only on a terminal; tqdm.write prints above it, to stdout.
+    bar = tqdm(total=len(images), unit="image", dynamic_ncols=True, disable=None)
+    few = options.batch_size if options.tile is None else 1  # large images one by one: the batch is of tiles
+    for first in range(0, len(images), few):
+        read: list[tuple[InputImage, Path, Any]] = []
+        part = slice(first, first + few)
+        for image, picture in zip(images[part], pictures[part], strict=True):
+            try:
+                read.append((image, picture, image.read()))
+            except ValueError as error:
+                logger.warning("image left out: %s", error)
+                left_out.append(str(error))
+        found = predictor(
+            [pixels for *_, pixels in read],
+            options.threshold,
+            options.tile,
+            options.tile_overlap,
+            batch_size=options.batch_size,
+            progress=True,
+        )
+        for (image, picture, pixels), one in zip(read, found, strict=True):
+            words = [results.add(image.number, image.path, picture.stem, one)]
+            if options.overlays:
+                draw(pixels, one).save(picture)
+                words.append(str(picture))
+            tqdm.write(f"{image.path}: {', '.join(words)}")
+        bar.update(len(images[part]))
+    bar.close()
     for file in results.write():
         print(f"results: {file}")
     if left_out:
