@@ -205,7 +205,9 @@ def _label(
     )
 
 
-def _enlarged(canvas: NDArray[Any]) -> Image.Image:
-    picture = Image.fromarray(np.asarray(canvas.clip(0, 255), np.uint8))
-    zoom = max(1, round(_SMALLEST / max(picture.size)))
+def _enlarged(canvas: NDArray[np.uint8]) -> Image.Image:
+    picture = Image.fromarray(canvas)
+    zoom = round(_SMALLEST / max(picture.size))
+    if zoom < 2:
+        return picture  # without a copy: the image may be large
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
