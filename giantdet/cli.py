@@ -138,6 +138,16 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--tile-overlap", type=float, default=0.2, help="overlap, as a part of a tile's side; default: 0.2"
     )
+    predict.add_argument("--device", help="cpu, cuda or cuda:1; default: the GPU if there is one")
+    predict.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        default=1,
+        help="images (or tiles of one) that the model takes at a time; default: 1",
+    )
+    predict.add_argument(
+        "--no-overlays", dest="overlays", action="store_false", help="write the results without pictures"
+    )
     predict.set_defaults(command=commands.run_predict)
 
     export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")

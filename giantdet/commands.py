@@ -152,11 +152,9 @@ def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, i
 
 
 def run_predict(options: argparse.Namespace) -> None:
-    """Predict all readable images. Raises InputError at the end if some could not be read."""
-    from giantdet.data.records import logger
-    from giantdet.engine.draw import draw
     from giantdet.engine.inputs import InputImage, image_files, listed_images, picture_names
     from giantdet.engine.predict import load_predictor
+    from giantdet.engine.predict_files import predict_files
     from giantdet.engine.results import Results
 
     if options.annotations is None:
@@ -166,27 +164,22 @@ def run_predict(options: argparse.Namespace) -> None:
         if len(options.images) != 1:
             raise InputError("predict: with --annotations, give one folder, that of its images")
         images = listed_images(options.annotations, options.images[0])
-    pictures = picture_names([image.path for image in images], options.output)
-    predictor = load_predictor(options.export, max_image_pixels=options.max_image_pixels)
+    pictures = picture_names([image.path for image in images], options.output, options.overlays)
+    predictor = load_predictor(options.export, options.device, options.max_image_pixels)
     if options.tile is not None:
         predictor.check_tiles(options.tile, options.tile_overlap)
     results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
-    left_out: list[str] = []
-    for image, picture in zip(images, pictures, strict=True):
-        try:
-            pixels = image.read()
-        except ValueError as error:
-            logger.warning("image left out: %s", error)
-            left_out.append(str(error))
-            continue
-        found = predictor(pixels, options.threshold, options.tile, options.tile_overlap)
-        draw(pixels, found).save(picture)
-        described = results.add(image.number, image.path, picture.stem, found)
-        print(f"{image.path}: {described}, {picture}")
-    for file in results.write():
-        print(f"results: {file}")
-    if left_out:
-        raise InputError(f"{len(left_out)} of {len(images)} images are left out, the first: {left_out[0]}")
+    predict_files(
+        predictor,
+        images,
+        pictures,
+        results,
+        options.threshold,
+        options.tile,
+        options.tile_overlap,
+        options.batch_size,
+        options.overlays,
+    )
 
 
 def run_export(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ Boxes are float32 xyxy in pixels of the padded image. A slot that holds nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,20 @@ class Batch(NamedTuple):
             image_ids_B=move(self.image_ids_B),
             original_sizes_B2=move(self.original_sizes_B2),
         )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return batches of one canvas and as many slots as one batch; all have windows, or none has."""
+    windows = [batch.windows_B6 for batch in batches if batch.windows_B6 is not None]
+    return Batch(
+        images_B3HW=torch.cat([batch.images_B3HW for batch in batches]),
+        sizes_B2=torch.cat([batch.sizes_B2 for batch in batches]),
+        targets=Targets._make(map(torch.cat, zip(*(batch.targets for batch in batches), strict=True))),
+        seeds_B=torch.cat([batch.seeds_B for batch in batches]),
+        image_ids_B=torch.cat([batch.image_ids_B for batch in batches]),
+        original_sizes_B2=torch.cat([batch.original_sizes_B2 for batch in batches]),
+        windows_B6=torch.cat(windows) if windows else None,
+    )
 
 
 class Detections(NamedTuple):

@@ -1,7 +1,7 @@
 """Convert masks between the image, the frame of an object and the frame of a proposal.
 
 Ground-truth masks are small bitmaps over a window of the image (`Targets.frames_BM4`). `mask_targets` makes
-the mask head's targets of them; `paste_masks` turns the head's probabilities into masks of the image. Both
+the mask head's targets of them; `paste_mask` turns the head's probabilities into a mask of the image. Both
 follow detectron2 (`structures/masks.py`, `layers/mask_ops.py`), or torchvision if its convention is
 requested.
 """
@@ -9,12 +9,9 @@ requested.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
-
-# Pixels of masks pasted at a time; a float32 temporary of them takes 64 MB.
-_CHUNK_PIXELS = 1 << 24
 
 
 def mask_targets(
@@ -56,19 +53,61 @@ def mask_targets(
     return (targets_BPSS >= 0.5).to(torch.float32) if binarize else targets_BPSS
 
 
-def _interpolation(start_D: Tensor, end_D: Tensor, side: int, length: int) -> Tensor:
-    """Return weights `[D, length, side]` that resample `side` values to [start, end] of `length` pixels.
+def paste_mask(
+    mask_SS: Tensor,
+    box_4: Tensor,
+    window: tuple[int, int, int, int],
+    threshold: float = 0.5,
+    at_pixel_centres: bool = True,
+) -> Tensor:
+    """Return a window of an object's mask in the image, bool, from probabilities in the frame of its box.
 
-    Linear between the centres of values and pixels, falling to 0 over half a value at the ends, as
-    `grid_sample` along one axis with zero padding and `align_corners=False`. A box without extent gives 0.
+    `box_4` is xyxy in pixels of the image, `window` (left, top, right, bottom) in whole pixels. detectron2
+    interpolates bilinearly at pixel centres, and a pixel counts from `threshold` on; torchvision rounds the
+    box to whole pixels, and a pixel counts above `threshold`. Beyond the box by one cell of the mask, nothing
+    counts. Every operation is by element, so a pixel is the same in each window that has it; the order of the
+    sums of a matrix product depends on its size.
     """
-    pixel = torch.arange(length, dtype=torch.float32, device=start_D.device) + 0.5
-    extent_D = end_D - start_D
-    scale_D = side / torch.where(extent_D > 0, extent_D, 1.0)
-    at_DL = (pixel - start_D[:, None]) * scale_D[:, None] - 0.5
-    value = torch.arange(side, dtype=torch.float32, device=start_D.device)
-    weights = (1 - (at_DL[:, :, None] - value).abs()).clamp_min(0)
-    return weights * (extent_D > 0)[:, None, None]
+    side = mask_SS.shape[0]
+    padded = F.pad(mask_SS.detach().float(), (1, 1, 1, 1))
+    box_4 = box_4.detach().float()
+    left, top, right, bottom = window
+    at_pixel = _at_pixel_centres if at_pixel_centres else _at_rounded_box
+    x_L, column_L = at_pixel(box_4[0], box_4[2], side, left, right)
+    y_L, row_L = at_pixel(box_4[1], box_4[3], side, top, bottom)
+    soft = _between(_between(padded, y_L).mT, x_L).mT
+    counts = soft >= threshold if at_pixel_centres else soft > threshold
+    return counts & row_L[:, None] & column_L
+
+
+def _at_pixel_centres(start: Tensor, end: Tensor, side: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Return where pixels first to last lie among a mask's padded values, and which may count: detectron2."""
+    pixel_L = torch.arange(first, last, dtype=torch.float32, device=start.device) + 0.5
+    extent = end - start
+    at_L = (pixel_L - start) * (side / torch.where(extent > 0, extent, 1.0)) + 0.5
+    return at_L.clamp(0, side + 1), (extent > 0).expand(last - first)
+
+
+def _at_rounded_box(start: Tensor, end: Tensor, side: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Return the same for torchvision (`paste_masks_in_image`).
+
+    The padded values are resized to the box, which has grown with them and is truncated to whole pixels.
+    """
+    centre, half = (start + end) * 0.5, (end - start) * 0.5 * ((side + 2) / side)
+    low, high = (centre - half).trunc(), (centre + half).trunc()
+    pixel_L = torch.arange(first, last, dtype=torch.float32, device=start.device)
+    scale = (side + 2) / (high - low + 1).clamp_min(1)
+    at_L = scale * (pixel_L - low + 0.5) - 0.5
+    return at_L.clamp(0, side + 1), (pixel_L >= low) & (pixel_L <= high)
+
+
+def _between(values_SX: Tensor, at_L: Tensor) -> Tensor:
+    """Return rows of `values_SX` at fractional positions `[L, X]`, linearly interpolated."""
+    low_L = at_L.floor()
+    share_L1 = (at_L - low_L)[:, None]
+    index_L = low_L.long()
+    above_L = (index_L + 1).clamp_max(len(values_SX) - 1)
+    return values_SX[index_L] * (1 - share_L1) + values_SX[above_L] * share_L1
 
 
 def paste_masks(
@@ -79,26 +118,8 @@ def paste_masks(
     threshold: float = 0.5,
     at_pixel_centres: bool = True,
 ) -> Tensor:
-    """Return masks of the image, `[D, height, width]` bool, from probabilities in the frames of boxes.
-
-    `masks_DSS` are probabilities, `boxes_D4` xyxy pixels of the image. detectron2 interpolates bilinearly at
-    pixel centres, and a pixel counts from `threshold` on; torchvision rounds boxes to whole pixels, and a
-    pixel counts above `threshold`. Works on a few masks at a time, to need little memory beyond the result.
-    """
-    masks_DSS, boxes_D4 = masks_DSS.detach().float(), boxes_D4.detach().float()
+    """Return whole masks by `paste_mask`, bool `[D, height, width]`: gigabytes for a large image."""
     pasted = torch.zeros(len(masks_DSS), height, width, dtype=torch.bool, device=masks_DSS.device)
-    chunk = max(1, _CHUNK_PIXELS // max(height * width, 1))
-    for first in range(0, len(masks_DSS), chunk):
-        masks, boxes = masks_DSS[first : first + chunk], boxes_D4[first : first + chunk]
-        if not at_pixel_centres:
-            # torchvision fails on a box outside of the image: move the box and drop its mask.
-            outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
-            boxes = boxes.masked_fill(outside[:, None], 0.0)
-            soft = paste_masks_in_image(masks[:, None], boxes, (height, width))[:, 0]
-            pasted[first : first + chunk] = (soft > threshold) & ~outside[:, None, None]
-        else:
-            # The interpolation is separable: two small matrix products instead of a grid of points.
-            rows = _interpolation(boxes[:, 1], boxes[:, 3], masks.shape[1], height)
-            columns = _interpolation(boxes[:, 0], boxes[:, 2], masks.shape[2], width)
-            pasted[first : first + chunk] = rows @ masks @ columns.mT >= threshold
+    for mask_HW, mask_SS, box_4 in zip(pasted, masks_DSS, boxes_D4, strict=True):
+        mask_HW.copy_(paste_mask(mask_SS, box_4, (0, 0, width, height), threshold, at_pixel_centres))
     return pasted
