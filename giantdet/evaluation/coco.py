@@ -131,10 +131,7 @@ def to_original(
     if detections.masks_BDSS is None:
         return boxes_D4, None
     at_centres = conventions.pastes_at_pixel_centres
-    return boxes_D4, [
-        encode_pasted(mask_SS, box_4, (height, width), at_centres)
-        for mask_SS, box_4 in zip(detections.masks_BDSS[b][chosen].cpu(), boxes_D4, strict=True)
-    ]
+    return boxes_D4, encode_pasted(detections.masks_BDSS[b][chosen], boxes_D4, (height, width), at_centres)
 
 
 def coco_numbers(max_detections: int = 100) -> tuple[str, ...]:

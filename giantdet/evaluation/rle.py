@@ -20,42 +20,60 @@ from giantdet.ops.masks import paste_mask
 
 Rle = dict[str, Any]
 """`size` is [height, width], `counts` a str, for JSON."""
+_NOTHING = np.zeros(0, np.int64)
 _PASTED_PIXELS = 1 << 21  # at a time; float32 temporaries of them take 8 MB each
 
 
-def encode_pasted(mask_SS: Tensor, box_4: Tensor, size_hw: tuple[int, int], at_pixel_centres: bool) -> Rle:
-    """Return the RLE of an object's mask, pasted as in `ops/masks.py` into an image of `size_hw`.
+def encode_pasted(
+    masks_DSS: Tensor, boxes_D4: Tensor, size_hw: tuple[int, int], at_pixel_centres: bool
+) -> list[Rle]:
+    """Return the RLEs of objects' masks, pasted as in `ops/masks.py` into an image of `size_hw`.
 
-    `mask_SS` are probabilities in the frame of the box, `box_4` xyxy pixels of the image; both on the CPU.
-    Only the surroundings of the box are pasted, a strip of columns at a time.
+    `masks_DSS` are probabilities in the frames of the boxes, `boxes_D4` xyxy pixels of the image. Only the
+    surroundings of a box are pasted, a strip of columns at a time.
     """
-    left, top, right, bottom = _window(box_4.tolist(), mask_SS.shape[0], size_hw)
+    masks, boxes = (tensor.detach().cpu().float().numpy() for tensor in (masks_DSS, boxes_D4))
+    return [
+        _encode_pasted(mask_SS, box, size_hw, at_pixel_centres)
+        for mask_SS, box in zip(masks, boxes.tolist(), strict=True)
+    ]
+
+
+def _encode_pasted(
+    mask_SS: NDArray[np.float32], box: list[float], size_hw: tuple[int, int], at_pixel_centres: bool
+) -> Rle:
+    # Interpolation halves the outermost values at the border of the box: beyond it, none reaches 1/2.
+    cells = math.inf if at_pixel_centres else mask_SS.shape[0]
+    left, top, right, bottom = _window(box, cells, size_hw)
     columns = max(1, _PASTED_PIXELS // max(1, bottom - top))
-    parts = [np.zeros(0, np.int64)]
+    parts = []
     for first in range(left, right, columns):
         window = (first, top, min(first + columns, right), bottom)
-        strip = paste_mask(mask_SS, box_4, window, at_pixel_centres=at_pixel_centres)
-        parts.append(_changes(strip.numpy(), top, first, size_hw[0]))
-    return encoded(np.concatenate(parts), size_hw)
+        strip = paste_mask(mask_SS, box, window, at_pixel_centres=at_pixel_centres)
+        parts.append(_changes(strip, top, first, size_hw[0]))
+    return encoded(parts[0] if len(parts) == 1 else np.concatenate([_NOTHING, *parts]), size_hw)
 
 
-def _window(box: list[float], side: int, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the pixels in which the mask of a box may count: up to a cell and a pixel beyond it."""
+def _window(box: list[float], cells: float, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the pixels of a box of `cells` x `cells` values, and of a cell and a pixel beyond it."""
     if not all(map(math.isfinite, box)):
         return 0, 0, 0, 0
     ends: list[int] = []
     for low, high, length in ((box[0], box[2], size_hw[1]), (box[1], box[3], size_hw[0])):
-        margin = max(0.0, high - low) / side + 1
+        margin = max(0.0, high - low) / cells + 1
         ends.append(min(max(math.floor(low - margin), 0), length))
         ends.append(max(min(math.ceil(high + margin), length), ends[-1]))
     return ends[0], ends[2], ends[1], ends[3]
 
 
-def _changes(mask_hw: NDArray[np.bool_], top: int, left: int, height: int) -> NDArray[np.int64]:
+def _changes(columns: NDArray[np.bool_], top: int, left: int, height: int) -> NDArray[np.int64]:
     """Return where the runs in a window of an image begin and end, for `encoded`; each column has its own."""
-    columns = np.pad(mask_hw.T, ((0, 0), (1, 1)))
-    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
-    return (left + column) * height + top + row
+    rows = columns.shape[1]
+    padded = np.zeros((len(columns), rows + 2), bool)
+    padded[:, 1:-1] = columns
+    at = np.flatnonzero(padded[:, 1:] != padded[:, :-1])  # in columns of rows + 1 places
+    column = at // (rows + 1)
+    return at + column * (height - rows - 1) + (left * height + top)
 
 
 def encoded(changes: NDArray[np.int64], size_hw: tuple[int, int]) -> Rle:
@@ -64,10 +82,16 @@ def encoded(changes: NDArray[np.int64], size_hw: tuple[int, int]) -> Rle:
     Pixels are numbered column by column. A run that ends where the next one begins is one with it.
     """
     pixels = size_hw[0] * size_hw[1]
-    same = np.flatnonzero(changes[1:] == changes[:-1])
-    changes = np.delete(changes, np.concatenate([same, same + 1]))
-    counts = np.diff(changes, prepend=0, append=pixels)
-    if len(changes) and changes[-1] == pixels:  # COCO has no last count of 0
+    same = changes[1:] == changes[:-1]
+    if same.any():
+        kept = np.ones(len(changes), bool)
+        kept[1:] &= ~same
+        kept[:-1] &= ~same
+        changes = changes[kept]
+    counts = np.empty(len(changes) + 1, np.int64)
+    counts[:-1], counts[-1] = changes, pixels
+    counts[1:] -= changes
+    if counts[-1] == 0 and len(changes):  # COCO has no last count of 0
         counts = counts[:-1]
     rle = mask_util.frPyObjects({"size": list(size_hw), "counts": counts.tolist()}, *size_hw)
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}

@@ -8,9 +8,12 @@ requested.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -54,60 +57,80 @@ def mask_targets(
 
 
 def paste_mask(
-    mask_SS: Tensor,
-    box_4: Tensor,
+    mask_SS: NDArray[np.float32],
+    box: Sequence[float],
     window: tuple[int, int, int, int],
     threshold: float = 0.5,
     at_pixel_centres: bool = True,
-) -> Tensor:
-    """Return a window of an object's mask in the image, bool, from probabilities in the frame of its box.
+) -> NDArray[np.bool_]:
+    """Return a window of an object's mask in the image, bool `[columns, rows]`: transposed, as RLE counts it.
 
-    `box_4` is xyxy in pixels of the image, `window` (left, top, right, bottom) in whole pixels. detectron2
-    interpolates bilinearly at pixel centres, and a pixel counts from `threshold` on; torchvision rounds the
-    box to whole pixels, and a pixel counts above `threshold`. Beyond the box by one cell of the mask, nothing
-    counts. Every operation is by element, so a pixel is the same in each window that has it; the order of the
-    sums of a matrix product depends on its size.
+    `mask_SS` are probabilities in the frame of the box, `box` is xyxy in pixels of the image, `window` (left,
+    top, right, bottom) in whole pixels. detectron2 interpolates bilinearly at pixel centres, and a pixel
+    counts from `threshold` on; torchvision rounds the box to whole pixels, and a pixel counts above
+    `threshold`. Beyond the box by one cell of the mask, nothing counts. Every operation is by element, so a
+    pixel is the same in each window that has it. In NumPy, whose calls cost less than PyTorch's: most masks
+    are small.
     """
     side = mask_SS.shape[0]
-    padded = F.pad(mask_SS.detach().float(), (1, 1, 1, 1))
-    box_4 = box_4.detach().float()
-    left, top, right, bottom = window
+    padded = np.zeros((side + 2, side + 2), np.float32)
+    padded[1:-1, 1:-1] = mask_SS
+    (x0, y0, x1, y1), (left, top, right, bottom) = np.asarray(box, np.float32), window
     at_pixel = _at_pixel_centres if at_pixel_centres else _at_rounded_box
-    x_L, column_L = at_pixel(box_4[0], box_4[2], side, left, right)
-    y_L, row_L = at_pixel(box_4[1], box_4[3], side, top, bottom)
-    soft = _between(_between(padded, y_L).mT, x_L).mT
-    counts = soft >= threshold if at_pixel_centres else soft > threshold
-    return counts & row_L[:, None] & column_L
+    x_L, column_L = at_pixel(x0, x1, side, left, right)
+    y_L, row_L = at_pixel(y0, y1, side, top, bottom)
+    soft = _between(np.ascontiguousarray(_between(padded, y_L).T), x_L)
+    counts: NDArray[np.bool_] = soft >= threshold if at_pixel_centres else soft > threshold
+    if not column_L.all():
+        counts[~column_L] = False
+    if not row_L.all():
+        counts[:, ~row_L] = False
+    return counts
 
 
-def _at_pixel_centres(start: Tensor, end: Tensor, side: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Return where pixels first to last lie among a mask's padded values, and which may count: detectron2."""
-    pixel_L = torch.arange(first, last, dtype=torch.float32, device=start.device) + 0.5
+Positions = tuple[NDArray[np.float32], NDArray[np.bool_]]
+"""Where pixels lie among a mask's padded values, and which of them may count."""
+
+
+def _at_pixel_centres(start: np.float32, end: np.float32, side: int, first: int, last: int) -> Positions:
+    """Return the positions of pixels first to last in detectron2's convention."""
+    pixel_L = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
     extent = end - start
-    at_L = (pixel_L - start) * (side / torch.where(extent > 0, extent, 1.0)) + 0.5
-    return at_L.clamp(0, side + 1), (extent > 0).expand(last - first)
+    at_L = (pixel_L - start) * (np.float32(side) / extent if extent > 0 else np.float32(side))
+    at_L += np.float32(0.5)
+    return _clipped(at_L, side), np.full(last - first, extent > 0)
 
 
-def _at_rounded_box(start: Tensor, end: Tensor, side: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _at_rounded_box(start: np.float32, end: np.float32, side: int, first: int, last: int) -> Positions:
     """Return the same for torchvision (`paste_masks_in_image`).
 
     The padded values are resized to the box, which has grown with them and is truncated to whole pixels.
     """
-    centre, half = (start + end) * 0.5, (end - start) * 0.5 * ((side + 2) / side)
-    low, high = (centre - half).trunc(), (centre + half).trunc()
-    pixel_L = torch.arange(first, last, dtype=torch.float32, device=start.device)
-    scale = (side + 2) / (high - low + 1).clamp_min(1)
-    at_L = scale * (pixel_L - low + 0.5) - 0.5
-    return at_L.clamp(0, side + 1), (pixel_L >= low) & (pixel_L <= high)
+    centre = (start + end) * np.float32(0.5)
+    half = (end - start) * np.float32(0.5) * np.float32((side + 2) / side)
+    low, high = np.trunc(centre - half), np.trunc(centre + half)
+    pixel_L = np.arange(first, last, dtype=np.float32)
+    scale = np.float32(side + 2) / max(high - low + 1, np.float32(1))
+    at_L = scale * (pixel_L - low + np.float32(0.5)) - np.float32(0.5)
+    return _clipped(at_L, side), (pixel_L >= low) & (pixel_L <= high)
 
 
-def _between(values_SX: Tensor, at_L: Tensor) -> Tensor:
+def _clipped(at_L: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    np.maximum(at_L, np.float32(0), out=at_L)
+    return np.minimum(at_L, np.float32(side + 1), out=at_L)
+
+
+def _between(values_SX: NDArray[np.float32], at_L: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return rows of `values_SX` at fractional positions `[L, X]`, linearly interpolated."""
-    low_L = at_L.floor()
-    share_L1 = (at_L - low_L)[:, None]
-    index_L = low_L.long()
-    above_L = (index_L + 1).clamp_max(len(values_SX) - 1)
-    return values_SX[index_L] * (1 - share_L1) + values_SX[above_L] * share_L1
+    index_L = at_L.astype(np.int64)
+    share_L1 = (at_L - index_L.astype(np.float32))[:, None]
+    below_LX = values_SX.take(index_L, 0)
+    below_LX *= 1 - share_L1
+    index_L += 1
+    above_LX = values_SX.take(index_L, 0, mode="clip")
+    above_LX *= share_L1
+    below_LX += above_LX
+    return below_LX
 
 
 def paste_masks(
@@ -118,8 +141,10 @@ def paste_masks(
     threshold: float = 0.5,
     at_pixel_centres: bool = True,
 ) -> Tensor:
-    """Return whole masks by `paste_mask`, bool `[D, height, width]`: gigabytes for a large image."""
-    pasted = torch.zeros(len(masks_DSS), height, width, dtype=torch.bool, device=masks_DSS.device)
-    for mask_HW, mask_SS, box_4 in zip(pasted, masks_DSS, boxes_D4, strict=True):
-        mask_HW.copy_(paste_mask(mask_SS, box_4, (0, 0, width, height), threshold, at_pixel_centres))
+    """Return masks of the image by `paste_mask`, bool `[D, height, width]` on the CPU."""
+    pasted = torch.zeros(len(masks_DSS), height, width, dtype=torch.bool)
+    masks, boxes = (np.asarray(t.detach().to("cpu", torch.float32)) for t in (masks_DSS, boxes_D4))
+    for mask_HW, mask_SS, box in zip(pasted, masks, boxes, strict=True):
+        window = (0, 0, width, height)
+        mask_HW.copy_(torch.from_numpy(paste_mask(mask_SS, box, window, threshold, at_pixel_centres)).T)
     return pasted

@@ -11,6 +11,7 @@ import torch
 from pycocotools import mask as mask_util
 from tiny import launch_ok
 
+from giantdet.data.segments import rle_counts
 from giantdet.evaluation import rle
 from giantdet.ops.masks import paste_masks
 
@@ -63,8 +64,8 @@ def test_pasted_masks_equal_the_bitmap_of_the_image(
         "smooth": torch.rand(len(boxes_D4), 1, 28, generator=generator).expand(-1, 28, 28),
     }[kind]
     whole = paste_masks(masks_DSS, boxes_D4, HEIGHT, WIDTH, at_pixel_centres=at_pixel_centres).numpy()
-    for mask_SS, box_4, mask_HW in zip(masks_DSS, boxes_D4, whole, strict=True):
-        found = rle.encode_pasted(mask_SS, box_4, (HEIGHT, WIDTH), at_pixel_centres)
+    encoded = rle.encode_pasted(masks_DSS, boxes_D4, (HEIGHT, WIDTH), at_pixel_centres)
+    for found, box_4, mask_HW in zip(encoded, boxes_D4, whole, strict=True):
         assert found == coco(mask_HW), box_4
         assert (rle.decode_mask(found).numpy() == mask_HW).all()
     assert whole.any() == (kind != "empty") or (kind, at_pixel_centres) == ("half", False)
@@ -72,8 +73,34 @@ def test_pasted_masks_equal_the_bitmap_of_the_image(
 
 def test_a_box_that_is_not_finite_has_no_mask() -> None:
     for value in (float("nan"), float("inf")):
-        found = rle.encode_pasted(torch.ones(4, 4), torch.tensor([0, 0, 5, value]), (20, 30), True)
+        boxes_14 = torch.tensor([[0, 0, 5, value]])
+        (found,) = rle.encode_pasted(torch.ones(1, 4, 4), boxes_14, (20, 30), True)
         assert found == coco(np.zeros((20, 30), bool))
+
+
+@pytest.mark.parametrize("at_pixel_centres", [True, False], ids=["detectron2", "torchvision"])
+def test_a_huge_image_has_the_mask_of_a_small_one(at_pixel_centres: bool) -> None:
+    """3.6 billion pixels, whose numbers exceed 32 bits: the same object in a corner, and in the middle.
+
+    Coordinates are multiples of 1/4, which float32 holds at both places.
+    """
+    height, width, side = 60_000, 60_000, 80
+    masks_DSS = torch.rand(2, 28, 28, generator=torch.Generator().manual_seed(2))
+    boxes_D4 = torch.tensor([[3.25, 5.5, 61.0, 70.75], [10.0, 10.0, 42.5, 74.25]])
+    small = rle.encode_pasted(masks_DSS, boxes_D4, (side, side), at_pixel_centres)
+    for x, y in ((0, 0), (31_000, 12_345), (width - side, height - side)):
+        moved_D4 = boxes_D4 + torch.tensor([x, y, x, y])
+        huge = rle.encode_pasted(masks_DSS, moved_D4, (height, width), at_pixel_centres)
+        for here, there in zip(small, huge, strict=True):
+            assert there["size"] == [height, width]
+            # Starts and ends of the runs, moved: no run touches another column here or there.
+            counts = rle_counts(here["counts"].encode())
+            turns = np.cumsum(np.array(counts, np.int64))[:-1]
+            expected = (turns // side + x) * height + turns % side + y
+            found = np.cumsum(np.array(rle_counts(there["counts"].encode()), np.int64))
+            assert found[-1] == height * width
+            assert (found[:-1] == expected).all()
+            assert len(expected) > 100
 
 
 def test_memory_does_not_grow_with_the_masks(tiny_export: Path) -> None:
