@@ -92,6 +92,11 @@ class Detections(NamedTuple):
     valid_BD: Tensor  # bool
     masks_BDSS: Tensor | None  # float32 probabilities in the frame of the box
 
+    def to(self, device: torch.device | str) -> Detections:
+        """The detections on `device`."""
+        moved = [None if tensor is None else tensor.to(device) for tensor in self]
+        return Detections._make(moved)
+
 
 class Outputs(NamedTuple):
     """What a model returns in evaluation; None for what it does not predict."""

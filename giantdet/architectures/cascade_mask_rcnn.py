@@ -45,7 +45,7 @@ from giantdet.layers.mask_head import (
 from giantdet.layers.roi_pool import RoiPool
 from giantdet.layers.rpn import Proposals, Rpn, RpnPredictions, rpn_losses
 from giantdet.ops.boxes import clip_boxes, non_empty
-from giantdet.structures import Batch, Outputs
+from giantdet.structures import Batch, Detections, Outputs
 
 
 class Predictions(NamedTuple):
@@ -175,11 +175,17 @@ class CascadeMaskRcnn(Architecture):
             self.config.box_head,
             self.conventions.min_detection_size,
         )
+        return Outputs(self._with_masks(levels, found))
+
+    def masks_of(self, batch: Batch, found: Detections) -> Detections:
+        """See `Architecture.masks_of`."""
+        return self._with_masks(self.pyramid(batch), found)
+
+    def _with_masks(self, levels: list[Tensor], found: Detections) -> Detections:
+        """Return the detections with the mean of the mask heads' probabilities, if there is a mask head."""
         masks = [with_masks(head, self.pool, levels, found).masks_BDSS for head in self.mask_heads()]
         probabilities = [mask for mask in masks if mask is not None]
-        if probabilities:
-            found = found._replace(masks_BDSS=torch.stack(probabilities).mean(0))
-        return Outputs(found)
+        return found._replace(masks_BDSS=torch.stack(probabilities).mean(0)) if probabilities else found
 
     def _mean_scores(self, answers: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the mean of the stages' scores `[B, N, C]`, from their logits `[B*N, C + 1]` and scores."""

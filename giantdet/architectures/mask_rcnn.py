@@ -142,6 +142,11 @@ class MaskRcnn(Architecture):
             return found
         return with_masks(self.mask_head, self.pool, levels, found)
 
+    def masks_of(self, batch: Batch, found: Detections) -> Detections:
+        """See `Architecture.masks_of`."""
+        assert self.mask_head is not None
+        return with_masks(self.mask_head, self.pool, self.pyramid(batch), found)
+
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `mask_rcnn_losses`."""
         return mask_rcnn_losses(predictions, self.conventions, self.config)

@@ -28,6 +28,7 @@ from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
 from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
+from giantdet.data.views import no_targets
 from giantdet.engine.found import Found
 from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
 from giantdet.errors import InputError
@@ -36,7 +37,7 @@ from giantdet.evaluation.panoptic import panoptic_map
 from giantdet.evaluation.rle import Rle
 from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig, load_detector
-from giantdet.structures import Batch, Detections, Outputs, Targets, joined
+from giantdet.structures import Batch, Detections, Outputs, joined
 
 logger = logging.getLogger("giantdet")
 ImageLike = str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any] | Tensor
@@ -301,17 +302,6 @@ def image_batches(
             original_sizes_B2=torch.tensor([size_hw]),
             windows_B6=row,
         )
-
-
-def no_targets(batch: int) -> Targets:
-    """Return the targets of a batch with zero slots per image."""
-    return Targets(
-        boxes_BM4=torch.zeros(batch, 0, 4),
-        labels_BM=torch.zeros(batch, 0, dtype=torch.int64),
-        valid_BM=torch.zeros(batch, 0, dtype=torch.bool),
-        masks_BMSS=torch.zeros(batch, 0, 0, 0, dtype=torch.uint8),
-        frames_BM4=torch.zeros(batch, 0, 4),
-    )
 
 
 def _known(device: torch.device | str) -> torch.device:

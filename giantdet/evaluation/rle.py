@@ -73,7 +73,8 @@ def _changes(columns: NDArray[np.bool_], top: int, left: int, height: int) -> ND
     padded[:, 1:-1] = columns
     at = np.flatnonzero(padded[:, 1:] != padded[:, :-1])  # in columns of rows + 1 places
     column = at // (rows + 1)
-    return at + column * (height - rows - 1) + (left * height + top)
+    changes: NDArray[np.int64] = at + column * (height - rows - 1) + (left * height + top)
+    return changes
 
 
 def encoded(changes: NDArray[np.int64], size_hw: tuple[int, int]) -> Rle:

@@ -26,7 +26,7 @@ from giantdet.layers.blocks import wrap_blocks
 from giantdet.layers.body import Backbone, create_body, freeze, image_statistics, require_multiple
 from giantdet.layers.model_names import with_timm_name
 from giantdet.layers.plain_vit import PlainViT
-from giantdet.layers.swin import pad_before_shift
+from giantdet.layers.swin import pad_before_shift, set_canvas
 
 __all__ = ["Backbone", "build_backbone"]
 
@@ -84,6 +84,16 @@ class Pyramid(Backbone):
         if config.frozen_stages:
             frozen = _first_stages(config, body, modules)
             freeze(body, lambda name: name in frozen)
+
+    def set_canvas(self, image_size: tuple[int, int]) -> None:
+        """See `Backbone.set_canvas`."""
+        if "always_partition" in self.timm_args:  # Swin stores the attention masks of one size
+            set_canvas(self.body, image_size)
+        elif "img_size" in self.timm_args or self.body.pretrained_cfg.get("fixed_input_size"):
+            raise InputError(
+                f"backbone '{self.body.pretrained_cfg.get('architecture')}' is built for one image size, and "
+                "tta shows images in several: leave out --tta and giantdet.eval.tta"
+            )
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         maps = self.body.forward_intermediates(images_B3HW, indices=self.indices, intermediates_only=True)

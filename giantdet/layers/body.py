@@ -39,7 +39,14 @@ class Backbone(nn.Module):
     """Keys of the body that timm's model does not have; checkpoints may lack them."""
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Return `[B, C, h, w]` maps, finest first, of normalised float images of the constructed size."""
+        """Return `[B, C, h, w]` maps, finest first, of normalised float images of the canvas' size."""
+        raise NotImplementedError
+
+    def set_canvas(self, image_size: tuple[int, int]) -> None:
+        """Take images of another (height, width) in pixels, multiples of the largest stride, from now on.
+
+        Raises InputError for a model that is built for one size.
+        """
         raise NotImplementedError
 
 

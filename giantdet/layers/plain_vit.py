@@ -69,13 +69,14 @@ class PlainViT(Float32Buffers, Backbone):
         self.window = config.window
         self.global_blocks = global_block_indices(depth, config.global_blocks if config.window else depth)
         height, width = (side // config.patch_size for side in image_size)
-        self.grid = (height, width)
+        self.grid = self._built_grid = (height, width)
+        self._rope: tuple[Any, ...] = ()
         self.num_prefix_tokens = body.num_prefix_tokens
         if self.window:
             self._drop_prefix_tokens()
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         self._store_rope()
-        self.position_grid = self._position_grid(config)
+        self.position_grid = self._trained_positions = self._position_grid(config)
         self.register_buffer("key_mask", self._key_mask(), persistent=False)
         self._made_mask: Tensor | None = None
         if config.relative_positions or config.attend_padding:
@@ -85,6 +86,23 @@ class PlainViT(Float32Buffers, Backbone):
             # Stages of a plain ViT: the embedding, then quarters of the blocks.
             frozen_blocks = {f"blocks.{i}" for i in range((config.frozen_stages - 1) * depth // 4)}
             freeze(body, lambda name: _block_of(name) in frozen_blocks or _is_embedding(name))
+
+    def set_canvas(self, image_size: tuple[int, int]) -> None:
+        """See `Backbone.set_canvas`. Absolute positions are interpolated from the canvas of training."""
+        if any(isinstance(block.attn, RelativeAttention) for block in self.body.blocks):
+            raise InputError(
+                "a plain ViT with relative_positions or attend_padding is built for one image size, and tta "
+                "shows images in several: leave out --tta and giantdet.eval.tta"
+            )
+        device = next(self.parameters()).device
+        height, width = image_size[0] // self.strides[0], image_size[1] // self.strides[0]
+        self.grid = (height, width)
+        if self.window and self.body.pos_embed is not None and self._trained_positions is None:
+            self.position_grid = None if self.grid == self._built_grid else self._built_grid
+        self._store_rope()
+        self.register_buffer("key_mask", self._key_mask(), persistent=False)
+        self._made_mask = None
+        self.to(device)
 
     def _drop_prefix_tokens(self) -> None:
         for name in _PREFIX_TOKENS:
@@ -131,6 +149,7 @@ class PlainViT(Float32Buffers, Backbone):
         frequencies are multiplied with. The frequencies themselves stay in the body.
         """
         rope = getattr(self.body, "rope", None)
+        rope = self._rope[0] if self._rope else rope
         self.learnt_rope = rope is not None and getattr(self.body, "rope_mixed", False)
         window = (self.window, self.window) if self.window else self.grid
         tables: list[Tensor | None] = [None, None]
@@ -141,6 +160,7 @@ class PlainViT(Float32Buffers, Backbone):
             rope.eval()  # in training mode DINOv3's augments its coordinates
             tables = [cast_to_float32(rope.get_embed(shape=shape)) for shape in (self.grid, window)]
             self.body.rope = None
+            self._rope = (rope,)  # not a submodule: its tables are stored here, in float32
         self.register_buffer("rope_global", tables[0], persistent=False)
         self.register_buffer("rope_window", tables[1], persistent=False)
 
