@@ -1,4 +1,4 @@
-"""The `giantdet` command: its arguments. commands.py implements the commands."""
+"""The `giantdet` command: its arguments. commands.py and model_commands.py implement them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from giantdet import commands
+from giantdet import commands, model_commands
 from giantdet.errors import GiantdetError, InputError, LostContactError
 from giantdet.tools.machines import MACHINES
 
@@ -107,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--results", type=_path, help="also write the detections to this file, as COCO results JSON"
     )
-    evaluate.set_defaults(command=commands.run_eval)
+    _add_tta(evaluate)
+    evaluate.set_defaults(command=model_commands.run_eval)
 
     predict = subparsers.add_parser("predict", help="detect objects in image files")
     predict.add_argument("export", type=_path, help="folder with model.safetensors and config.json")
@@ -148,7 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--no-overlays", dest="overlays", action="store_false", help="write the results without pictures"
     )
-    predict.set_defaults(command=commands.run_predict)
+    _add_tta(predict)
+    predict.set_defaults(command=model_commands.run_predict)
 
     export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")
     export.add_argument("run", type=_path, help="folder of the run (train.output)")
@@ -281,6 +283,22 @@ def _add_pixel_limit(parser: argparse.ArgumentParser) -> None:
         "--max-image-pixels",
         type=_at_least(1),
         help="read images of up to this many pixels; default: Pillow's limit, 178956970",
+    )
+
+
+def _add_tta(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "multi-scale testing",
+        "each of these options turns it on; defaults: eval.tta of the export, or 400 to 1200",
+    )
+    group.add_argument("--tta", action="store_true", help="show images in several scales, and mirrored")
+    group.add_argument(
+        "--tta-sides", type=_at_least(1), nargs="+", metavar="PIXELS", help="short sides of the scaled images"
+    )
+    group.add_argument("--tta-max-side", type=_at_least(1), metavar="PIXELS", help="their largest long side")
+    group.add_argument("--tta-merge", choices=("nms", "soft_nms", "wbf"), help="how boxes are merged")
+    group.add_argument(
+        "--no-tta-flip", dest="tta_flip", action="store_false", help="leave out the mirrored images"
     )
 
 

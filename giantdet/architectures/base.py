@@ -75,6 +75,8 @@ class Architecture(nn.Module):
         """
         if image_size == self.canvas:
             return
+        if self.backbone.one_size:
+            raise InputError(f"{self.backbone.one_size} is built for one image size")
         self.backbone.set_canvas(image_size)
         self.canvas = image_size
         for module in self.modules():

@@ -1,17 +1,20 @@
-"""Views of an image for multi-scale testing: scales and flips, each on the canvas of its pass.
+"""Batches of one image for prediction: on the canvas, in windows, or in several scales and mirrored.
 
-As detectron2's `DatasetMapperTTA`: for each short side a view and its mirror image, resized with Pillow's
-bilinear filter, and as in `GeneralizedRCNNWithTTA` a few views at a time are padded to the largest of them.
+Scales and flips are those of multi-scale testing, as in detectron2's `DatasetMapperTTA`: for each short side
+a view and its mirror image, resized with Pillow's bilinear filter. As in `GeneralizedRCNNWithTTA`, a few views
+at a time are padded to the largest of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from giantdet.config.types import TtaConfig
-from giantdet.data.transforms import Geometry, transform_image
+from giantdet.config.types import DataConfig, TtaConfig
+from giantdet.data.transforms import Geometry, draw_geometry, transform_image, window_row, windows
 from giantdet.structures import Batch, Targets
 
 
@@ -57,6 +60,51 @@ def view_batch(pixels_HW3: NDArray[np.uint8], views: list[Geometry], multiple: i
         seeds_B=torch.zeros(count, dtype=torch.int64),
         image_ids_B=torch.full((count,), number),
         original_sizes_B2=torch.tensor([view.source_hw for view in views]),
+    )
+
+
+def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
+    """Return a batch of one image, scaled to the canvas as in evaluation, without targets."""
+    (batch,) = image_batches(pixels_HW3, config, None)
+    return batch
+
+
+def image_batches(
+    pixels_HW3: NDArray[np.uint8], config: DataConfig, window_stride: int | None, number: int = 0
+) -> Iterator[Batch]:
+    """Yield batches of one view of an image as in evaluation, without targets: the image, or its windows.
+
+    `number` is the id of the image in them.
+    """
+    size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])
+    if window_stride is None:
+        views = [draw_geometry(np.random.default_rng(0), size_hw, config, training=False)]
+    else:
+        views = windows(size_hw, config, window_stride)
+    for n, view in enumerate(views):
+        canvas = transform_image(pixels_HW3, view, config.size)
+        row = None if window_stride is None else torch.tensor([window_row(views, n)])
+        yield Batch(
+            images_B3HW=torch.from_numpy(canvas).permute(2, 0, 1)[None],
+            sizes_B2=torch.tensor([view.size_hw], dtype=torch.float32),
+            targets=no_targets(1),
+            seeds_B=torch.zeros(1, dtype=torch.int64),
+            image_ids_B=torch.tensor([number]),
+            original_sizes_B2=torch.tensor([size_hw]),
+            windows_B6=row,
+        )
+
+
+def whole_image(pixels_HW3: NDArray[np.uint8], number: int) -> Batch:
+    """Return an image as it is, for `MultiScale`; `number` is its id."""
+    size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])
+    return Batch(
+        images_B3HW=torch.from_numpy(pixels_HW3).permute(2, 0, 1)[None],
+        sizes_B2=torch.tensor([size_hw], dtype=torch.float32),
+        targets=no_targets(1),
+        seeds_B=torch.zeros(1, dtype=torch.int64),
+        image_ids_B=torch.tensor([number]),
+        original_sizes_B2=torch.tensor([size_hw]),
     )
 
 

@@ -23,14 +23,14 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from giantdet.architectures import Architecture
-from giantdet.config.types import DataConfig
+from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
-from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
-from giantdet.data.views import no_targets
+from giantdet.data.views import image_batches, whole_image
 from giantdet.engine.found import Found
 from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
+from giantdet.engine.tta import MultiScale, check_tta
 from giantdet.errors import InputError
 from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.panoptic import panoptic_map
@@ -58,7 +58,7 @@ class Predictor:
         return (
             f"Predictor of {self.config.model.type} on {self.device}: "
             f"{len({*classes.objects, *classes.semantic})} classes, canvas {height} x {width}; call it with "
-            "(image, threshold=0.5, tile=None, tile_overlap=0.2, batch_size=1)"
+            "(image, threshold=0.5, tile=None, tile_overlap=0.2, batch_size=1, tta=None)"
         )
 
     @overload
@@ -71,6 +71,7 @@ class Predictor:
         *,
         batch_size: int = 1,
         progress: bool = False,
+        tta: TtaConfig | None = None,
     ) -> Found: ...
     @overload
     def __call__(
@@ -82,6 +83,7 @@ class Predictor:
         *,
         batch_size: int = 1,
         progress: bool = False,
+        tta: TtaConfig | None = None,
     ) -> list[Found]: ...
 
     def __call__(
@@ -93,6 +95,7 @@ class Predictor:
         *,
         batch_size: int = 1,
         progress: bool = False,
+        tta: TtaConfig | None = None,
     ) -> Found | list[Found]:
         """Return what is in an image: detections with a score of at least `threshold`, and maps.
 
@@ -106,7 +109,10 @@ class Predictor:
                 `tile_overlap` of their side; for models that predict only objects (`docs/prediction.md`).
             batch_size: images, tiles or windows that the model takes at a time.
             progress: show a bar over the tiles, if stderr is a terminal.
+            tta: show the image in several scales and mirrored, and merge what is found; see `TtaConfig`.
         """
+        if tta is not None:
+            self.check_tta(tile)
         if tile is not None:
             self.check_tiles(tile, tile_overlap)
         if batch_size < 1:
@@ -115,13 +121,22 @@ class Predictor:
         if any(map(is_batch, images)):
             raise InputError("a list of images has another list in it; give one list")
         if tile is None:
-            found = list(self._found(map(_pixels, images), threshold, batch_size))
+            found = list(self._found(map(_pixels, images), threshold, batch_size, tta))
         else:
             found = [
                 self._in_tiles(_pixels(one), threshold, tile, tile_overlap, batch_size, progress)
                 for one in images
             ]
         return found if is_batch(image) else found[0]
+
+    def check_tta(self, tile: int | None = None) -> None:
+        """Raise InputError, a ValueError, for a model that cannot be shown images in several scales."""
+        if tile is not None:
+            raise InputError(
+                "tta (--tta) shows whole images in several scales, and tile (--tile) parts of them: "
+                "give one of the two"
+            )
+        check_tta(self.detector, self.config.window_stride)
 
     def check_tiles(self, tile: int, overlap: float) -> None:
         """Raise InputError, a ValueError, for tiles that are impossible, or not for this model."""
@@ -184,18 +199,16 @@ class Predictor:
         )
 
     def _found(
-        self, images: Iterable[NDArray[np.uint8]], threshold: float, batch_size: int
+        self,
+        images: Iterable[NDArray[np.uint8]],
+        threshold: float,
+        batch_size: int,
+        tta: TtaConfig | None = None,
     ) -> Iterator[Found]:
         """Yield what is in each image."""
         maps = SemanticMaps()
-        views = (
-            view
-            for number, pixels in enumerate(images)
-            for view in image_batches(pixels, self.data, self.config.window_stride, number)
-        )
-        while part := list(islice(views, batch_size)):
-            batch = joined(part)
-            outputs = self._outputs(batch)
+        answers = self._on_canvas(images, batch_size) if tta is None else self._in_scales(images, tta)
+        for outputs, batch in answers:
             logits_BChw = outputs.semantic_BCHW
             complete = {} if logits_BChw is None else dict(maps.add(logits_BChw, batch))
             last_view = {number: b for b, number in enumerate(batch.image_ids_B.tolist())}
@@ -203,6 +216,27 @@ class Predictor:
                 if logits_BChw is None or number in complete:  # else the image has more windows
                     found = self._found_in_view(outputs, batch, b, threshold)
                     yield found._replace(semantic_HW=complete.get(number))
+
+    def _on_canvas(
+        self, images: Iterable[NDArray[np.uint8]], batch_size: int
+    ) -> Iterator[tuple[Outputs, Batch]]:
+        """Yield the outputs of batches of images, or of their windows."""
+        views = (
+            view
+            for number, pixels in enumerate(images)
+            for view in image_batches(pixels, self.data, self.config.window_stride, number)
+        )
+        while part := list(islice(views, batch_size)):
+            batch = joined(part)
+            yield self._outputs(batch), batch
+
+    def _in_scales(
+        self, images: Iterable[NDArray[np.uint8]], tta: TtaConfig
+    ) -> Iterator[tuple[Outputs, Batch]]:
+        """Yield the merged outputs of one image after another."""
+        model = MultiScale(self.detector, self.config.model, tta, self.device, self.config.window_stride)
+        for number, pixels in enumerate(images):
+            yield model(whole_image(pixels, number))
 
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> Outputs:
@@ -270,38 +304,6 @@ def load_image(path: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.uint8]:
         raise InputError(f"{path}: {bomb_text(error)}") from error
     except Exception as error:  # PIL's plugins raise exceptions of many types for broken files
         raise InputError(f"{path}: not a readable image ({error})") from error
-
-
-def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
-    """Return a batch of one image, scaled to the canvas as in evaluation, without targets."""
-    (batch,) = image_batches(pixels_HW3, config, None)
-    return batch
-
-
-def image_batches(
-    pixels_HW3: NDArray[np.uint8], config: DataConfig, window_stride: int | None, number: int = 0
-) -> Iterator[Batch]:
-    """Yield batches of one view of an image as in evaluation, without targets: the image, or its windows.
-
-    `number` is the id of the image in them.
-    """
-    size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])
-    if window_stride is None:
-        views = [draw_geometry(np.random.default_rng(0), size_hw, config, training=False)]
-    else:
-        views = windows(size_hw, config, window_stride)
-    for n, view in enumerate(views):
-        canvas = transform_image(pixels_HW3, view, config.size)
-        row = None if window_stride is None else torch.tensor([window_row(views, n)])
-        yield Batch(
-            images_B3HW=torch.from_numpy(canvas).permute(2, 0, 1)[None],
-            sizes_B2=torch.tensor([view.size_hw], dtype=torch.float32),
-            targets=no_targets(1),
-            seeds_B=torch.zeros(1, dtype=torch.int64),
-            image_ids_B=torch.tensor([number]),
-            original_sizes_B2=torch.tensor([size_hw]),
-            windows_B6=row,
-        )
 
 
 def _known(device: torch.device | str) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from giantdet.config.types import TtaConfig
 from giantdet.engine.draw import draw
 from giantdet.engine.inputs import InputImage
 from giantdet.engine.predict import Predictor
@@ -28,6 +29,7 @@ def predict_files(
     tile_overlap: float,
     batch_size: int,
     overlays: bool,
+    tta: TtaConfig | None = None,
 ) -> None:
     """Predict all readable images, and print a line for each; see `Predictor.__call__`.
 
@@ -54,6 +56,7 @@ def predict_files(
             tile_overlap,
             batch_size=batch_size,
             progress=True,
+            tta=tta,
         )
         for (image, picture, pixels), one in zip(read, found, strict=True):
             words = [results.add(image.number, image.path, picture.stem, one)]

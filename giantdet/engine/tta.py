@@ -20,16 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from giantdet.architectures import Architecture
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.types import TtaConfig
 from giantdet.data.transforms import Geometry
 from giantdet.data.views import no_targets, passes_of, view_batch, views_of
 from giantdet.engine.fusion import fuse
+from giantdet.errors import ConfigError
 from giantdet.ops.boxes import non_empty
 from giantdet.structures import Batch, Detections, Outputs
 
 WBF_IOU = 0.55
 """Threshold of weighted boxes fusion where none is given: the paper's value."""
+
+
+def check_tta(architecture: Architecture, window_stride: int | None) -> None:
+    """Raise ConfigError for a model that cannot be shown images in several scales, or not with windows."""
+    if window_stride is not None:
+        raise ConfigError(
+            "giantdet.eval.tta (--tta) shows whole images in several scales, and "
+            f"giantdet.eval.window_stride is {window_stride}: leave out one of the two"
+        )
+    if architecture.backbone.one_size:
+        raise ConfigError(
+            "giantdet.eval.tta (--tta) shows images in several sizes, and "
+            f"{architecture.backbone.one_size} is built for one: leave it out"
+        )
 
 
 class MultiScale:
@@ -39,13 +55,22 @@ class MultiScale:
         model: an architecture, or a DeepSpeed engine with one, in evaluation mode. Its canvas changes with
             the views and is set back after each image. All ranks run as many passes for an image.
         section: the model's section.
+        window_stride: the model's own setting, `EvalConfig.window_stride`.
+
+    Raises ConfigError where `check_tta` does.
     """
 
     def __init__(
-        self, model: Any, section: ArchitectureConfig, config: TtaConfig, device: torch.device | str
+        self,
+        model: Any,
+        section: ArchitectureConfig,
+        config: TtaConfig,
+        device: torch.device | str,
+        window_stride: int | None = None,
     ) -> None:
         self.model, self.section, self.config, self.device = model, section, config, device
-        self.architecture = getattr(model, "module", model)
+        self.architecture: Architecture = getattr(model, "module", model)
+        check_tta(self.architecture, window_stride)
         self.multiple = math.lcm(32, *self.architecture.backbone.strides)
 
     @torch.no_grad()

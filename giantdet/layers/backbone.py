@@ -74,6 +74,8 @@ class Pyramid(Backbone):
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         if swin:
             pad_before_shift(body)
+        elif "img_size" in self.timm_args or body.pretrained_cfg.get("fixed_input_size"):
+            self.one_size = f"backbone '{config.name}'"
         if config.stride_in_1x1:
             _move_strides(config, body)
         self.body = body
@@ -89,11 +91,6 @@ class Pyramid(Backbone):
         """See `Backbone.set_canvas`."""
         if "always_partition" in self.timm_args:  # Swin stores the attention masks of one size
             set_canvas(self.body, image_size)
-        elif "img_size" in self.timm_args or self.body.pretrained_cfg.get("fixed_input_size"):
-            raise InputError(
-                f"backbone '{self.body.pretrained_cfg.get('architecture')}' is built for one image size, and "
-                "tta shows images in several: leave out --tta and giantdet.eval.tta"
-            )
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         maps = self.body.forward_intermediates(images_B3HW, indices=self.indices, intermediates_only=True)

@@ -38,6 +38,9 @@ class Backbone(nn.Module):
     added_keys: frozenset[str] = frozenset()
     """Keys of the body that timm's model does not have; checkpoints may lack them."""
 
+    one_size: str = ""
+    """What makes the model take images of one size only; empty if it can take others (`set_canvas`)."""
+
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Return `[B, C, h, w]` maps, finest first, of normalised float images of the canvas' size."""
         raise NotImplementedError
@@ -45,7 +48,7 @@ class Backbone(nn.Module):
     def set_canvas(self, image_size: tuple[int, int]) -> None:
         """Take images of another (height, width) in pixels, multiples of the largest stride, from now on.
 
-        Raises InputError for a model that is built for one size.
+        Not for a model of `one_size`.
         """
         raise NotImplementedError
 

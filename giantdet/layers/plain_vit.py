@@ -81,6 +81,7 @@ class PlainViT(Float32Buffers, Backbone):
         self._made_mask: Tensor | None = None
         if config.relative_positions or config.attend_padding:
             self._replace_attention(config)
+            self.one_size = "a plain ViT with relative_positions or attend_padding"
         self._tell_windows()
         if config.frozen_stages:
             # Stages of a plain ViT: the embedding, then quarters of the blocks.
@@ -89,11 +90,6 @@ class PlainViT(Float32Buffers, Backbone):
 
     def set_canvas(self, image_size: tuple[int, int]) -> None:
         """See `Backbone.set_canvas`. Absolute positions are interpolated from the canvas of training."""
-        if any(isinstance(block.attn, RelativeAttention) for block in self.body.blocks):
-            raise InputError(
-                "a plain ViT with relative_positions or attend_padding is built for one image size, and tta "
-                "shows images in several: leave out --tta and giantdet.eval.tta"
-            )
         device = next(self.parameters()).device
         height, width = image_size[0] // self.strides[0], image_size[1] // self.strides[0]
         self.grid = (height, width)

@@ -82,9 +82,9 @@ def paste_mask(
     soft = _between(np.ascontiguousarray(_between(padded, y_L).T), x_L)
     counts: NDArray[np.bool_] = soft >= threshold if at_pixel_centres else soft > threshold
     if not column_L.all():
-        counts[~column_L] = False
+        counts &= column_L[:, None]
     if not row_L.all():
-        counts[:, ~row_L] = False
+        counts &= row_L
     return counts
 
 

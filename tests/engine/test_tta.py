@@ -224,5 +224,5 @@ def test_positions_of_the_canvas_are_interpolated() -> None:
 def test_models_of_one_size_are_refused() -> None:
     more = {"relative_positions": True}
     model, _ = built("semantic_fpn", backbone={**BACKBONES["vit, positions interpolated"], **more})
-    with pytest.raises(InputError, match="relative_positions"):
+    with pytest.raises(InputError, match="relative_positions or attend_padding is built for one"):
         model.set_canvas((96, 160))
