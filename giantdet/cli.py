@@ -89,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = subparsers.add_parser("eval", help="score an exported model on a data set")
     evaluate.add_argument("export", type=_path, help="folder with model.safetensors and config.json")
+    evaluate.add_argument(
+        "members", nargs="*", type=_path, help="with --fuse: more exports, or results in COCO's format"
+    )
     _add_pixel_limit(evaluate)
     evaluate.add_argument(
         "--annotations", type=_path, help="COCO instances JSON, or a list of images in its format"
@@ -108,12 +111,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--results", type=_path, help="also write the detections to this file, as COCO results JSON"
     )
     _add_tta(evaluate)
+    _add_fuse(evaluate)
     evaluate.set_defaults(command=model_commands.run_eval)
 
     predict = subparsers.add_parser("predict", help="detect objects in image files")
     predict.add_argument("export", type=_path, help="folder with model.safetensors and config.json")
     predict.add_argument(
-        "images", nargs="+", type=_path, help="image files, or folders of them, also in sub-folders"
+        "images",
+        nargs="+",
+        type=_path,
+        help="image files, or folders of them, also in sub-folders; with --fuse, more exports come first",
     )
     predict.add_argument(
         "--annotations",
@@ -150,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-overlays", dest="overlays", action="store_false", help="write the results without pictures"
     )
     _add_tta(predict)
+    _add_fuse(predict)
     predict.set_defaults(command=model_commands.run_predict)
 
     export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")
@@ -299,6 +307,18 @@ def _add_tta(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tta-merge", choices=("nms", "soft_nms", "wbf"), help="how boxes are merged")
     group.add_argument(
         "--no-tta-flip", dest="tta_flip", action="store_false", help="leave out the mirrored images"
+    )
+
+
+def _add_fuse(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ensembles")
+    group.add_argument(
+        "--fuse", choices=("wbf", "nms", "soft_nms"), help="fuse the objects of several models, by class name"
+    )
+    group.add_argument(
+        "--fuse-iou",
+        type=float,
+        help="IoU from which boxes are of one object; default: 0.55 for wbf, else 0.5",
     )
 
 

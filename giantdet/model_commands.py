@@ -20,6 +20,9 @@ def run_eval(options: argparse.Namespace) -> None:
     from giantdet.engine.evaluate import evaluate, warn_of_limits
     from giantdet.export import load_detector
 
+    if options.members or options.fuse is not None:
+        _eval_ensemble(options)
+        return
     device = comm.start()
     model, config = load_detector(options.export, device)
     usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
@@ -63,6 +66,42 @@ def run_eval(options: argparse.Namespace) -> None:
     comm.barrier()
 
 
+def _eval_ensemble(options: argparse.Namespace) -> None:
+    from giantdet.data.dataset import check_files, open_dataset
+    from giantdet.data.images import limit_pixels
+    from giantdet.distributed import comm
+    from giantdet.engine.run_ensemble import Choice, evaluate_ensemble
+
+    if options.fuse is None or not options.members:
+        raise InputError("eval: an ensemble is several models and --fuse, which says how they are fused")
+    device = comm.start()
+    usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
+    data, run_config = data_sets(options, ["val"], usage)
+    max_detections, max_image_pixels = _limits(options, run_config)
+    limit_pixels(max_image_pixels)
+    (section,) = data.values()
+    dataset = open_dataset(section)
+    check_files(dataset)
+    if not dataset.annotated and options.results is None:
+        raise InputError(f"{dataset.annotations}: no annotations, so no scores; give --results FILE")
+    if options.results is not None and comm.is_main():
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+    tta = _tta(options, None) or run_config.eval.tta
+    choice = Choice(options.fuse, options.batch_size, max_image_pixels, tta, options.fuse_iou)
+    table = evaluate_ensemble(
+        [options.export, *options.members],
+        dataset,
+        choice,
+        device,
+        options.workers,
+        max_detections,
+        options.results,
+    )
+    if comm.is_main():
+        print(table)
+    comm.barrier()
+
+
 def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, int]:
     """Return the detections that are scored and the pixels that are read; options override the run's."""
     return (
@@ -91,11 +130,21 @@ def _tta(options: argparse.Namespace, exported: TtaConfig | None) -> TtaConfig |
 
 
 def run_predict(options: argparse.Namespace) -> None:
+    from giantdet.engine.ensemble import is_member
     from giantdet.engine.inputs import InputImage, image_files, listed_images, picture_names
     from giantdet.engine.predict import load_predictor
     from giantdet.engine.predict_files import predict_files
     from giantdet.engine.results import Results
+    from giantdet.engine.run_ensemble import Choice, predict_ensemble
 
+    members = []
+    if options.fuse is not None:
+        while options.images and is_member(options.images[0]):
+            members.append(options.images.pop(0))
+        if not members or not options.images:
+            raise InputError("predict: with --fuse, give several models or results files, then the images")
+        if options.tile is not None:
+            raise InputError("predict: --tile and --fuse exclude each other; fuse the results.json of tiles")
     if options.annotations is None:
         files = image_files(options.images, options.output)
         images = [InputImage(number, path) for number, path in enumerate(files)]
@@ -104,6 +153,25 @@ def run_predict(options: argparse.Namespace) -> None:
             raise InputError("predict: with --annotations, give one folder, that of its images")
         images = listed_images(options.annotations, options.images[0])
     pictures = picture_names([image.path for image in images], options.output, options.overlays)
+    if options.fuse is not None:
+        choice = Choice(
+            options.fuse,
+            options.batch_size,
+            options.max_image_pixels,
+            _tta(options, None),
+            options.fuse_iou,
+        )
+        predict_ensemble(
+            [options.export, *members],
+            images,
+            pictures,
+            options.output,
+            choice,
+            options.device,
+            options.threshold,
+            options.overlays,
+        )
+        return
     predictor = load_predictor(options.export, options.device, options.max_image_pixels)
     if options.tile is not None:
         predictor.check_tiles(options.tile, options.tile_overlap)

@@ -77,6 +77,11 @@ def _changes(columns: NDArray[np.bool_], top: int, left: int, height: int) -> ND
     return changes
 
 
+def encode_window(mask_hw: NDArray[np.bool_], corner_yx: tuple[int, int], size_hw: tuple[int, int]) -> Rle:
+    """Return the RLE of a window's mask in an image of `size_hw`; nothing counts outside of the window."""
+    return encoded(_changes(mask_hw.T, *corner_yx, size_hw[0]), size_hw)
+
+
 def encoded(changes: NDArray[np.int64], size_hw: tuple[int, int]) -> Rle:
     """Return the RLE of a mask from the pixels at which its runs begin and end, in turns.
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import MODELS
+from tiny import MODELS, tiny_run
 from torchvision.ops import batched_nms
 
+from giantdet import cli, load_predictor
 from giantdet.architectures import Architecture, build_model
 from giantdet.config.architectures import SECTIONS, ArchitectureConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.types import TtaConfig
+from giantdet.data.demo import make_demo
 from giantdet.data.views import no_targets, passes_of, views_of
 from giantdet.engine.tta import MultiScale
-from giantdet.errors import InputError
+from giantdet.errors import ConfigError, InputError
 from giantdet.structures import Batch, Detections
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -226,3 +230,53 @@ def test_models_of_one_size_are_refused() -> None:
     model, _ = built("semantic_fpn", backbone={**BACKBONES["vit, positions interpolated"], **more})
     with pytest.raises(InputError, match="relative_positions or attend_padding is built for one"):
         model.set_canvas((96, 160))
+
+
+def test_commands_agree_and_refuse_tiles(tiny_export: Path, tmp_path: Path, capsys: Any) -> None:
+    """eval, predict and Python find the same; the options replace what the export has."""
+    make_demo(tmp_path / "data", 1, 2, 64, 0)
+    folder = next(path for path in (tmp_path / "data/val", tmp_path / "data/images") if path.is_dir())
+    annotations = ["--annotations", str(tmp_path / "data/val.json")]
+    options = ["--tta-sides", "48", "80", "--tta-merge", "wbf", "--no-tta-flip"]
+    results = tmp_path / "results.json"
+    command = ["eval", str(tiny_export), *annotations, "--images", str(folder), "--workers", "0"]
+    assert cli.main([*command, *options, "--results", str(results)]) == 0
+    evaluated = json.loads(results.read_text())
+    command = ["predict", str(tiny_export), str(folder), *annotations, "--threshold", "0", "--no-overlays"]
+    assert cli.main([*command, *options, "--output", str(tmp_path / "out")]) == 0
+    predicted = json.loads((tmp_path / "out/results.json").read_text())
+    assert [r["score"] for r in predicted] == pytest.approx([r["score"] for r in evaluated], abs=1e-5)
+    assert len(predicted) > 2 and all("segmentation" in r for r in predicted)
+    predictor = load_predictor(tiny_export, "cpu")
+    config = TtaConfig(short_sides=(48, 80), merge="wbf", flip=False)
+    files = [
+        folder / image["file_name"]
+        for image in json.loads((tmp_path / "data/val.json").read_text())["images"]
+    ]
+    found = predictor(files, 0.0, tta=config)
+    assert [float(s) for one in found for s in one.scores_D] == pytest.approx([r["score"] for r in predicted])
+    once = predictor(files, 0.0)
+    assert [one.scores_D.tolist() for one in once] != [one.scores_D.tolist() for one in found]
+    capsys.readouterr()
+    assert cli.main([*command, "--tta", "--tile", "32"]) == 2
+    assert "give one of the two" in capsys.readouterr().err
+    predictor.config = predictor.config.model_copy(update={"window_stride": 32})
+    with pytest.raises(ConfigError, match="window_stride is 32: leave out one"):
+        predictor(files, tta=config)
+
+
+def test_training_evaluates_in_several_scales(tmp_path: Path) -> None:
+    """eval.tta of the JSON counts in training and is exported; giantdet eval finds the same."""
+    make_demo(tmp_path / "data", 2, 2, 64, 0)
+    raw = tiny_run(tmp_path / "data", tmp_path / "run")
+    raw["giantdet"]["eval"] = {"tta": {"short_sides": [48, 80]}}
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    assert cli.main(["train", "--config", str(tmp_path / "run.json"), "train.steps=1"]) == 0
+    trained = json.loads((tmp_path / "run/results.json").read_text())
+    results = tmp_path / "results.json"
+    command = ["eval", str(tmp_path / "run/export"), "--config", str(tmp_path / "run.json"), "--workers", "0"]
+    assert cli.main([*command, "--results", str(results)]) == 0
+    assert load_predictor(tmp_path / "run/export", "cpu").config.tta == TtaConfig(short_sides=(48, 80))
+    found = json.loads(results.read_text())
+    assert len(found) == len(trained) > 0
+    assert [r["score"] for r in found] == pytest.approx([r["score"] for r in trained], abs=1e-4)
