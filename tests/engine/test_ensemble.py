@@ -170,8 +170,6 @@ def test_commands_fuse_models_and_results(tiny_export: Path, tmp_path: Path, cap
     save_file(weights, other / "model.safetensors")
     data = ["--annotations", str(tmp_path / "data/val.json"), "--workers", "0"]
     images = ["--images", str(tmp_path / "data/val")]
-    if not (tmp_path / "data/val").is_dir():
-        images = ["--images", str(tmp_path / "data/images")]
     ones = []
     for n, export in enumerate((tiny_export, other)):
         file = tmp_path / f"one_{n}.json"
@@ -205,6 +203,11 @@ def test_commands_fuse_models_and_results(tiny_export: Path, tmp_path: Path, cap
         (["eval", *arguments, *data, *images], "--fuse, which says how"),
         (["predict", str(tiny_export), images[1], "--fuse", "nms"], "give several models"),
         ([*command, "--tile", "32"], "--tile and --fuse exclude"),
+        ([*command, "--fuse-iou", "1.5", "--output", str(tmp_path / "out")], "an IoU in [0, 1), not 1.5"),
+        (
+            ["predict", arguments[1], arguments[0], images[1], "--fuse", "nms"],
+            "first member must be an export",
+        ),
     ):
         assert cli.main(bad) == 2
         assert words in capsys.readouterr().err

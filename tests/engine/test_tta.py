@@ -235,7 +235,7 @@ def test_models_of_one_size_are_refused() -> None:
 def test_commands_agree_and_refuse_tiles(tiny_export: Path, tmp_path: Path, capsys: Any) -> None:
     """eval, predict and Python find the same; the options replace what the export has."""
     make_demo(tmp_path / "data", 1, 2, 64, 0)
-    folder = next(path for path in (tmp_path / "data/val", tmp_path / "data/images") if path.is_dir())
+    folder = tmp_path / "data/val"
     annotations = ["--annotations", str(tmp_path / "data/val.json")]
     options = ["--tta-sides", "48", "80", "--tta-merge", "wbf", "--no-tta-flip"]
     results = tmp_path / "results.json"
