@@ -87,7 +87,7 @@ def _eval_ensemble(options: argparse.Namespace) -> None:
     if options.results is not None and comm.is_main():
         options.results.parent.mkdir(parents=True, exist_ok=True)
     tta = _tta(options, None) or run_config.eval.tta
-    choice = Choice(options.fuse, options.batch_size, max_image_pixels, tta, options.fuse_iou)
+    choice = Choice(options.fuse, options.batch_size, max_image_pixels, tta, _fuse_iou(options))
     table = evaluate_ensemble(
         [options.export, *options.members],
         dataset,
@@ -100,6 +100,13 @@ def _eval_ensemble(options: argparse.Namespace) -> None:
     if comm.is_main():
         print(table)
     comm.barrier()
+
+
+def _fuse_iou(options: argparse.Namespace) -> float | None:
+    if options.fuse_iou is not None and not 0 <= options.fuse_iou < 1:
+        raise InputError(f"--fuse-iou is an IoU in [0, 1), not {options.fuse_iou:g}")
+    iou: float | None = options.fuse_iou
+    return iou
 
 
 def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, int]:
@@ -159,7 +166,7 @@ def run_predict(options: argparse.Namespace) -> None:
             options.batch_size,
             options.max_image_pixels,
             _tta(options, None),
-            options.fuse_iou,
+            _fuse_iou(options),
         )
         predict_ensemble(
             [options.export, *members],

@@ -124,8 +124,6 @@ def fuse_members(
     has at most as many detections as the member that found most in it.
     """
     iou = DEFAULT_IOU[kind] if iou is None else iou
-    if not 0 <= iou < 1:
-        raise InputError(f"--fuse-iou is an IoU in [0, 1), not {iou:g}")
     has_masks = any(result.get("segmentation") for member in members for result in member.results)
     by_image: dict[int, list[list[Result]]] = defaultdict(lambda: [[] for _ in members])
     for m, member in enumerate(members):

@@ -90,15 +90,16 @@ def evaluate_ensemble(
                 tta=choice.tta,
                 progress=True,
             )
+            results: list[Result] = []
             if comm.is_main():
                 alone = "" if found.primary is None else f"; AP alone {found.primary:.3f}"
                 print(line + alone)
                 results = json.loads((Path(folder) / "member.json").read_text())
-                known = frozenset(number for number, _ in classes if number >= 0)
-                members.append(Member(str(path), known, results))
+            known = frozenset(number for number, _ in classes if number >= 0)
+            members.append(Member(str(path), known, results))
+    check_known(reference, members)  # on all ranks, so that an error ends all of them
     if not comm.is_main():
         return ""
-    check_known(reference, members)
     fused = fuse_members(members, choice.fuse, sizes, choice.iou)
     if file is not None:
         file.write_text(json_text(fused))
