@@ -27,7 +27,7 @@ from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
-from giantdet.data.views import image_batches, whole_image
+from giantdet.data.views import image_batch, image_batches, no_targets, whole_image
 from giantdet.engine.found import Found
 from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
 from giantdet.engine.tta import MultiScale, check_tta
@@ -38,6 +38,16 @@ from giantdet.evaluation.rle import Rle
 from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig, load_detector
 from giantdet.structures import Batch, Detections, Outputs, joined
+
+__all__ = [
+    "Found",
+    "Predictor",
+    "image_batch",
+    "image_batches",
+    "load_image",
+    "load_predictor",
+    "no_targets",
+]
 
 logger = logging.getLogger("giantdet")
 ImageLike = str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any] | Tensor
