@@ -1,4 +1,4 @@
-"""The `giantdet` command: its arguments. commands.py implements the commands."""
+"""The `giantdet` command: its arguments. commands.py and model_commands.py implement them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from giantdet import commands
+from giantdet import commands, model_commands
 from giantdet.errors import GiantdetError, InputError, LostContactError
 from giantdet.tools.machines import MACHINES
 
@@ -89,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = subparsers.add_parser("eval", help="score an exported model on a data set")
     evaluate.add_argument("export", type=_path, help="folder with model.safetensors and config.json")
+    evaluate.add_argument(
+        "members", nargs="*", type=_path, help="with --fuse: more exports, or results in COCO's format"
+    )
     _add_pixel_limit(evaluate)
     evaluate.add_argument(
         "--annotations", type=_path, help="COCO instances JSON, or a list of images in its format"
@@ -107,12 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--results", type=_path, help="also write the detections to this file, as COCO results JSON"
     )
-    evaluate.set_defaults(command=commands.run_eval)
+    _add_tta(evaluate)
+    _add_fuse(evaluate)
+    evaluate.set_defaults(command=model_commands.run_eval)
 
     predict = subparsers.add_parser("predict", help="detect objects in image files")
     predict.add_argument("export", type=_path, help="folder with model.safetensors and config.json")
     predict.add_argument(
-        "images", nargs="+", type=_path, help="image files, or folders of them, also in sub-folders"
+        "images",
+        nargs="+",
+        type=_path,
+        help="image files, or folders of them, also in sub-folders; with --fuse, more exports come first",
     )
     predict.add_argument(
         "--annotations",
@@ -138,7 +146,19 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--tile-overlap", type=float, default=0.2, help="overlap, as a part of a tile's side; default: 0.2"
     )
-    predict.set_defaults(command=commands.run_predict)
+    predict.add_argument("--device", help="cpu, cuda or cuda:1; default: the GPU if there is one")
+    predict.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        default=1,
+        help="images (or tiles of one) that the model takes at a time; default: 1",
+    )
+    predict.add_argument(
+        "--no-overlays", dest="overlays", action="store_false", help="write the results without pictures"
+    )
+    _add_tta(predict)
+    _add_fuse(predict)
+    predict.set_defaults(command=model_commands.run_predict)
 
     export = subparsers.add_parser("export", help="export a run's newest checkpoint as safetensors")
     export.add_argument("run", type=_path, help="folder of the run (train.output)")
@@ -271,6 +291,34 @@ def _add_pixel_limit(parser: argparse.ArgumentParser) -> None:
         "--max-image-pixels",
         type=_at_least(1),
         help="read images of up to this many pixels; default: Pillow's limit, 178956970",
+    )
+
+
+def _add_tta(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "multi-scale testing",
+        "each of these options turns it on; defaults: eval.tta of the export, or 400 to 1200",
+    )
+    group.add_argument("--tta", action="store_true", help="show images in several scales, and mirrored")
+    group.add_argument(
+        "--tta-sides", type=_at_least(1), nargs="+", metavar="PIXELS", help="short sides of the scaled images"
+    )
+    group.add_argument("--tta-max-side", type=_at_least(1), metavar="PIXELS", help="their largest long side")
+    group.add_argument("--tta-merge", choices=("nms", "soft_nms", "wbf"), help="how boxes are merged")
+    group.add_argument(
+        "--no-tta-flip", dest="tta_flip", action="store_false", help="leave out the mirrored images"
+    )
+
+
+def _add_fuse(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ensembles")
+    group.add_argument(
+        "--fuse", choices=("wbf", "nms", "soft_nms"), help="fuse the objects of several models, by class name"
+    )
+    group.add_argument(
+        "--fuse-iou",
+        type=float,
+        help="IoU from which boxes are of one object; default: 0.55 for wbf, else 0.5",
     )
 
 

@@ -68,56 +68,7 @@ def print_config(run: Any) -> None:
         print(describe(resolved))
 
 
-def run_eval(options: argparse.Namespace) -> None:
-    from giantdet.config.types import DataConfig
-    from giantdet.data.dataset import check_files, meet, open_dataset
-    from giantdet.data.images import limit_pixels
-    from giantdet.distributed import comm
-    from giantdet.engine.evaluate import evaluate, warn_of_limits
-    from giantdet.export import load_detector
-
-    device = comm.start()
-    model, config = load_detector(options.export, device)
-    usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
-    data, run_config = _data_sets(options, ["val"], usage)
-    max_detections, max_image_pixels = _limits(options, run_config)
-    limit_pixels(max_image_pixels)
-    (section,) = data.values()
-    dataset = open_dataset(section)
-    check_files(dataset)
-    classes = meet(dataset, config.classes, options.export)
-    if not dataset.annotated and options.results is None:
-        raise InputError(
-            f"{dataset.annotations}: no annotations, so there are no scores; give --results FILE to write "
-            "what is found"
-        )
-    warn_of_limits(dataset, config.model, max_detections)
-    if options.results is not None and comm.is_main():
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-    found = evaluate(
-        model,
-        dataset,
-        DataConfig(
-            size=config.size,
-            short_side=config.short_side,
-            workers=options.workers,
-            max_image_pixels=max_image_pixels,
-        ),
-        options.batch_size,
-        device,
-        tasks=model.tasks,
-        model_config=config.model,
-        classes=classes,
-        window_stride=config.window_stride,
-        max_detections=max_detections,
-        results=options.results,
-    )
-    if comm.is_main():
-        print(found.table)
-    comm.barrier()
-
-
-def _data_sets(
+def data_sets(
     options: argparse.Namespace, splits: list[str], usage: str
 ) -> tuple[dict[str, Any], GiantdetConfig]:
     """Return what describes the data sets of a command, by name, and the giantdet block.
@@ -141,52 +92,6 @@ def _data_sets(
         raise InputError(usage)
     section = CocoDatasetConfig(annotations=str(options.annotations), images=str(options.images))
     return {str(options.annotations): section}, GiantdetConfig()
-
-
-def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, int]:
-    """Return the detections that are scored and the pixels that are read; options override the run's."""
-    return (
-        options.max_detections or config.eval.max_detections,
-        options.max_image_pixels or config.data.max_image_pixels,
-    )
-
-
-def run_predict(options: argparse.Namespace) -> None:
-    """Predict all readable images. Raises InputError at the end if some could not be read."""
-    from giantdet.data.records import logger
-    from giantdet.engine.draw import draw
-    from giantdet.engine.inputs import InputImage, image_files, listed_images, picture_names
-    from giantdet.engine.predict import load_predictor
-    from giantdet.engine.results import Results
-
-    if options.annotations is None:
-        files = image_files(options.images, options.output)
-        images = [InputImage(number, path) for number, path in enumerate(files)]
-    else:
-        if len(options.images) != 1:
-            raise InputError("predict: with --annotations, give one folder, that of its images")
-        images = listed_images(options.annotations, options.images[0])
-    pictures = picture_names([image.path for image in images], options.output)
-    predictor = load_predictor(options.export, max_image_pixels=options.max_image_pixels)
-    if options.tile is not None:
-        predictor.check_tiles(options.tile, options.tile_overlap)
-    results = Results(options.output, predictor.detector.tasks, predictor.config.classes)
-    left_out: list[str] = []
-    for image, picture in zip(images, pictures, strict=True):
-        try:
-            pixels = image.read()
-        except ValueError as error:
-            logger.warning("image left out: %s", error)
-            left_out.append(str(error))
-            continue
-        found = predictor(pixels, options.threshold, options.tile, options.tile_overlap)
-        draw(pixels, found).save(picture)
-        described = results.add(image.number, image.path, picture.stem, found)
-        print(f"{image.path}: {described}, {picture}")
-    for file in results.write():
-        print(f"results: {file}")
-    if left_out:
-        raise InputError(f"{len(left_out)} of {len(images)} images are left out, the first: {left_out[0]}")
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -311,7 +216,7 @@ def run_validate(options: argparse.Namespace) -> int:
     from giantdet.data.validate import format_report
 
     usage = "validate-data: give a COCO instances JSON and the folder of its images, or --config JSON"
-    data, run_config = _data_sets(options, ["train", "val"], usage)
+    data, run_config = data_sets(options, ["train", "val"], usage)
     limit_pixels(options.max_image_pixels or run_config.data.max_image_pixels)
     failed = False
     for name, config in data.items():

@@ -29,6 +29,7 @@ from giantdet.config.architectures.common import NormConfig
 from giantdet.config.classes import Category, Classes, ClassKind
 from giantdet.config.load import RunConfig
 from giantdet.config.section import Section
+from giantdet.config.types import TtaConfig
 from giantdet.distributed import comm
 from giantdet.errors import ConfigError, InputError
 from giantdet.layers.deferred import is_deferred, materialise
@@ -57,6 +58,8 @@ class ExportConfig(Section):
     """Short side in pixels that images are scaled to."""
     window_stride: PositiveInt | None = None
     """See `EvalConfig`."""
+    tta: TtaConfig | None = None
+    """The settings of --tta; see `EvalConfig`."""
     categories: tuple[Category, ...]
     """(category id of the data set, name) of the classes of objects, by class index."""
     semantic_categories: tuple[Category, ...] = ()
@@ -83,6 +86,7 @@ def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
         size=run.giantdet.data.size,
         short_side=run.giantdet.data.short_side,
         window_stride=run.giantdet.eval.window_stride,
+        tta=run.giantdet.eval.tta,
         categories=classes.objects,
         semantic_categories=classes.semantic,
     )

@@ -15,6 +15,7 @@ Boxes are float32 xyxy in pixels of the padded image. A slot that holds nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,20 @@ class Batch(NamedTuple):
         )
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return batches of one canvas and as many slots as one batch; all have windows, or none has."""
+    windows = [batch.windows_B6 for batch in batches if batch.windows_B6 is not None]
+    return Batch(
+        images_B3HW=torch.cat([batch.images_B3HW for batch in batches]),
+        sizes_B2=torch.cat([batch.sizes_B2 for batch in batches]),
+        targets=Targets._make(map(torch.cat, zip(*(batch.targets for batch in batches), strict=True))),
+        seeds_B=torch.cat([batch.seeds_B for batch in batches]),
+        image_ids_B=torch.cat([batch.image_ids_B for batch in batches]),
+        original_sizes_B2=torch.cat([batch.original_sizes_B2 for batch in batches]),
+        windows_B6=torch.cat(windows) if windows else None,
+    )
+
+
 class Detections(NamedTuple):
     """Objects found in a batch, best first."""
 
@@ -76,6 +91,11 @@ class Detections(NamedTuple):
     labels_BD: Tensor  # int64 in [0, C)
     valid_BD: Tensor  # bool
     masks_BDSS: Tensor | None  # float32 probabilities in the frame of the box
+
+    def to(self, device: torch.device | str) -> Detections:
+        """The detections on `device`."""
+        moved = [None if tensor is None else tensor.to(device) for tensor in self]
+        return Detections._make(moved)
 
 
 class Outputs(NamedTuple):

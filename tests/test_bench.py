@@ -47,3 +47,12 @@ def test_refuses_what_torchvision_has_not() -> None:
     (ended,) = run_together([(command, environment())], fresh=False)
     assert ended.code == 2
     assert "--only giantdet" in ended.err
+
+
+def test_bench_of_masks_finds_the_same_masks() -> None:
+    script = REPO / "benchmarks" / "bench_masks.py"
+    command = [sys.executable, str(script), "--images", "1", "--detections", "3", "--height", "60"]
+    (ended,) = run_together([(command, environment())], fresh=False)
+    assert ended.code == 0, ended.err
+    differing = re.search(r"pixels that differ from detectron2's: (\d+)", ended.out)
+    assert differing and int(differing[1]) <= 2, ended.out

@@ -17,7 +17,7 @@ from giantdet.config.architectures.common import ArchitectureConfig, NormPart
 from giantdet.errors import InputError
 from giantdet.layers.backbone import build_backbone
 from giantdet.layers.body import Backbone
-from giantdet.structures import Batch, Outputs
+from giantdet.structures import Batch, Detections, Outputs
 
 
 class Architecture(nn.Module):
@@ -42,6 +42,7 @@ class Architecture(nn.Module):
                 )
         self.num_classes = int(config.num_classes)
         self.conventions = config.reference
+        self.canvas = image_size
         self.backbone: Backbone = build_backbone(config.backbone, image_size)
         mean, std = self.backbone.mean, self.backbone.std
         self.pixel_scale = tuple(1.0 / (255.0 * s) for s in std)
@@ -57,12 +58,30 @@ class Architecture(nn.Module):
         """The tasks that the model is scored on, by the evaluators' names; the last is the primary one."""
         raise NotImplementedError
 
-    def forward(self, batch: Batch) -> Any:
+    def forward(self, batch: Batch, found: Detections | None = None) -> Any:
         """Return the input of `losses` in training, and `Outputs` in evaluation.
 
-        Their shapes depend only on the configuration and the number of images.
+        Their shapes depend only on the configuration and the number of images. In evaluation, with the boxes
+        and classes of objects that were `found`, the outputs are these objects with their masks.
         """
+        if found is not None:
+            return Outputs(self.masks_of(batch, found))
         return self.predict(batch) if self.training else self.answer(batch)
+
+    def set_canvas(self, image_size: tuple[int, int]) -> None:
+        """Take images on another canvas from now on, for evaluation in several scales.
+
+        Raises InputError for a backbone that is built for one size.
+        """
+        if image_size == self.canvas:
+            return
+        if self.backbone.one_size:
+            raise InputError(f"{self.backbone.one_size} is built for one image size")
+        self.backbone.set_canvas(image_size)
+        self.canvas = image_size
+        for module in self.modules():
+            if hasattr(module, "image_size"):
+                setattr(module, "image_size", image_size)  # noqa: B010 - mypy takes attributes for modules
 
     def predict(self, batch: Batch) -> NamedTuple:
         """Return the predictions that are trained, with their targets."""
@@ -70,6 +89,10 @@ class Architecture(nn.Module):
 
     def answer(self, batch: Batch) -> Outputs:
         """Return the outputs for the images, such as detections."""
+        raise NotImplementedError
+
+    def masks_of(self, batch: Batch, found: Detections) -> Detections:
+        """Return the objects with mask probabilities in their boxes; only for models of masks."""
         raise NotImplementedError
 
     def losses(self, predictions: Any, batch: Batch) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ from giantdet.layers.semantic_branch import (
     roi_maps,
 )
 from giantdet.ops.boxes import clip_boxes, non_empty
-from giantdet.structures import Batch, Outputs, Targets
+from giantdet.structures import Batch, Detections, Outputs, Targets
 
 
 class Predictions(NamedTuple):
@@ -225,11 +225,17 @@ class CascadeMaskRcnn(Architecture):
             self.config.box_head,
             self.conventions.min_detection_size,
         )
+        return Outputs(self._with_masks(maps, found))
+
+    def masks_of(self, batch: Batch, found: Detections) -> Detections:
+        """See `Architecture.masks_of`."""
+        return self._with_masks(roi_maps(self.semantic_branch, self.pyramid(batch)), found)
+
+    def _with_masks(self, maps: RoiMaps, found: Detections) -> Detections:
+        """Return the detections with the mean of the mask heads' probabilities, if there is a mask head."""
         masks = [with_masks(head, self.pool, maps, found).masks_BDSS for head in self.mask_heads()]
         probabilities = [mask for mask in masks if mask is not None]
-        if probabilities:
-            found = found._replace(masks_BDSS=torch.stack(probabilities).mean(0))
-        return Outputs(found)
+        return found._replace(masks_BDSS=torch.stack(probabilities).mean(0)) if probabilities else found
 
     def _mean_scores(self, answers: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the mean of the stages' scores `[B, N, C]`, from their logits `[B*N, C + 1]` and scores."""

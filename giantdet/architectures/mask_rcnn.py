@@ -175,6 +175,12 @@ class MaskRcnn(Architecture):
             return found
         return with_masks(self.mask_head, self.pool, maps, found)
 
+    def masks_of(self, batch: Batch, found: Detections) -> Detections:
+        """See `Architecture.masks_of`."""
+        assert self.mask_head is not None
+        maps = roi_maps(self.semantic_branch, self.pyramid(batch))
+        return with_masks(self.mask_head, self.pool, maps, found)
+
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `mask_rcnn_losses`."""
         return mask_rcnn_losses(predictions, self.conventions, self.config)

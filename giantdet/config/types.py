@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from giantdet.config.architectures import SECTIONS, ModelConfig
 from giantdet.config.architectures.common import NormConfig
@@ -170,6 +170,31 @@ class TrainConfig(Section):
     """Use deterministic kernels, where PyTorch has them; slower on GPUs."""
 
 
+class TtaConfig(Section):
+    """Multi-scale testing (`engine/tta.py`); the defaults are detectron2's."""
+
+    short_sides: tuple[PositiveInt, ...] = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
+    """Short sides, in pixels, that images are scaled to."""
+    max_side: PositiveInt = 4000
+    """Largest long side in pixels; a view that would exceed it is scaled to it."""
+    flip: bool = True
+    """Show the mirror image of each view, too."""
+    merge: Literal["nms", "soft_nms", "wbf"] = "nms"
+    """How the boxes of all views are merged within each class. nms; soft_nms: scores decay with overlap
+    (Bodla et al. 2017); wbf: weighted boxes fusion (Solovyev et al. 2021)."""
+    iou: Fraction | None = None
+    """IoU above which boxes of a class are of one object. None: the model's own `nms_iou`, for wbf 0.55."""
+    views_at_a_time: PositiveInt = 3
+    """Views of an image that the model takes at a time; they are padded to the largest of them."""
+
+    @field_validator("short_sides")
+    @classmethod
+    def _some(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
+        if not sides:
+            raise ValueError("give at least one short side in pixels, such as [800]")
+        return sides
+
+
 class EvalConfig(Section):
     batch_size: PositiveInt = 1
     """Images per rank and step."""
@@ -180,6 +205,9 @@ class EvalConfig(Section):
     """Semantic models: scale images to `short_side` whatever their other side is, and slide a window of the
     canvas' size over them with this stride in pixels; logits are averaged where windows overlap. None: scale
     whole images to fit on the canvas."""
+    tta: TtaConfig | None = None
+    """Multi-scale testing: show each image in several scales and mirrored, and merge what is found. None:
+    once, on the canvas. Images are then taken one by one, whatever `batch_size` is."""
 
 
 class GiantdetConfig(Section):

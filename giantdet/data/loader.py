@@ -200,16 +200,18 @@ def eval_loader(
     pin_memory: bool = False,
     targets: frozenset[str] = frozenset(),
     window_stride: int | None = None,
+    unscaled: bool = False,
 ) -> Loader:
     """Return a loader of every image once over all ranks, in `loader.steps` batches on each rank.
 
     With `window_stride` images are seen in windows of the canvas' size, all those of an image on one rank.
+    With `unscaled`, for a batch of 1, an image keeps its size, and has no padding.
 
     Filler slots hold a black image of the canvas' size with the id -1; so do unreadable images, which
     therefore count as missed. Without `targets`, M and S are 0: the ground truth of an evaluation is the
     annotation file.
     """
-    stream = EvalStream(dataset, config, targets, window_stride)
+    stream = EvalStream(dataset, config, targets, window_stride, unscaled)
     return Loader(stream, EvalSampler(stream.batches(batch, rank, world)), pin_memory)
 
 

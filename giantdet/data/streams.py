@@ -17,7 +17,7 @@ from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset, nothing_to_train
 from giantdet.data.images import limit_pixels
 from giantdet.data.samples import NO_MAP, Sample, collate, make_sample
-from giantdet.data.transforms import draw_geometry, window_row, windows
+from giantdet.data.transforms import Geometry, draw_geometry, window_row, windows
 from giantdet.errors import DataError
 from giantdet.structures import IGNORE, Batch
 
@@ -109,14 +109,20 @@ class TrainStream(Stream):
 class EvalStream(Stream):
     """The evaluation stream: sample k is view k; numbers beyond the views fill up the last batches.
 
-    A view is an image on the canvas, or one of the windows over it where `window_stride` is given.
+    A view is an image on the canvas, or one of the windows over it where `window_stride` is given, or, if
+    `unscaled`, the image as it is in the file.
     """
 
     def __init__(
-        self, dataset: Dataset, config: DataConfig, targets: frozenset[str], window_stride: int | None = None
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        targets: frozenset[str],
+        window_stride: int | None = None,
+        unscaled: bool = False,
     ) -> None:
         super().__init__(dataset, config, targets)
-        self.window_stride = window_stride
+        self.window_stride, self.unscaled = window_stride, unscaled
         sizes = [(int(height), int(width)) for height, width in dataset.sizes_hw]
         counts = [1 if window_stride is None else len(windows(hw, config, window_stride)) for hw in sizes]
         self.first = np.concatenate([[0], np.cumsum(counts)])  # view of each image
@@ -127,6 +133,10 @@ class EvalStream(Stream):
         i = int(np.searchsorted(self.first, k, side="right")) - 1
         hw = (int(self.dataset.sizes_hw[i, 0]), int(self.dataset.sizes_hw[i, 1]))
         try:
+            if self.unscaled:
+                config = self.config.model_copy(update={"size": hw})
+                as_is = Geometry(hw, hw, (0, 0), hw, False)
+                return make_sample(self.dataset, i, k, config, as_is, self.targets)
             if self.window_stride is None:
                 geometry = draw_geometry(np.random.default_rng(0), hw, self.config, training=False)
                 return make_sample(self.dataset, i, k, self.config, geometry, self.targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,20 +14,21 @@ from PIL import Image, ImageDraw
 from giantdet.config.classes import Classes
 from giantdet.data.panoptic import PanopticMap
 from giantdet.engine.fonts import Written, written
-from giantdet.engine.predict import Found
+from giantdet.engine.found import Found
 
 Color = tuple[int, int, int]
 _PALETTE: tuple[Color, ...] = (
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180),
     (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128),
 )  # fmt: skip
+_ROWS = 256  # painted at a time, for large pictures: floats take 12 bytes a pixel
 _SMALLEST = 512  # pixels of the longer side; smaller pictures are enlarged, or labels would cover them
 
 
 class Entry(NamedTuple):
     """A region of a map, as it is painted and named in the legend."""
 
-    mask_HW: NDArray[np.bool_]
+    number: int  # in the map
     color: Color
     name: str
 
@@ -40,6 +42,13 @@ def color_of(number: int) -> Color:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def instance_color(number: int, instance: int) -> Color:
+    """Return the colour of an object: that of its class, in one of three shades in turns."""
+    red, green, blue = color_of(number)
+    shade = (1.0, 0.75, 0.55)[instance % 3]
+    return round(red * shade), round(green * shade), round(blue * shade)
+
+
 def draw(image: NDArray[np.uint8], found: Found) -> Image.Image:
     """Return the image `[h, w, 3]` with what was found drawn on it.
 
@@ -47,9 +56,10 @@ def draw(image: NDArray[np.uint8], found: Found) -> Image.Image:
     Maps have a legend of the classes that occur, the largest first.
     """
     if found.panoptic is not None:
-        return _draw_map(image, panoptic_entries(found.panoptic, found.classes))
+        return _draw_map(image, found.panoptic.ids_HW, panoptic_entries(found.panoptic, found.classes))
     if found.semantic_HW is not None:
-        return _draw_map(image, semantic_entries(found.semantic_HW.numpy(), found.classes))
+        map_HW = found.semantic_HW.numpy()
+        return _draw_map(image, map_HW, semantic_entries(map_HW, found.classes))
     return _draw_objects(image, found)
 
 
@@ -57,42 +67,42 @@ def panoptic_entries(panoptic: PanopticMap, classes: Classes) -> list[Entry]:
     """Return an entry for each segment; objects of a class have different shades of its colour."""
     categories = [*classes.objects, *classes.stuff]
     number = {category: n for n, (category, _) in enumerate(categories)}
-    objects: dict[int, int] = {}
+    objects: Counter[int] = Counter()
     entries = []
     for segment in panoptic.segments:
         n = number[segment.category]
-        shade = 1.0
-        if n < len(classes.objects):
-            shade = (1.0, 0.75, 0.55)[objects.get(n, 0) % 3]
-            objects[n] = objects.get(n, 0) + 1
-        red, green, blue = color_of(n)
-        color = (round(red * shade), round(green * shade), round(blue * shade))
-        entries.append(Entry(panoptic.ids_HW == segment.id, color, categories[n][1]))
+        color = instance_color(n, objects[n] if n < len(classes.objects) else 0)
+        objects[n] += 1
+        entries.append(Entry(segment.id, color, categories[n][1]))
     return entries
 
 
 def semantic_entries(map_HW: NDArray[np.int64], classes: Classes) -> list[Entry]:
     """Return an entry for each class that occurs; classes without a name are left out."""
     return [
-        Entry(map_HW == n, color_of(n), classes.semantic[n][1])
+        Entry(n, color_of(n), classes.semantic[n][1])
         for n in np.unique(map_HW).tolist()
         if n < len(classes.semantic)
     ]
 
 
-def _draw_map(image: NDArray[np.uint8], entries: Sequence[Entry]) -> Image.Image:
-    canvas = image.astype(np.float32)
-    for entry in entries:
-        canvas[entry.mask_HW] = 0.4 * canvas[entry.mask_HW] + 0.6 * np.array(entry.color, np.float32)
-    canvas[_borders(image.shape[:2], entries)] = 255.0
-    picture = _enlarged(canvas)
-    sizes: dict[str, int] = {}
+def _draw_map(
+    image: NDArray[np.uint8], map_HW: NDArray[np.integer[Any]], entries: Sequence[Entry]
+) -> Image.Image:
+    canvas = image.copy()
+    region_HW = np.zeros(image.shape[:2], np.int32)
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     colors: dict[str, Color] = {}
-    counts: dict[str, int] = {}
-    for entry in entries:
-        sizes[entry.name] = sizes.get(entry.name, 0) + int(entry.mask_HW.sum())
-        counts[entry.name] = counts.get(entry.name, 0) + 1
+    for region, entry in enumerate(entries, 1):
+        mask_HW = map_HW == entry.number
+        _paint(canvas, mask_HW, entry.color, 0.6)
+        region_HW[mask_HW] = region
+        sizes[entry.name] += int(mask_HW.sum())
+        counts[entry.name] += 1
         colors.setdefault(entry.name, entry.color)
+    canvas[_borders(region_HW)] = 255
+    picture = _enlarged(canvas)
     names = sorted(sizes, key=lambda name: -sizes[name])
     rows = [
         (f"{name[:24]} ({counts[name]})" if counts[name] > 1 else name[:24], colors[name]) for name in names
@@ -122,12 +132,16 @@ def _text_size(picture: Image.Image) -> int:
     return max(12, round(min(picture.size) / 45))
 
 
-def _borders(size_hw: tuple[int, ...], entries: Sequence[Entry]) -> NDArray[np.bool_]:
+def _paint(canvas: NDArray[np.uint8], mask_HW: NDArray[np.bool_], color: Color, opacity: float) -> None:
+    for top in range(0, len(canvas), _ROWS):
+        rows, mask = canvas[top : top + _ROWS], mask_HW[top : top + _ROWS]
+        mixed = (1 - opacity) * rows[mask].astype(np.float32) + opacity * np.array(color, np.float32)
+        rows[mask] = mixed.astype(np.uint8)
+
+
+def _borders(region_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Return the pixels whose right or lower neighbour belongs to another region."""
-    region_HW = np.zeros(size_hw, np.int32)
-    for number, entry in enumerate(entries, 1):
-        region_HW[entry.mask_HW] = number
-    border_HW = np.zeros(size_hw, bool)
+    border_HW = np.zeros(region_HW.shape, bool)
     border_HW[:, :-1] |= region_HW[:, :-1] != region_HW[:, 1:]
     border_HW[:-1] |= region_HW[:-1] != region_HW[1:]
     return border_HW
@@ -135,22 +149,35 @@ def _borders(size_hw: tuple[int, ...], entries: Sequence[Entry]) -> NDArray[np.b
 
 def _draw_objects(image: NDArray[np.uint8], found: Found) -> Image.Image:
     canvas = image.copy()
-    labels = found.labels_D.tolist()
-    for d, label in enumerate(labels if found.rles_D is not None else ()):
-        mask_HW = found.mask(d).numpy()  # one at a time: those of a large image take gigabytes
-        canvas[mask_HW] = 0.5 * canvas[mask_HW] + 0.5 * np.array(color_of(label), np.float32)
+    objects: Counter[int] = Counter()
+    colors = []
+    for label in found.labels_D.tolist():
+        colors.append(instance_color(label, objects[label]))
+        objects[label] += 1
+    for d, color in enumerate(colors if found.rles_D is not None else ()):
+        # One at a time: the masks of a large image take gigabytes.
+        _paint(canvas, found.mask(d).numpy(), color, 0.5)
     picture = _enlarged(canvas)
     zoom = picture.width // image.shape[1]
     pen = ImageDraw.Draw(picture)
     line = max(2, _text_size(picture) // 8)
-    for box, label, name, score in zip(
-        found.boxes_D4.tolist(), labels, found.names, found.scores_D.tolist(), strict=True
+    for box, color, name, score in zip(
+        found.boxes_D4.tolist(), colors, found.names, found.scores_D.tolist(), strict=True
     ):
-        color = color_of(label)
         x0, y0, x1, y1 = (value * zoom for value in box)
         pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=color, width=line)
-        _label(pen, picture.size, (x0, y0), written(f"{name} {score:.2f}", _text_size(picture)), color)
+        _label(pen, picture.size, (x0, y0), _fitting(name, f"{score:.2f}", picture), color)
     return picture
+
+
+def _fitting(name: str, score: str, picture: Image.Image) -> Written:
+    """Return a label, whose name is cut where the picture is too narrow for it."""
+    size = _text_size(picture)
+    label, kept = written(f"{name} {score}", size), len(name)
+    while label.box[2] + size > picture.width and kept > 1:
+        kept -= 1
+        label = written(f"{name[:kept]}.. {score}", size)
+    return label
 
 
 def _label(
@@ -178,7 +205,9 @@ def _label(
     )
 
 
-def _enlarged(canvas: NDArray[Any]) -> Image.Image:
-    picture = Image.fromarray(np.asarray(canvas.clip(0, 255), np.uint8))
-    zoom = max(1, round(_SMALLEST / max(picture.size)))
+def _enlarged(canvas: NDArray[np.uint8]) -> Image.Image:
+    picture = Image.fromarray(canvas)
+    zoom = round(_SMALLEST / max(picture.size))
+    if zoom < 2:
+        return picture  # without a copy: the image may be large
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

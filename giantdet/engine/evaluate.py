@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.classes import Classes
-from giantdet.config.types import DataConfig, EvalConfig
+from giantdet.config.types import DataConfig, EvalConfig, TtaConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader
 from giantdet.data.records import logger
 from giantdet.distributed import comm
+from giantdet.engine.tta import MultiScale
 from giantdet.errors import ConfigError
 from giantdet.evaluation import EVALUATORS, Evaluator, Scores, primary_score
 from giantdet.structures import Batch, Outputs
@@ -50,6 +52,8 @@ def evaluate(
     window_stride: int | None = None,
     max_detections: int = 100,
     results: Path | None = None,
+    tta: TtaConfig | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Score a model on a data set and return the scores. All ranks call it.
 
@@ -60,8 +64,9 @@ def evaluate(
         tasks: the tasks of the model; those with ground truth in the data set are scored.
         model_config: the model's section.
         classes: the classes that the model predicts.
-        window_stride, max_detections: see `EvalConfig`.
+        window_stride, max_detections, tta: see `EvalConfig`.
         results: file to which the main rank writes the detections, maps beside it; None: nothing is written.
+        progress: show a bar on the main rank, if stderr is a terminal.
     """
     check_windows(tasks, window_stride)
     limit_pixels(data.max_image_pixels)  # for the true maps, which evaluators read
@@ -72,8 +77,22 @@ def evaluate(
         for metric in metrics_of(tasks)
     ]
     rank, world = comm.rank(), comm.world_size()
-    for batch in eval_loader(dataset, data, batch_size, rank, world, window_stride=window_stride):
-        outputs = model(batch.to(device))
+    multi_scale = None if tta is None else MultiScale(model, model_config, tta, device, window_stride)
+    loader = eval_loader(
+        dataset,
+        data,
+        batch_size if tta is None else 1,
+        rank,
+        world,
+        window_stride=window_stride,
+        unscaled=tta is not None,
+    )
+    hidden = None if progress and comm.is_main() else True
+    for batch in tqdm(loader, total=loader.steps, unit="batch", dynamic_ncols=True, disable=hidden):
+        if multi_scale is None:
+            outputs = model(batch.to(device))
+        else:
+            outputs, batch = multi_scale(batch)
         for evaluator in evaluators:
             evaluator.add(outputs, batch)
     scores: Scores = {}

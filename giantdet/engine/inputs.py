@@ -106,10 +106,10 @@ def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
         yield from (Path(here) / name for name in sorted(names))
 
 
-def picture_names(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Return a path in `folder` for the overlay of each file.
+def picture_names(files: Sequence[Path], folder: Path, written: bool = True) -> list[Path]:
+    """Return a path in `folder` for the overlay of each file; its stem is unique.
 
-    Raises InputError, a ValueError, where an overlay would replace one of the files.
+    Raises InputError, a ValueError, where an overlay that is `written` would replace one of the files.
     """
     pictures: dict[Path, None] = {}
     numbers: Counter[str] = Counter()
@@ -120,6 +120,7 @@ def picture_names(files: Sequence[Path], folder: Path) -> list[Path]:
             picture = folder / f"{path.stem}_{numbers[path.stem] + 1}.png"
         pictures[picture] = None
     # os.path.realpath, because Path.resolve raises for a link to itself.
-    if replaced := set(map(os.path.realpath, pictures)) & set(map(os.path.realpath, files)):
+    replaced = set(map(os.path.realpath, pictures)) & set(map(os.path.realpath, files))
+    if written and replaced:
         raise InputError(f"{min(replaced)}: its overlay would replace it; choose another --output")
     return list(pictures)

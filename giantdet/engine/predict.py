@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, overload
+from typing import IO, Any, overload
 
 import numpy as np
 import torch
@@ -19,76 +20,42 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.ops import batched_nms
+from tqdm import tqdm
 
 from giantdet.architectures import Architecture
-from giantdet.config.classes import Classes
-from giantdet.config.types import DataConfig
+from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
-from giantdet.data.transforms import draw_geometry, transform_image, window_row, windows
+from giantdet.data.views import image_batch, image_batches, no_targets, whole_image
+from giantdet.engine.found import Found
 from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
+from giantdet.engine.tta import MultiScale, check_tta
 from giantdet.errors import InputError
-from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
+from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.panoptic import panoptic_map
+from giantdet.evaluation.rle import Rle
 from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig, load_detector
-from giantdet.structures import Batch, Detections, Outputs, Targets
+from giantdet.structures import Batch, Detections, Outputs, joined
+
+__all__ = [
+    "Found",
+    "Predictor",
+    "image_batch",
+    "image_batches",
+    "load_image",
+    "load_predictor",
+    "no_targets",
+]
 
 logger = logging.getLogger("giantdet")
 ImageLike = str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any] | Tensor
 """A file, or what `pixels.rgb_pixels` takes."""
 
 
-class Found(NamedTuple):
-    """What was found in one image, in pixels of that image. A model without objects finds no detection.
-
-    Masks are kept as COCO's compressed RLE: bitmaps of 100 objects take 18 GB in an image of a satellite.
-    """
-
-    boxes_D4: Tensor  # float32 xyxy, best first
-    scores_D: Tensor  # float32
-    labels_D: Tensor  # int64, class index
-    names: list[str]  # by detection
-    category_ids: list[int]  # by detection, of the training data set
-    rles_D: list[dict[str, Any]] | None = None  # masks, by detection
-    semantic_HW: Tensor | None = None  # int64, number of a class in `ExportConfig.semantic_categories`
-    panoptic: PanopticMap | None = None  # its segments' categories are the training data set's ids
-    classes: Classes = Classes()  # all that the model knows
-    size_hw: tuple[int, int] = (0, 0)  # of the image
-
-    @property
-    def masks_DHW(self) -> Tensor | None:
-        """The masks as bitmaps, bool, or None without masks; `mask` returns one of them."""
-        if self.rles_D is None:
-            return None
-        if not self.rles_D:
-            return torch.zeros(0, *self.size_hw, dtype=torch.bool)
-        return torch.stack([self.mask(d) for d in range(len(self.rles_D))])
-
-    def mask(self, d: int) -> Tensor:
-        """Return the mask of detection d, bool `[h, w]`."""
-        assert self.rles_D is not None
-        return decode_mask(self.rles_D[d])
-
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Return the detections as COCO results."""
-        results = []
-        for d, (x0, y0, x1, y1) in enumerate(self.boxes_D4.tolist()):
-            result: dict[str, Any] = {
-                "image_id": image_id,
-                "category_id": self.category_ids[d],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": float(self.scores_D[d]),
-            }
-            if self.rles_D is not None:
-                result["segmentation"] = self.rles_D[d]
-            results.append(result)
-        return results
-
-
 class Predictor:
-    """A model with the image size and the class names of its export."""
+    """A model with the image size and the class names of its export; see `__call__`."""
 
     def __init__(
         self, detector: Architecture, config: ExportConfig, device: torch.device | str = "cpu"
@@ -96,9 +63,25 @@ class Predictor:
         self.detector, self.config, self.device = detector, config, device
         self.data = DataConfig(size=config.size, short_side=config.short_side)
 
+    def __repr__(self) -> str:
+        classes, (height, width) = self.config.classes, self.config.size
+        return (
+            f"Predictor of {self.config.model.type} on {self.device}: "
+            f"{len({*classes.objects, *classes.semantic})} classes, canvas {height} x {width}; call it with "
+            "(image, threshold=0.5, tile=None, tile_overlap=0.2, batch_size=1, tta=None)"
+        )
+
     @overload
     def __call__(
-        self, image: ImageLike, threshold: float = 0.5, tile: int | None = None, tile_overlap: float = 0.2
+        self,
+        image: ImageLike,
+        threshold: float = 0.5,
+        tile: int | None = None,
+        tile_overlap: float = 0.2,
+        *,
+        batch_size: int = 1,
+        progress: bool = False,
+        tta: TtaConfig | None = None,
     ) -> Found: ...
     @overload
     def __call__(
@@ -107,6 +90,10 @@ class Predictor:
         threshold: float = 0.5,
         tile: int | None = None,
         tile_overlap: float = 0.2,
+        *,
+        batch_size: int = 1,
+        progress: bool = False,
+        tta: TtaConfig | None = None,
     ) -> list[Found]: ...
 
     def __call__(
@@ -115,23 +102,51 @@ class Predictor:
         threshold: float = 0.5,
         tile: int | None = None,
         tile_overlap: float = 0.2,
+        *,
+        batch_size: int = 1,
+        progress: bool = False,
+        tta: TtaConfig | None = None,
     ) -> Found | list[Found]:
         """Return what is in an image: detections with a score of at least `threshold`, and maps.
 
         The image is a file, a PIL image, an array `[h, w]` or `[h, w, c]`, or a tensor `[c, h, w]`, with RGB
         values of 0 to 1, 0 to 255 or 16 bits; `pixels.rgb_pixels` has the rules. A list of them, or an array
-        or tensor with four dimensions, gives a list. With `tile`, a larger image is predicted in tiles of
-        `tile` x `tile` of its pixels, which overlap by `tile_overlap` of their side; this is for models that
-        predict only objects. Raises InputError, a ValueError, in one line for anything else, and for a file
-        that is not a readable image.
+        or tensor with four dimensions, gives a list. Raises InputError, a ValueError, in one line for
+        anything else, and for a file that is not a readable image.
+
+        Args:
+            tile: a larger image is predicted in tiles of `tile` x `tile` of its pixels, which overlap by
+                `tile_overlap` of their side; for models that predict only objects (`docs/prediction.md`).
+            batch_size: images, tiles or windows that the model takes at a time.
+            progress: show a bar over the tiles, if stderr is a terminal.
+            tta: show the image in several scales and mirrored, and merge what is found; see `TtaConfig`.
         """
+        if tta is not None:
+            self.check_tta(tile)
         if tile is not None:
             self.check_tiles(tile, tile_overlap)
-        if not is_batch(image):
-            return self._in_tiles(_pixels(image), threshold, tile, tile_overlap)
-        if any(map(is_batch, image)):
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        images: Any = image if is_batch(image) else [image]
+        if any(map(is_batch, images)):
             raise InputError("a list of images has another list in it; give one list")
-        return [self._in_tiles(_pixels(one), threshold, tile, tile_overlap) for one in image]
+        if tile is None:
+            found = list(self._found(map(_pixels, images), threshold, batch_size, tta))
+        else:
+            found = [
+                self._in_tiles(_pixels(one), threshold, tile, tile_overlap, batch_size, progress)
+                for one in images
+            ]
+        return found if is_batch(image) else found[0]
+
+    def check_tta(self, tile: int | None = None) -> None:
+        """Raise InputError, a ValueError, for a model that cannot be shown images in several scales."""
+        if tile is not None:
+            raise InputError(
+                "tta (--tta) shows whole images in several scales, and tile (--tile) parts of them: "
+                "give one of the two"
+            )
+        check_tta(self.detector, self.config.window_stride)
 
     def check_tiles(self, tile: int, overlap: float) -> None:
         """Raise InputError, a ValueError, for tiles that are impossible, or not for this model."""
@@ -143,21 +158,30 @@ class Predictor:
             )
 
     def _in_tiles(
-        self, pixels: NDArray[np.uint8], threshold: float, side: int | None, overlap: float
+        self,
+        pixels: NDArray[np.uint8],
+        threshold: float,
+        side: int,
+        overlap: float,
+        batch_size: int,
+        progress: bool,
     ) -> Found:
         """Return what is in an image, by tiles with a `side`: their detections after NMS by class.
 
         The model's limit of detections holds for each tile, and none for the image.
         """
         size_hw = (pixels.shape[0], pixels.shape[1])
-        tiles = [] if side is None else tiles_of(size_hw, side, overlap)
-        if len(tiles) < 2:
-            return self._found(pixels, threshold)
+        tiles = tiles_of(size_hw, side, overlap)
+        parts = self._found(
+            (pixels[tile.top : tile.bottom, tile.left : tile.right] for tile in tiles), threshold, batch_size
+        )
+        if len(tiles) == 1:
+            return next(parts)
+        bar = tqdm(parts, "tiles", len(tiles), False, dynamic_ncols=True, disable=None if progress else True)
         boxes, scores, labels = [], [], []
-        rles: list[dict[str, Any]] = []
+        rles: list[Rle] = []
         has_masks = False
-        for tile in tiles:
-            part = self._found(pixels[tile.top : tile.bottom, tile.left : tile.right], threshold)
+        for tile, part in zip(tiles, bar, strict=True):
             boxes_D4 = part.boxes_D4 + torch.tensor([tile.left, tile.top] * 2)
             keep_D = kept_in_tile(boxes_D4, tile)
             boxes.append(boxes_D4[keep_D])
@@ -170,7 +194,8 @@ class Predictor:
         boxes_D4, scores_D, labels_D = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
         nms_iou = self.config.model.detections_nms_iou
         assert nms_iou is not None
-        best_D = batched_nms(boxes_D4, scores_D, labels_D, nms_iou)
+        # To keep classes apart, batched_nms adds up to classes x pixels to boxes, which float32 would round.
+        best_D = batched_nms(boxes_D4.double(), scores_D.double(), labels_D, nms_iou)
         categories = [self.config.categories[label] for label in labels_D[best_D].tolist()]
         return Found(
             boxes_D4=boxes_D4[best_D],
@@ -183,53 +208,84 @@ class Predictor:
             size_hw=size_hw,
         )
 
-    @torch.no_grad()
-    def _found(self, pixels: NDArray[np.uint8], threshold: float) -> Found:
+    def _found(
+        self,
+        images: Iterable[NDArray[np.uint8]],
+        threshold: float,
+        batch_size: int,
+        tta: TtaConfig | None = None,
+    ) -> Iterator[Found]:
+        """Yield what is in each image."""
         maps = SemanticMaps()
-        semantic_HW = None
-        for batch in image_batches(pixels, self.data, self.config.window_stride):
-            outputs = self.detector(batch.to(self.device))
-            if outputs.semantic_BCHW is not None:
-                complete = [classes_HW for _, classes_HW in maps.add(outputs.semantic_BCHW, batch)]
-                semantic_HW = complete[0] if complete else None
+        answers = self._on_canvas(images, batch_size) if tta is None else self._in_scales(images, tta)
+        for outputs, batch in answers:
+            logits_BChw = outputs.semantic_BCHW
+            complete = {} if logits_BChw is None else dict(maps.add(logits_BChw, batch))
+            last_view = {number: b for b, number in enumerate(batch.image_ids_B.tolist())}
+            for number, b in last_view.items():
+                if logits_BChw is None or number in complete:  # else the image has more windows
+                    found = self._found_in_view(outputs, batch, b, threshold)
+                    yield found._replace(semantic_HW=complete.get(number))
+
+    def _on_canvas(
+        self, images: Iterable[NDArray[np.uint8]], batch_size: int
+    ) -> Iterator[tuple[Outputs, Batch]]:
+        """Yield the outputs of batches of images, or of their windows."""
+        views = (
+            view
+            for number, pixels in enumerate(images)
+            for view in image_batches(pixels, self.data, self.config.window_stride, number)
+        )
+        while part := list(islice(views, batch_size)):
+            batch = joined(part)
+            yield self._outputs(batch), batch
+
+    def _in_scales(
+        self, images: Iterable[NDArray[np.uint8]], tta: TtaConfig
+    ) -> Iterator[tuple[Outputs, Batch]]:
+        """Yield the merged outputs of one image after another."""
+        model = MultiScale(self.detector, self.config.model, tta, self.device, self.config.window_stride)
+        for number, pixels in enumerate(images):
+            yield model(whole_image(pixels, number))
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Outputs:
+        outputs: Outputs = self.detector(batch.to(self.device))
+        return outputs
+
+    def _found_in_view(self, outputs: Outputs, batch: Batch, b: int, threshold: float) -> Found:
+        """Return what is in image b of a batch, except its semantic map."""
         found = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [])
         if outputs.detections is not None:
-            found = self._objects(outputs.detections, batch, threshold)
+            found = self._objects(outputs.detections, batch, b, threshold)
         if "panoptic" in self.detector.tasks:
-            found = found._replace(panoptic=self._panoptic(outputs, batch))
-        return found._replace(
-            semantic_HW=semantic_HW, classes=self.config.classes, size_hw=(pixels.shape[0], pixels.shape[1])
-        )
+            found = found._replace(panoptic=self._panoptic(outputs, batch, b))
+        height, width = batch.original_sizes_B2[b].tolist()
+        return found._replace(classes=self.config.classes, size_hw=(height, width))
 
-    def _objects(self, detections: Detections, batch: Batch, threshold: float) -> Found:
+    def _objects(self, detections: Detections, batch: Batch, b: int, threshold: float) -> Found:
         # A model may have more classes than names: those outputs mean nothing.
         named_BD = detections.labels_BD < len(self.config.categories)
         shown_BD = detections.valid_BD & named_BD & (detections.scores_BD >= threshold)
         detections = detections._replace(valid_BD=shown_BD)
-        height, width = batch.original_sizes_B2[0].tolist()
-        boxes: list[Tensor] = []
-        rles: list[dict[str, Any]] = []
-        for part in in_parts(detections, height * width):
-            boxes_D4, masks_DHW = to_original(part, batch, 0, self.config.model.reference)
-            boxes.append(boxes_D4)
-            rles += [] if masks_DHW is None else map(encode_mask, masks_DHW)
-        chosen = detections.valid_BD[0]
-        labels_D = detections.labels_BD[0][chosen].cpu()
+        boxes_D4, rles_D = to_original(detections, batch, b, self.config.model.reference)
+        chosen = detections.valid_BD[b]
+        labels_D = detections.labels_BD[b][chosen].cpu()
         categories = [self.config.categories[label] for label in labels_D.tolist()]
         return Found(
-            boxes_D4=torch.cat(boxes),
-            scores_D=detections.scores_BD[0][chosen].cpu(),
+            boxes_D4=boxes_D4,
+            scores_D=detections.scores_BD[b][chosen].cpu(),
             labels_D=labels_D,
             names=[name for _, name in categories],
             category_ids=[number for number, _ in categories],
-            rles_D=None if detections.masks_BDSS is None else rles,
+            rles_D=rles_D,
         )
 
-    def _panoptic(self, outputs: Outputs, batch: Batch) -> PanopticMap:
+    def _panoptic(self, outputs: Outputs, batch: Batch, b: int) -> PanopticMap:
         model, classes = self.config.model, self.config.classes
         categories = [*classes.objects, *classes.stuff]
         found = panoptic_map(
-            outputs, batch, 0, len(classes.objects), len(categories), model.reference, model.merge_rule
+            outputs, batch, b, len(classes.objects), len(categories), model.reference, model.merge_rule
         )
         return found._replace(
             segments=[s._replace(category=categories[s.category][0]) for s in found.segments]
@@ -260,44 +316,14 @@ def load_image(path: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.uint8]:
         raise InputError(f"{path}: not a readable image ({error})") from error
 
 
-def image_batch(pixels_HW3: NDArray[np.uint8], config: DataConfig) -> Batch:
-    """Return a batch of one image, scaled to the canvas as in evaluation, without targets."""
-    (batch,) = image_batches(pixels_HW3, config, None)
-    return batch
-
-
-def image_batches(
-    pixels_HW3: NDArray[np.uint8], config: DataConfig, window_stride: int | None
-) -> Iterator[Batch]:
-    """Yield batches of one view of an image as in evaluation, without targets: the image, or its windows."""
-    size_hw = (pixels_HW3.shape[0], pixels_HW3.shape[1])
-    if window_stride is None:
-        views = [draw_geometry(np.random.default_rng(0), size_hw, config, training=False)]
-    else:
-        views = windows(size_hw, config, window_stride)
-    for number, view in enumerate(views):
-        canvas = transform_image(pixels_HW3, view, config.size)
-        row = None if window_stride is None else torch.tensor([window_row(views, number)])
-        yield Batch(
-            images_B3HW=torch.from_numpy(canvas).permute(2, 0, 1)[None],
-            sizes_B2=torch.tensor([view.size_hw], dtype=torch.float32),
-            targets=no_targets(1),
-            seeds_B=torch.zeros(1, dtype=torch.int64),
-            image_ids_B=torch.zeros(1, dtype=torch.int64),
-            original_sizes_B2=torch.tensor([size_hw]),
-            windows_B6=row,
-        )
-
-
-def no_targets(batch: int) -> Targets:
-    """Return the targets of a batch with zero slots per image."""
-    return Targets(
-        boxes_BM4=torch.zeros(batch, 0, 4),
-        labels_BM=torch.zeros(batch, 0, dtype=torch.int64),
-        valid_BM=torch.zeros(batch, 0, dtype=torch.bool),
-        masks_BMSS=torch.zeros(batch, 0, 0, 0, dtype=torch.uint8),
-        frames_BM4=torch.zeros(batch, 0, 4),
-    )
+def _known(device: torch.device | str) -> torch.device:
+    try:
+        known = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device}: PyTorch has no such device; give cpu, cuda or cuda:1") from error
+    if known.type == "cuda" and (known.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise InputError(f"device {device}: PyTorch finds {gpus} GPUs on this machine")
+    return known
 
 
 def load_predictor(
@@ -305,11 +331,12 @@ def load_predictor(
 ) -> Predictor:
     """Return a predictor for the export in a folder; without `device`, on the GPU if there is one.
 
-    `max_image_pixels` lets this process read larger files than Pillow's limit of 178,956,970 pixels. Raises
-    InputError, a ValueError, for a folder that is not an export.
+    `device` is "cpu", "cuda", "cuda:1" or another of PyTorch. `max_image_pixels` lets this process read
+    larger files than Pillow's limit of 178,956,970 pixels. Raises InputError, a ValueError, for a folder that
+    is not an export, and for a GPU that is not there.
     """
     if max_image_pixels is not None:
         limit_pixels(max_image_pixels)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _known(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     detector, config = load_detector(Path(folder).expanduser(), device)
     return Predictor(detector, config, device)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from giantdet.config.classes import Classes
 from giantdet.config.json_text import json_text
-from giantdet.engine.predict import Found
+from giantdet.engine.found import Found
 from giantdet.evaluation.panoptic import PanopticResult, panoptic_result, save_panoptic
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_util
 from torch import Tensor
 
 from giantdet.data.segments import rle_counts
 from giantdet.errors import InputError
+from giantdet.evaluation.rle import Rle, encoded
 
 BORDER = 2  # pixels: boxes of objects that a border cuts end up to this far from it
 
@@ -82,15 +82,12 @@ def kept_in_tile(boxes_D4: Tensor, tile: Tile) -> Tensor:
     return keep_D
 
 
-def shifted_rle(
-    rle: Mapping[str, Any], corner_yx: tuple[int, int], size_hw: tuple[int, int]
-) -> dict[str, Any]:
+def shifted_rle(rle: Mapping[str, Any], corner_yx: tuple[int, int], size_hw: tuple[int, int]) -> Rle:
     """Return the RLE of a tile's mask in the image of `size_hw`, the tile's corner at `corner_yx`.
 
-    Equal to pycocotools' encoding of the bitmap pasted into the image, which is never made. RLEs are those of
-    `evaluation.coco.encode_mask`: lengths of runs column by column, background first.
+    Equal to pycocotools' encoding of the bitmap pasted into the image, which is never made.
     """
-    (h, w), (height, width), (top, left) = rle["size"], size_hw, corner_yx
+    (h, w), (top, left), height = rle["size"], corner_yx, size_hw[0]
     turns = np.cumsum(np.array(rle_counts(rle["counts"].encode()), np.int64))  # where the value changes
     # Runs end at the columns of the tile: the next column continues elsewhere in the image.
     edges = np.unique(np.concatenate([turns, np.arange(w + 1) * h]))
@@ -98,11 +95,4 @@ def shifted_rle(
     starts, lengths = edges[:-1][inside], np.diff(edges)[inside]
     starts = (starts // h + left) * height + starts % h + top
     bounds = np.stack([starts, starts + lengths], axis=1).ravel()
-    # Runs that meet are one: the columns of a tile as high as the image.
-    meets = np.flatnonzero(bounds[1:-1:2] == bounds[2::2]) * 2 + 1
-    bounds = np.delete(bounds, np.concatenate([meets, meets + 1]))
-    counts = np.diff(bounds, prepend=0, append=height * width)
-    if len(counts) > 1 and counts[-1] == 0:
-        counts = counts[:-1]
-    packed = mask_util.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-    return {"size": packed["size"], "counts": packed["counts"].decode("ascii")}
+    return encoded(bounds, size_hw)

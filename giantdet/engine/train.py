@@ -39,6 +39,7 @@ from giantdet.engine.evaluate import Evaluation, check_windows, evaluate, warn_o
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
 from giantdet.engine.metrics import Metrics
+from giantdet.engine.tta import check_tta
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.export import check_frozen, export_config, export_model
@@ -107,6 +108,7 @@ class Training:
                 window_stride=config.eval.window_stride,
                 max_detections=config.eval.max_detections,
                 results=self.output / "results.json",
+                tta=config.eval.tta,
             )
         self.engine.train()
         if comm.is_main():
@@ -178,6 +180,8 @@ def _build(
     model = zero.build(run, run.batch.micro)
     check_targets(dataset, model.targets, model.WITHOUT_MASKS)
     check_windows(model.tasks, config.eval.window_stride)
+    if config.eval.tta is not None:
+        check_tta(model, config.eval.window_stride)
     if validation is not None:
         warn_of_limits(validation, config.model, config.eval.max_detections)
     announce(run, model, device)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from torch import Tensor
 
@@ -26,14 +25,13 @@ from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
 from giantdet.evaluation.evaluator import Scores, shown
 from giantdet.evaluation.judge import CocoJudge
-from giantdet.ops.masks import paste_masks
+from giantdet.evaluation.rle import Rle, encode_pasted
 from giantdet.structures import Batch, Detections, Outputs
 
 IouType = Literal["bbox", "segm"]
 _SIZES = {"s": "small", "m": "medium", "l": "large"}
 KIND = {"bbox": "box", "segm": "mask"}
 DEFAULT_CONVENTIONS = CONVENTIONS["detectron2"]
-_BITMAP_BYTES = 2**28  # at a time: 100 masks of an image of 13,000 x 13,000 pixels would be 17 GB
 
 
 class CocoEvaluator:
@@ -99,32 +97,21 @@ def to_coco(
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # an empty slot that fills the batch
-        for part in in_parts(detections, int(batch.original_sizes_B2[b].prod())):
-            boxes_D4, masks_DHW = to_original(part, batch, b, conventions)
-            chosen = part.valid_BD[b]
-            scores, labels = part.scores_BD[b][chosen].tolist(), part.labels_BD[b][chosen].tolist()
-            for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
-                x0, y0, x1, y1 = box
-                result = {
-                    "image_id": image_id,
-                    "category_id": category_ids[label],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "score": score,
-                }
-                if masks_DHW is not None:
-                    result["segmentation"] = encode_mask(masks_DHW[d])
-                results.append(result)
+        boxes_D4, rles = to_original(detections, batch, b, conventions)
+        chosen = detections.valid_BD[b]
+        scores, labels = detections.scores_BD[b][chosen].tolist(), detections.labels_BD[b][chosen].tolist()
+        for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
+            x0, y0, x1, y1 = box
+            result = {
+                "image_id": image_id,
+                "category_id": category_ids[label],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": score,
+            }
+            if rles is not None:
+                result["segmentation"] = rles[d]
+            results.append(result)
     return results
-
-
-def in_parts(detections: Detections, pixels: int) -> Iterator[Detections]:
-    """Yield the detections in parts whose bitmaps of `pixels` bytes take at most `_BITMAP_BYTES` together."""
-    slots = detections.valid_BD.shape[1]
-    few = max(1, _BITMAP_BYTES // max(pixels, 1))
-    slot_D = torch.arange(slots, device=detections.valid_BD.device)
-    for first in range(0, slots, few):
-        wanted_D = (slot_D >= first) & (slot_D < first + few)
-        yield detections._replace(valid_BD=detections.valid_BD & wanted_D)
 
 
 def to_original(
@@ -132,11 +119,8 @@ def to_original(
     batch: Batch,
     b: int,
     conventions: Conventions = DEFAULT_CONVENTIONS,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the valid detections of image b in its original pixels.
-
-    These are boxes `[D, 4]`, and bitmaps `[D, h, w]` or None.
-    """
+) -> tuple[Tensor, list[Rle] | None]:
+    """Return the valid detections of image b in its original pixels: boxes `[D, 4]`, and masks or None."""
     chosen = detections.valid_BD[b]
     height, width = (int(side) for side in batch.original_sizes_B2[b])
     size_2 = batch.sizes_B2[b].cpu()
@@ -146,21 +130,8 @@ def to_original(
     boxes_D4 = boxes_D4.clamp_min(0).minimum(limits_4)
     if detections.masks_BDSS is None:
         return boxes_D4, None
-    masks_DSS = detections.masks_BDSS[b][chosen].cpu()
-    return boxes_D4, paste_masks(
-        masks_DSS, boxes_D4, height, width, at_pixel_centres=conventions.pastes_at_pixel_centres
-    )
-
-
-def encode_mask(mask_HW: Tensor) -> dict[str, Any]:
-    """Return a bool bitmap as COCO's compressed RLE, with its counts as a str, for JSON."""
-    rle = mask_util.encode(np.asfortranarray(mask_HW.numpy().astype(np.uint8)))
-    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
-
-
-def decode_mask(rle: Mapping[str, Any]) -> Tensor:
-    """Return a mask of `encode_mask` as a bool bitmap `[h, w]`."""
-    return torch.from_numpy(np.ascontiguousarray(mask_util.decode(rle))).bool()
+    at_centres = conventions.pastes_at_pixel_centres
+    return boxes_D4, encode_pasted(detections.masks_BDSS[b][chosen], boxes_D4, (height, width), at_centres)
 
 
 def coco_numbers(max_detections: int = 100) -> tuple[str, ...]:

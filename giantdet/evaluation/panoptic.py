@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from giantdet.config.architectures.common import ArchitectureConfig
-from giantdet.config.architectures.panoptic_fpn import PanopticMergeConfig
+from giantdet.config.architectures.panoptic_merge import PanopticMergeConfig
 from giantdet.config.classes import Classes, unique_names
 from giantdet.config.conventions import Conventions
 from giantdet.config.json_text import json_text
@@ -24,8 +24,9 @@ from giantdet.data.dataset import Dataset
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, panoptic_png
 from giantdet.distributed import comm
 from giantdet.errors import DataError
-from giantdet.evaluation.coco import decode_mask, encode_mask, in_parts, to_original
+from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.evaluator import Scores, shown
+from giantdet.evaluation.rle import decode_mask
 from giantdet.evaluation.semantic import whole_image_classes
 from giantdet.evaluation.truth import Truth
 from giantdet.structures import Batch, Detections, Outputs
@@ -43,11 +44,9 @@ class _Masks:
     """The masks of an image by detection, encoded: bitmaps of all of them may not fit into memory."""
 
     def __init__(self, detections: Detections, batch: Batch, b: int, conventions: Conventions) -> None:
-        self.rles: list[dict[str, Any]] = []
-        for part in in_parts(detections, int(batch.original_sizes_B2[b].prod())):
-            masks_DHW = to_original(part, batch, b, conventions)[1]
-            assert masks_DHW is not None
-            self.rles += map(encode_mask, masks_DHW)
+        rles = to_original(detections, batch, b, conventions)[1]
+        assert rles is not None
+        self.rles = rles
 
     def __getitem__(self, row: int) -> NDArray[np.bool_]:
         return decode_mask(self.rles[row]).numpy()

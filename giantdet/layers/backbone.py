@@ -84,6 +84,10 @@ class Pyramid(Backbone):
         body.prune_intermediate_layers(self.indices, prune_norm=True)
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         family.adapt(body)
+        self.family = family
+        is_fixed = "img_size" in self.timm_args or bool(body.pretrained_cfg.get("fixed_input_size"))
+        if is_fixed and family.set_canvas is None:
+            self.one_size = f"backbone '{config.name}'"
         if config.stride_in_1x1:
             _move_strides(config, body)
         for stage in sorted(set(config.deformable_stages)):
@@ -99,6 +103,11 @@ class Pyramid(Backbone):
         if config.frozen_stages:
             frozen = _first_stages("frozen_stages", config, body, modules, config.frozen_stages)
             freeze(body, lambda name: name in frozen)
+
+    def set_canvas(self, image_size: tuple[int, int]) -> None:
+        """See `Backbone.set_canvas`."""
+        if self.family.set_canvas is not None:
+            self.family.set_canvas(self.body, image_size)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         maps = self.body.forward_intermediates(images_B3HW, indices=self.indices, intermediates_only=True)

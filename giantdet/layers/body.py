@@ -39,8 +39,18 @@ class Backbone(nn.Module):
     added_keys: frozenset[str] = frozenset()
     """Keys of the body that timm's model does not have; checkpoints may lack them."""
 
+    one_size: str = ""
+    """What makes the model take images of one size only; empty if it can take others (`set_canvas`)."""
+
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Return `[B, C, h, w]` maps, finest first, of normalised float images of the constructed size."""
+        """Return `[B, C, h, w]` maps, finest first, of normalised float images of the canvas' size."""
+        raise NotImplementedError
+
+    def set_canvas(self, image_size: tuple[int, int]) -> None:
+        """Take images of another (height, width) in pixels, multiples of the largest stride, from now on.
+
+        Not for a model of `one_size`.
+        """
         raise NotImplementedError
 
 

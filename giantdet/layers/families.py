@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg, is_model_in_modules
 from torch import Tensor, nn
 
 from giantdet.config.architectures.common import BackboneConfig
-from giantdet.layers.swin import pad_before_shift
+from giantdet.layers.swin import pad_before_shift, set_canvas
 
 
 class Family(NamedTuple):
@@ -26,6 +26,8 @@ class Family(NamedTuple):
     """Return further arguments of timm's model for a canvas (height, width)."""
     adapt: Callable[[nn.Module], None] = lambda body: None
     """Change the built model in place."""
+    set_canvas: Callable[[nn.Module, tuple[int, int]], None] | None = None
+    """Let a model that was built for one canvas take another (height, width)."""
     resample: Callable[[Mapping[str, Tensor], Any], Mapping[str, Tensor]] = lambda state, body: state
     """Return weights of another image size for the body's; timm's own filter runs before."""
     refusal: str = ""
@@ -86,8 +88,13 @@ def _hiera_positions(state: Mapping[str, Tensor], body: Any) -> Mapping[str, Ten
 _ANY = Family(())
 FAMILIES = (
     Family(("vision_transformer", "eva", "deit"), is_plain=True),
-    Family(("swin_transformer", "swin_transformer_v2"), timm_args=_swin, adapt=pad_before_shift),
-    Family(("swin_transformer_v2_cr",), timm_args=_swin_cr, adapt=pad_before_shift),
+    Family(
+        ("swin_transformer", "swin_transformer_v2"),
+        timm_args=_swin,
+        adapt=pad_before_shift,
+        set_canvas=set_canvas,
+    ),
+    Family(("swin_transformer_v2_cr",), timm_args=_swin_cr, adapt=pad_before_shift, set_canvas=set_canvas),
     Family(("maxxvit", "gcvit"), timm_args=_at_image_size),
     Family(("hiera",), timm_args=_at_image_size, resample=_hiera_positions),
     Family(("inception_v4", "inception_resnet_v2", "xception"), adapt=pad_convolutions),

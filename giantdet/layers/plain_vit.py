@@ -69,22 +69,36 @@ class PlainViT(Float32Buffers, Backbone):
         self.window = config.window
         self.global_blocks = global_block_indices(depth, config.global_blocks if config.window else depth)
         height, width = (side // config.patch_size for side in image_size)
-        self.grid = (height, width)
+        self.grid = self._built_grid = (height, width)
+        self._rope: tuple[Any, ...] = ()
         self.num_prefix_tokens = body.num_prefix_tokens
         if self.window:
             self._drop_prefix_tokens()
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         self._store_rope()
-        self.position_grid = self._position_grid(config)
+        self.position_grid = self._trained_positions = self._position_grid(config)
         self.register_buffer("key_mask", self._key_mask(), persistent=False)
         self._made_mask: Tensor | None = None
         if config.relative_positions or config.attend_padding:
             self._replace_attention(config)
+            self.one_size = "a plain ViT with relative_positions or attend_padding"
         self._tell_windows()
         if config.frozen_stages:
             # Stages of a plain ViT: the embedding, then quarters of the blocks.
             frozen_blocks = {f"blocks.{i}" for i in range((config.frozen_stages - 1) * depth // 4)}
             freeze(body, lambda name: _block_of(name) in frozen_blocks or _is_embedding(name))
+
+    def set_canvas(self, image_size: tuple[int, int]) -> None:
+        """See `Backbone.set_canvas`. Absolute positions are interpolated from the canvas of training."""
+        device = next(self.parameters()).device
+        height, width = image_size[0] // self.strides[0], image_size[1] // self.strides[0]
+        self.grid = (height, width)
+        if self.window and self.body.pos_embed is not None and self._trained_positions is None:
+            self.position_grid = None if self.grid == self._built_grid else self._built_grid
+        self._store_rope()
+        self.register_buffer("key_mask", self._key_mask(), persistent=False)
+        self._made_mask = None
+        self.to(device)
 
     def _drop_prefix_tokens(self) -> None:
         for name in _PREFIX_TOKENS:
@@ -131,6 +145,7 @@ class PlainViT(Float32Buffers, Backbone):
         frequencies are multiplied with. The frequencies themselves stay in the body.
         """
         rope = getattr(self.body, "rope", None)
+        rope = self._rope[0] if self._rope else rope
         self.learnt_rope = rope is not None and getattr(self.body, "rope_mixed", False)
         window = (self.window, self.window) if self.window else self.grid
         tables: list[Tensor | None] = [None, None]
@@ -141,6 +156,7 @@ class PlainViT(Float32Buffers, Backbone):
             rope.eval()  # in training mode DINOv3's augments its coordinates
             tables = [cast_to_float32(rope.get_embed(shape=shape)) for shape in (self.grid, window)]
             self.body.rope = None
+            self._rope = (rope,)  # not a submodule: its tables are stored here, in float32
         self.register_buffer("rope_global", tables[0], persistent=False)
         self.register_buffer("rope_window", tables[1], persistent=False)
 

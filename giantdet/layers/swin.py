@@ -58,10 +58,33 @@ def pad_before_shift(body: Any) -> None:
     for block in body.modules():
         if type(block) not in _PAD_FIRST:
             continue
-        size = block.feat_size if hasattr(block, "feat_size") else block.input_resolution
-        block.shift_size = tuple(
-            0 if side <= window else shift
-            for side, window, shift in zip(size, block.window_size, block.shift_size, strict=True)
-        )
-        block._init_buffers()  # recomputes the attention mask for the padded map and the new shift
+        block.built_shift_size = block.shift_size
+        _fit(block, block.feat_size if hasattr(block, "feat_size") else block.input_resolution)
         block.__class__ = _PAD_FIRST[type(block)]  # same parameters and keys, only the order of steps differs
+
+
+def set_canvas(body: Any, image_size: tuple[int, int]) -> None:
+    """Let a Swin take images of another (height, width), multiples of 32, in windows of the same size.
+
+    timm's own `set_input_size` resizes the windows with the image, and with them learnt parameters.
+    """
+    before: tuple[int, int] = tuple(body.patch_embed.img_size)
+    body.patch_embed.set_input_size(image_size)
+    for block in body.modules():
+        if type(block) not in _PAD_FIRST.values():
+            continue
+        name = "feat_size" if hasattr(block, "feat_size") else "input_resolution"
+        stride = before[0] // getattr(block, name)[0]
+        size = (image_size[0] // stride, image_size[1] // stride)
+        setattr(block, name, size)
+        _fit(block, size)
+    body.to(next(body.parameters()).device)
+
+
+def _fit(block: Any, size_hw: tuple[int, int]) -> None:
+    """Set the shift, none where a window holds the map, and the attention mask of a block."""
+    block.shift_size = tuple(
+        0 if side <= window else shift
+        for side, window, shift in zip(size_hw, block.window_size, block.built_shift_size, strict=True)
+    )
+    block._init_buffers()  # recomputes the attention mask for the padded map and the new shift

@@ -18,6 +18,7 @@ from giantdet.config.architectures.panoptic_fpn import PanopticFpnConfig, Panopt
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.panoptic import DETECTRON2, merge, panoptic_map
+from giantdet.evaluation.rle import decode_mask
 from giantdet.evaluation.semantic import whole_image_classes
 from giantdet.structures import IGNORE, Batch
 
@@ -66,15 +67,16 @@ def test_answers(model: PanopticFpn, golden: Path) -> None:
     for i in range(2):
         chosen = found.detections.valid_BD[i]
         scores = found.detections.scores_BD[i][chosen]
-        boxes, masks = to_original(found.detections, batch, i)
+        boxes, rles = to_original(found.detections, batch, i)
         assert found.detections.labels_BD[i][chosen].tolist() == expected[f"post.{i}.classes"].tolist()
         torch.testing.assert_close(scores, torch.from_numpy(expected[f"post.{i}.scores"]), atol=2e-4, rtol=0)
         torch.testing.assert_close(boxes, torch.from_numpy(expected[f"post.{i}.boxes"]), atol=1e-2, rtol=0)
         probabilities = found.detections.masks_BDSS[i][chosen]
         theirs = torch.from_numpy(expected[f"det.{i}.mask_probs"]).float()
         torch.testing.assert_close(probabilities, theirs, atol=2e-3, rtol=0)
-        assert masks is not None
-        difference = masks.sum((1, 2)) - torch.from_numpy(expected[f"post.{i}.mask_areas"])
+        assert rles is not None
+        areas = torch.tensor([decode_mask(rle).sum() for rle in rles])
+        difference = areas - torch.from_numpy(expected[f"post.{i}.mask_areas"])
         assert difference.abs().max() <= 10
 
 
@@ -142,8 +144,9 @@ def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: Panopt
     found = model.eval()(batch)
     for i in range(2):
         chosen = found.detections.valid_BD[i]
-        masks = to_original(found.detections, batch, i)[1]
-        assert masks is not None
+        rles = to_original(found.detections, batch, i)[1]
+        assert rles is not None
+        masks = torch.stack([decode_mask(rle) for rle in rles])
         scores, labels = found.detections.scores_BD[i][chosen], found.detections.labels_BD[i][chosen]
         semantic = whole_image_classes(found.semantic_BCHW, batch, i)
         merged = merge(masks.numpy(), scores.numpy(), labels.numpy(), semantic.numpy(), 5, rule)

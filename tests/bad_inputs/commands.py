@@ -36,6 +36,24 @@ COMMANDS = [
         Error("predict: with --annotations, give one folder, that of its images"),
     ),
     Case(
+        "predict: tiles in several scales",
+        ["predict", "{export}", "{data}/images", "--tta", "--tile", "64", "--output", "{empty}/out"],
+        Error(
+            "tta (--tta) shows whole images in several scales, and tile (--tile) parts of them: give one of "
+            "the two"
+        ),
+    ),
+    Case(
+        "predict: an ensemble of one model",
+        ["predict", "{export}", "{data}/images", "--fuse", "wbf"],
+        Error("predict: with --fuse, give several models or results files, then the images"),
+    ),
+    Case(
+        "eval: several models, and no way to fuse them",
+        ["eval", "{export}", "{export}", "--annotations", "{data}/train.json", "--images", "{data}/images"],
+        Error("eval: an ensemble is several models and --fuse, which says how they are fused"),
+    ),
+    Case(
         "predict: a JSON without a list of images",
         ["predict", "{export}", "{data}/images", "--annotations", "{data}/run/config.json"],
         Error('...config.json: no list "images", as in a COCO JSON'),

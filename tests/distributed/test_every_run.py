@@ -25,7 +25,8 @@ from giantdet.config.load import load_run
 from giantdet.data.dataset import open_dataset
 from giantdet.data.loader import eval_loader
 from giantdet.distributed import comm
-from giantdet.engine.predict import Found, load_predictor
+from giantdet.engine.found import Found
+from giantdet.engine.predict import load_predictor
 from giantdet.export import load_detector
 
 WORKER = Path(__file__).with_name("worker_train.py")

@@ -14,10 +14,12 @@ from PIL import Image
 
 from giantdet import cli, load_predictor
 from giantdet.data.images import limit_pixels
-from giantdet.engine import fonts, predict
+from giantdet.engine import draw as draw_module
+from giantdet.engine import fonts
 from giantdet.engine.draw import draw
+from giantdet.engine.found import Found
 from giantdet.engine.inputs import image_files, picture_names
-from giantdet.engine.predict import Found, load_image
+from giantdet.engine.predict import load_image
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 PIXELS[0, 0], PIXELS[0, 1] = 0, 255
@@ -57,23 +59,10 @@ def test_the_predictor_sees_the_same_picture_in_every_form(tiny_export: Path, tm
             predictor(wrong)
 
 
-def test_masks_in_parts_are_the_same(tiny_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_without_detections(tiny_export: Path) -> None:
     predictor = load_predictor(tiny_export, "cpu")
-    wanted = predictor(PIXELS, threshold=0.0)
-    assert wanted.masks_DHW is not None and wanted.masks_DHW.shape == (len(wanted.names), 48, 64)
-    assert wanted.masks_DHW.any(), "else nothing is compared"
-    sizes = []
-    to_original = predict.to_original
-
-    def counted(*arguments: Any) -> Any:
-        boxes, masks = to_original(*arguments)
-        sizes.append(len(boxes))
-        return boxes, masks
-
-    monkeypatch.setattr(predict, "to_original", counted)
-    monkeypatch.setattr("giantdet.evaluation.coco._BITMAP_BYTES", 1)
-    assert same(predictor(PIXELS, threshold=0.0), wanted)
-    assert max(sizes) == 1 and sum(sizes) == len(wanted.names) > 1
+    found = predictor(PIXELS, threshold=0.0)
+    assert found.masks_DHW is not None and found.masks_DHW.shape == (len(found.names), 48, 64)
     nothing = predictor(PIXELS, threshold=1.0)
     assert nothing.masks_DHW is not None and nothing.masks_DHW.shape == (0, 48, 64)
 
@@ -179,6 +168,19 @@ def test_labels_grow_with_the_picture_and_stay_inside(height: int, width: int) -
     assert columns.max() < picture.shape[1] and columns.min() <= picture.shape[1] - label.box[2]
     assert (picture == 255).all(-1).sum() > 20, "white letters"
     assert rows.max() - rows.min() >= min(picture.shape[:2]) / 45
+
+
+def test_instances_of_a_class_differ_and_labels_of_narrow_pictures_are_cut(monkeypatch: Any) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(
+        draw_module, "written", lambda text, size: texts.append(text) or fonts.written(text, size)
+    )
+    boxes = [[1.0, 100, 9, 120], [11.0, 100, 19, 120], [21.0, 100, 29, 120]]
+    found = found_of(["traffic light"] * 3, boxes)._replace(labels_D=torch.zeros(3, dtype=torch.int64))
+    picture = np.asarray(draw(np.zeros((600, 60, 3), np.uint8), found))
+    colors = {tuple(picture[110, x]) for x in (1, 11, 21)}
+    assert len(colors) == 3 and (0, 0, 0) not in colors
+    assert fonts.written(texts[-1], 12).box[2] <= 60 and texts[-1].endswith(".. 0.90")
 
 
 def test_characters_of_no_font_are_numbers_and_said_once(monkeypatch: Any, caplog: Any) -> None:

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_util
 from torchvision.ops import batched_nms
 
 from giantdet import cli, load_predictor
 from giantdet.engine.tiles import BORDER, Tile, kept_in_tile, shifted_rle, tiles_of
-from giantdet.evaluation.coco import encode_mask
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (100, 150, 3), dtype=np.uint8)
+
+
+def encode_mask(mask_HW: torch.Tensor) -> dict[str, Any]:
+    rle = mask_util.encode(np.asfortranarray(mask_HW.numpy().astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
 @pytest.mark.parametrize("size_hw", [(100, 150), (64, 65), (64, 64), (20, 300), (7, 9)])

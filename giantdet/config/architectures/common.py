@@ -13,6 +13,7 @@ from pydantic import Field
 
 from giantdet.config import timm_args
 from giantdet.config.architectures.challenge import ContextConfig, LargeKernelConfig, SamplingConfig
+from giantdet.config.architectures.panoptic_merge import PanopticMergeConfig
 from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.section import Auto, Fraction, NonNegative, PathText, PositiveInt, Section
