@@ -26,22 +26,25 @@ class Scene(NamedTuple):
     bitmaps_BNHW: Tensor  # uint8 0/1
 
 
-def make_scene(size: int, batch: int, objects: int, seed: int = 0) -> Scene:
-    """Return blurred noise with filled ellipses of a sixteenth to a half of the image's side."""
+def make_scene(size: int | tuple[int, int], batch: int, objects: int, seed: int = 0) -> Scene:
+    """Return blurred noise with filled ellipses of a sixteenth to a half of the image's shorter side.
+
+    `size` is the side of a square, or (height, width).
+    """
     generator = torch.Generator().manual_seed(seed)
+    height, width = (size, size) if isinstance(size, int) else size
 
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    noise = rand(batch, 3, size // 16, size // 16)
-    images = nn.functional.interpolate(noise, size=(size, size), mode="bilinear") * 200
-    sides = size / 2 ** (1 + 3 * rand(batch, objects, 2))
-    corner = rand(batch, objects, 2) * (size - sides)
+    noise = rand(batch, 3, height // 16, width // 16)
+    images = nn.functional.interpolate(noise, size=(height, width), mode="bilinear") * 200
+    sides = min(height, width) / 2 ** (1 + 3 * rand(batch, objects, 2))
+    corner = rand(batch, objects, 2) * (torch.tensor([width, height]) - sides)
     boxes = torch.cat([corner, corner + sides], -1).round()
-    pixel = torch.arange(size) + 0.5
     center, radius = (boxes[..., 2:] + boxes[..., :2]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
-    x = ((pixel - center[..., :1]) / radius[..., :1]) ** 2
-    y = ((pixel - center[..., 1:]) / radius[..., 1:]) ** 2
+    x = ((torch.arange(width) + 0.5 - center[..., :1]) / radius[..., :1]) ** 2
+    y = ((torch.arange(height) + 0.5 - center[..., 1:]) / radius[..., 1:]) ** 2
     bitmaps = (y[..., :, None] + x[..., None, :]) <= 1
     for n in range(objects):
         images += bitmaps[:, n, None] * 55 * rand(batch, 3, 1, 1)
@@ -52,8 +55,9 @@ def make_scene(size: int, batch: int, objects: int, seed: int = 0) -> Scene:
 def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
     """Return the scene as giantdet's loader would: `slots` objects an image, masks `frame` cells wide."""
     batch, objects = scene.labels_BN.shape
-    size = scene.images_B3HW.shape[-1]
-    geometry = Geometry((size, size), (size, size), (0, 0), (size, size), flip=False)
+    height, width = scene.images_B3HW.shape[-2:]
+    size = (height, width)
+    geometry = Geometry(size, size, (0, 0), size, flip=False)
     masks, frames = np.zeros((batch, slots, frame, frame), np.uint8), np.zeros((batch, slots, 4), np.float32)
     for b in range(batch):
         for n in range(objects):
@@ -75,11 +79,11 @@ def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
     )
     return Batch(
         images_B3HW=scene.images_B3HW,
-        sizes_B2=torch.full((batch, 2), float(size)),
+        sizes_B2=torch.tensor([[float(height), float(width)]]).repeat(batch, 1),
         targets=targets,
         seeds_B=torch.arange(batch),
         image_ids_B=torch.arange(batch),
-        original_sizes_B2=torch.full((batch, 2), size),
+        original_sizes_B2=torch.tensor([[height, width]]).repeat(batch, 1),
     )
 
 

@@ -35,7 +35,7 @@ class Architecture(nn.Module):
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
-        for key in config.CLASS_KEYS:
+        for key in config.class_keys:
             if getattr(config, key) == "auto":
                 raise InputError(
                     f"model.{key} is still 'auto': give a number, or a training set to read it from"
@@ -50,7 +50,7 @@ class Architecture(nn.Module):
 
     @property
     def targets(self) -> frozenset[str]:
-        """The targets that training needs, of "boxes", "masks" and "semantic"."""
+        """The targets that training needs, of "boxes", "masks", "semantic" and "ignored"."""
         raise NotImplementedError
 
     @property

@@ -3,10 +3,10 @@
 Each stage refines the boxes of the one before. Without its mask head it is Cascade R-CNN.
 Shapes: B images · N proposals · R sampled RoIs · P mask slots · D detections · C classes.
 References: detectron2's `CascadeROIHeads`, and mmdetection's `CascadeRoIHead` where its `Conventions` differ.
-In the former, RoIs are sampled once, for the first stage; the others take all slots, and match the boxes that
-the stage before made of them again. The mask head trains on the first stage's RoIs. In the latter each stage
-samples, and has a mask head of its own. At inference the scores of the stages are averaged, and the boxes are
-the last stage's.
+In the former, RoIs are sampled once, for the first stage, at random or by OHEM; the others take all slots,
+and match the boxes that the stage before made of them again. The mask head trains on the first stage's RoIs.
+In the latter each stage samples, and has a mask head of its own. At inference the scores of the stages are
+averaged, and the boxes are the last stage's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.architectures.class_layers import ClassLayer
+from giantdet.architectures.mask_rcnn import branch_class_layers
 from giantdet.config.architectures.cascade_mask_rcnn import CascadeMaskRcnnConfig
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.conventions import Conventions
@@ -27,8 +28,9 @@ from giantdet.layers.box_head import (
     BoxPredictions,
     SampledRois,
     box_losses,
+    candidate_rois,
     match_rois,
-    sample_rois,
+    random_rois,
     scores_and_boxes,
     select_detections,
     training_predictions,
@@ -42,10 +44,19 @@ from giantdet.layers.mask_head import (
     mask_training_predictions,
     with_masks,
 )
-from giantdet.layers.roi_pool import RoiPool
+from giantdet.layers.ohem import hard_rois, without_graph
+from giantdet.layers.roi_pool import RoiMaps, RoiPool
 from giantdet.layers.rpn import Proposals, Rpn, RpnPredictions, rpn_losses
+from giantdet.layers.semantic_branch import (
+    NO_CLASS,
+    BranchPredictions,
+    SemanticBranch,
+    branch_loss,
+    branch_predictions,
+    roi_maps,
+)
 from giantdet.ops.boxes import clip_boxes, non_empty
-from giantdet.structures import Batch, Detections, Outputs
+from giantdet.structures import Batch, Detections, Outputs, Targets
 
 
 class Predictions(NamedTuple):
@@ -54,12 +65,16 @@ class Predictions(NamedTuple):
     rpn: RpnPredictions
     stages: tuple[BoxPredictions, ...]
     masks: tuple[MaskPredictions, ...]  # one for each mask head
+    semantic: BranchPredictions | None = None
 
 
 class CascadeMaskRcnn(Architecture):
     """Two-stage detector with a cascade of box heads; see `Architecture` for the arguments."""
 
-    WITHOUT_MASKS = "; set giantdet.model.mask_head.enabled to false to train on boxes"
+    WITHOUT_MASKS = (
+        "; set giantdet.model.mask_head.enabled to false to train on boxes"
+        " (and the source of a semantic_branch to boxes)"
+    )
 
     def __init__(self, config: CascadeMaskRcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -81,9 +96,13 @@ class CascadeMaskRcnn(Architecture):
             self.mask_head = MaskHead(config.mask_head, channels, self.num_classes)
         self.delta_weights = config.box_head.delta_weights or self.conventions.cascade_delta_weights
         self.loss_weights = config.box_head.loss_weights or self.conventions.cascade_loss_weights
+        self.semantic_branch = (
+            SemanticBranch(config, self.num_classes) if config.semantic_branch.enabled else None
+        )
         if config.checkpoint_heads:
-            for part in (self.fpn, *self.box_head, *self.mask_heads()):
-                recompute(part)
+            for part in (self.fpn, *self.box_head, *self.mask_heads(), self.semantic_branch):
+                if part is not None:
+                    recompute(part)
 
     def mask_heads(self) -> list[MaskHead]:
         """Return the mask heads: one for all stages, one for each, or none."""
@@ -92,7 +111,9 @@ class CascadeMaskRcnn(Architecture):
     @property
     def targets(self) -> frozenset[str]:
         """See `Architecture.targets`."""
-        return frozenset({"boxes", "masks"} if self.mask_head is not None else {"boxes"})
+        masks = frozenset({"masks"} if self.mask_head is not None else ())
+        branch = frozenset() if self.semantic_branch is None else self.semantic_branch.targets
+        return masks | branch | {"boxes"}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -104,10 +125,12 @@ class CascadeMaskRcnn(Architecture):
         levels: list[Tensor] = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
         return levels
 
-    def stage(self, number: int, levels: list[Tensor], boxes_BR4: Tensor) -> tuple[Tensor, Tensor]:
+    def stage(
+        self, number: int, maps: RoiMaps, boxes_BR4: Tensor, image_BR: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the logits `[B*R, C + 1]` and deltas `[B*R, 1, 4]` of a box head."""
         config = self.config.box_head
-        features = self.pool(levels, boxes_BR4, config.resolution, config.sampling_ratio)
+        features = self.pool(maps, boxes_BR4, config.resolution, config.sampling_ratio, image_BR)
         if self.conventions.cascade_scales_gradients:  # all stages send theirs into the pyramid
             features = scale_gradient(features, 1 / len(self.box_head))
         logits, deltas = self.box_head[number](features)
@@ -118,50 +141,73 @@ class CascadeMaskRcnn(Architecture):
         levels, targets = self.pyramid(batch), batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
-        rois, stages = self.train_stages(levels, proposals, batch)
+        maps, semantic = branch_predictions(self.semantic_branch, levels, targets)
+        rois, stages = self.train_stages(maps, proposals, batch)
         masks = tuple(
-            mask_training_predictions(head, self.pool, levels, of_stage, targets, self.conventions)
+            mask_training_predictions(head, self.pool, maps, of_stage, targets, self.conventions)
             for head, of_stage in zip(self.mask_heads(), rois, strict=False)
         )
-        return Predictions(rpn=rpn, stages=stages, masks=masks)
+        return Predictions(rpn=rpn, stages=stages, masks=masks, semantic=semantic)
 
     def train_stages(
-        self, levels: list[Tensor], proposals: Proposals, batch: Batch
+        self, maps: RoiMaps, proposals: Proposals, batch: Batch
     ) -> tuple[list[SampledRois], tuple[BoxPredictions, ...]]:
         """Return the RoIs of each stage, and the predictions for them."""
         config, targets = self.config.box_head, batch.targets
         rois: list[SampledRois] = []
         stages: list[BoxPredictions] = []
-        for number, (iou, weights) in enumerate(zip(config.ious, self.delta_weights, strict=True)):
+        for number, iou in enumerate(config.ious):
             if not rois or self.conventions.cascade_samples_each_stage:
-                # A seed for each stage, so that they do not draw the same numbers.
-                seeds_B = batch.seeds_B if number == 0 else batch.seeds_B ^ (number << 40)
-                found = sample_rois(proposals, targets, config, iou, self.num_classes, seeds_B)
+                found = self.sample(number, maps, proposals, batch)
             else:
-                found = match_rois(proposals.boxes_BN4, proposals.valid_BN, targets, iou, self.num_classes)
-            logits, deltas = self.stage(number, levels, found.boxes_BR4)
-            rois.append(found)
-            stages.append(
-                training_predictions(
-                    logits, deltas, found, targets, weights, self.conventions.clamps_shrinking
+                found = match_rois(
+                    proposals.boxes_BN4,
+                    proposals.valid_BN,
+                    rois[-1].image_BR,
+                    targets,
+                    iou,
+                    self.num_classes,
                 )
-            )
+            rois.append(found)
+            stages.append(self.stage_predictions(number, maps, found, targets))
             # Stages that sample add the ground-truth boxes again; refined ones would be duplicates.
             kept_BR = found.valid_BR
             if self.conventions.cascade_samples_each_stage:
                 kept_BR = kept_BR & ~found.is_object_BR
-            boxes_BR4, valid_BR = refined_rois(stages[-1].boxes_BR4, kept_BR, batch.sizes_B2)
+            boxes_BR4, valid_BR = refined_rois(stages[-1].boxes_BR4, kept_BR, batch.sizes_B2, found.image_BR)
             proposals = Proposals(boxes_BR4, torch.zeros_like(valid_BR, dtype=torch.float32), valid_BR)
         return rois, tuple(stages)
+
+    def sample(self, number: int, maps: RoiMaps, proposals: Proposals, batch: Batch) -> SampledRois:
+        """Return the RoIs of a stage, random or hard ones, from the proposals and the objects."""
+        config, targets = self.config.box_head, batch.targets
+        candidates = candidate_rois(proposals, targets, config.ious[number], self.num_classes)
+        if config.sampling.type == "random":
+            # A seed for each stage, so that they do not draw the same numbers.
+            seeds_B = batch.seeds_B if number == 0 else batch.seeds_B ^ (number << 40)
+            return random_rois(candidates, config, self.num_classes, seeds_B)
+        with without_graph(self.box_head[number]):
+            predictions = self.stage_predictions(number, maps, candidates, targets)
+            beta = self.conventions.beta(config.smooth_l1_beta)
+            return hard_rois(candidates, predictions, config, beta, self.num_classes)
+
+    def stage_predictions(
+        self, number: int, maps: RoiMaps, rois: SampledRois, targets: Targets
+    ) -> BoxPredictions:
+        """Return a stage's predictions for RoIs, with their targets."""
+        logits, deltas = self.stage(number, maps, rois.boxes_BR4, rois.image_BR)
+        weights, both_sides = self.delta_weights[number], self.conventions.clamps_shrinking
+        return training_predictions(logits, deltas, rois, targets, weights, both_sides)
 
     def answer(self, batch: Batch) -> Outputs:
         """Return detections with masks; see `Architecture.answer`."""
         levels = self.pyramid(batch)
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
+        maps = roi_maps(self.semantic_branch, levels)
         boxes_BN4, valid_BN = proposals.boxes_BN4, proposals.valid_BN
         answers: list[tuple[Tensor, Tensor]] = []
         for number, weights in enumerate(self.delta_weights):
-            logits, deltas = self.stage(number, levels, boxes_BN4)
+            logits, deltas = self.stage(number, maps, boxes_BN4)
             scores_BNC, boxes_BN14 = scores_and_boxes(
                 logits, deltas, boxes_BN4, weights, self.conventions.clamps_shrinking
             )
@@ -175,15 +221,15 @@ class CascadeMaskRcnn(Architecture):
             self.config.box_head,
             self.conventions.min_detection_size,
         )
-        return Outputs(self._with_masks(levels, found))
+        return Outputs(self._with_masks(maps, found))
 
     def masks_of(self, batch: Batch, found: Detections) -> Detections:
         """See `Architecture.masks_of`."""
-        return self._with_masks(self.pyramid(batch), found)
+        return self._with_masks(roi_maps(self.semantic_branch, self.pyramid(batch)), found)
 
-    def _with_masks(self, levels: list[Tensor], found: Detections) -> Detections:
+    def _with_masks(self, maps: RoiMaps, found: Detections) -> Detections:
         """Return the detections with the mean of the mask heads' probabilities, if there is a mask head."""
-        masks = [with_masks(head, self.pool, levels, found).masks_BDSS for head in self.mask_heads()]
+        masks = [with_masks(head, self.pool, maps, found).masks_BDSS for head in self.mask_heads()]
         probabilities = [mask for mask in masks if mask is not None]
         return found._replace(masks_BDSS=torch.stack(probabilities).mean(0)) if probabilities else found
 
@@ -199,17 +245,19 @@ class CascadeMaskRcnn(Architecture):
         return cascade_losses(predictions, self.conventions, self.config, self.loss_weights)
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
-        """Positive anchors, positive RoIs of each stage and mask slots in use."""
+        """Positive anchors, positive RoIs of each stage, mask slots in use and labelled cells."""
         masks = {"rpn_positive": predictions.rpn.positive_BR}
         for number, stage in enumerate(predictions.stages):
             masks[f"roi_positive_stage{number}"] = stage.positive_BR
         if predictions.masks:
             masks["mask_slots_used"] = torch.cat([mask.valid_BP for mask in predictions.masks], 1)
+        if predictions.semantic is not None:
+            masks["labelled_cells"] = (predictions.semantic.labels_Bhw != NO_CLASS).flatten(1)
         return mean_counts(masks)
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """See `Architecture.norm_parts`."""
-        heads = (self.rpn, self.box_head, self.mask_head)
+        heads = (self.rpn, self.box_head, self.mask_head, self.semantic_branch)
         return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
 
     def class_layers(self) -> tuple[ClassLayer, ...]:
@@ -219,12 +267,23 @@ class CascadeMaskRcnn(Architecture):
         return (
             *(ClassLayer(f"box_head.{number}.classes.", after=1) for number in stages),
             *(ClassLayer(prefix) for prefix in masks),
+            *branch_class_layers(self.semantic_branch),
         )
 
 
-def refined_rois(boxes_BR4: Tensor, valid_BR: Tensor, sizes_B2: Tensor) -> tuple[Tensor, Tensor]:
-    """A stage's boxes as RoIs of the next one: clipped, without gradient, invalid where no area is left."""
-    boxes_BR4 = clip_boxes(boxes_BR4.detach(), sizes_B2)
+def refined_rois(
+    boxes_BR4: Tensor, valid_BR: Tensor, sizes_B2: Tensor, image_BR: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A stage's boxes as RoIs of the next one: clipped, without gradient, invalid where no area is left.
+
+    `image_BR` is the image of each box; None: the row.
+    """
+    boxes_BR4 = boxes_BR4.detach()
+    if image_BR is None:
+        boxes_BR4 = clip_boxes(boxes_BR4, sizes_B2)
+    else:
+        boxes_X14 = clip_boxes(boxes_BR4.flatten(0, 1)[:, None], sizes_B2[image_BR.flatten()])
+        boxes_BR4 = boxes_X14.reshape(boxes_BR4.shape)
     valid_BR = valid_BR & non_empty(boxes_BR4)
     return boxes_BR4.where(valid_BR[..., None], 0.0), valid_BR
 
@@ -237,13 +296,15 @@ def cascade_losses(
 ) -> dict[str, Tensor]:
     """Return the RPN's losses, those of each stage (`loss_cls_stage0`, ...), weighted, and the masks'.
 
-    The mask losses of several mask heads are named and weighted by stage, too.
+    The mask losses of several mask heads are named and weighted by stage, too. A semantic branch adds one.
     """
     losses = rpn_losses(predictions.rpn, conventions, config.rpn.smooth_l1_beta)
     beta = conventions.beta(config.box_head.smooth_l1_beta)
     for number, (stage, weight) in enumerate(zip(predictions.stages, weights, strict=True)):
         found = box_losses(stage, beta, config.box_head.loss)
         losses |= {f"{name}_stage{number}": weight * loss for name, loss in found.items()}
+    if predictions.semantic is not None:
+        losses |= branch_loss(predictions.semantic, config.semantic_branch.loss_weight)
     if len(predictions.masks) == 1:
         return losses | mask_loss(predictions.masks[0])
     for number, (mask, weight) in enumerate(zip(predictions.masks, weights, strict=False)):

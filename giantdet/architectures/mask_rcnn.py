@@ -22,8 +22,10 @@ from giantdet.layers.blocks import recompute
 from giantdet.layers.box_head import (
     BoxHead,
     BoxPredictions,
+    SampledRois,
     box_losses,
-    sample_rois,
+    candidate_rois,
+    random_rois,
     scores_and_boxes,
     select_detections,
     training_predictions,
@@ -36,9 +38,18 @@ from giantdet.layers.mask_head import (
     mask_training_predictions,
     with_masks,
 )
-from giantdet.layers.roi_pool import RoiPool
-from giantdet.layers.rpn import Rpn, RpnPredictions, rpn_losses
-from giantdet.structures import Batch, Detections, Outputs
+from giantdet.layers.ohem import hard_rois, without_graph
+from giantdet.layers.roi_pool import RoiMaps, RoiPool
+from giantdet.layers.rpn import Proposals, Rpn, RpnPredictions, rpn_losses
+from giantdet.layers.semantic_branch import (
+    NO_CLASS,
+    BranchPredictions,
+    SemanticBranch,
+    branch_loss,
+    branch_predictions,
+    roi_maps,
+)
+from giantdet.structures import Batch, Detections, Outputs, Targets
 
 DEFAULT = MaskRcnnConfig()
 
@@ -49,12 +60,16 @@ class Predictions(NamedTuple):
     rpn: RpnPredictions
     box: BoxPredictions
     mask: MaskPredictions | None
+    semantic: BranchPredictions | None = None
 
 
 class MaskRcnn(Architecture):
     """Two-stage detector; see `Architecture` for the arguments."""
 
-    WITHOUT_MASKS = "; set giantdet.model.mask_head.enabled to false to train on boxes"
+    WITHOUT_MASKS = (
+        "; set giantdet.model.mask_head.enabled to false to train on boxes"
+        " (and the source of a semantic_branch to boxes)"
+    )
 
     def __init__(self, config: RcnnConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
@@ -67,15 +82,20 @@ class MaskRcnn(Architecture):
         self.mask_head = (
             MaskHead(config.mask_head, channels, self.num_classes) if config.mask_head.enabled else None
         )
+        self.semantic_branch = (
+            SemanticBranch(config, self.num_classes) if config.semantic_branch.enabled else None
+        )
         if config.checkpoint_heads:
-            for part in (self.fpn, self.box_head, self.mask_head):
+            for part in (self.fpn, self.box_head, self.mask_head, self.semantic_branch):
                 if part is not None:
                     recompute(part)
 
     @property
     def targets(self) -> frozenset[str]:
         """See `Architecture.targets`."""
-        return frozenset({"boxes", "masks"} if self.mask_head is not None else {"boxes"})
+        masks = frozenset({"masks"} if self.mask_head is not None else ())
+        branch = frozenset() if self.semantic_branch is None else self.semantic_branch.targets
+        return masks | branch | {"boxes"}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -96,26 +116,34 @@ class MaskRcnn(Architecture):
         targets = batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
-        config = self.config.box_head
-        rois = sample_rois(
-            proposals,
-            targets,
-            config,
-            config.iou,
-            self.num_classes,
-            batch.seeds_B,
-            config.best_takes_object,
-        )
-        features = self.pool(levels, rois.boxes_BR4, config.resolution, config.sampling_ratio)
-        logits, deltas = self.box_head(features)
-        both_sides = self.conventions.clamps_shrinking
-        box = training_predictions(logits, deltas, rois, targets, both_sides=both_sides)
+        maps, semantic = branch_predictions(self.semantic_branch, levels, targets)
+        rois = self.sample(maps, proposals, batch)
+        box = self.box_predictions(maps, rois, targets)
         mask = None
         if self.mask_head is not None:
-            mask = mask_training_predictions(
-                self.mask_head, self.pool, levels, rois, targets, self.conventions
-            )
-        return Predictions(rpn=rpn, box=box, mask=mask)
+            mask = mask_training_predictions(self.mask_head, self.pool, maps, rois, targets, self.conventions)
+        return Predictions(rpn=rpn, box=box, mask=mask, semantic=semantic)
+
+    def sample(self, maps: RoiMaps, proposals: Proposals, batch: Batch) -> SampledRois:
+        """Return the RoIs to train on, random or hard ones."""
+        config, targets = self.config.box_head, batch.targets
+        candidates = candidate_rois(
+            proposals, targets, config.iou, self.num_classes, config.best_takes_object
+        )
+        if config.sampling.type == "random":
+            return random_rois(candidates, config, self.num_classes, batch.seeds_B)
+        with without_graph(self.box_head):
+            predictions = self.box_predictions(maps, candidates, targets)
+            beta = self.conventions.beta(config.smooth_l1_beta)
+            return hard_rois(candidates, predictions, config, beta, self.num_classes)
+
+    def box_predictions(self, maps: RoiMaps, rois: SampledRois, targets: Targets) -> BoxPredictions:
+        """Return the box head's predictions for RoIs, with their targets."""
+        config = self.config.box_head
+        features = self.pool(maps, rois.boxes_BR4, config.resolution, config.sampling_ratio, rois.image_BR)
+        logits, deltas = self.box_head(features)
+        both_sides = self.conventions.clamps_shrinking
+        return training_predictions(logits, deltas, rois, targets, both_sides=both_sides)
 
     def answer(self, batch: Batch) -> Outputs:
         """See `Architecture.answer`."""
@@ -125,7 +153,8 @@ class MaskRcnn(Architecture):
         """Objects, with masks where there is a mask head."""
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
-        features = self.pool(levels, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
+        maps = roi_maps(self.semantic_branch, levels)
+        features = self.pool(maps, proposals.boxes_BN4, config.resolution, config.sampling_ratio)
         logits, deltas = self.box_head(features)
         scores_BNC, boxes_BNC4 = scores_and_boxes(
             logits, deltas, proposals.boxes_BN4, both_sides=self.conventions.clamps_shrinking
@@ -140,12 +169,13 @@ class MaskRcnn(Architecture):
         )
         if self.mask_head is None:
             return found
-        return with_masks(self.mask_head, self.pool, levels, found)
+        return with_masks(self.mask_head, self.pool, maps, found)
 
     def masks_of(self, batch: Batch, found: Detections) -> Detections:
         """See `Architecture.masks_of`."""
         assert self.mask_head is not None
-        return with_masks(self.mask_head, self.pool, self.pyramid(batch), found)
+        maps = roi_maps(self.semantic_branch, self.pyramid(batch))
+        return with_masks(self.mask_head, self.pool, maps, found)
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """See `mask_rcnn_losses`."""
@@ -157,7 +187,7 @@ class MaskRcnn(Architecture):
 
     def norm_parts(self) -> dict[NormPart, tuple[nn.Module, ...]]:
         """See `Architecture.norm_parts`."""
-        heads = (self.rpn, self.box_head, self.mask_head)
+        heads = (self.rpn, self.box_head, self.mask_head, self.semantic_branch)
         return {"fpn": (self.fpn,), "heads": tuple(head for head in heads if head is not None)}
 
     def class_layers(self) -> tuple[ClassLayer, ...]:
@@ -166,6 +196,7 @@ class MaskRcnn(Architecture):
             ClassLayer("box_head.classes.", after=1),
             ClassLayer("box_head.deltas.", values=4),
             ClassLayer("mask_head.masks."),
+            *branch_class_layers(self.semantic_branch),
         )
 
     def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -176,18 +207,31 @@ class MaskRcnn(Architecture):
 def mask_rcnn_losses(
     predictions: Predictions, conventions: Conventions, config: RcnnConfig = DEFAULT
 ) -> dict[str, Tensor]:
-    """Return the five losses (four without a mask head), each of weight 1."""
+    """Return the five losses (four without a mask head), each of weight 1, and that of a semantic branch."""
     losses = rpn_losses(predictions.rpn, conventions, config.rpn.smooth_l1_beta)
     box_head = config.box_head
     losses |= box_losses(predictions.box, conventions.beta(box_head.smooth_l1_beta), box_head.loss)
     if predictions.mask is not None:
         losses |= mask_loss(predictions.mask)
+    if predictions.semantic is not None:
+        losses |= branch_loss(predictions.semantic, config.semantic_branch.loss_weight)
     return losses
 
 
 def sample_counts(predictions: Predictions) -> dict[str, Tensor]:
-    """Return the numbers of positive anchors, positive RoIs and used mask slots, means per image."""
+    """Return mean numbers per image: positive anchors, positive RoIs, used mask slots, labelled cells."""
     masks = {"rpn_positive": predictions.rpn.positive_BR, "roi_positive": predictions.box.positive_BR}
     if predictions.mask is not None:
         masks["mask_slots_used"] = predictions.mask.valid_BP
+    if predictions.semantic is not None:
+        masks["labelled_cells"] = (predictions.semantic.labels_Bhw != NO_CLASS).flatten(1)
     return mean_counts(masks)
+
+
+def branch_class_layers(branch: SemanticBranch | None) -> tuple[ClassLayer, ...]:
+    """Return the layer of a semantic branch whose rows belong to classes."""
+    if branch is None:
+        return ()
+    if branch.source == "maps":
+        return (ClassLayer("semantic_branch.classes.", "stuff", before=1),)
+    return (ClassLayer("semantic_branch.classes.", after=1),)

@@ -20,6 +20,7 @@ from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import sections
 from giantdet.config.deepspeed import AutoSection, DeepSpeedConfig
+from giantdet.config.faster import check_faster
 from giantdet.config.identity import first_difference
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
@@ -93,6 +94,8 @@ def resolve(
             'nvme; set its device to "cpu"'
         )
 
+    check_faster(giantdet, int(deepspeed.get("zero_optimization", {}).get("stage", 0)), has_gpu)
+
     if classes is not None:
         model = _with_classes(giantdet.model, classes)
         data = giantdet.data.model_copy(
@@ -134,7 +137,7 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
 def _with_classes(model: ArchitectureConfig, classes: Classes) -> ArchitectureConfig:
     """Return the `model` section with its numbers of classes. Raises ConfigError if they do not fit."""
     numbers: dict[str, int] = {}
-    for key, kind in model.CLASS_KEYS.items():
+    for key, kind in model.class_keys.items():
         declared, found = getattr(model, key), len(getattr(classes, kind))
         if found == 0:
             raise ConfigError(

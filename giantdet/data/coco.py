@@ -176,6 +176,18 @@ class CocoDataset:
         self.object_start = np.concatenate([[0], np.cumsum(counts)])
         self.without_mask = int((self.segment_kind == _BOX_ONLY).sum())
         self.has_masks = self.without_mask < len(self.labels_K)
+        self._pack_ignored([r for r in records if r.get("iscrowd") or r.get("ignore")], sizes, index)
+
+    def _pack_ignored(
+        self, records: list[dict[str, Any]], sizes: dict[int, tuple[int, int]], index: dict[int, int]
+    ) -> None:
+        """Keep the masks of crowd regions and ignored objects as RLE strings, in the images' order."""
+        records = sorted(records, key=lambda record: index[record["image_id"]])
+        strings = [_rle_string(record, sizes[record["image_id"]]) for record in records]
+        self.ignored_bytes = np.frombuffer(b"".join(strings), np.uint8)
+        self.ignored_ends = np.cumsum([0, *map(len, strings)])
+        images = np.array([index[record["image_id"]] for record in records], np.int64)
+        self.ignored_start = np.searchsorted(images, np.arange(len(sizes) + 1))
 
     def __len__(self) -> int:
         """Number of images, with or without objects."""
@@ -202,6 +214,13 @@ class CocoDataset:
         return Objects(
             self.boxes_K4[rows], self.labels_K[rows], self.ids_K[rows], size, first=rows.start, dataset=self
         )
+
+    def ignored(self, i: int) -> list[dict[str, Any]]:
+        """See `Dataset.ignored`."""
+        size = [int(side) for side in self.sizes_hw[i]]
+        rows = range(int(self.ignored_start[i]), int(self.ignored_start[i + 1]))
+        parts = [self.ignored_bytes[self.ignored_ends[k] : self.ignored_ends[k + 1]] for k in rows]
+        return [{"size": size, "counts": part.tobytes()} for part in parts]
 
     def summary(self) -> Summary:
         """See `Dataset.summary`."""
@@ -244,3 +263,15 @@ def _packed(segmentation: Any, size: tuple[int, int]) -> tuple[int, Any]:
             return _RLE, mask_util.frPyObjects(segmentation, *size)["counts"]
         return _RLE, counts.encode()
     return (_POLYGONS if segmentation else _BOX_ONLY), segmentation
+
+
+def _rle_string(record: dict[str, Any], size: tuple[int, int]) -> bytes:
+    """Return the compressed RLE of a record; without a segmentation, that of its filled box."""
+    kind, data = _packed(record.get("segmentation") or [], size)
+    if kind == _RLE:
+        string: bytes = data
+    else:
+        x, y, w, h = record["bbox"]
+        parts = data or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        string = mask_util.merge(mask_util.frPyObjects(parts, *size))["counts"]
+    return string

@@ -142,6 +142,15 @@ class CocoPanopticDataset(CocoDataset):
             found.boxes_N4, found.labels_N, found.ids_N, found.size_hw, found.first, dataset=self, i=i
         )
 
+    def ignored(self, i: int) -> list[dict[str, Any]]:
+        """See `Dataset.ignored`; without a file of objects, those of the PNG file."""
+        if self.instances_file is not None:
+            return super().ignored(i)
+        ids_HW, segments = self.panoptic_map(i)
+        ids = [VOID, *(segment.id for segment in segments if segment.is_crowd)]
+        mask_HW = np.isin(ids_HW, ids)
+        return [mask_util.encode(np.asfortranarray(mask_HW.view(np.uint8)))] if mask_HW.any() else []
+
     def panoptic_map(self, i: int) -> PanopticMap:
         """See `Dataset.panoptic_map`. The last one is kept: a sample needs it for masks and for classes.
 

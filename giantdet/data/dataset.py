@@ -98,6 +98,13 @@ class Dataset(Protocol):
         """Return the objects of image i."""
         ...
 
+    def ignored(self, i: int) -> list[dict[str, Any]]:
+        """Return COCO's compressed RLEs of the regions of image i that are neither objects nor background.
+
+        These are crowd regions, ignored objects, and the void pixels of panoptic maps.
+        """
+        ...
+
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
         """Return each pixel's class in image i, uint8 [h, w] with `structures.IGNORE`; None without maps.
 

@@ -82,6 +82,11 @@ class JoinedDataset:
         found: Any = self.parts[p].objects(at)
         return cast("ImageObjects", replace(found, labels_N=self.labels[p][found.labels_N]))
 
+    def ignored(self, i: int) -> list[dict[str, Any]]:
+        """See `Dataset.ignored`."""
+        p, at = self._at(i)
+        return self.parts[p].ignored(at)
+
     def semantic_map(self, i: int) -> NDArray[np.uint8] | None:
         """See `Dataset.semantic_map`; `meet` has numbered the parts' classes as in the first."""
         p, at = self._at(i)

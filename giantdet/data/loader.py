@@ -184,9 +184,8 @@ def train_loader(
 ) -> Loader:
     """Return the endless training batches of one rank, from micro-step `start_micro_step` on.
 
-    Only the given `targets` ("boxes", "masks", "semantic") are made: without masks S is 0. Raises `DataError`
-    if there is nothing to train on, or, while iterating, if 50 images in a row
-    cannot be used.
+    Only the given `targets` ("boxes", "masks", "semantic", "ignored") are made: without masks S is 0. Raises
+    `DataError` if there is nothing to train on, or, while iterating, if 50 images in a row cannot be used.
     """
     stream = TrainStream(dataset, config, seed, targets)
     return Loader(stream, TrainSampler(batch, rank, world, start_micro_step), pin_memory)

@@ -107,7 +107,7 @@ def object_frame(
 
 
 def decode_window(
-    string: bytes, size_hw: tuple[int, int], window_yxyx: tuple[int, int, int, int], name: int = 0
+    string: bytes, size_hw: tuple[int, int], window_yxyx: tuple[int, int, int, int], name: int | str = 0
 ) -> NDArray[np.uint8]:
     """Decode a window (y0, x0, y1, x1) of a compressed RLE's image to uint8 0/1 [y1 - y0, x1 - x0].
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset, ImageObjects
-from giantdet.data.masks import object_frame
+from giantdet.data.masks import decode_window, object_frame
 from giantdet.data.photometric import distort, draw_distortion
 from giantdet.data.transforms import (
     Geometry,
@@ -22,7 +22,7 @@ from giantdet.data.transforms import (
     transform_semantic,
 )
 from giantdet.errors import DataError
-from giantdet.structures import Batch, Targets
+from giantdet.structures import IGNORE, Batch, Targets
 
 NO_MAP: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
 
@@ -54,10 +54,12 @@ def make_sample(
     targets: frozenset[str],
     rng: np.random.Generator | None = None,
 ) -> Sample:
-    """Return image i of the data set under `geometry`, with `targets` of "boxes", "masks", "semantic".
+    """Return image i of the data set under `geometry`, with the `targets` that are wanted.
 
-    `rng`, in training, draws what depends on the content: balanced crops and colours. Raises `DataError` if
-    the image, a mask or a map is broken, or a requested map does not exist.
+    "boxes", "masks", "semantic", or instead of the last "ignored": a map that is 0, and `IGNORE` in regions
+    that are neither objects nor background. `rng`, in training, draws what depends on the content: balanced
+    crops and colours. Raises `DataError` if the image, a mask or a map is broken, or a requested map does not
+    exist.
     """
     semantic = NO_MAP
     if "semantic" in targets:
@@ -65,6 +67,8 @@ def make_sample(
         if rng is not None and config.augment.crop_class_share < 1:
             geometry = draw_balanced_crop(rng, geometry, found, config.augment.crop_class_share)
         semantic = transform_semantic(found, geometry, config.size)
+    elif "ignored" in targets:
+        semantic = transform_semantic(_ignored_map(dataset, i), geometry, config.size)
     image = transform_image(dataset.read_image(i), geometry, config.size)
     if rng is not None and config.augment.photometric:
         height, width = geometry.size_hw
@@ -108,6 +112,16 @@ def _frame(
     if objects.has_mask(n):
         return object_frame(objects, n, geometry, box_4, side)
     return np.zeros((side, side), np.uint8), np.zeros(4, np.float32)
+
+
+def _ignored_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:
+    height, width = (int(side) for side in dataset.sizes_hw[i])
+    found = np.zeros((height, width), np.uint8)
+    name = f"of a crowd region in image {dataset.image_ids[i]}"
+    for rle in dataset.ignored(i):
+        window = (0, 0, height, width)
+        found |= decode_window(rle["counts"], (height, width), window, name) * np.uint8(IGNORE)
+    return found
 
 
 def _semantic_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:

@@ -94,6 +94,10 @@ class SemanticPngDataset:
         """Return no objects."""
         return NoObjects((int(self.sizes_hw[i, 0]), int(self.sizes_hw[i, 1])))
 
+    def ignored(self, i: int) -> list[dict[str, Any]]:
+        """Return nothing: there are no objects."""
+        return []
+
     def training_indices(self, filter_empty: bool) -> NDArray[np.int64]:
         """Return the indices of all images."""
         return np.arange(len(self))

@@ -180,6 +180,6 @@ class EvalStream(Stream):
             none,
             {},
             (),
-            np.full(size, IGNORE, np.uint8) if "semantic" in self.targets else NO_MAP,
+            np.full(size, IGNORE, np.uint8) if self.targets & {"semantic", "ignored"} else NO_MAP,
             None if self.window_stride is None else (0, 0, *size, 0, 1),
         )

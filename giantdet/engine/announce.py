@@ -25,7 +25,7 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
     if not comm.is_main():
         return
     config, (total, micro_batch, accumulation) = run.giantdet, run.batch
-    keys = config.model.CLASS_KEYS
+    keys = config.model.class_keys
     classes = ", ".join(
         f"{getattr(config.model, k)} {k.removeprefix('num_').replace('_', ' ')}" for k in keys
     )

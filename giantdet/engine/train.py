@@ -33,7 +33,7 @@ from giantdet.data.images import limit_pixels
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
-from giantdet.engine import zero
+from giantdet.engine import faster, zero
 from giantdet.engine.announce import announce, write_summary
 from giantdet.engine.evaluate import Evaluation, check_windows, evaluate, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
@@ -186,6 +186,7 @@ def _build(
         warn_of_limits(validation, config.model, config.eval.max_detections)
     announce(run, model, device)
     engine = zero.initialize(model, run)
+    faster.apply(model, run, device)  # before AGVM adds its hooks to the parameters
     agvm = Agvm(engine, config.agvm) if config.agvm.enabled else None
     ema = WeightEma(engine.module, config.ema.decay) if config.ema.enabled else None
     checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema, identity(run))

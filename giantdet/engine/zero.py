@@ -38,6 +38,7 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    cast_buffers(model, weight_dtype(run))
     if any(is_deferred(parameter) for parameter in model.parameters()):
         with _refusal_in_one_line():
             partition(model, run)
@@ -63,6 +64,20 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
             dist_init_required=False,
         )[0]
     return engine
+
+
+def cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating-point buffers of other libraries' modules to the type of the weights, in place.
+
+    DeepSpeed 0.19.8 casts parameters only, and in some of timm's modules, EVA's attention among them, a
+    buffer is an operand beside weights. giantdet's own modules take care of the types of their buffers.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith("giantdet."):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
 
 
 @contextmanager

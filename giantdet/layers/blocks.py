@@ -59,7 +59,7 @@ def wrap_blocks(config: BackboneConfig, body: nn.Module) -> None:
         return
     for index, block in enumerate(blocks_of(config, body)):
         if config.compile_blocks:
-            block.forward = _compiled(block.forward)
+            block.forward = compiled(block.forward)
         if every and index % every == 0:
             recompute(block)
 
@@ -76,7 +76,8 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function compiled for each shape of its inputs that occurs."""
     import torch._dynamo.config
     import torch._inductor.config
 

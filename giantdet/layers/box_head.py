@@ -90,29 +90,30 @@ class SampledRois(NamedTuple):
     positive_BR: Tensor
     valid_BR: Tensor
     is_object_BR: Tensor  # bool: the RoI is a ground-truth box itself, not a proposal
+    image_BR: Tensor  # int64, the RoI's image: the row, unless OHEM chose from the whole micro-batch
 
 
-def sample_rois(
-    proposals: Proposals,
-    targets: Targets,
-    config: BaseBoxHeadConfig,
-    iou: float,
-    num_classes: int,
-    seeds_B: Tensor,
-    best_takes_object: bool = False,
+def row_images(slots_BR: Tensor) -> Tensor:
+    """Return the row's number in each slot, int64 `[B, R]`: RoIs that stay with their image."""
+    rows_B = torch.arange(slots_BR.shape[0], device=slots_BR.device)
+    return rows_B[:, None].expand(slots_BR.shape)
+
+
+def candidate_rois(
+    proposals: Proposals, targets: Targets, iou: float, num_classes: int, best_takes_object: bool = False
 ) -> SampledRois:
-    """Sample `batch_per_image` RoIs from the proposals and the ground-truth boxes.
+    """Return all proposals and then the ground-truth boxes, `[B, N + M]`, with the objects that they match.
 
-    At most the share `positive_fraction` of them, 0.25 by default, is positive. A RoI predicts the object
-    that it overlaps most; with `best_takes_object`, the best proposal of an object predicts that object.
+    A RoI predicts the object that it overlaps most; with `best_takes_object`, the best proposal of an object
+    predicts that object.
     """
     boxes_BN4 = torch.cat([proposals.boxes_BN4, targets.boxes_BM4], 1)
     valid_BN = torch.cat([proposals.valid_BN, targets.valid_BM], 1)
     iou_BMN = pairwise_iou(targets.boxes_BM4, boxes_BN4)
     index_BN, label_BN = match(iou_BMN, targets.valid_BM, iou, iou, allow_low_quality=False)
+    count = proposals.valid_BN.shape[1]
     if best_takes_object:
         # Among the proposals alone: the best box of an object is always its own.
-        count = proposals.valid_BN.shape[1]
         taken_BN, _ = match(
             iou_BMN[..., :count],
             targets.valid_BM,
@@ -123,36 +124,69 @@ def sample_rois(
             takes_object=True,
         )
         index_BN = torch.cat([taken_BN, index_BN[:, count:]], 1)
-    label_BN = label_BN.masked_fill(~valid_BN, -1)
-    noise_BN = uniform_noise(seeds_B, label_BN.shape[1], SAMPLING_SALT)
-    index_BR, positive_BR, valid_BR = sample(
-        label_BN, noise_BN, config.batch_per_image, config.positive_fraction
-    )
-    matched_BR = index_BN.gather(1, index_BR)
+    positive_BN = (label_BN == 1) & valid_BN
+    is_object_N = torch.arange(valid_BN.shape[1], device=valid_BN.device) >= count
     return SampledRois(
-        boxes_BR4=gather_slots(boxes_BN4, index_BR),
-        labels_BR=targets.labels_BM.gather(1, matched_BR).where(positive_BR, num_classes),
-        index_BR=matched_BR,
+        boxes_BR4=boxes_BN4,
+        labels_BR=targets.labels_BM.gather(1, index_BN).where(positive_BN, num_classes),
+        index_BR=index_BN,
+        positive_BR=positive_BN,
+        valid_BR=valid_BN,
+        is_object_BR=is_object_N.expand(valid_BN.shape),
+        image_BR=row_images(valid_BN),
+    )
+
+
+def sample_rois(
+    candidates: SampledRois, key_BN: Tensor, config: BaseBoxHeadConfig, num_classes: int
+) -> SampledRois:
+    """Choose `batch_per_image` RoIs of each image, those of the largest keys (at least 0) first.
+
+    At most the share `positive_fraction` of them, 0.25 by default, is positive.
+    """
+    label_BN = candidates.positive_BR.to(torch.int8).masked_fill(~candidates.valid_BR, -1)
+    index_BR, positive_BR, valid_BR = sample(
+        label_BN, key_BN, config.batch_per_image, config.positive_fraction
+    )
+    chosen = SampledRois._make(gather_slots(field, index_BR) for field in candidates)
+    return chosen._replace(
+        labels_BR=chosen.labels_BR.where(positive_BR, num_classes),
         positive_BR=positive_BR,
         valid_BR=valid_BR,
-        is_object_BR=index_BR >= proposals.valid_BN.shape[1],
     )
+
+
+def random_rois(
+    candidates: SampledRois, config: BaseBoxHeadConfig, num_classes: int, seeds_B: Tensor
+) -> SampledRois:
+    """Choose RoIs at random, the same ones for the same seeds; see `sample_rois`."""
+    noise_BN = uniform_noise(seeds_B, candidates.valid_BR.shape[1], SAMPLING_SALT)
+    return sample_rois(candidates, noise_BN, config, num_classes)
 
 
 def match_rois(
-    boxes_BR4: Tensor, valid_BR: Tensor, targets: Targets, iou: float, num_classes: int
+    boxes_BR4: Tensor, valid_BR: Tensor, image_BR: Tensor, targets: Targets, iou: float, num_classes: int
 ) -> SampledRois:
     """All RoIs, in their order, with the objects that they match: the later stages of a cascade."""
-    iou_BMR = pairwise_iou(targets.boxes_BM4, boxes_BR4)
-    index_BR, label_BR = match(iou_BMR, targets.valid_BM, iou, iou, allow_low_quality=False)
-    positive_BR = (label_BR == 1) & valid_BR
+    # Each RoI is compared with the objects of its own image, which need not be that of its row.
+    iou_BRM = pairwise_iou(targets.boxes_BM4[image_BR], boxes_BR4[:, :, None]).squeeze(-1)
+    found_X1, label_X1 = match(
+        iou_BRM.flatten(0, 1)[..., None],
+        targets.valid_BM[image_BR].flatten(0, 1),
+        iou,
+        iou,
+        allow_low_quality=False,
+    )
+    index_BR = found_X1.reshape(valid_BR.shape)
+    positive_BR = (label_X1.reshape(valid_BR.shape) == 1) & valid_BR
     return SampledRois(
         boxes_BR4=boxes_BR4,
-        labels_BR=targets.labels_BM.gather(1, index_BR).where(positive_BR, num_classes),
+        labels_BR=targets.labels_BM[image_BR, index_BR].where(positive_BR, num_classes),
         index_BR=index_BR,
         positive_BR=positive_BR,
         valid_BR=valid_BR,
         is_object_BR=torch.zeros_like(valid_BR),
+        image_BR=image_BR,
     )
 
 
@@ -175,7 +209,7 @@ def training_predictions(
     deltas_BR4 = (
         deltas.reshape(*shape, -1, 4).gather(2, class_BR[..., None, None].expand(*shape, 1, 4)).squeeze(2)
     )
-    boxes_BR4 = gather_slots(targets.boxes_BM4, rois.index_BR)
+    boxes_BR4 = targets.boxes_BM4[rois.image_BR, rois.index_BR]
     # An invalid RoI may be an empty box, and a negative one has no target. For both, the RoI and its target
     # are a unit box, so that the encoding is finite.
     unit = F.pad(boxes_BR4.new_ones(2), (2, 0))  # (0, 0, 1, 1), made on the device: a copy would synchronise
@@ -243,12 +277,10 @@ def select_detections(
     )
 
 
-def box_losses(p: BoxPredictions, smooth_l1_beta: float, kind: BoxLoss = "smooth_l1") -> dict[str, Tensor]:
-    """Return the classification and box loss of the sampled RoIs (`fast_rcnn.py` of detectron2 0.6).
-
-    Both sums are divided by the number of sampled RoIs, background included.
-    """
-    count = p.valid_BR.sum().clamp_min(1)
+def roi_losses(
+    p: BoxPredictions, smooth_l1_beta: float, kind: BoxLoss = "smooth_l1"
+) -> tuple[Tensor, Tensor]:
+    """Return the classification and the box loss of each RoI, float32 `[B, R]`; 0 in unused slots."""
     entropy_BR = F.cross_entropy(p.logits_BRC1.flatten(0, 1), p.labels_BR.flatten(), reduction="none")
     if kind == "smooth_l1":
         distance_BR = box_distance(p.deltas_BR4, p.target_deltas_BR4, smooth_l1_beta)
@@ -259,7 +291,17 @@ def box_losses(p: BoxPredictions, smooth_l1_beta: float, kind: BoxLoss = "smooth
         distance_BR = iou_loss(
             p.boxes_BR4.where(positive_BR1, unit), p.target_boxes_BR4.where(positive_BR1, unit), kind
         )
-    return {
-        "loss_cls": torch.where(p.valid_BR, entropy_BR.reshape(p.labels_BR.shape), 0.0).sum() / count,
-        "loss_box_reg": torch.where(p.positive_BR, distance_BR, 0.0).sum() / count,
-    }
+    return (
+        torch.where(p.valid_BR, entropy_BR.reshape(p.labels_BR.shape), 0.0),
+        torch.where(p.positive_BR, distance_BR, 0.0),
+    )
+
+
+def box_losses(p: BoxPredictions, smooth_l1_beta: float, kind: BoxLoss = "smooth_l1") -> dict[str, Tensor]:
+    """Return the classification and box loss of the sampled RoIs (`fast_rcnn.py` of detectron2 0.6).
+
+    Both sums are divided by the number of sampled RoIs, background included.
+    """
+    count = p.valid_BR.sum().clamp_min(1)
+    entropy_BR, distance_BR = roi_losses(p, smooth_l1_beta, kind)
+    return {"loss_cls": entropy_BR.sum() / count, "loss_box_reg": distance_BR.sum() / count}

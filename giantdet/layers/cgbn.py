@@ -29,6 +29,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.distributed import comm
 from giantdet.errors import ConfigError, InputError
+from giantdet.ops.statistics import (
+    local_statistics,
+    memory_format,
+    merge_statistics,
+    refuse_second_derivatives,
+    statistics_type,
+)
+from giantdet.ops.triton_kernels import INSTALLED, use_triton
+
+if INSTALLED:
+    from giantdet.layers.cgbn_cuda import NormaliseOnGpu
+    from giantdet.ops.statistics_triton import Moving
 
 
 def convert_batchnorm(model: nn.Module, group: comm.Group | None = None) -> nn.Module:
@@ -181,6 +193,8 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
             y = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
         elif self.group is None and x.numel() > 0:
             y = self._normalise_alone(x, weight, bias)
+        elif self._has_kernels(x):
+            y = self._normalise_on_gpu(x, weight, bias)
         else:
             y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
             if self._moves():
@@ -206,6 +220,21 @@ class CrossGpuBatchNorm(Float32Buffers, _BatchNorm):
             # recomputed forward pass saves as many tensors as the first one.
             mean, var = mean.clone(), var.clone()
         return F.batch_norm(x, mean, var, weight, bias, True, factor or 0.0, self.eps)
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Return whether `cgbn_cuda.py` normalises x; the operators below are for all other cases."""
+        fits = x.dtype != torch.float64 and self.momentum is not None
+        return fits and use_triton(x.device) and not torch.compiler.is_compiling()
+
+    def _normalise_on_gpu(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        moving = None
+        if self._moves():
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            moving = Moving(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        x = x.contiguous(memory_format=memory_format(x))
+        y: Tensor = NormaliseOnGpu.apply(x, weight, bias, self.eps, self.group, moving)
+        return y
 
     def _moves(self) -> bool:
         return self.training and self.running_mean is not None and not is_recomputing()
@@ -234,34 +263,6 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def statistics_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def local_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean `[C]`, biased variance `[C]` and count `[1]` of each channel; zeros for an empty input."""
-    zeros = x.new_zeros(x.shape[1], dtype=statistics_type(x))
-    count = zeros.new_full((1,), x.numel() // x.shape[1])
-    if x.numel() == 0:
-        return zeros, zeros.clone(), count
-    # Given running statistics to write to, the kernel computes in their type and not in bf16.
-    mean, var = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
-    return mean, var, count
-
-
-def merge_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the statistics of R parts, `[R, C]`, `[R, C]` and `[R, 1]`, to `[C]`, `[C]` and `[1]` in float64.
-
-    Weighted by count and computed from deviations, not from sums of squares (Chan, Golub, LeVeque 1979),
-    which is stable for any mean. Variances are biased. Parts may be empty.
-    """
-    means, variances, counts = means.double(), variances.double(), counts.double()
-    total = counts.sum(0)
-    share = counts / total.clamp(min=1)
-    mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean).square())).sum(0), total
-
-
 class _Normalise(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias with the statistics of all ranks of a group.
 
@@ -273,7 +274,7 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: comm.Group | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = x.contiguous(memory_format=_memory_format(x))
+        x = x.contiguous(memory_format=memory_format(x))
         parts = comm.all_gather(torch.cat(local_statistics(x)), group)
         channels = x.shape[1]
         merged = merge_statistics(*torch.split(parts, [channels, channels, 1], dim=1))
@@ -289,15 +290,9 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # Not `once_differentiable`: autograd skips its error where the gradient has another path, and the
-        # result is wrong.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a batch norm over several ranks has no gradients of gradients: call backward() or grad() "
-                "without create_graph, or use local or frozen batch norms"
-            )
+        refuse_second_derivatives()
         x, weight, mean, invstd, count = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=_memory_format(x))
+        dy = dy.contiguous(memory_format=memory_format(x))
         sums = _gradient_sums(dy, x, mean, invstd)
         dbias, dweight = sums.unbind() if weight is not None else (None, None)
         dx = None
@@ -305,13 +300,6 @@ class _Normalise(torch.autograd.Function):
             totals = comm.all_reduce(sums.clone(), ctx.group)
             dx = _input_gradient(dy, x, weight, mean, invstd, totals, count)
         return dx, dweight, dbias, None, None
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return torch.contiguous_format
 
 
 def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:

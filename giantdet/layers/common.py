@@ -20,6 +20,11 @@ _NORMS: dict[NormName, Callable[[int], nn.Module]] = {
 }
 
 
+def make_norm(norm: NormName, channels: int) -> nn.Module:
+    """Return the norm layer of a name other than "none"."""
+    return _NORMS[norm](channels)
+
+
 class ConvBlock(nn.Sequential):
     """A convolution, an optional norm and an optional ReLU: `[B, C_in, h, w]` to `[B, C_out, h', w']`.
 
@@ -48,7 +53,7 @@ class ConvBlock(nn.Sequential):
             nn.init.zeros_(conv.bias)
         layers: list[nn.Module] = [conv]
         if norm != "none":
-            layers.append(_NORMS[norm](out_channels))
+            layers.append(make_norm(norm, out_channels))
         if relu:
             layers.append(nn.ReLU())
         super().__init__(*layers)

@@ -1,13 +1,15 @@
 """Feature pyramids: maps with the same number of channels, P2 to P6 at strides 4 to 64, or P3 to P7.
 
 `FeaturePyramid` is FPN (Lin et al., CVPR 2017) over a hierarchical backbone. `SimplePyramid` is that of
-ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT.
+ViTDet (Li et al., ECCV 2022, section 3) over the single map of a plain ViT. Both begin a level with what
+`layers/context.py` makes, by default a 1x1 convolution.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -15,8 +17,11 @@ from torch import Tensor, nn
 from giantdet.config.architectures.common import FpnConfig
 from giantdet.errors import InputError
 from giantdet.layers.common import ConvBlock
+from giantdet.layers.context import lateral
 
 LEVELS = 5
+TOP_LEVEL = 5
+"""Number of the coarsest level that has a backbone map, C5."""
 # Of P2 to P6.
 STRIDES = tuple(4 * 2**level for level in range(LEVELS))
 
@@ -73,12 +78,39 @@ class TopConvolutions(nn.Module):
         return [p6, self.p7(F.relu(p6) if self.relu else p6)]
 
 
+def add_upsampled(fine: Tensor, coarse: Tensor) -> Tensor:
+    """Return `fine` `[B, C, 2 h, 2 w]` plus `coarse` `[B, C, h, w]`, upsampled to the nearest neighbour."""
+    total: Tensor = _AddUpsampled.apply(fine, coarse)
+    return total
+
+
+class _AddUpsampled(torch.autograd.Function):
+    """Adds by broadcasting over cells of 2 x 2: the upsampled map is never written.
+
+    The backward pass of `F.interpolate` adds atomically once torch.compile has made a kernel of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fine: Tensor, coarse: Tensor) -> Tensor:
+        cells = fine.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) + coarse[:, :, :, None, :, None]
+        total: Tensor = cells.flatten(4, 5).flatten(2, 3)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        upper, lower = dy[:, :, ::2], dy[:, :, 1::2]
+        return dy, upper[..., ::2] + upper[..., 1::2] + lower[..., ::2] + lower[..., 1::2]
+
+
 class FeaturePyramid(nn.Module):
     """FPN: a top-down pathway with lateral connections, one level for each map, and the levels of `top`."""
 
     def __init__(self, config: FpnConfig, channels: tuple[int, ...], top: nn.Module) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(ConvBlock(c, config.channels, 1, config.norm) for c in channels)
+        finest = TOP_LEVEL + 1 - len(channels)
+        self.laterals = nn.ModuleList(
+            lateral(config, level, count) for level, count in enumerate(channels, finest)
+        )
         self.outputs = nn.ModuleList(
             ConvBlock(config.channels, config.channels, 3, config.norm) for _ in channels
         )
@@ -93,7 +125,7 @@ class FeaturePyramid(nn.Module):
         merged = self.laterals[-1](maps[-1])
         levels = [self.outputs[-1](merged)]
         for i in range(len(maps) - 2, -1, -1):
-            merged = self.laterals[i](maps[i]) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            merged = add_upsampled(self.laterals[i](maps[i]), merged)
             levels.insert(0, self.outputs[i](merged))
         return [*levels, *self.top(maps[-1], levels[-1])]
 
@@ -104,9 +136,9 @@ class SimplePyramid(nn.Module):
     def __init__(self, config: FpnConfig, width: int, finest: Literal[2, 3], top: nn.Module) -> None:
         super().__init__()
 
-        def tail(channels: int) -> list[nn.Module]:
+        def tail(level: int, channels: int) -> list[nn.Module]:
             return [
-                ConvBlock(channels, config.channels, 1, config.norm),
+                lateral(config, level, channels),
                 ConvBlock(config.channels, config.channels, 3, config.norm),
             ]
 
@@ -114,10 +146,12 @@ class SimplePyramid(nn.Module):
             return nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
 
         stages = [
-            nn.Sequential(up(width), LayerNorm2d(width // 2), nn.GELU(), up(width // 2), *tail(width // 4)),
-            nn.Sequential(up(width), *tail(width // 2)),
-            nn.Sequential(*tail(width)),
-            nn.Sequential(nn.MaxPool2d(2), *tail(width)),
+            nn.Sequential(
+                up(width), LayerNorm2d(width // 2), nn.GELU(), up(width // 2), *tail(2, width // 4)
+            ),
+            nn.Sequential(up(width), *tail(3, width // 2)),
+            nn.Sequential(*tail(4, width)),
+            nn.Sequential(nn.MaxPool2d(2), *tail(TOP_LEVEL, width)),
         ]
         self.stages = nn.ModuleList(stages[finest - 2 :])
         self.top = top

@@ -16,7 +16,7 @@ from giantdet.config.architectures.common import MaskHeadConfig
 from giantdet.config.conventions import Conventions
 from giantdet.layers.box_head import SampledRois
 from giantdet.layers.common import ConvBlock, normal_
-from giantdet.layers.roi_pool import RoiPool
+from giantdet.layers.roi_pool import RoiMaps, RoiPool
 from giantdet.ops.masks import mask_targets
 from giantdet.structures import Detections, Targets
 
@@ -55,43 +55,48 @@ class MaskHead(nn.Module):
 def mask_training_predictions(
     head: MaskHead,
     pool: RoiPool,
-    levels: list[Tensor],
+    maps: RoiMaps,
     rois: SampledRois,
     targets: Targets,
     conventions: Conventions,
 ) -> MaskPredictions:
-    """Masks of the first P RoIs: positives come first, in random order. Objects without a mask are unused."""
+    """Masks of the first P RoIs: positives come first, in the order of sampling (random, or hardest first).
+
+    Objects without a mask are unused.
+    """
     config = head.config
     slots = min(config.slots, rois.positive_BR.shape[1])
-    index_BP = rois.index_BR[:, :slots]
+    index_BP, image_BP = rois.index_BR[:, :slots], rois.image_BR[:, :slots]
     has_mask_BM = targets.frames_BM4[..., 2] > targets.frames_BM4[..., 0]
-    valid_BP = rois.positive_BR[:, :slots] & has_mask_BM.gather(1, index_BP)
+    valid_BP = rois.positive_BR[:, :slots] & has_mask_BM[image_BP, index_BP]
     # Adaptive sampling takes a point a cell: an unused slot's box of any size would cost time.
     boxes_BP4 = rois.boxes_BR4[:, :slots].where(valid_BP[..., None], 0.0)
     label_BP = rois.labels_BR[:, :slots].where(valid_BP, 0)
-    features = pool(levels, boxes_BP4, config.resolution, config.sampling_ratio)
+    features = pool(maps, boxes_BP4, config.resolution, config.sampling_ratio, image_BP)
     logits = head(features, label_BP.flatten())
     side = logits.shape[-1]
-    goals_BPSS = mask_targets(
-        targets.masks_BMSS,
-        targets.frames_BM4,
-        index_BP,
-        boxes_BP4,
+    # The objects of the micro-batch in one row, since a slot's object may be in another image than its row.
+    object_BP = image_BP * has_mask_BM.shape[1] + index_BP
+    goals_1KSS = mask_targets(
+        targets.masks_BMSS.flatten(0, 1)[None],
+        targets.frames_BM4.flatten(0, 1)[None],
+        object_BP.flatten()[None],
+        boxes_BP4.flatten(0, 1)[None],
         side,
         aligned=conventions.aligned_rois,
         binarize=conventions.binary_mask_targets,
     )
     return MaskPredictions(
         logits_BPSS=logits.reshape(*valid_BP.shape, side, side),
-        targets_BPSS=goals_BPSS,
+        targets_BPSS=goals_1KSS.reshape(*valid_BP.shape, side, side),
         valid_BP=valid_BP,
     )
 
 
-def with_masks(head: MaskHead, pool: RoiPool, levels: list[Tensor], found: Detections) -> Detections:
+def with_masks(head: MaskHead, pool: RoiPool, maps: RoiMaps, found: Detections) -> Detections:
     """The detections with mask probabilities of their classes."""
     config = head.config
-    features = pool(levels, found.boxes_BD4, config.resolution, config.sampling_ratio)
+    features = pool(maps, found.boxes_BD4, config.resolution, config.sampling_ratio)
     masks = head(features, found.labels_BD.flatten()).sigmoid()
     return found._replace(masks_BDSS=masks.reshape(*found.labels_BD.shape, *masks.shape[-2:]))
 

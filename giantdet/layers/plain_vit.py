@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
 from torch import Tensor
 
@@ -211,9 +211,14 @@ class PlainViT(Float32Buffers, Backbone):
         """Return absolute positions for each patch of the canvas, `[1, H * W, C]`."""
         if self.position_grid is None:
             return positions_1NC
-        grid = rearrange(positions_1NC, "b (h w) c -> b c h w", h=self.position_grid[0])
-        resized = F.interpolate(grid.float(), self.grid, mode="bicubic", align_corners=False)
-        return resized.to(positions_1NC.dtype).flatten(2).mT
+        grid_hwc = rearrange(positions_1NC.float(), "1 (h w) c -> h w c", h=self.position_grid[0])
+        # Two small matrices, because PyTorch's kernel runs over all channels in sequence, and its backward
+        # pass by atomic additions: together 8 ms of a ViT-L's micro-step on an H200.
+        rows_hH, columns_wW = (
+            bicubic(a, b, grid_hwc.device) for a, b in zip(self.position_grid, self.grid, strict=True)
+        )
+        resized = einsum(grid_hwc, rows_hH, columns_wW, "h w c, h H, w W -> H W c")
+        return resized.to(positions_1NC.dtype).flatten(0, 1)[None]
 
     def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the rotary embeddings of global and of windowed blocks.
@@ -274,3 +279,10 @@ def _block_of(name: str) -> str:
 
 def _is_embedding(name: str) -> bool:
     return name.split(".")[0] in ("patch_embed", "pos_embed", "norm_pre", "rope", *_PREFIX_TOKENS)
+
+
+def bicubic(cells: int, new: int, device: torch.device) -> Tensor:
+    """Return the matrix `[cells, new]`, float32, that resamples one axis bicubically (half-pixel centres)."""
+    unit_vectors = torch.eye(cells, device=device)[None, :, :, None]
+    resampled = F.interpolate(unit_vectors, (new, 1), mode="bicubic", align_corners=False)
+    return resampled[0, :, :, 0]

@@ -1,7 +1,7 @@
 """Non-maximum suppression of many groups (images, levels, classes) at a time, as a mask.
 
 Greedy NMS in fixed shapes: the result is a bool per box, never a list of unknown length. The CPU uses
-torchvision's loop, a GPU the fixed point of
+torchvision's loop, CUDA a Triton kernel (`ops/nms_triton.py`) or, without Triton, the fixed point of
 
     keep = valid & ~any(earlier box that overlaps and is kept)
 
@@ -19,17 +19,33 @@ import torchvision
 from torch import Tensor
 
 from giantdet.ops.boxes import pairwise_iou
+from giantdet.ops.triton_kernels import INSTALLED, use_triton
+
+if INSTALLED:
+    from giantdet.ops import nms_triton
 
 ROUNDS = 16
+
+
+def _best_first(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the order by score, invalid boxes last, then boxes and validity in that order."""
+    order_GK = scores_GK.masked_fill(~valid_GK, -math.inf).argsort(dim=1, descending=True, stable=True)
+    boxes_GK4 = boxes_GK4.gather(1, order_GK[:, :, None].expand_as(boxes_GK4))
+    return order_GK, boxes_GK4, valid_GK.gather(1, order_GK)
+
+
+def nms_mask_triton(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
+    """`nms_mask` by the Triton kernels; needs the memory of `[G, K, K]` bits."""
+    order_GK, boxes_GK4, valid_GK = _best_first(boxes_GK4, scores_GK, valid_GK)
+    keep_GK = nms_triton.keep_sorted(boxes_GK4, valid_GK, iou_threshold)
+    return torch.zeros_like(keep_GK).scatter(1, order_GK, keep_GK)
 
 
 def nms_mask_fixed_point(
     boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float, rounds: int = ROUNDS
 ) -> Tensor:
     """`nms_mask` in a fixed number of rounds; needs the memory of a few `[G, K, K]` tensors."""
-    order_GK = scores_GK.masked_fill(~valid_GK, -math.inf).argsort(dim=1, descending=True, stable=True)
-    boxes_GK4 = boxes_GK4.gather(1, order_GK[:, :, None].expand_as(boxes_GK4))
-    valid_sorted_GK = valid_GK.gather(1, order_GK)
+    order_GK, boxes_GK4, valid_sorted_GK = _best_first(boxes_GK4, scores_GK, valid_GK)
     # [g, k, j]: j comes before k and overlaps it.
     blocked_GKK = (pairwise_iou(boxes_GK4, boxes_GK4) > iou_threshold).tril(-1)
     keep_GK = valid_sorted_GK
@@ -50,7 +66,8 @@ def _nms_mask(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_thresh
 
 @_nms_mask.register_kernel("cuda")
 def _(boxes_GK4: Tensor, scores_GK: Tensor, valid_GK: Tensor, iou_threshold: float) -> Tensor:
-    return nms_mask_fixed_point(boxes_GK4, scores_GK, valid_GK, iou_threshold)
+    nms = nms_mask_triton if use_triton(boxes_GK4.device) else nms_mask_fixed_point
+    return nms(boxes_GK4, scores_GK, valid_GK, iou_threshold)
 
 
 @_nms_mask.register_fake

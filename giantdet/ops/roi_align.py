@@ -3,10 +3,11 @@
 The semantics are those of torchvision's and detectron2's `roi_align`, including the borders: a sampling point
 outside [-1, size] counts as 0, and one beyond the outermost cell centres is moved there.
 
-There are two paths. On the CPU with a fixed number of points, every output bin is a weighted sum of 4 n^2
-rows of one table of all cells of all levels, channels last: one `embedding_bag`, whose forward took a quarter
-and whose backward an eighth of torchvision's time. Otherwise torchvision's operator is called once per level,
-where the boxes of other levels lie outside and give 0.
+There are three paths. On CUDA, a Triton kernel (`ops/roi_align_triton.py`) pools from all levels at once. On
+the CPU with a fixed number of points, every output bin is a weighted sum of 4 n^2 rows of one table of all
+cells of all levels, channels last: one `embedding_bag`, whose forward took a quarter and whose backward an
+eighth of torchvision's time. Otherwise torchvision's operator is called once per level, where the boxes of
+other levels lie outside and give 0; it is also what the kernel is compared with.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from einops import rearrange
 from torch import Tensor
 
 from giantdet.ops.boxes import box_area
+from giantdet.ops.triton_kernels import INSTALLED, use_triton
+
+if INSTALLED:
+    from giantdet.ops import roi_align_triton
 
 
 def assign_levels(
@@ -124,23 +129,31 @@ def _level_pool(
 
 def roi_align_pyramid(
     levels: Sequence[Tensor], boxes_BR4: Tensor, strides: Sequence[float], output_size: int,
-    sampling_ratio: int, aligned: bool, level_epsilon: float = 1e-8,
+    sampling_ratio: int, aligned: bool, level_epsilon: float = 1e-8, image_BR: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the features of each box, pooled from its level: `[B * R, C, output_size, output_size]`.
 
     `levels` are `[B, C, h, w]` with `strides` (pixels, powers of two, finest first); boxes are xyxy pixels
     of the canvas. `sampling_ratio` is the number of points per bin and axis, 0 for one per cell
     (detectron2's default, slower on the CPU). `aligned` is the half-pixel offset (detectron2: True,
-    torchvision: False). `level_epsilon` is that of `assign_levels`. Computed in float32, returned in the
-    dtype of the levels. Boxes get no gradient. A degenerate box gives finite values; a box with a NaN gives 0
-    if the number of points is fixed.
+    torchvision: False). `level_epsilon` is that of `assign_levels`. `image_BR` is the image of each box,
+    int64; None: the box's row. Computed in float32, returned in the dtype of the levels. Boxes get no
+    gradient. A degenerate box gives finite values; a box with a NaN gives 0 if the number of points is fixed
+    or a Triton kernel runs.
     """
     batch, rois = boxes_BR4.shape[:2]
     corner = boxes_BR4.detach().float()[..., :2]
     boxes_K4 = torch.cat([corner, torch.maximum(boxes_BR4.detach().float()[..., 2:], corner)], -1).view(-1, 4)
-    batch_K = torch.arange(batch, device=boxes_BR4.device).repeat_interleave(rois, output_size=batch * rois)
+    if image_BR is None:
+        image_BR = torch.arange(batch, device=boxes_BR4.device)[:, None].expand(batch, rois)
+    batch_K = image_BR.flatten()
     finest = round(math.log2(strides[0]))
     level_K = assign_levels(boxes_K4, len(levels), min_level=finest, epsilon=level_epsilon)
-    pool = _gather_pool if sampling_ratio > 0 and boxes_BR4.device.type == "cpu" else _level_pool
+    pool = _level_pool
+    # The kernel's backward adds in any order. torchvision has a deterministic implementation, a slow one.
+    if use_triton(boxes_BR4.device) and not torch.are_deterministic_algorithms_enabled():
+        pool = roi_align_triton.pool
+    elif sampling_ratio > 0 and boxes_BR4.device.type == "cpu":
+        pool = _gather_pool
     pooled = pool(levels, boxes_K4, batch_K, level_K, strides, output_size, sampling_ratio, aligned)
     return pooled.to(levels[0].dtype)

@@ -23,10 +23,11 @@ from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig
 from giantdet.config.resolved import ResolvedRun
+from giantdet.data.blank import empty_batch
 from giantdet.engine.zero import weight_dtype
 from giantdet.errors import InputError
 from giantdet.layers.deferred import deferred_init
-from giantdet.structures import Batch, Targets
+from giantdet.structures import Batch
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -76,7 +77,7 @@ def _count(run: ResolvedRun, micro_batch: int) -> Count:
     with FakeTensorMode(allow_non_fake_inputs=True):
         # On the CPU, because attention is a fused kernel there, as on GPUs, but not on the meta device.
         model = model.to_empty(device="cpu")
-        batch = fake_batch(run, micro_batch, model.targets)
+        batch = empty_batch(run.giantdet.data, micro_batch, model.targets)
         for parameter in model.parameters():
             if parameter.requires_grad:  # ZeRO reduces each gradient and frees it as soon as it is complete
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -107,39 +108,11 @@ def with_assumed_classes(run: RunConfig) -> RunConfig:
     model = run.giantdet.model
     numbers = {
         key: len(getattr(COCO, kind))
-        for key, kind in model.CLASS_KEYS.items()
+        for key, kind in model.class_keys.items()
         if getattr(model, key) == "auto"
     }
     giantdet = run.giantdet.model_copy(update={"model": model.model_copy(update=numbers)})
     return dataclasses.replace(run, giantdet=giantdet)
-
-
-def fake_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
-    """Return an uninitialised training batch with the `wanted` targets of a model."""
-    data = run.giantdet.data
-    height, width = data.size
-    slots = data.max_objects if "boxes" in wanted else 0
-    side = data.mask_frame if "masks" in wanted else 0
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(images, *shape, dtype=dtype)
-
-    targets = Targets(
-        boxes_BM4=empty(slots, 4),
-        labels_BM=empty(slots, dtype=torch.int64),
-        valid_BM=empty(slots, dtype=torch.bool),
-        masks_BMSS=empty(slots, side, side, dtype=torch.uint8),
-        frames_BM4=empty(slots, 4),
-        semantic_BHW=empty(*((height, width) if "semantic" in wanted else (0, 0)), dtype=torch.uint8),
-    )
-    return Batch(
-        images_B3HW=empty(3, height, width, dtype=torch.uint8),
-        sizes_B2=empty(2),
-        targets=targets,
-        seeds_B=empty(dtype=torch.int64),
-        image_ids_B=empty(dtype=torch.int64),
-        original_sizes_B2=empty(2, dtype=torch.int64),
-    )
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

@@ -21,12 +21,12 @@ from giantdet.architectures import total_loss
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
 from giantdet.config.resolved import ResolvedRun
+from giantdet.data.blank import blank_batch
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.optim.agvm import Agvm
-from giantdet.structures import Batch, Targets
 from giantdet.tools.costs import GIB
-from giantdet.tools.count import fake_batch, with_assumed_classes
+from giantdet.tools.count import with_assumed_classes
 
 STEPS = 2
 OUT_OF_MEMORY = 75
@@ -113,19 +113,6 @@ def run_with(path: Path, overrides: list[str], images: int, world: int) -> Resol
     return resolve(run, world, 10**6, has_gpu=torch.cuda.is_available())
 
 
-def blank_batch(run: ResolvedRun, images: int, wanted: frozenset[str]) -> Batch:
-    """Return a batch of noise that fills the canvas, without objects."""
-    batch = fake_batch(run, images, wanted)
-    height, width = run.giantdet.data.size
-    targets = Targets._make(map(torch.zeros_like, batch.targets))
-    return batch._replace(
-        images_B3HW=torch.randint(0, 255, batch.images_B3HW.shape, dtype=torch.uint8),
-        sizes_B2=torch.tensor([[float(height), float(width)]]).repeat(images, 1),
-        seeds_B=torch.arange(images),
-        targets=targets,
-    )
-
-
 def steps(run: ResolvedRun, device: torch.device) -> None:
     """Run STEPS whole optimizer steps, as in training."""
     images = run.batch.micro
@@ -133,7 +120,7 @@ def steps(run: ResolvedRun, device: torch.device) -> None:
     engine = zero.initialize(model, run)
     engine.train()
     agvm = Agvm(engine, run.giantdet.agvm) if run.giantdet.agvm.enabled else None
-    batch = blank_batch(run, images, model.targets).to(device)
+    batch = blank_batch(run.giantdet.data, images, model.targets).to(device)
     for _ in range(STEPS * run.batch.accumulation):
         engine.backward(total_loss(model.losses(engine(batch), batch)))
         if agvm is not None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from giantdet.config.resolved import ResolvedRun
 from giantdet.distributed import comm
-from giantdet.layers.cgbn import bn_ranks, local_statistics, merge_statistics
+from giantdet.layers.cgbn import bn_ranks
 from giantdet.layers.norm import moving_norms
+from giantdet.ops.statistics import local_statistics, merge_statistics
 from giantdet.structures import Batch
 
 

@@ -133,7 +133,7 @@ def test_plan_counts_the_model(demo_data: Path, kind: str, monkeypatch: pytest.M
     changed = parse_run(tiny_run(demo_data, demo_data, kind, **frozen))
     plan = make_plan(changed, 2, MACHINES["h100"], 1e9, 0.5, 12)
     assumed = run.giantdet.model.model_copy(
-        update={key: len(getattr(COCO, which)) for key, which in run.giantdet.model.CLASS_KEYS.items()}
+        update={key: len(getattr(COCO, which)) for key, which in run.giantdet.model.class_keys.items()}
     )
     built = build_model(assumed, run.giantdet.data.size, run.giantdet.norm)
     parameters = list(built.parameters())

@@ -21,6 +21,7 @@ from golden_compare import (
 from torch import Tensor
 
 from giantdet.architectures.mask_rcnn import MaskRcnn
+from giantdet.layers.roi_pool import RoiMaps
 from giantdet.structures import Batch
 
 
@@ -140,7 +141,7 @@ def test_box_head(setting: Setting) -> None:
     model, batch, arrays = setting.model.eval(), setting.batch, setting.arrays
     levels = model.pyramid(batch)
     proposals, _ = model.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
-    logits, deltas = model.box_head(model.pool(levels, proposals.boxes_BN4, 7, 0))
+    logits, deltas = model.box_head(model.pool(RoiMaps(levels), proposals.boxes_BN4, 7, 0))
     for i in range(2):
         index_N = same_boxes(proposals.boxes_BN4[i], torch.from_numpy(arrays[f"proposals.{i}.boxes"]))
         for ours, name in ((logits, "logits"), (deltas.flatten(1), "deltas")):

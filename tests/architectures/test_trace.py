@@ -63,6 +63,17 @@ TRAINED: dict[str, dict[str, Any]] = {
     "mmdetection's retinanet": {"kind": "retinanet", "conventions": "mmdetection"},
     "mmdetection's cascade": {"kind": "cascade_mask_rcnn", "conventions": "mmdetection"},
     "sampled": {"rpn": {"loss_pass": "sampled"}},
+    "challenge": {
+        "box_head": {"sampling": {"type": "ohem"}},
+        "fpn": {"large_kernel": {"width": 8}, "context": {}},
+        "semantic_branch": {"enabled": True, "embed": True},
+    },
+    "challenge's cascade": {
+        "kind": "cascade_mask_rcnn",
+        "conventions": "mmdetection",
+        "box_head": {"sampling": {"type": "ohem", "over": "image"}},
+        "semantic_branch": {"enabled": True, "source": "boxes", "embed": True},
+    },
     "vitdet": {
         "backbone": {
             "name": "vit_tiny_patch16_224",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from giantdet.distributed import comm
-from giantdet.layers.cgbn import CrossGpuBatchNorm, cgbn_group, convert_batchnorm, merge_statistics
+from giantdet.layers.cgbn import CrossGpuBatchNorm, cgbn_group, convert_batchnorm
+from giantdet.ops.statistics import merge_statistics
 
 CHANNELS = 6
 STEPS = 3

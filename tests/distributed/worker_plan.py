@@ -20,9 +20,9 @@ from giantdet.architectures.mask_rcnn import mask_rcnn_losses
 from giantdet.config.classes import Classes
 from giantdet.config.load import load_run
 from giantdet.config.resolve import resolve
+from giantdet.data.blank import blank_batch
 from giantdet.distributed import comm
 from giantdet.engine import zero
-from giantdet.tools.measure import blank_batch
 
 
 def nbytes(tensors: Any) -> int:
@@ -61,7 +61,7 @@ def peak_of_a_step(run: Any, images: int) -> int:
     model = zero.build(run, images).train()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    batch = blank_batch(run, images, model.targets)
+    batch = blank_batch(run.giantdet.data, images, model.targets)
 
     def step() -> None:
         losses = mask_rcnn_losses(model(batch), run.giantdet.model.reference)
@@ -91,7 +91,8 @@ def main() -> None:
         engine = zero.initialize(zero.build(run, images), run)
         engine.train()
         losses = mask_rcnn_losses(
-            engine(blank_batch(run, images, engine.module.targets)), run.giantdet.model.reference
+            engine(blank_batch(run.giantdet.data, images, engine.module.targets)),
+            run.giantdet.model.reference,
         )
         engine.backward(total_loss(losses))
         engine.step()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from giantdet.config.architectures.common import BoxHeadConfig
-from giantdet.layers.box_head import sample_rois
+from giantdet.layers.box_head import candidate_rois, random_rois
 from giantdet.layers.rpn import Proposals
 from giantdet.structures import Targets
 
@@ -50,7 +50,8 @@ def test_best_proposals_take_their_object() -> None:
     config = BoxHeadConfig(batch_per_image=100, positive_fraction=1.0)
     answers = []
     for best in (False, True):
-        rois = sample_rois(proposals, targets, config, IOU, OBJECTS, torch.arange(IMAGES), best)
+        candidates = candidate_rois(proposals, targets, IOU, OBJECTS, best)
+        rois = random_rois(candidates, config, OBJECTS, torch.arange(IMAGES))
         answers.append([])
         for b in range(IMAGES):
             boxes_N4 = proposals.boxes_BN4[b][proposals.valid_BN[b]]

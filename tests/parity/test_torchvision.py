@@ -34,6 +34,7 @@ from giantdet.data.coco import CocoDataset
 from giantdet.data.samples import collate, make_sample
 from giantdet.data.streams import BOXES_AND_MASKS
 from giantdet.data.transforms import Geometry
+from giantdet.layers.roi_pool import RoiMaps
 from giantdet.layers.weights import load_strictly
 from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
@@ -350,14 +351,14 @@ def test_roi_align_conventions_differ(scene: Scene, reference: MaskRCNN) -> None
     one point a cell (adaptive, detectron2's own default) instead of two a bin (0.07).
     """
     batch, theirs = scene.batch, converted(reference)
-    levels = theirs.fpn(theirs.backbone(pixels_of(batch)))
+    maps = RoiMaps(theirs.fpn(theirs.backbone(pixels_of(batch))))
     boxes_BM4 = batch.targets.boxes_BM4
     valid_K = batch.targets.valid_BM.flatten()
     ours = converted(reference, conventions="detectron2")
-    expected = theirs.pool(levels, boxes_BM4, 7, 2)[valid_K]
+    expected = theirs.pool(maps, boxes_BM4, 7, 2)[valid_K]
     relative = lambda x, y: float((x[valid_K] - y).norm() / y.norm())  # noqa: E731
-    aligned = ours.pool(levels, boxes_BM4, 7, 2)
-    measured = relative(aligned, expected), relative(ours.pool(levels, boxes_BM4, 7, 0), aligned[valid_K])
+    aligned = ours.pool(maps, boxes_BM4, 7, 2)
+    measured = relative(aligned, expected), relative(ours.pool(maps, boxes_BM4, 7, 0), aligned[valid_K])
     assert 0.01 < measured[0] < 0.6 and 0.001 < measured[1] < 0.3, measured
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from giantdet.config.architectures.common import BaseBoxHeadConfig
@@ -28,3 +29,13 @@ class CascadeMaskRcnnConfig(TwoStageConfig):
     type: Literal["cascade_mask_rcnn"]
     conventions: Literal["detectron2", "mmdetection"] = "detectron2"
     box_head: CascadeBoxHeadConfig = CascadeBoxHeadConfig()
+
+    def problems(self) -> Iterator[str]:
+        """See `ArchitectureConfig.problems`."""
+        sampling = self.box_head.sampling
+        if sampling.type == "ohem" and sampling.over == "batch" and self.reference.cascade_samples_each_stage:
+            yield (
+                'box_head.sampling.over must be "image" with conventions mmdetection, whose stages sample '
+                "the RoIs of each image again"
+            )
+        yield from super().problems()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from giantdet.config import timm_args
+from giantdet.config.architectures.challenge import ContextConfig, LargeKernelConfig, SamplingConfig
 from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.section import Auto, Fraction, NonNegative, PathText, PositiveInt, Section
@@ -93,10 +94,17 @@ class FpnConfig(Section):
     norm: NormName = "none"
     """Norm after each FPN convolution; `batch` is set by the `norm` block, `layer` is ViTDet's LayerNorm,
     `group` is GroupNorm of 32 groups."""
+    large_kernel: LargeKernelConfig | None = None
+    """Large separable kernels; null: 1x1 convolutions."""
+    context: ContextConfig | None = None
+    """Global context blocks; null: none."""
 
-    def problems(self) -> Iterator[str]:
-        """Yield messages like those of `ArchitectureConfig.problems`."""
+    def problems(self, finest: int = 2) -> Iterator[str]:
+        """Yield messages like those of `ArchitectureConfig.problems`; the pyramid begins at P`finest`."""
         yield from group_norm_problems(self.norm, "fpn.channels", self.channels)
+        for part in (self.large_kernel, self.context):
+            if part is not None:
+                yield from part.problems(finest)
 
 
 class RpnConfig(Section):
@@ -167,6 +175,8 @@ class BaseBoxHeadConfig(Section):
     batch_per_image: PositiveInt = 512
     """Number of RoIs per image that are sampled for the loss."""
     positive_fraction: Fraction = 0.25
+    """Largest share of positive RoIs among those sampled; ohem over the batch has no such limit."""
+    sampling: SamplingConfig = SamplingConfig()
     loss: BoxLoss = "smooth_l1"
     """Box loss. smooth_l1 compares deltas; giou, diou and ciou compare the decoded boxes (Rezatofighi et al.
     2019, Zheng et al. 2020)."""
@@ -265,9 +275,14 @@ class ArchitectureConfig(Section):
     CLASS_KEYS: ClassVar[Mapping[str, ClassKind]] = {"num_classes": "objects"}
     """The keys that hold a number of classes, and which classes of a data set they count."""
 
+    @property
+    def class_keys(self) -> Mapping[str, ClassKind]:
+        """Those of `CLASS_KEYS`, and of the parts that are enabled."""
+        return self.CLASS_KEYS
+
     def predicted(self, classes: Classes) -> Classes:
         """Return those of a data set's classes that the model predicts."""
-        kinds = set(self.CLASS_KEYS.values())
+        kinds = set(self.class_keys.values())
         return Classes(
             objects=classes.objects if "objects" in kinds else (),
             semantic=classes.semantic if kinds & {"semantic", "stuff"} else (),

@@ -8,9 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from giantdet.config.architectures.common import NormPart, PanopticMergeConfig, SemanticHeadConfig
-from giantdet.config.architectures.mask_rcnn import RcnnConfig
+from giantdet.config.architectures.mask_rcnn import RcnnConfig, StuffClasses
 from giantdet.config.classes import ClassKind
-from giantdet.config.section import Auto
 
 
 class PanopticFpnConfig(RcnnConfig):
@@ -22,7 +21,7 @@ class PanopticFpnConfig(RcnnConfig):
 
     type: Literal["panoptic_fpn"]
     semantic_head: SemanticHeadConfig = SemanticHeadConfig()
-    num_stuff_classes: Annotated[int, Field(gt=0, le=254)] | Auto = "auto"
+    num_stuff_classes: StuffClasses = "auto"
     """Number of classes without objects (sky, road, ...), of which COCO has 53; auto: as in the training
     annotations."""
     semantic_loss_weight: Annotated[float, Field(ge=0)] = 0.5
@@ -43,6 +42,8 @@ class PanopticFpnConfig(RcnnConfig):
         """See `ArchitectureConfig.problems`."""
         if not self.mask_head.enabled:
             yield "mask_head.enabled must be true: panoptic maps are made of masks"
+        if self.semantic_branch.enabled:
+            yield "semantic_branch.enabled must be false: panoptic_fpn has a semantic head already"
         yield from self.semantic_head.problems()
         yield from super().problems()
 

@@ -77,7 +77,7 @@ class RetinaNetConfig(ArchitectureConfig):
     def problems(self) -> Iterator[str]:
         """See `ArchitectureConfig.problems`."""
         head = self.head
-        yield from self.fpn.problems()
+        yield from self.fpn.problems(finest=3)
         if head.convs:
             yield from group_norm_problems(
                 head.norm, "fpn.channels (with head.norm group)", self.fpn.channels
