@@ -74,9 +74,20 @@ CANVASES = [(64, 96), (64, 96), (64, 96), (96, 128), (96, 128), (96, 128)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn", "retinanet", "panoptic_fpn"])
-def test_merged_objects_equal_a_brute_force(kind: str) -> None:
-    model, section = built(kind)
+@pytest.mark.parametrize(
+    ("kind", "branch"),
+    [
+        ("mask_rcnn", False),
+        ("mask_rcnn", True),
+        ("cascade_mask_rcnn", False),
+        ("cascade_mask_rcnn", True),
+        ("retinanet", False),
+        ("panoptic_fpn", False),
+    ],
+)
+def test_merged_objects_equal_a_brute_force(kind: str, branch: bool) -> None:
+    more = {"semantic_branch": {"enabled": True, "embed": True, "width": 16}} if branch else {}
+    model, section = built(kind, **more)
     state = copy.deepcopy(model.state_dict())
     found, batch = MultiScale(model, section, CONFIG, "cpu")(whole(PIXELS))
     assert found.detections is not None and batch.image_ids_B.tolist() == [7]
