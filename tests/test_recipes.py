@@ -12,7 +12,7 @@ from giantdet.config.load import load_run
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO / "ds_configs").glob("*.json"))
 NAME = re.compile(
-    r"(?P<model>megdet|retinanet|upernet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
+    r"(?P<model>megdet(_challenge)?|retinanet|upernet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
     r"(sgd|adamw)(_long)?"
 )
 # Started on what there is, not on a number of GPUs.
@@ -43,7 +43,8 @@ def test_names_say_what_is_in_them() -> None:
         assert int(name["batch"]) == deepspeed["train_batch_size"]
         assert deepspeed["optimizer"]["type"].lower() in path.stem
         assert giantdet.agvm.enabled == ("agvm" in path.stem)
-        kind = {"megdet": "mask_rcnn", "faster_rcnn": "mask_rcnn"}.get(name["model"], name["model"])
+        boxes_only = {"megdet", "megdet_challenge", "faster_rcnn"}
+        kind = "mask_rcnn" if name["model"] in boxes_only else name["model"]
         assert giantdet.model.type == kind
         if kind == "mask_rcnn":
             assert giantdet.model.mask_head.enabled == (name["model"] == "mask_rcnn")
