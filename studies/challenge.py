@@ -33,14 +33,14 @@ from giantdet.engine.train import train
 
 REPO = Path(__file__).resolve().parents[1]
 SET = "dsb2018_nuclei"
-WEIGHTS = {
-    "tf_efficientnet_lite0": "tf_efficientnet_lite0/tf_efficientnet_lite0_fp16.safetensors",
-    "resnet50": "resnet50_msra/resnet50_msra_stride1x1_fp16.safetensors",
-}
+WEIGHTS = "tf_efficientnet_lite0/tf_efficientnet_lite0_fp16.safetensors"
 SETTINGS: dict[str, Any] = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 4,
     "zero_optimization.stage": 0,
     "gradient_clipping": 5.0,
     "scheduler.params.warmup_num_steps": 20,
+    "model.backbone.name": "tf_efficientnet_lite0",
     "model.backbone.frozen_stages": 2,
     "model.rpn.batch_per_image": 64,
     "model.box_head.width": 128,
@@ -52,64 +52,49 @@ SETTINGS: dict[str, Any] = {
     "data.max_objects": 100,
     "data.mask_frame": 32,
     "data.workers": 0,
+    "train.steps": 100,
     "train.resume": False,
 }
-LITE0 = {
-    "model.backbone.name": "tf_efficientnet_lite0",
-    "train_batch_size": 4,
-    "train_micro_batch_size_per_gpu": 4,
-    "train.steps": 100,
-}
-RESNET50 = {
-    "model.backbone.name": "resnet50",
-    "model.backbone.stride_in_1x1": True,
-    "train_batch_size": 4,
-    "train_micro_batch_size_per_gpu": 4,
-    "train.steps": 50,
-}
 OHEM = {"model.box_head.sampling": {"type": "ohem"}}
+OHEM_IMAGE = {"model.box_head.sampling": {"type": "ohem", "over": "image"}}
 LARGE_KERNEL = {"model.fpn.large_kernel": {"width": 64}}
 CONTEXT = {"model.fpn.context": {}}
 SEMANTIC = {"model.semantic_branch": {"enabled": True, "source": "masks", "width": 64}}
 EMBED = {"model.semantic_branch": {"enabled": True, "source": "masks", "width": 64, "embed": True}}
+TOGETHER = OHEM | LARGE_KERNEL | CONTEXT | EMBED
 SIDES = ["160", "192", "224"]
 TTA = ["--tta", "--tta-sides", *SIDES]
 NUMBERS = ("box_AP", "box_AP50", "mask_AP", "mask_AP50")
 COLUMNS = ("part", "seed", *NUMBERS, "seconds_per_step", "seconds_per_image")
+BASE = "base"
 ALL_SEEDS = "all"  # an ensemble has the models of all seeds
 
 
 class Part(NamedTuple):
-    """One row of the table. A part without `settings` is only evaluated, with the models of its base."""
+    """One row of the table. A part without `settings` is only evaluated, with the models of `BASE`."""
 
     name: str
-    base: str
     settings: dict[str, Any] | None = None
     evaluation: tuple[str, ...] = ()
 
 
 PARTS: dict[str, Part] = {
-    "base": Part("base: EfficientNet-Lite0, 100 steps", "base", LITE0),
-    "ohem": Part("OHEM over the batch", "base", LITE0 | OHEM),
-    "ohem_image": Part(
-        "OHEM per image", "base", LITE0 | {"model.box_head.sampling": {"type": "ohem", "over": "image"}}
-    ),
-    "large_kernel": Part("large kernel on C5", "base", LITE0 | LARGE_KERNEL),
-    "context": Part("context on C5", "base", LITE0 | CONTEXT),
-    "semantic": Part("semantic branch", "base", LITE0 | SEMANTIC),
-    "embed": Part("semantic branch, embedded", "base", LITE0 | EMBED),
-    "together": Part("these four together", "base", LITE0 | OHEM | LARGE_KERNEL | CONTEXT | EMBED),
-    "tta_nms": Part("6 views, NMS", "base", None, tuple(TTA)),
-    "tta_wbf": Part("6 views, WBF", "base", None, (*TTA, "--tta-merge", "wbf")),
-    "base50": Part("base: ResNet-50, 50 steps", "base50", RESNET50),
-    "dilated": Part("dilated last stage", "base50", RESNET50 | {"model.backbone.output_stride": 16}),
-    "deformable": Part(
-        "deformable stages 4, 5", "base50", RESNET50 | {"model.backbone.deformable_stages": [4, 5]}
-    ),
+    BASE: Part("base", {}),
+    "ohem": Part("OHEM over the batch", OHEM),
+    "large_kernel": Part("large kernel on C5", LARGE_KERNEL),
+    "context": Part("context on C5", CONTEXT),
+    "semantic": Part("semantic branch", SEMANTIC),
+    "dilated": Part("dilated last stage", {"model.backbone.output_stride": 16}),
+    "deformable": Part("deformable convolution in C5", {"model.backbone.deformable_stages": [5]}),
+    "tta_nms": Part("6 views, NMS", None, tuple(TTA)),
+    "tta_wbf": Part("6 views, WBF", None, (*TTA, "--tta-merge", "wbf")),
+    "ohem_image": Part("OHEM per image", OHEM_IMAGE),
+    "embed": Part("semantic branch, embedded", EMBED),
+    "together": Part("OHEM, large kernel, context, embedded branch", TOGETHER),
 }
 ENSEMBLES = {
-    "ensemble_nms": Part("ensemble of the seeds, NMS", "base", None, ("--fuse", "nms")),
-    "ensemble_wbf": Part("ensemble of the seeds, WBF", "base", None, ("--fuse", "wbf")),
+    "ensemble_nms": Part("ensemble of the seeds, NMS", None, ("--fuse", "nms")),
+    "ensemble_wbf": Part("ensemble of the seeds, WBF", None, ("--fuse", "wbf")),
 }
 Row = dict[str, Any]
 
@@ -129,7 +114,7 @@ def main() -> None:
         for seed in options.seeds:
             for name in options.parts:
                 measure(options, name, PARTS[name], str(seed))
-        if "base" in options.parts:
+        if BASE in options.parts:
             for name, part in ENSEMBLES.items():
                 measure(options, name, part, ALL_SEEDS)
     print(table(rows(options.csv)))
@@ -165,7 +150,9 @@ def run(options: argparse.Namespace, name: str, part: Part, seed: str, answer: A
     with folder.with_suffix(".log").open("w") as log:
         sys.stdout = sys.stderr = log
         row = (
-            trained(options, part, seed, folder) if part.settings else evaluated(options, part, seed, folder)
+            trained(options, part, seed, folder)
+            if part.settings is not None
+            else evaluated(options, part, seed, folder)
         )
     answer.send({"part": name, "seed": seed} | {k: round(v, 5) for k, v in row.items()})
 
@@ -177,12 +164,11 @@ def folder_of(options: argparse.Namespace, name: str, seed: str) -> Path:
 def trained(options: argparse.Namespace, part: Part, seed: str, folder: Path) -> Row:
     """Train a part with the package's own loop and return its scores and times."""
     assert part.settings is not None
-    weights = options.data / "weights" / WEIGHTS[part.settings["model.backbone.name"]]
     settings = SETTINGS | part.settings | val(options)
     settings |= {
         "data.train.annotations": str(annotations(options, "train")),
         "data.train.images": str(options.data / SET / "images"),
-        "model.backbone.init_weights": str(weights),
+        "model.backbone.init_weights": str(options.data / "weights" / WEIGHTS),
         "train.seed": int(seed),
         "train.output": str(folder),
     }
@@ -202,7 +188,7 @@ def trained(options: argparse.Namespace, part: Part, seed: str, folder: Path) ->
 def evaluated(options: argparse.Namespace, part: Part, seed: str, folder: Path) -> Row:
     """Evaluate exported models of the base as `giantdet eval` does and return the scores and the time."""
     seeds = [str(s) for s in options.seeds] if seed == ALL_SEEDS else [seed]
-    exports = [str(folder_of(options, part.base, s) / "export") for s in seeds]
+    exports = [str(folder_of(options, BASE, s) / "export") for s in seeds]
     results = folder / "results.json"
     where = [
         "--annotations",
@@ -257,7 +243,7 @@ def table(found: list[Row]) -> str:
     ]
     by_part = {name: {row["seed"]: row for row in found if row["part"] == name} for name in PARTS | ENSEMBLES}
     for name, part in (PARTS | ENSEMBLES).items():
-        own, base = by_part[name], by_part[part.base]
+        own, base = by_part[name], by_part[BASE]
         if not own:
             continue
         ensemble = ALL_SEEDS in own
@@ -269,11 +255,11 @@ def table(found: list[Row]) -> str:
             differences = [mine[key] - other[key] for mine, other in pairs]
             cells += [
                 f"{statistics.fmean(row[key] for row in own.values()):.3f}",
-                "" if name == part.base else with_error(differences),
+                "" if name == BASE else with_error(differences),
                 f"{statistics.fmean(row[f'{key}50'] for row in own.values()):.3f}",
             ]
         for key in ("seconds_per_step", "seconds_per_image"):
-            cells.append(relative(pairs, key, name == part.base))
+            cells.append(relative(pairs, key, name == BASE))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
