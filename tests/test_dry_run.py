@@ -208,6 +208,13 @@ class BatchNormKernels(Strict):
                 assert found == (torch.float32, x.shape[1:2], x.device, True)
 
 
+def merged(parts: Tensor, eps: float, moving: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer for the Triton kernel between the passes, of one rank and 8 channels."""
+    assert (parts.dtype, parts.shape, parts.is_contiguous()) == (torch.float32, (1, 17), True)
+    count = torch.empty(1, dtype=torch.int32, device=parts.device)
+    return parts.new_empty(8), parts.new_empty(8), count
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -215,29 +222,30 @@ class BatchNormKernels(Strict):
 def test_cgbn(
     images: int, layout: torch.memory_format, dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward over the ranks of a group, with and without Triton's kernels between."""
-    monkeypatch.setattr(triton_kernels, "ENABLED", fused)
+    """Forward and backward over the ranks of a group, with and without Triton's kernel between."""
+    function: Any = cgbn._Normalise
     if fused:
         pytest.importorskip("triton")
+        from giantdet.layers import cgbn_cuda
 
-        def merge(parts: Tensor, eps: float) -> tuple[Tensor, ...]:
-            assert (parts.dtype, parts.shape, parts.is_contiguous()) == (torch.float32, (1, 17), True)
-            return parts.new_empty(25).split([8, 8, 8, 1])
-
-        monkeypatch.setattr(cgbn.statistics_triton, "merge", merge)
+        function = cgbn_cuda.NormaliseOnGpu
+        monkeypatch.setattr(cgbn_cuda, "merge", merged)
     with FakeTensorMode(), BatchNormKernels(), torch.no_grad():
         x = torch.empty(images, 8, 6, 10, device="cuda", dtype=dtype).contiguous(memory_format=layout)
         for weight, bias in ((torch.ones(8, device="cuda"), torch.zeros(8, device="cuda")), (None, None)):
             context = Context(needs_input_grad=(True, True, True))
-            y, *statistics = cgbn._Normalise.forward(context, x, weight, bias, 1e-5, None)
+            more = (None,) if fused else ()  # the running statistics
+            answer = function.forward(context, x, weight, bias, 1e-5, None, *more)
+            y, *statistics = [answer] if fused else answer
             # The gradient comes in the layout of the next layer.
             dy = torch.empty(x.shape, device="cuda", dtype=dtype)
-            dx, dweight, dbias, *rest = cgbn._Normalise.backward(context, dy, None, None, None)
-            assert rest == [None, None] and isinstance(dx, Tensor)
+            dx, dweight, dbias, *rest = function.backward(context, dy)
+            assert set(rest) == {None} and isinstance(dx, Tensor)
             for found in (y, dx):
                 assert (found.shape, found.dtype, found.device) == (x.shape, x.dtype, x.device)
                 assert images == 0 or found.is_contiguous(memory_format=layout)
-            assert [tuple(each.shape) for each in statistics] == [(8,), (8,), (1,)]
+            if not fused:
+                assert [tuple(each.shape) for each in statistics] == [(8,), (8,), (1,)]
             for each in (*statistics, *([dweight, dbias] if weight is not None else [])):
                 assert each is not None and (each.dtype, each.device) == (torch.float32, x.device)
             if weight is not None:
