@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from qualify.common import Row, Setting, freed, recipe, seconds
+from qualify.common import TOY, Row, Setting, freed, recipe, seconds
 
 from giantdet.architectures import total_loss
 from giantdet.config.types import AgvmConfig
@@ -36,12 +36,7 @@ def agvm(setting: Setting, stage: int, estimator: str) -> Row:
     """A step with a measurement beside a step without AGVM, on the same engine."""
     overrides = [f"zero_optimization.stage={stage}", "norm.type=frozen"]
     if setting.toy:
-        overrides += [
-            "data.size=[128,128]",
-            "model.backbone.name=resnet18",
-            "model.box_head.batch_per_image=16",
-            "bf16.enabled=false",
-        ]
+        overrides += ["model.backbone.name=resnet18", *TOY]
     path, overrides = recipe("mask_rcnn_resnet50_16_sgd", *overrides)
     run = run_with(path, overrides, setting.pick(8, 1), world=1)
     device = setting.device

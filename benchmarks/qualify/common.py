@@ -135,6 +135,21 @@ def loss_of(model: Architecture, batch: Batch) -> Tensor:
     return total_loss(model.losses(model(batch), batch))
 
 
+TOY = (
+    "data.size=[128,128]",
+    "bf16.enabled=false",
+    "model.fpn.channels=16",
+    "model.rpn.pre_nms_train=50",
+    "model.rpn.post_nms_train=50",
+    "model.box_head.batch_per_image=16",
+    "model.box_head.width=32",
+    "model.mask_head.convs=1",
+    "model.mask_head.width=16",
+    "model.mask_head.slots=4",
+)
+"""Overrides that make a recipe of Mask R-CNN small, except for its backbone."""
+
+
 def recipe(name: str, *overrides: str) -> tuple[Path, list[str]]:
     """Return the path of a recipe and the overrides that make it run without data or weights."""
     return REPO / "ds_configs" / f"{name}.json", ["model.backbone.frozen_stages=0", *overrides]

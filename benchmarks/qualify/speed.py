@@ -77,11 +77,13 @@ def flops(model: Architecture, batch: Batch) -> float:
 def checks(setting: Setting) -> Iterator[Row]:
     torch.backends.cudnn.benchmark = True
     device, all_images = setting.device, INPUTS.batch
-    few = tree_map_only(Tensor, lambda t: t[:FEW], all_images)
+    batches = [all_images]
+    if len(all_images.images_B3HW) > FEW:
+        batches.append(tree_map_only(Tensor, lambda t: t[:FEW], all_images))
     rate = matmul_rate(setting)
     yield Row("matrix product, bf16", None, f"{rate / 1e12:.0f} TFLOP/s on random data")
     yield Row("copy on the device", None, f"{copy_rate(setting) / 1e12:.2f} TB/s, read and written")
-    for batch in (all_images, few):
+    for batch in batches:
         images = len(batch.images_B3HW)
         with freed(device):
             reference = timed(setting, torchvision_step(setting, images))
@@ -148,6 +150,7 @@ def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
 def torchvision_step(setting: Setting, count: int) -> Callable[[], None]:
     """Return torchvision's step under autocast, on the same pixels, boxes and masks."""
     size, device = canvas(setting)[0], setting.device
+    few = {"rpn_pre_nms_top_n_train": 50, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 32}
     model = maskrcnn_resnet50_fpn(
         weights=None,
         weights_backbone=None,
@@ -155,6 +158,7 @@ def torchvision_step(setting: Setting, count: int) -> Callable[[], None]:
         trainable_backbone_layers=5,
         min_size=min(size),
         max_size=max(size),
+        **setting.pick({}, few),
     )
     for name, module in model.named_modules():
         if name.endswith("bn3"):
@@ -165,7 +169,7 @@ def torchvision_step(setting: Setting, count: int) -> Callable[[], None]:
     targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
 
     def loss() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=not setting.toy):
             return torch.stack([value.float() for value in model(images, targets).values()]).sum()
 
     return step_of(model, loss)

@@ -153,7 +153,7 @@ def roi_align_pyramid(
     # The kernel's backward adds in any order. torchvision has a deterministic implementation, a slow one.
     if use_triton(boxes_BR4.device) and not torch.are_deterministic_algorithms_enabled():
         pool = roi_align_triton.pool
-    elif sampling_ratio > 0 and boxes_BR4.device.type == "cpu":
+    elif sampling_ratio > 0 and boxes_BR4.device.type in ("cpu", "meta"):
         pool = _gather_pool
     pooled = pool(levels, boxes_K4, batch_K, level_K, strides, output_size, sampling_ratio, aligned)
     return pooled.to(levels[0].dtype)

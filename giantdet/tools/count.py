@@ -1,25 +1,27 @@
-"""Count the FLOPs and the memory of a training step by running it on fake tensors.
+"""Count the FLOPs and the memory of a training step by running it on the meta device.
 
-Fake tensors have shapes and a device but no content. FLOPs are those of PyTorch's counter (2 per
-multiply-add, for matrix products, convolutions and attention). Memory is the peak, over forward and backward
-pass, of the total size of all tensors that exist at a time: activations, kept or recomputed, losses,
-temporary tensors, and one parameter's gradient at a time.
+Meta tensors have shapes but no content. FLOPs are those of PyTorch's counter (2 per multiply-add, for matrix
+products, convolutions and attention). Memory is the peak, over forward and backward pass, of the total size
+of all tensors that exist at a time: activations, kept or recomputed, losses, temporary tensors, and one
+parameter's gradient at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import torchvision  # noqa: F401  # registers its operators
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.classes import Classes
@@ -32,28 +34,17 @@ from giantdet.layers.deferred import deferred_init
 from giantdet.structures import Batch
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
 def _deformable(x: Any, weight: Any, offset: Any, *_: Any, **__: Any) -> int:
     """FLOPs of the convolution alone; the bilinear reading is a few percent of it."""
-    return int(2 * offset[0] * offset[2] * offset[3] * math.prod(weight))
+    return int(2 * offset.shape[0] * offset.shape[2:].numel() * weight.numel())
 
 
 def _deformable_backward(gradient: Any, x: Any, weight: Any, offset: Any, *_: Any, **__: Any) -> int:
     return 2 * _deformable(x, weight, offset)
 
 
-# PyTorch's counter knows the fused attention of GPUs; that of CPUs is missing in some versions (2.14.1). It
-# does not know the operators of torchvision.
-MORE_FLOPS: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+# PyTorch's counter does not know the operators of torchvision.
+FLOPS: dict[Any, Any] = flop_registry | {
     torch.ops.torchvision.deform_conv2d: _deformable,
     torch.ops.torchvision._deform_conv2d_backward: _deformable_backward,
 }
@@ -88,21 +79,18 @@ def count(run: ResolvedRun, micro_batch: int) -> Count:
 
 def _count(run: ResolvedRun, micro_batch: int) -> Count:
     model = meta_model(run)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        # On the CPU, because attention is a fused kernel there, as on GPUs, but not on the meta device.
-        model = model.to_empty(device="cpu")
-        batch = empty_batch(run.giantdet.data, micro_batch, model.targets)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # ZeRO reduces each gradient and frees it as soon as it is complete
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as flops:
-            loss = _loss(model, batch)
-            forward = flops.get_total_flops()
-            loss.backward()
-        # A pass of its own: the FLOP counter keeps references to the tensors of recomputed blocks.
-        with _Live([*model.parameters(), *model.buffers(), *tree_leaves(batch)]) as live:
-            _loss(model, batch).backward()
-    return Count(forward, flops.get_total_flops() - forward, live.peak)
+    batch = tree_map_only(
+        Tensor, lambda t: t.to("meta"), empty_batch(run.giantdet.data, micro_batch, model.targets)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # ZeRO reduces each gradient and frees it as soon as it is complete
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    counter = _Counter([*model.parameters(), *model.buffers(), *tree_leaves(batch)])
+    with counter, _fused_attention(counter):
+        loss = _loss(model, batch)
+        forward = counter.flops
+        loss.backward()
+    return Count(forward, counter.flops - forward, counter.peak)
 
 
 def _loss(model: Architecture, batch: Batch) -> Tensor:
@@ -133,19 +121,22 @@ def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-class _Live(TorchDispatchMode):
-    """Tracks the total size of the storages that operations allocate and that still exist, and its peak."""
+class _Counter(TorchDispatchMode):
+    """Adds up the FLOPs of operators, and tracks the size of the storages that exist, and its peak."""
 
     def __init__(self, known: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
         self.kept = [t.untyped_storage() for t in known if isinstance(t, Tensor)]
         self.known.update(self.kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        flops = FLOPS.get(func.overloadpacket)
+        if flops is not None:
+            self.flops += int(flops(*args, **(kwargs or {}), out_val=result))
+        for leaf in result if isinstance(result, tuple | list) else (result,):
             if isinstance(leaf, Tensor):
                 self._watch(leaf.untyped_storage())
         return result
@@ -161,3 +152,40 @@ class _Live(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.now -= size
+
+
+@contextmanager
+def _fused_attention(counter: _Counter) -> Iterator[None]:
+    """Count attention as the fused kernels of GPUs and CPUs do it; on the meta device it makes `[N, N]` maps.
+
+    The function is replaced, not handled by a mode: a mode does not see what a backward pass recomputes.
+    """
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        out: Tensor = _Attention.apply(q, k, v, attn_mask, counter)
+        return out
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        yield
+
+
+class _Attention(torch.autograd.Function):
+    """Outputs of the right shapes, `[B, heads, N, D]`, and what a fused kernel keeps for its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, counter: _Counter) -> Tensor:
+        ctx.counter = counter
+        counter.flops += sdpa_flop_count(q.shape, k.shape, v.shape)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        normalisers = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, normalisers, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, _, _, mask = ctx.saved_tensors
+        ctx.counter.flops += sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+        of_mask = torch.empty_like(mask) if ctx.needs_input_grad[3] else None
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_mask, None
