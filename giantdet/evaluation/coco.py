@@ -131,7 +131,8 @@ def to_original(
     if detections.masks_BDSS is None:
         return boxes_D4, None
     at_centres = conventions.pastes_at_pixel_centres
-    return boxes_D4, encode_pasted(detections.masks_BDSS[b][chosen], boxes_D4, (height, width), at_centres)
+    masks_DSS = detections.masks_BDSS[b][chosen]
+    return boxes_D4, encode_pasted(masks_DSS, boxes_D4, (height, width), at_centres).records()
 
 
 def coco_numbers(max_detections: int = 100) -> tuple[str, ...]:
