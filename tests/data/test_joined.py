@@ -37,6 +37,7 @@ from giantdet.data.transforms import draw_geometry
 from giantdet.data.truth import ground_truth
 from giantdet.errors import ConfigError, DataError
 from giantdet.evaluation.coco import all_scores
+from giantdet.evaluation.coco_results import CocoResults
 
 CONFIG = DataConfig(size=(64, 64), short_side=64, max_objects=8, mask_frame=28, workers=0)
 
@@ -113,7 +114,7 @@ def test_as_one_merged_file(
         ids = [record["id"] for record in content[key]]
         assert len(set(ids)) == len(ids) == len(whole.instances()[key])
     scores = [
-        all_scores(ground_truth(d.annotations, d.instances()), results(d), False, 100)
+        all_scores(ground_truth(d.annotations, d.instances()), CocoResults.of(results(d)), False, 100)
         for d in (joined, whole)
     ]
     assert scores[0] == scores[1] and scores[0]
