@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
-from giantdet.data.masks import to_frame
+from giantdet.data.masks import mask_runs, to_frame
 from giantdet.data.transforms import Geometry
 from giantdet.structures import Batch, Targets
 
@@ -62,7 +62,7 @@ def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
     for b in range(batch):
         for n in range(objects):
             masks[b, n], frames[b, n] = to_frame(
-                scene.bitmaps_BNHW[b, n].numpy(), geometry, scene.boxes_BN4[b, n].numpy(), frame
+                mask_runs(scene.bitmaps_BNHW[b, n].numpy()), geometry, scene.boxes_BN4[b, n].numpy(), frame
             )
 
     def pad(values: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def _semantic_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:
 def collate(samples: list[Sample], slots: int, side: int) -> Batch:
     """Return samples of at most `slots` objects as one batch: M = slots, S = side."""
     size, (height, width) = len(samples), samples[0].image_HW3.shape[:2]
-    images = torch.empty((size, 3, height, width), dtype=torch.uint8)
+    images_BHW3 = torch.empty((size, height, width, 3), dtype=torch.uint8)
     targets = Targets(
         boxes_BM4=torch.zeros(size, slots, 4),
         labels_BM=torch.zeros(size, slots, dtype=torch.int64),
@@ -148,7 +148,7 @@ def collate(samples: list[Sample], slots: int, side: int) -> Batch:
         semantic_BHW=torch.from_numpy(np.stack([sample.semantic_HW for sample in samples])),
     )
     for b, sample in enumerate(samples):
-        images[b] = torch.from_numpy(sample.image_HW3).permute(2, 0, 1)
+        images_BHW3[b] = torch.from_numpy(sample.image_HW3)
         n = len(sample.labels_N)
         targets.boxes_BM4[b, :n] = torch.from_numpy(sample.boxes_N4)
         targets.labels_BM[b, :n] = torch.from_numpy(sample.labels_N)
@@ -156,7 +156,7 @@ def collate(samples: list[Sample], slots: int, side: int) -> Batch:
         targets.masks_BMSS[b, :n] = torch.from_numpy(sample.masks_NSS)
         targets.frames_BM4[b, :n] = torch.from_numpy(sample.frames_N4)
     return Batch(
-        images,
+        images_BHW3.permute(0, 3, 1, 2),  # channels last, as models use them
         torch.tensor([s.size_hw for s in samples], dtype=torch.float32),
         targets,
         torch.tensor([s.k for s in samples], dtype=torch.int64),
