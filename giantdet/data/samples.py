@@ -69,7 +69,7 @@ def make_sample(
         semantic = transform_semantic(found, geometry, config.size)
     elif "ignored" in targets:
         semantic = transform_semantic(_ignored_map(dataset, i), geometry, config.size)
-    image = transform_image(dataset.read_image(i), geometry, config.size)
+    image = transform_image(dataset.read_image(i), geometry, config.size, exact=rng is None)
     if rng is not None and config.augment.photometric:
         height, width = geometry.size_hw
         image[:height, :width] = distort(image[:height, :width], draw_distortion(rng))
