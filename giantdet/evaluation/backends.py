@@ -52,8 +52,13 @@ def coco_curves(
 
     `limits` are the detections per image and category that count, in ascending order. "auto" is the fastest
     backend that is installed. All results are of images of the truth; those of other categories are ignored.
+    A score that is NaN counts as 0, a box with NaN matches nothing: COCOeval would match it with anything.
     """
     check_backend(backend)
+    results = results._replace(
+        scores_N=np.where(np.isnan(results.scores_N), 0, results.scores_N),
+        boxes_N4=np.where(np.isnan(results.boxes_N4).any(1, keepdims=True), 0, results.boxes_N4),
+    )
     if backend == "auto":
         backend = "pycocotools" if _hotcoco is None else "hotcoco"
     return BACKENDS[backend](truth, results, iou_type, list(limits))

@@ -211,6 +211,21 @@ def test_nothing_found_scores_zero(kind: Any, backend: Backend) -> None:
     assert scores["AP"] == -1.0 and set(scores["per_class"].values()) == {None}
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_what_is_not_a_number_finds_nothing(kind: Any, backend: Backend) -> None:
+    """A model that diverges has scores all the same, and the same ones with every backend."""
+    content, results = random_set(2)
+    nothing = mask_util.encode(np.zeros((20, 40), np.uint8, order="F"))
+    lost = [result | {"score": 0.0, "bbox": [0.0] * 4, "segmentation": nothing} for result in results[::3]]
+    others = [result for n, result in enumerate(results) if n % 3]
+    bad = [r | {"score": float("nan"), "bbox": [float("nan"), *r["bbox"][1:]]} for r in lost]
+    truth = ground_truth("a.json", content)
+    with_nan, with_nothing = (
+        coco_scores(truth, CocoResults.of([*others, *part]), kind, backend=backend) for part in (bad, lost)
+    )
+    assert with_nan == with_nothing and with_nan["AP"] > 0
+
+
 def test_a_backend_that_is_not_installed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_hotcoco", None)
     content, results = random_set(0)
