@@ -48,7 +48,7 @@ SETTINGS = {
 PARTS = {
     "decode JPEG": ("images.py", "read_image"),
     "resize, flip, canvas": ("transforms.py", "transform_image"),
-    "masks": ("samples.py", "_frame"),
+    "masks": ("masks.py", "object_frames"),
     "collate": ("samples.py", "collate"),
 }
 """Functions of `giantdet.data`, by what they do."""

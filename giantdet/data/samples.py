@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from giantdet.config.types import DataConfig
-from giantdet.data.dataset import Dataset, ImageObjects
-from giantdet.data.masks import decode_window, object_frame
+from giantdet.data.dataset import Dataset
+from giantdet.data.masks import decode_window, object_frames
 from giantdet.data.photometric import distort, draw_distortion
 from giantdet.data.transforms import (
     Geometry,
@@ -86,9 +86,10 @@ def make_sample(
     if len(keep) > slots:
         sides = boxes[keep, 2:] - boxes[keep, :2]
         keep = np.sort(keep[np.argsort(-sides.prod(axis=1), kind="stable")[:slots]])
-    masks = "masks" in targets
-    side = config.mask_frame if masks else 0
-    frames = [_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
+    if "masks" in targets:
+        bitmaps, frames = object_frames(objects, keep, geometry, boxes[keep], config.mask_frame)
+    else:
+        bitmaps, frames = np.zeros((len(keep), 0, 0), np.uint8), np.zeros((len(keep), 4), np.float32)
     return Sample(
         image,
         geometry.size_hw,
@@ -97,21 +98,12 @@ def make_sample(
         k,
         boxes[keep],
         objects.labels_N[keep],
-        np.stack([bitmap for bitmap, _ in frames]) if frames else np.zeros((len(keep), side, side), np.uint8),
-        np.stack([frame for _, frame in frames]) if frames else np.zeros((len(keep), 4), np.float32),
+        bitmaps,
+        frames,
         counts,
         (),
         semantic,
     )
-
-
-def _frame(
-    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray[Any], side: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Return the bitmap and frame of object n; without a mask the frame has no extent."""
-    if objects.has_mask(n):
-        return object_frame(objects, n, geometry, box_4, side)
-    return np.zeros((side, side), np.uint8), np.zeros(4, np.float32)
 
 
 def _ignored_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:
