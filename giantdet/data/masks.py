@@ -36,7 +36,7 @@ _RUNS_AT_A_TIME = 4096  # of a mask, to bound the memory
 
 
 def frame_of(box_4: NDArray[Any], side: int) -> NDArray[np.float32]:
-    """Return the frames xyxy of boxes `[..., 4]` on the canvas, by the rule of the docstring for each axis."""
+    """Return the frames xyxy of boxes `[..., 4]` on the canvas, by the module's rule for each axis."""
     low, high = np.floor(box_4[..., :2]), np.ceil(box_4[..., 2:])
     length = high - low
     margin = (side - length) // 2
@@ -46,7 +46,7 @@ def frame_of(box_4: NDArray[Any], side: int) -> NDArray[np.float32]:
 
 
 class Runs(NamedTuple):
-    """A mask as rectangles one column wide, from left to right: R of them, in pixels of the original image."""
+    """A mask as R rectangles one column wide, from left to right, in pixels of the original image."""
 
     x_R: NDArray[np.int64]
     top_R: NDArray[np.int64]
