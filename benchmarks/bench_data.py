@@ -47,9 +47,9 @@ SETTINGS = {
 }
 PARTS = {
     "decode JPEG": ("images.py", "read_image"),
-    "resize, flip, canvas": ("transforms.py", "transform_image"),
-    "masks": ("samples.py", "_frame"),
-    "collate": ("samples.py", "collate"),
+    "resize and flip": ("transforms.py", "scaled_crop"),
+    "masks": ("masks.py", "object_frames"),
+    "canvas and batch": ("samples.py", "collate"),
 }
 """Functions of `giantdet.data`, by what they do."""
 

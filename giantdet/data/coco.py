@@ -103,9 +103,7 @@ class CocoDataset:
             with cached(self.annotations) as cache:
                 if cache.found is None:
                     self._read(None)
-                    cache.store(self._packed())
-                else:
-                    self._unpack(cache.found)
+                self._unpack(cache.found or cache.store(self._packed()))
         Records(annotations, skipped=self.skipped, noted=self.noted, examples=self._examples).warn()
         if 0 < self.without_mask < len(self.labels_K):
             logger.warning(
@@ -151,7 +149,7 @@ class CocoDataset:
         return Pack(values, {name: v for name, v in vars(self).items() if isinstance(v, np.ndarray)})
 
     def _unpack(self, pack: Pack) -> None:
-        """Take over what `_packed` returned in another process."""
+        """Take over what `_packed` returned, in this process or another."""
         for name in _VALUES:
             setattr(self, name, pack.values[name])
         self.skipped, self.noted = Counter(self.skipped), Counter(self.noted)

@@ -20,6 +20,7 @@ Masks are rasterised into their frame from the runs of their RLE, without a bitm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,21 +36,27 @@ _RUNS_AT_A_TIME = 4096  # of a mask, to bound the memory
 
 
 def frame_of(box_4: NDArray[Any], side: int) -> NDArray[np.float32]:
-    """Return the frame xyxy of a box on the canvas, by the rule of the module's docstring for each axis."""
-    low, high = np.floor(box_4[:2]), np.ceil(box_4[2:])
+    """Return the frames xyxy of boxes `[..., 4]` on the canvas, by the module's rule for each axis."""
+    low, high = np.floor(box_4[..., :2]), np.ceil(box_4[..., 2:])
     length = high - low
     margin = (side - length) // 2
     start = np.where(length <= side - 2, low - margin, low - length / (side - 2))
     span = np.where(length <= side - 2, side, length * (side / (side - 2)))
-    return np.concatenate([start, start + span]).astype(np.float32)
+    return np.concatenate([start, start + span], axis=-1).astype(np.float32)
 
 
 class Runs(NamedTuple):
-    """A mask as rectangles one column wide: R of them, in pixels of the original image."""
+    """A mask as R rectangles one column wide, from left to right, in pixels of the original image."""
 
     x_R: NDArray[np.int64]
     top_R: NDArray[np.int64]
     bottom_R: NDArray[np.int64]  # exclusive
+
+    def box(self) -> tuple[int, int, int, int]:
+        """Return the box xyxy around the mask; without runs it is empty."""
+        if not len(self.x_R):
+            return 0, 0, 0, 0
+        return int(self.x_R[0]), int(self.top_R.min()), int(self.x_R[-1]) + 1, int(self.bottom_R.max())
 
 
 def mask_runs(mask_hw: NDArray[Any]) -> Runs:
@@ -77,64 +84,86 @@ def rle_runs(string: bytes, size_hw: tuple[int, int], name: int | str = 0) -> Ru
     return Runs(x_R, np.maximum(start_R - x_R * height, 0), np.minimum(end_R - x_R * height, height))
 
 
-def to_frame(
-    runs: Runs, geometry: Geometry, box_4: NDArray[Any], side: int
+def to_frames(
+    runs_N: Sequence[Runs], geometry: Geometry, boxes_N4: NDArray[Any], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Return the bitmap and frame of one mask.
+    """Return the bitmaps and frames of masks.
 
     A cell's covered share is the sum over the runs, each a rectangle: its overlap with the cell in y times
-    that in x. So the bitmap is a product of two matrices, whatever the size of the mask.
+    that in x. So a bitmap is a product of two matrices, whatever the size of the mask.
 
     Args:
-        runs: the mask in pixels of the original image.
-        box_4: xyxy on the canvas, clipped to the image; the frame is made around it.
+        runs_N: the masks in pixels of the original image.
+        boxes_N4: xyxy on the canvas, clipped to the image; the frames are made around them.
 
     Returns:
-        uint8 [side, side], the covered share of each cell times 255 (exact integral, rounded), and
-        the frame, float32 xyxy on the canvas.
+        uint8 [N, side, side], the covered share of each cell times 255 (exact integral, rounded), and
+        the frames, float32 xyxy on the canvas.
     """
-    frame = frame_of(box_4, side)
-    cells = []
-    for axis in (0, 1):
-        size = geometry.size_hw[axis]
-        start, end = float(frame[1 - axis]), float(frame[3 - axis])
-        edges = start + (end - start) / side * np.arange(side + 1)
-        # A cell outside the image becomes the image's outermost pixel.
-        low, high = np.clip(edges[:-1], 0, size - 1), np.clip(edges[1:], 1, size)
-        cells.append(geometry.source_range(axis, low, high))
-    shares_SS = torch.zeros(side, side)
-    for first in range(0, len(runs.x_R), _RUNS_AT_A_TIME):
-        x_R, top_R, bottom_R = (values[first : first + _RUNS_AT_A_TIME] for values in runs)
-        shares_SS.addmm_(_overlaps(top_R, bottom_R, *cells[0]).T, _overlaps(x_R, x_R + 1, *cells[1]))
-    return shares_SS.mul_(255).round_().to(torch.uint8).numpy(), frame
+    frames_N4 = frame_of(boxes_N4, side)
+    (low_y, high_y), (low_x, high_x) = (_cells(frames_N4, geometry, axis, side) for axis in (0, 1))
+    level_NSS = 255 / ((high_y - low_y)[:, :, None] * (high_x - low_x)[:, None])
+    bitmaps_NSS = np.empty((len(runs_N), side, side), np.uint8)
+    for n, runs in enumerate(runs_N):
+        shares_SS = torch.zeros(side, side)
+        for first in range(0, len(runs.x_R), _RUNS_AT_A_TIME):
+            x_R, top_R, bottom_R = (
+                values[first : first + _RUNS_AT_A_TIME].astype(np.float32)[:, None] for values in runs
+            )
+            overlaps_y_RS = _overlaps(top_R, bottom_R, low_y[n], high_y[n])
+            # torch multiplies on one thread in a worker of the loader; NumPy may take all of the machine's.
+            shares_SS.addmm_(overlaps_y_RS.T, _overlaps(x_R, x_R + 1, low_x[n], high_x[n]))
+        torch.from_numpy(bitmaps_NSS[n]).copy_(shares_SS.mul_(torch.from_numpy(level_NSS[n])).round_())
+    return bitmaps_NSS, frames_N4
+
+
+def _cells(
+    frames_N4: NDArray[np.float32], geometry: Geometry, axis: int, side: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return where the cells of frames begin and end in the original image along an axis, `[N, side]`."""
+    size = geometry.size_hw[axis]
+    start_N, end_N = frames_N4[:, 1 - axis].astype(np.float64), frames_N4[:, 3 - axis].astype(np.float64)
+    edges = start_N[:, None] + ((end_N - start_N) / side)[:, None] * np.arange(side + 1)
+    # A cell outside the image becomes the image's outermost pixel.
+    low, high = np.clip(edges[:, :-1], 0, size - 1), np.clip(edges[:, 1:], 1, size)
+    low, high = geometry.source_range(axis, low, high)
+    return low.astype(np.float32), high.astype(np.float32)
 
 
 def _overlaps(
-    start_R: NDArray[Any], end_R: NDArray[Any], low_S: NDArray[Any], high_S: NDArray[Any]
+    start_R1: NDArray[np.float32],
+    end_R1: NDArray[np.float32],
+    low_S: NDArray[np.float32],
+    high_S: NDArray[np.float32],
 ) -> torch.Tensor:
-    """Return the share of each cell [low, high] that lies in each run [start, end), float32 [R, S]."""
-    low_S, high_S = low_S.astype(np.float32), high_S.astype(np.float32)
-    shares_RS = np.minimum(end_R.astype(np.float32)[:, None], high_S)
-    shares_RS -= np.maximum(start_R.astype(np.float32)[:, None], low_S)
-    np.maximum(shares_RS, 0, out=shares_RS)
-    shares_RS /= high_S - low_S
-    return torch.from_numpy(shares_RS)  # torch multiplies on one thread in a worker, NumPy may take all
+    """Return how much of each run [start, end) lies in each cell [low, high], in pixels, float32 [R, S]."""
+    pixels_RS = np.minimum(end_R1, high_S)
+    pixels_RS -= np.maximum(start_R1, low_S)
+    return torch.from_numpy(np.maximum(pixels_RS, 0, out=pixels_RS))
 
 
-def object_frame(
-    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray[Any], side: int
+def object_frames(
+    objects: ImageObjects, chosen_N: NDArray[np.int64], geometry: Geometry, boxes_N4: NDArray[Any], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Return `to_frame` of object n; the frame covers its mask even if that is larger than its box.
+    """Return `to_frames` of some objects of an image; a frame covers its mask even if that exceeds its box.
 
-    Raises `DataError` if the RLE is broken.
+    Without a mask the bitmap is empty and the frame has no extent. Raises `DataError` if an RLE is broken.
     """
-    runs = rle_runs(objects.rle(n)["counts"], objects.size_hw, int(objects.ids_N[n]))
-    if len(runs.x_R):
-        around = [runs.x_R[0], runs.top_R.min(), runs.x_R[-1] + 1, runs.bottom_R.max()]
-        extent = clip_boxes(transform_boxes(np.array([around]), geometry), geometry)[0]
-        if (extent[2:] > extent[:2]).all():
-            box_4 = np.concatenate([np.minimum(box_4[:2], extent[:2]), np.maximum(box_4[2:], extent[2:])])
-    return to_frame(runs, geometry, box_4, side)
+    runs_N = [_object_runs(objects, n) for n in chosen_N.tolist()]
+    around_N4 = np.array([runs.box() for runs in runs_N], np.float64).reshape(-1, 4)
+    around_N4 = clip_boxes(transform_boxes(around_N4, geometry), geometry)
+    on_canvas_N1 = (around_N4[:, 2:] > around_N4[:, :2]).all(1, keepdims=True)
+    low_N2 = np.where(on_canvas_N1, np.minimum(boxes_N4[:, :2], around_N4[:, :2]), boxes_N4[:, :2])
+    high_N2 = np.where(on_canvas_N1, np.maximum(boxes_N4[:, 2:], around_N4[:, 2:]), boxes_N4[:, 2:])
+    bitmaps_NSS, frames_N4 = to_frames(runs_N, geometry, np.concatenate([low_N2, high_N2], 1), side)
+    frames_N4[[not objects.has_mask(n) for n in chosen_N.tolist()]] = 0
+    return bitmaps_NSS, frames_N4
+
+
+def _object_runs(objects: ImageObjects, n: int) -> Runs:
+    if not objects.has_mask(n):
+        return Runs(*np.zeros((3, 0), np.int64))
+    return rle_runs(objects.rle(n)["counts"], objects.size_hw, int(objects.ids_N[n]))
 
 
 def _checked_counts(string: bytes, size_hw: tuple[int, int], name: int | str) -> NDArray[np.int64]:

@@ -45,21 +45,23 @@ class Cached:
     def __init__(self, annotations: Path, path: Path | None = None, found: Pack | None = None) -> None:
         self._annotations, self._path, self.found = annotations, path, found
 
-    def store(self, pack: Pack) -> None:
+    def store(self, pack: Pack) -> Pack:
         """Write the pack for the other processes, in place of the packs of earlier versions.
 
-        Nothing is written if the annotations have changed while they were read.
+        Returns the pack mapped from the file, so that this process shares it, too; or the pack as it is, if
+        it cannot be written or the annotations have changed while they were read.
         """
         if self._path is None or _path_of(self._annotations) != self._path:
-            return
+            return pack
         try:
             _write(self._path, pack)
         except OSError as error:
             _warn(self._path.parent, error)
-            return
+            return pack
         for other in self._path.parent.glob(f"{self._path.name.split('-')[0]}-*.pack"):
             if other != self._path:
                 other.unlink(missing_ok=True)
+        return _read(self._path) or pack
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ from giantdet.data.masks import (
     decode_window,
     frame_of,
     mask_runs,
-    object_frame,
+    object_frames,
     rle_counts,
     rle_runs,
-    to_frame,
+    to_frames,
 )
 from giantdet.data.transforms import (
     Geometry,
@@ -84,7 +84,7 @@ def test_frames_equal_full_bitmaps(geometry: Geometry) -> None:
         box = clip_boxes(transform_boxes(box, geometry), geometry)[0]
         if (box[2:] - box[:2] < 1).any():
             continue
-        cells, frame = to_frame(mask_runs(mask), geometry, box, 40)
+        cells, frame = (found[0] for found in to_frames([mask_runs(mask)], geometry, box[None], 40))
         assert (frame[2:] - frame[:2] == 40).all() and (frame == np.round(frame)).all()
         expected = expected_cells(full_coverage(mask, geometry), frame, 40)
         assert np.abs(cells - expected * 255).max() <= 0.51
@@ -191,7 +191,7 @@ def test_a_mask_larger_than_its_box_is_kept(tmp_path: Path) -> None:
     geometry = Geometry((64, 64), (64, 64), (0, 0), (64, 64), False)
     x0, y0, x1, y1 = objects.boxes_N4[0].astype(float)
     inner = np.array([(x0 + x1) / 2, (y0 + y1) / 2, x1, y1])
-    cells, _ = object_frame(objects, 0, geometry, inner, 80)
+    cells = object_frames(objects, np.array([0]), geometry, inner[None], 80)[0][0]
     assert (cells == 255).sum() >= objects.masks()[0].sum()
 
 
@@ -235,10 +235,11 @@ def test_error_of_frames_on_real_masks(shared: Path, name: str) -> None:
         geometry = draw_geometry(np.random.default_rng(0), size, config, False)
         boxes = clip_boxes(transform_boxes(objects.boxes_N4, geometry), geometry)
         height, width = geometry.size_hw
+        bitmaps, frames = object_frames(objects, np.arange(len(objects)), geometry, boxes, side)
         for n, mask in enumerate(objects.masks()[:5]):
-            cells, frame = object_frame(objects, n, geometry, boxes[n], side)
+            cells, frame = bitmaps[n], frames[n]
             # 1-pixel cells over the whole canvas, which `test_frames_equal_full_bitmaps` holds to be exact
-            exact, at = to_frame(mask_runs(mask), geometry, boxes[n], 2100)
+            (exact,), (at,) = to_frames([mask_runs(mask)], geometry, boxes[n : n + 1], 2100)
             top, left = -int(at[1]), -int(at[0])
             coverage = torch.from_numpy(exact[top : top + height, left : left + width] / np.float32(255))
             nearest = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)

@@ -107,7 +107,7 @@ def test_as_one_merged_file(
         ours, theirs = (
             make_sample(d, i, i, CONFIG, geometry, frozenset(("boxes", "masks"))) for d in (joined, whole)
         )
-        for name in ("image_HW3", "boxes_N4", "labels_N", "masks_NSS", "frames_N4"):
+        for name in ("image_hw3", "boxes_N4", "labels_N", "masks_NSS", "frames_N4"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     content = joined.instances()
     for key in ("images", "annotations"):
