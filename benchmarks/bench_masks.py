@@ -4,7 +4,7 @@ python benchmarks/bench_masks.py                               # 640 x 480, 100 
 
 Three ways take turns on the same masks and boxes, and each ratio is of two neighbouring images:
 
-- giantdet: `evaluation/rle.py` pastes and encodes each mask inside its box.
+- giantdet: `evaluation/pasting.py` computes where masks begin and end in each column, `rle.py` encodes that.
 - torchvision: `paste_masks_in_image` makes bitmaps of the image, pycocotools encodes them.
 - detectron2: `grid_sample` over the whole image, a mask at a time as on a CPU, then pycocotools. With
   `skip_empty`, its default on CPUs, only the surroundings of the box are sampled into a bitmap of the image.
@@ -47,7 +47,7 @@ def make_detections(size_hw: tuple[int, int], count: int, seed: int) -> tuple[Te
 
 
 def giantdet_rles(masks: Tensor, boxes: Tensor, size_hw: tuple[int, int]) -> Rles:
-    return encode_pasted(masks, boxes, size_hw, at_pixel_centres=True)
+    return encode_pasted(masks, boxes, size_hw, at_pixel_centres=True).records()
 
 
 def torchvision_rles(masks: Tensor, boxes: Tensor, size_hw: tuple[int, int]) -> Rles:

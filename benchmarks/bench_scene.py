@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
-from giantdet.data.masks import to_frame
+from giantdet.data.masks import mask_runs, to_frames
 from giantdet.data.transforms import Geometry
 from giantdet.structures import Batch, Targets
 
@@ -60,10 +60,8 @@ def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
     geometry = Geometry(size, size, (0, 0), size, flip=False)
     masks, frames = np.zeros((batch, slots, frame, frame), np.uint8), np.zeros((batch, slots, 4), np.float32)
     for b in range(batch):
-        for n in range(objects):
-            masks[b, n], frames[b, n] = to_frame(
-                scene.bitmaps_BNHW[b, n].numpy(), geometry, scene.boxes_BN4[b, n].numpy(), frame
-            )
+        runs = [mask_runs(bitmap_HW.numpy()) for bitmap_HW in scene.bitmaps_BNHW[b]]
+        masks[b, :objects], frames[b, :objects] = to_frames(runs, geometry, scene.boxes_BN4[b].numpy(), frame)
 
     def pad(values: Tensor) -> Tensor:
         padded = values.new_zeros(batch, slots, *values.shape[2:])

@@ -107,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=_at_least(1),
         help="detections of each class in an image that COCO's AP takes; default: that of --config, or 100",
     )
+    backends = ("auto", "pycocotools", "hotcoco")
+    evaluate.add_argument("--backend", choices=backends, help="what computes COCO's AP; default: as --config")
     evaluate.add_argument(
         "--results", type=_path, help="also write the detections to this file, as COCO results JSON"
     )

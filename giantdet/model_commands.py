@@ -57,6 +57,7 @@ def run_eval(options: argparse.Namespace) -> None:
         classes=classes,
         window_stride=config.window_stride,
         max_detections=max_detections,
+        backend=options.backend or run_config.eval.backend,
         results=options.results,
         tta=_tta(options, config.tta) or run_config.eval.tta,
         progress=True,
@@ -95,6 +96,7 @@ def _eval_ensemble(options: argparse.Namespace) -> None:
         device,
         options.workers,
         max_detections,
+        options.backend or run_config.eval.backend,
         options.results,
     )
     if comm.is_main():

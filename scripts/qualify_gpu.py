@@ -123,7 +123,8 @@ def _wait_until_ready(processes: list[subprocess.Popen[str]], end: float) -> Non
     timer.start()
     for process in processes:
         assert process.stdout is not None
-        process.stdout.readline()
+        if not process.stdout.readline():  # it ends
+            process.wait()
     timer.cancel()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
+import pytest
 from tiny import REPO, environment, logs, run_together
 
 
@@ -56,3 +57,19 @@ def test_bench_of_masks_finds_the_same_masks() -> None:
     assert ended.code == 0, ended.err
     differing = re.search(r"pixels that differ from detectron2's: (\d+)", ended.out)
     assert differing and int(differing[1]) <= 2, ended.out
+
+
+def test_bench_of_evaluations_has_the_same_numbers_of_all_backends() -> None:
+    pytest.importorskip("hotcoco")
+    command = [
+        sys.executable,
+        str(REPO / "benchmarks" / "bench_eval.py"),
+        "--images",
+        "3",
+        "--detections",
+        "9",
+    ]
+    (ended,) = run_together([(command, environment())], fresh=False)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("same numbers: True") == 4 and "False" not in ended.out
+    assert len(set(re.findall(r"AP (0\.\d+)", ended.out))) == 2, ended.out

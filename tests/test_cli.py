@@ -15,6 +15,7 @@ from tiny import REPO, Ended, environment, free_port, launch, logs, run_together
 from giantdet import cli, commands, errors
 from giantdet.config.load import load_run, parse_run
 from giantdet.errors import LostContactError
+from giantdet.evaluation import backends
 
 COMMANDS = ("train", "eval", "predict", "export", "validate-data", "configs", "make-demo-data")
 SCRIPT = REPO / "scripts/train.py"
@@ -356,3 +357,8 @@ def test_eval_refuses_foreign_categories(
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     code = cli.main(["eval", str(tiny_export), "--annotations", str(tmp_path / "val.json"), *images])
     _one_line(code, capsys.readouterr().err, "category 'hexagon' (id 50)", "export0: circle")
+    monkeypatch.setattr(backends, "_hotcoco", None)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    where = ["--annotations", str(demo_data / "val.json"), *images]
+    code = cli.main(["eval", str(tiny_export), *where, "--backend", "hotcoco"])
+    _one_line(code, capsys.readouterr().err, "not installed: pip install hotcoco")

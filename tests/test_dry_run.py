@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, ValuesView
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +71,17 @@ RECIPES = recipes()
 ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
 
 
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors of nested lists and tuples."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple | ValuesView):
+            found += tensors_in(value)
+    return found
+
+
 class Strict(TorchDispatchMode):
     """Raises RuntimeError for operators on several devices, which are copies, and on types that do not fit.
 
@@ -79,9 +90,8 @@ class Strict(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        everything = [*operands, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))]
-        if len({tensor.device.type for tensor in everything}) > 1:
+        operands = tensors_in([args, (kwargs or {}).values()])
+        if len({tensor.device.type for tensor in [*operands, *tensors_in([out])]}) > 1:
             raise RuntimeError(f"{func} copies between devices")
         if func._schema.name.removeprefix("aten::") in ONE_TYPE and len({t.dtype for t in operands}) > 1:
             raise RuntimeError(f"{func} of {[t.dtype for t in operands]}")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import os
 from array import array
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ from pycocotools import mask as mask_util
 from giantdet.config.classes import Category, Classes
 from giantdet.data.images import read_image
 from giantdet.data.near_files import hint
+from giantdet.data.packed import Pack, cached
 from giantdet.data.panoptic import PanopticMap
-from giantdet.data.reading import read_records
+from giantdet.data.reading import Records, read_records
 from giantdet.data.records import Instances, is_id, logger, read_instances
 from giantdet.data.summary import Summary, summarize
 from giantdet.errors import DataError
 
 _BOX_ONLY, _POLYGONS, _RLE = 0, 1, 2
+_VALUES = (
+    *("has_list", "annotated", "has_masks", "without_mask", "crowd_objects", "skipped", "noted"),
+    *("_examples", "_usable"),
+)
+"""What is kept beside arrays, categories and the summary."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +97,14 @@ class CocoDataset:
         self.annotations, self.root = Path(annotations), Path(images)
         if not self.root.is_dir():
             raise DataError(f"the image folder {images} does not exist")
-        gc_was_on = gc.isenabled()
-        gc.disable()  # the collector would walk a million new dicts again and again
-        try:
-            if content is None:
-                content = read_instances(annotations, images_only=True)
-            self.has_list = "annotations" in content
-            self.annotated = bool(content.get("annotations"))
-            records = read_records(annotations, content)
-            self.skipped, self.noted, self._examples = records.skipped, records.noted, records.examples
-            self._read_categories(records.categories)
-            self._read_images(records.images)
-            self._read_objects(records.annotations)
-            self._summary = summarize(records)
-        finally:
-            if gc_was_on:
-                gc.enable()
-        records.warn()
+        if content is not None:
+            self._read(content)
+        else:
+            with cached(self.annotations) as cache:
+                if cache.found is None:
+                    self._read(None)
+                self._unpack(cache.found or cache.store(self._packed()))
+        Records(annotations, skipped=self.skipped, noted=self.noted, examples=self._examples).warn()
         if 0 < self.without_mask < len(self.labels_K):
             logger.warning(
                 "%s: %d of %d objects have no mask; they are trained and scored as boxes alone",
@@ -114,7 +112,7 @@ class CocoDataset:
                 self.without_mask,
                 len(self.labels_K),
             )
-        if records.annotations and self.crowd_objects == len(records.annotations):
+        if self.crowd_objects and self.crowd_objects == self._usable:
             logger.warning(
                 "%s: all %d annotations are crowd regions (iscrowd 1), which are neither trained on nor "
                 "counted as missed; if they are objects, set iscrowd to 0",
@@ -122,11 +120,47 @@ class CocoDataset:
                 self.crowd_objects,
             )
 
-    def _read_categories(self, names: dict[int, str]) -> None:
+    def _read(self, content: Instances | None) -> None:
+        """Read the lists, or the file; everything but the classes becomes arrays."""
+        gc_was_on = gc.isenabled()
+        gc.disable()  # the collector would walk a million new dicts again and again
+        try:
+            if content is None:
+                content = read_instances(self.annotations, images_only=True)
+            self.has_list = "annotations" in content
+            self.annotated = bool(content.get("annotations"))
+            records = read_records(self.annotations, content)
+            self.skipped, self.noted, self._examples = records.skipped, records.noted, records.examples
+            self._usable = len(records.annotations)
+            if not records.categories:
+                raise DataError(f"annotations {self.annotations} have no usable category")
+            self._set_categories(records.categories)
+            self._read_images(records.images)
+            self._read_objects(records.annotations)
+            self._summary = summarize(records)
+        finally:
+            if gc_was_on:
+                gc.enable()
+
+    def _packed(self) -> Pack:
+        values = {name: getattr(self, name) for name in _VALUES}
+        values["categories"] = list(zip(self.category_ids, self.class_names, strict=True))
+        values["_summary"] = asdict(self._summary)
+        return Pack(values, {name: v for name, v in vars(self).items() if isinstance(v, np.ndarray)})
+
+    def _unpack(self, pack: Pack) -> None:
+        """Take over what `_packed` returned, in this process or another."""
+        for name in _VALUES:
+            setattr(self, name, pack.values[name])
+        self.skipped, self.noted = Counter(self.skipped), Counter(self.noted)
+        self._set_categories(dict(pack.values["categories"]))
+        self._summary = Summary(**pack.values["_summary"] | {"images_by_part": ()})
+        for name, values in pack.arrays.items():
+            setattr(self, name, values)
+
+    def _set_categories(self, names: dict[int, str]) -> None:
         self.category_ids = sorted(names)
         self.class_names = [names[i] for i in self.category_ids]
-        if not names:
-            raise DataError(f"annotations {self.annotations} have no usable category")
         self.classes = Classes(objects=tuple(zip(self.category_ids, self.class_names, strict=True)))
 
     def _read_images(self, records: dict[int, dict[str, Any]]) -> None:

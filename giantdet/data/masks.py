@@ -15,95 +15,162 @@ their boxes 0.07 / 0.07 / 0.03 %. Against bitmaps that were scaled to the neares
 does, 0.8 / 1.2 / 0.3 % of the cells differ, nearly all because of the nearest scaling.
 At scale 1 and up to S - 2 pixels the bitmap equals the mask, pixel by pixel.
 
-This module decodes RLE strings window by window, since pycocotools decodes whole images only.
+Masks are rasterised into their frame from the runs of their RLE, without a bitmap of the image.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pycocotools import mask as mask_util
 
 from giantdet.data.dataset import ImageObjects
 from giantdet.data.segments import adds_up, rle_counts
 from giantdet.data.transforms import Geometry, clip_boxes, transform_boxes
 from giantdet.errors import DataError
 
+_RUNS_AT_A_TIME = 4096  # of a mask, to bound the memory
+
 
 def frame_of(box_4: NDArray[Any], side: int) -> NDArray[np.float32]:
-    """Return the frame xyxy of a box on the canvas, by the rule of the module's docstring for each axis."""
-    low, high = np.floor(box_4[:2]), np.ceil(box_4[2:])
+    """Return the frames xyxy of boxes `[..., 4]` on the canvas, by the module's rule for each axis."""
+    low, high = np.floor(box_4[..., :2]), np.ceil(box_4[..., 2:])
     length = high - low
     margin = (side - length) // 2
     start = np.where(length <= side - 2, low - margin, low - length / (side - 2))
     span = np.where(length <= side - 2, side, length * (side / (side - 2)))
-    return np.concatenate([start, start + span]).astype(np.float32)
+    return np.concatenate([start, start + span], axis=-1).astype(np.float32)
 
 
-def to_frame(
-    mask_hw: NDArray[Any],
-    geometry: Geometry,
-    box_4: NDArray[Any],
-    side: int,
-    origin_yx: tuple[int, int] = (0, 0),
+class Runs(NamedTuple):
+    """A mask as R rectangles one column wide, from left to right, in pixels of the original image."""
+
+    x_R: NDArray[np.int64]
+    top_R: NDArray[np.int64]
+    bottom_R: NDArray[np.int64]  # exclusive
+
+    def box(self) -> tuple[int, int, int, int]:
+        """Return the box xyxy around the mask; without runs it is empty."""
+        if not len(self.x_R):
+            return 0, 0, 0, 0
+        return int(self.x_R[0]), int(self.top_R.min()), int(self.x_R[-1]) + 1, int(self.bottom_R.max())
+
+
+def mask_runs(mask_hw: NDArray[Any]) -> Runs:
+    """Return the runs of a bitmap; what is not 0 belongs to the mask."""
+    padded_wH = np.zeros((mask_hw.shape[1], mask_hw.shape[0] + 2), np.int8)
+    padded_wH[:, 1:-1] = mask_hw.T != 0
+    turns_wH = np.diff(padded_wH, axis=1)
+    x_R, top_R = np.nonzero(turns_wH == 1)
+    return Runs(x_R, top_R, np.nonzero(turns_wH == -1)[1])
+
+
+def rle_runs(string: bytes, size_hw: tuple[int, int], name: int | str = 0) -> Runs:
+    """Return the runs of a compressed RLE. Raises `DataError` as `decode_window` does."""
+    height = size_hw[0]
+    ends = np.cumsum(_checked_counts(string, size_hw, name))
+    start_R, end_R = ends[:-1:2], ends[1::2]
+    if not (end_R > start_R).all():  # runs of no pixel
+        start_R, end_R = start_R[end_R > start_R], end_R[end_R > start_R]
+    x_R = start_R // height
+    columns_R = (end_R - 1) // height - x_R + 1
+    if (columns_R > 1).any():  # runs down one column and on in the next
+        number_R = np.arange(columns_R.sum()) - np.repeat(np.cumsum(columns_R) - columns_R, columns_R)
+        x_R, start_R, end_R = (np.repeat(values, columns_R) for values in (x_R, start_R, end_R))
+        x_R += number_R
+    return Runs(x_R, np.maximum(start_R - x_R * height, 0), np.minimum(end_R - x_R * height, height))
+
+
+def to_frames(
+    runs_N: Sequence[Runs], geometry: Geometry, boxes_N4: NDArray[Any], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Return the bitmap and frame of one mask.
+    """Return the bitmaps and frames of masks.
+
+    A cell's covered share is the sum over the runs, each a rectangle: its overlap with the cell in y times
+    that in x. So a bitmap is a product of two matrices, whatever the size of the mask.
 
     Args:
-        mask_hw: the mask in pixels of the original image, or a part of it that contains all of it.
-        box_4: xyxy on the canvas, clipped to the image; the frame is made around it.
-        origin_yx: where `mask_hw` begins in the original image.
+        runs_N: the masks in pixels of the original image.
+        boxes_N4: xyxy on the canvas, clipped to the image; the frames are made around them.
 
     Returns:
-        uint8 [side, side], the covered share of each cell times 255 (exact integral, rounded), and
-        the frame, float32 xyxy on the canvas.
+        uint8 [N, side, side], the covered share of each cell times 255 (exact integral, rounded), and
+        the frames, float32 xyxy on the canvas.
     """
-    frame = frame_of(box_4, side)
-    values = mask_hw.astype(np.float32)
-    for axis in (0, 1):
-        size = geometry.size_hw[axis]
-        start, end = float(frame[1 - axis]), float(frame[3 - axis])
-        edges = start + (end - start) / side * np.arange(side + 1)
-        # A cell outside the image becomes the image's outermost pixel.
-        lo, hi = geometry.source_range(axis, np.clip(edges[:-1], 0, size - 1), np.clip(edges[1:], 1, size))
-        values = _means(values, lo - origin_yx[axis], hi - origin_yx[axis]).T
-    return np.rint(values * 255).astype(np.uint8), frame
+    frames_N4 = frame_of(boxes_N4, side)
+    (low_y, high_y), (low_x, high_x) = (_cells(frames_N4, geometry, axis, side) for axis in (0, 1))
+    level_NSS = 255 / ((high_y - low_y)[:, :, None] * (high_x - low_x)[:, None])
+    bitmaps_NSS = np.empty((len(runs_N), side, side), np.uint8)
+    for n, runs in enumerate(runs_N):
+        shares_SS = torch.zeros(side, side)
+        for first in range(0, len(runs.x_R), _RUNS_AT_A_TIME):
+            x_R, top_R, bottom_R = (
+                values[first : first + _RUNS_AT_A_TIME].astype(np.float32)[:, None] for values in runs
+            )
+            overlaps_y_RS = _overlaps(top_R, bottom_R, low_y[n], high_y[n])
+            # torch multiplies on one thread in a worker of the loader; NumPy may take all of the machine's.
+            shares_SS.addmm_(overlaps_y_RS.T, _overlaps(x_R, x_R + 1, low_x[n], high_x[n]))
+        torch.from_numpy(bitmaps_NSS[n]).copy_(shares_SS.mul_(torch.from_numpy(level_NSS[n])).round_())
+    return bitmaps_NSS, frames_N4
 
 
-def _means(values_NK: NDArray[Any], lo_S: NDArray[Any], hi_S: NDArray[Any]) -> NDArray[Any]:
-    """Return means [S, K] over intervals of axis 0; row i covers [i, i + 1], beyond the rows is 0."""
-    rows = len(values_NK)
-    integral = np.zeros((rows + 1, values_NK.shape[1]), np.float32)
-    np.cumsum(values_NK, axis=0, out=integral[1:])
-
-    def up_to(x_S: NDArray[Any]) -> NDArray[Any]:
-        x_S = np.clip(x_S, 0, rows)
-        i_S = np.minimum(x_S.astype(np.int64), rows - 1)
-        sums_SK: NDArray[Any] = integral[i_S] + (x_S - i_S).astype(np.float32)[:, None] * values_NK[i_S]
-        return sums_SK
-
-    means_SK: NDArray[Any] = (up_to(hi_S) - up_to(lo_S)) / (hi_S - lo_S).astype(np.float32)[:, None]
-    return means_SK
+def _cells(
+    frames_N4: NDArray[np.float32], geometry: Geometry, axis: int, side: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return where the cells of frames begin and end in the original image along an axis, `[N, side]`."""
+    size = geometry.size_hw[axis]
+    start_N, end_N = frames_N4[:, 1 - axis].astype(np.float64), frames_N4[:, 3 - axis].astype(np.float64)
+    edges = start_N[:, None] + ((end_N - start_N) / side)[:, None] * np.arange(side + 1)
+    # A cell outside the image becomes the image's outermost pixel.
+    low, high = np.clip(edges[:, :-1], 0, size - 1), np.clip(edges[:, 1:], 1, size)
+    low, high = geometry.source_range(axis, low, high)
+    return low.astype(np.float32), high.astype(np.float32)
 
 
-def object_frame(
-    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray[Any], side: int
+def _overlaps(
+    start_R1: NDArray[np.float32],
+    end_R1: NDArray[np.float32],
+    low_S: NDArray[np.float32],
+    high_S: NDArray[np.float32],
+) -> torch.Tensor:
+    """Return how much of each run [start, end) lies in each cell [low, high], in pixels, float32 [R, S]."""
+    pixels_RS = np.minimum(end_R1, high_S)
+    pixels_RS -= np.maximum(start_R1, low_S)
+    return torch.from_numpy(np.maximum(pixels_RS, 0, out=pixels_RS))
+
+
+def object_frames(
+    objects: ImageObjects, chosen_N: NDArray[np.int64], geometry: Geometry, boxes_N4: NDArray[Any], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Return `to_frame` of object n; the frame covers its mask even if that is larger than its box.
+    """Return `to_frames` of some objects of an image; a frame covers its mask even if that exceeds its box.
 
-    Raises `DataError` if the RLE is broken.
+    Without a mask the bitmap is empty and the frame has no extent. Raises `DataError` if an RLE is broken.
     """
-    rle = objects.rle(n)
-    x, y, w, h = (int(v) for v in mask_util.toBbox(rle))
-    if w == 0 or h == 0:  # an empty mask: all zero, whatever the window
-        x, y, w, h = 0, 0, 1, 1
-    window = decode_window(rle["counts"], objects.size_hw, (y, x, y + h, x + w), int(objects.ids_N[n]))
-    extent = clip_boxes(transform_boxes(np.array([[x, y, x + w, y + h]]), geometry), geometry)[0]
-    if window.any() and (extent[2:] > extent[:2]).all():
-        box_4 = np.concatenate([np.minimum(box_4[:2], extent[:2]), np.maximum(box_4[2:], extent[2:])])
-    return to_frame(window, geometry, box_4, side, (y, x))
+    runs_N = [_object_runs(objects, n) for n in chosen_N.tolist()]
+    around_N4 = np.array([runs.box() for runs in runs_N], np.float64).reshape(-1, 4)
+    around_N4 = clip_boxes(transform_boxes(around_N4, geometry), geometry)
+    on_canvas_N1 = (around_N4[:, 2:] > around_N4[:, :2]).all(1, keepdims=True)
+    low_N2 = np.where(on_canvas_N1, np.minimum(boxes_N4[:, :2], around_N4[:, :2]), boxes_N4[:, :2])
+    high_N2 = np.where(on_canvas_N1, np.maximum(boxes_N4[:, 2:], around_N4[:, 2:]), boxes_N4[:, 2:])
+    bitmaps_NSS, frames_N4 = to_frames(runs_N, geometry, np.concatenate([low_N2, high_N2], 1), side)
+    frames_N4[[not objects.has_mask(n) for n in chosen_N.tolist()]] = 0
+    return bitmaps_NSS, frames_N4
+
+
+def _object_runs(objects: ImageObjects, n: int) -> Runs:
+    if not objects.has_mask(n):
+        return Runs(*np.zeros((3, 0), np.int64))
+    return rle_runs(objects.rle(n)["counts"], objects.size_hw, int(objects.ids_N[n]))
+
+
+def _checked_counts(string: bytes, size_hw: tuple[int, int], name: int | str) -> NDArray[np.int64]:
+    counts = rle_counts(string)
+    if not adds_up(counts, size_hw):
+        raise DataError(f"annotation {name}: its RLE does not add up to {size_hw[0]} x {size_hw[1]} pixels")
+    return counts
 
 
 def decode_window(
@@ -115,12 +182,9 @@ def decode_window(
     size is made. Raises `DataError`, with the annotation id `name`, if the runs do not
     add up to the image.
     """
-    height, width = size_hw
+    height = size_hw[0]
     y0, x0, y1, x1 = window_yxyx
-    counts = rle_counts(string)
-    if not adds_up(counts, size_hw):
-        raise DataError(f"annotation {name}: its RLE does not add up to {height} x {width} pixels")
-    ends = np.clip(np.cumsum(counts), x0 * height, x1 * height)
+    ends = np.clip(np.cumsum(_checked_counts(string, size_hw, name)), x0 * height, x1 * height)
     runs = np.diff(ends, prepend=x0 * height)
     flat = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs)
     return flat.reshape(x1 - x0, height).T[y0:y1]

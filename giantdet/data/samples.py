@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from giantdet.config.types import DataConfig
-from giantdet.data.dataset import Dataset, ImageObjects
-from giantdet.data.masks import decode_window, object_frame
+from giantdet.data.dataset import Dataset
+from giantdet.data.masks import decode_window, object_frames
 from giantdet.data.photometric import distort, draw_distortion
 from giantdet.data.transforms import (
     Geometry,
     clip_boxes,
     draw_balanced_crop,
+    scaled_crop,
     sides_ok,
     transform_boxes,
-    transform_image,
     transform_semantic,
 )
 from giantdet.errors import DataError
@@ -30,8 +30,8 @@ NO_MAP: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
 class Sample(NamedTuple):
     """One image on the canvas with any number of objects."""
 
-    image_HW3: NDArray[np.uint8]
-    size_hw: tuple[int, int]
+    image_hw3: NDArray[np.uint8]  # without the canvas around it
+    canvas_hw: tuple[int, int]
     original_hw: tuple[int, int]
     image_id: int
     k: int
@@ -69,10 +69,9 @@ def make_sample(
         semantic = transform_semantic(found, geometry, config.size)
     elif "ignored" in targets:
         semantic = transform_semantic(_ignored_map(dataset, i), geometry, config.size)
-    image = transform_image(dataset.read_image(i), geometry, config.size)
+    image = scaled_crop(dataset.read_image(i), geometry, exact=rng is None)
     if rng is not None and config.augment.photometric:
-        height, width = geometry.size_hw
-        image[:height, :width] = distort(image[:height, :width], draw_distortion(rng))
+        image = distort(image, draw_distortion(rng))
     objects = dataset.objects(i)
     boxes = transform_boxes(objects.boxes_N4, geometry)
     tiny = ~sides_ok(boxes)
@@ -86,32 +85,24 @@ def make_sample(
     if len(keep) > slots:
         sides = boxes[keep, 2:] - boxes[keep, :2]
         keep = np.sort(keep[np.argsort(-sides.prod(axis=1), kind="stable")[:slots]])
-    masks = "masks" in targets
-    side = config.mask_frame if masks else 0
-    frames = [_frame(objects, int(n), geometry, boxes[n], side) for n in keep] if masks else []
+    if "masks" in targets:
+        bitmaps, frames = object_frames(objects, keep, geometry, boxes[keep], config.mask_frame)
+    else:
+        bitmaps, frames = np.zeros((len(keep), 0, 0), np.uint8), np.zeros((len(keep), 4), np.float32)
     return Sample(
         image,
-        geometry.size_hw,
+        config.size,
         geometry.source_hw,
         int(dataset.image_ids[i]),
         k,
         boxes[keep],
         objects.labels_N[keep],
-        np.stack([bitmap for bitmap, _ in frames]) if frames else np.zeros((len(keep), side, side), np.uint8),
-        np.stack([frame for _, frame in frames]) if frames else np.zeros((len(keep), 4), np.float32),
+        bitmaps,
+        frames,
         counts,
         (),
         semantic,
     )
-
-
-def _frame(
-    objects: ImageObjects, n: int, geometry: Geometry, box_4: NDArray[Any], side: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Return the bitmap and frame of object n; without a mask the frame has no extent."""
-    if objects.has_mask(n):
-        return object_frame(objects, n, geometry, box_4, side)
-    return np.zeros((side, side), np.uint8), np.zeros(4, np.float32)
 
 
 def _ignored_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:
@@ -137,8 +128,8 @@ def _semantic_map(dataset: Dataset, i: int) -> NDArray[np.uint8]:
 
 def collate(samples: list[Sample], slots: int, side: int) -> Batch:
     """Return samples of at most `slots` objects as one batch: M = slots, S = side."""
-    size, (height, width) = len(samples), samples[0].image_HW3.shape[:2]
-    images = torch.empty((size, 3, height, width), dtype=torch.uint8)
+    size = len(samples)
+    images_BHW3 = torch.empty((size, *samples[0].canvas_hw, 3), dtype=torch.uint8)
     targets = Targets(
         boxes_BM4=torch.zeros(size, slots, 4),
         labels_BM=torch.zeros(size, slots, dtype=torch.int64),
@@ -148,7 +139,9 @@ def collate(samples: list[Sample], slots: int, side: int) -> Batch:
         semantic_BHW=torch.from_numpy(np.stack([sample.semantic_HW for sample in samples])),
     )
     for b, sample in enumerate(samples):
-        images[b] = torch.from_numpy(sample.image_HW3).permute(2, 0, 1)
+        height, width = sample.image_hw3.shape[:2]
+        images_BHW3[b, :height, :width] = torch.from_numpy(sample.image_hw3)
+        images_BHW3[b, height:], images_BHW3[b, :height, width:] = 0, 0
         n = len(sample.labels_N)
         targets.boxes_BM4[b, :n] = torch.from_numpy(sample.boxes_N4)
         targets.labels_BM[b, :n] = torch.from_numpy(sample.labels_N)
@@ -156,8 +149,8 @@ def collate(samples: list[Sample], slots: int, side: int) -> Batch:
         targets.masks_BMSS[b, :n] = torch.from_numpy(sample.masks_NSS)
         targets.frames_BM4[b, :n] = torch.from_numpy(sample.frames_N4)
     return Batch(
-        images,
-        torch.tensor([s.size_hw for s in samples], dtype=torch.float32),
+        images_BHW3.permute(0, 3, 1, 2),  # channels last, as models use them
+        torch.tensor([s.image_hw3.shape[:2] for s in samples], dtype=torch.float32),
         targets,
         torch.tensor([s.k for s in samples], dtype=torch.int64),
         torch.tensor([s.image_id for s in samples], dtype=torch.int64),

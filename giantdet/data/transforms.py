@@ -8,9 +8,12 @@ a horizontal flip. In evaluation it is deterministic.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,6 +21,7 @@ from giantdet.config.types import DataConfig
 from giantdet.structures import IGNORE
 
 MIN_SIDE = 1.0  # pixels on the canvas; narrower boxes are dropped
+_MOST_RESIZED = 4  # pixels that torch may resize per pixel of the crop; Pillow is as fast then
 
 
 class Geometry(NamedTuple):
@@ -126,31 +130,80 @@ def window_row(views: list[Geometry], number: int) -> tuple[int, ...]:
 
 
 def transform_image(
-    image_hw3: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int]
+    image_hw3: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int], exact: bool
 ) -> NDArray[np.uint8]:
-    """Return the canvas, uint8 [H, W, 3], zero outside the image. Bilinear and antialiased (PIL)."""
-    canvas = np.zeros((*canvas_hw, 3), np.uint8)
-    return _onto(canvas, image_hw3, geometry, Image.Resampling.BILINEAR)
+    """Return the canvas with `scaled_crop`, uint8 [H, W, 3], zero outside the image."""
+    return _onto(np.zeros((*canvas_hw, 3), np.uint8), scaled_crop(image_hw3, geometry, exact))
+
+
+def scaled_crop(image_hw3: NDArray[np.uint8], geometry: Geometry, exact: bool) -> NDArray[np.uint8]:
+    """Return the part of the canvas that holds the image, uint8 [*size_hw, 3]. Bilinear and antialiased.
+
+    `exact`, in evaluation and prediction, is Pillow's filter, as in detectron2. Otherwise torch's vectorised
+    filter for bytes does the same work in a fifth of the time. Its weights have 16 bits, so that values
+    differ from Pillow's by at most 2 of 255, by less than 0.1 in the mean (tested).
+    """
+    (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
+    if geometry.resized_hw == geometry.source_hw:
+        return _crop(image_hw3, geometry)
+    if exact or (top + height) * (left + width) > _MOST_RESIZED * height * width:
+        return _resize_window(image_hw3, geometry, Image.Resampling.BILINEAR)
+    # torch resizes from the corner of an image only: what is above and left of the crop comes with it. Input
+    # that the filter does not reach is cut off.
+    scale_yx = [np.nextafter(scale, np.inf) for scale in geometry.scale_yx]  # so that no last row is lost
+    rows, columns = (
+        min(math.ceil((start + size) / scale + max(1 / scale, 1)) + 1, whole)
+        for start, size, scale, whole in zip(
+            geometry.offset_yx, geometry.size_hw, scale_yx, geometry.source_hw, strict=True
+        )
+    )
+    # Slicing from the other end and then flipping is faster than flipping the larger result.
+    part = image_hw3[:rows, image_hw3.shape[1] - columns :] if geometry.flip else image_hw3[:rows, :columns]
+    source_13HW = torch.from_numpy(_flipped(part, geometry))[None].permute(0, 3, 1, 2)
+    resized_13HW = F.interpolate(source_13HW, scale_factor=scale_yx, mode="bilinear", antialias=True)
+    resized_HW3: NDArray[np.uint8] = resized_13HW[0].permute(1, 2, 0).numpy()
+    return resized_HW3[top : top + height, left : left + width]
 
 
 def transform_semantic(
     map_hw: NDArray[np.uint8], geometry: Geometry, canvas_hw: tuple[int, int]
 ) -> NDArray[np.uint8]:
     """Return the canvas, uint8 [H, W], `IGNORE` outside the image. Nearest neighbour (PIL)."""
-    canvas = np.full(canvas_hw, IGNORE, np.uint8)
-    return _onto(canvas, map_hw, geometry, Image.Resampling.NEAREST)
+    same = geometry.resized_hw == geometry.source_hw
+    part = _crop(map_hw, geometry) if same else _resize_window(map_hw, geometry, Image.Resampling.NEAREST)
+    return _onto(np.full(canvas_hw, IGNORE, np.uint8), part)
 
 
-def _onto(
-    canvas: NDArray[np.uint8], source: NDArray[np.uint8], geometry: Geometry, filter_: Image.Resampling
-) -> NDArray[np.uint8]:
+def _onto(canvas: NDArray[np.uint8], part: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    canvas[: part.shape[0], : part.shape[1]] = part
+    return canvas
+
+
+def _flipped(pixels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
+    """Return pixels, mirrored if the geometry is, that can be written: torch takes no others."""
+    if not geometry.flip:
+        return pixels if pixels.flags.writeable else pixels.copy()
+    if not pixels.flags.writeable:
+        return np.ascontiguousarray(pixels[:, ::-1])
+    flipped: NDArray[np.uint8] = torch.from_numpy(pixels).flip(1).numpy()  # much faster than NumPy's
+    return flipped
+
+
+def _crop(source: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
     (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
-    if geometry.resized_hw == geometry.source_hw:
-        whole = source[:, ::-1] if geometry.flip else source
-        canvas[:height, :width] = whole[top : top + height, left : left + width]
-        return canvas
-    # Only the window of the original that ends up in the crop is resized. PIL's filter still reads the
-    # pixels around the window.
+    if geometry.flip:
+        left = source.shape[1] - left - width
+    return _flipped(source[top : top + height, left : left + width], geometry)
+
+
+def _resize_window(
+    source: NDArray[np.uint8], geometry: Geometry, filter_: Image.Resampling
+) -> NDArray[np.uint8]:
+    """Resize only the window of the original that ends up in the crop, with Pillow.
+
+    Its filter still reads the pixels around the window.
+    """
+    height, width = geometry.size_hw
     y = geometry.source_range(0, np.array(0.0), np.array(float(height)))
     x = geometry.source_range(1, np.array(0.0), np.array(float(width)))
     source_h, source_w = geometry.source_hw
@@ -160,9 +213,7 @@ def _onto(
         min(float(x[1]), source_w),
         min(float(y[1]), source_h),
     )
-    part = np.asarray(Image.fromarray(source).resize((width, height), filter_, box=window))
-    canvas[:height, :width] = part[:, ::-1] if geometry.flip else part
-    return canvas
+    return _flipped(np.array(Image.fromarray(source).resize((width, height), filter_, box=window)), geometry)
 
 
 def transform_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:

@@ -51,7 +51,7 @@ def view_batch(pixels_HW3: NDArray[np.uint8], views: list[Geometry], multiple: i
     """
     sides = [max(view.size_hw[axis] for view in views) for axis in (0, 1)]
     canvas = (-(-sides[0] // multiple) * multiple, -(-sides[1] // multiple) * multiple)
-    images = np.stack([transform_image(pixels_HW3, view, canvas) for view in views])
+    images = np.stack([transform_image(pixels_HW3, view, canvas, exact=True) for view in views])
     count = len(views)
     return Batch(
         images_B3HW=torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -82,7 +82,7 @@ def image_batches(
     else:
         views = windows(size_hw, config, window_stride)
     for n, view in enumerate(views):
-        canvas = transform_image(pixels_HW3, view, config.size)
+        canvas = transform_image(pixels_HW3, view, config.size, exact=True)
         row = None if window_stride is None else torch.tensor([window_row(views, n)])
         yield Batch(
             images_B3HW=torch.from_numpy(canvas).permute(2, 0, 1)[None],

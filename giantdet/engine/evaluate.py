@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.classes import Classes
-from giantdet.config.types import DataConfig, EvalConfig, TtaConfig
+from giantdet.config.types import Backend, DataConfig, EvalConfig, TtaConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader
@@ -51,6 +51,7 @@ def evaluate(
     classes: Classes,
     window_stride: int | None = None,
     max_detections: int = 100,
+    backend: Backend = "auto",
     results: Path | None = None,
     tta: TtaConfig | None = None,
     progress: bool = False,
@@ -64,7 +65,7 @@ def evaluate(
         tasks: the tasks of the model; those with ground truth in the data set are scored.
         model_config: the model's section.
         classes: the classes that the model predicts.
-        window_stride, max_detections, tta: see `EvalConfig`.
+        window_stride, max_detections, backend, tta: see `EvalConfig`.
         results: file to which the main rank writes the detections, maps beside it; None: nothing is written.
         progress: show a bar on the main rank, if stderr is a terminal.
     """
@@ -72,7 +73,12 @@ def evaluate(
     limit_pixels(data.max_image_pixels)  # for the true maps, which evaluators read
     evaluators = [
         metric(
-            dataset, [task for task in tasks if task in metric.PRIMARY], classes, model_config, max_detections
+            dataset,
+            [task for task in tasks if task in metric.PRIMARY],
+            classes,
+            model_config,
+            max_detections,
+            backend,
         )
         for metric in metrics_of(tasks)
     ]

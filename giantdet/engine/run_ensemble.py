@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from giantdet.config.classes import Category, Classes
 from giantdet.config.json_text import json_text
-from giantdet.config.types import DataConfig, TtaConfig
+from giantdet.config.types import Backend, DataConfig, TtaConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
@@ -27,7 +27,9 @@ from giantdet.engine.inputs import InputImage
 from giantdet.engine.predict import Predictor, load_predictor
 from giantdet.engine.results import Results
 from giantdet.errors import InputError
+from giantdet.evaluation.backends import check_backend
 from giantdet.evaluation.coco import all_scores, score_table
+from giantdet.evaluation.coco_results import CocoResults
 from giantdet.export import load_detector
 
 logger = logging.getLogger("giantdet")
@@ -51,12 +53,14 @@ def evaluate_ensemble(
     device: torch.device,
     workers: int,
     max_detections: int,
+    backend: Backend,
     file: Path | None,
 ) -> str:
     """Return the scores of the fused detections as a table, on the main rank; `file` gets the detections.
 
     All ranks call it: each member is evaluated by all of them, and its box or mask AP printed.
     """
+    check_backend(backend)
     reference = dataset.classes.objects
     sizes: Sizes = {
         int(number): (int(height), int(width))
@@ -86,6 +90,7 @@ def evaluate_ensemble(
                 model_config=config.model,
                 classes=Classes(objects=classes),
                 max_detections=max_detections,
+                backend=backend,
                 results=Path(folder) / "member.json",
                 tta=choice.tta,
                 progress=True,
@@ -107,7 +112,7 @@ def evaluate_ensemble(
         return f"{dataset.annotations}: no annotations, so there are no scores; what was found is in {file}"
     masks = dataset.has_masks and any("segmentation" in result for result in fused)
     truth = ground_truth(dataset.annotations, dataset.instances())
-    return score_table(all_scores(truth, fused, masks, max_detections))
+    return score_table(all_scores(truth, CocoResults.of(fused), masks, max_detections, backend))
 
 
 def predict_ensemble(

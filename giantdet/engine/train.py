@@ -42,6 +42,7 @@ from giantdet.engine.metrics import Metrics
 from giantdet.engine.tta import check_tta
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
+from giantdet.evaluation.backends import check_backend
 from giantdet.export import check_frozen, export_config, export_model
 from giantdet.layers.body import check_name
 from giantdet.layers.model_names import with_timm_name
@@ -107,6 +108,7 @@ class Training:
                 classes=self.scored,
                 window_stride=config.eval.window_stride,
                 max_detections=config.eval.max_detections,
+                backend=config.eval.backend,
                 results=self.output / "results.json",
                 tta=config.eval.tta,
             )
@@ -183,6 +185,7 @@ def _build(
     if config.eval.tta is not None:
         check_tta(model, config.eval.window_stride)
     if validation is not None:
+        check_backend(config.eval.backend)
         warn_of_limits(validation, config.model, config.eval.max_detections)
     announce(run, model, device)
     engine = zero.initialize(model, run)

@@ -1,18 +1,17 @@
-"""COCO's box and mask scores of the detections of all ranks, computed by pycocotools.
+"""COCO's box and mask scores of the detections of all ranks.
 
 Results have the image and category ids of the data set.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from torch import Tensor
 
@@ -20,16 +19,17 @@ from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.classes import Classes
 from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.json_text import json_text
+from giantdet.config.types import Backend
 from giantdet.data.dataset import Dataset
 from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
+from giantdet.evaluation.backends import Curves, IouType, check_backend, coco_curves
+from giantdet.evaluation.coco_results import CocoResults
 from giantdet.evaluation.evaluator import Scores, shown
-from giantdet.evaluation.judge import CocoJudge
-from giantdet.evaluation.rle import Rle, encode_pasted
+from giantdet.evaluation.rle import Rle, Rles, encode_pasted
 from giantdet.structures import Batch, Detections, Outputs
 
-IouType = Literal["bbox", "segm"]
-_SIZES = {"s": "small", "m": "medium", "l": "large"}
+_IOUS = list(range(50, 100, 5))  # per cent
 KIND = {"bbox": "box", "segm": "mask"}
 DEFAULT_CONVENTIONS = CONVENTIONS["detectron2"]
 
@@ -47,20 +47,22 @@ class CocoEvaluator:
         classes: Classes,
         model: ArchitectureConfig,
         max_detections: int = 100,
+        backend: Backend = "auto",
     ) -> None:
+        check_backend(backend)
         self.dataset, self.category_ids, self.conventions = dataset, classes.object_ids, model.reference
-        self.max_detections = max_detections
+        self.max_detections, self.backend = max_detections, backend
         self.masks = "mask" in tasks and dataset.has_masks
-        self.results: list[dict[str, Any]] = []
+        self.parts: list[CocoResults] = []
 
     def add(self, outputs: Outputs, batch: Batch) -> None:
         """See `Evaluator.add`."""
         assert outputs.detections is not None
-        self.results += to_coco(outputs.detections, batch, self.category_ids, self.conventions)
+        self.parts.append(to_coco(outputs.detections, batch, self.category_ids, self.conventions))
 
     def merge(self) -> None:
         """See `Evaluator.merge`."""
-        self.results = [result for part in comm.gather_objects(self.results) for result in part]
+        self.parts = comm.gather_objects(CocoResults.joined(self.parts))
 
     def scores(self) -> Scores:
         """Return the COCO numbers and AP by class, of boxes and masks.
@@ -70,11 +72,13 @@ class CocoEvaluator:
         if not self.dataset.classes.objects or not self.dataset.annotated:
             return {}
         truth = ground_truth(self.dataset.annotations, self.dataset.instances())
-        return all_scores(truth, self.results, self.masks, self.max_detections)
+        return all_scores(
+            truth, CocoResults.joined(self.parts), self.masks, self.max_detections, self.backend
+        )
 
     def save(self, file: Path) -> None:
         """Write the detections in COCO's results format."""
-        file.write_text(json_text(self.results))
+        file.write_text(json_text(CocoResults.joined(self.parts).records()))
 
     def table(self, scores: Scores) -> str:
         """See `score_table`."""
@@ -86,32 +90,31 @@ def to_coco(
     batch: Batch,
     category_ids: Sequence[int],
     conventions: Conventions = DEFAULT_CONVENTIONS,
-) -> list[dict[str, Any]]:
+) -> CocoResults:
     """Return detections on the canvas as COCO results, in pixels of the original images."""
-    results: list[dict[str, Any]] = []
     # A model may have more classes than names, and classes that the data set does not have (negative ids).
-    known_C = torch.tensor([*(number >= 0 for number in category_ids), False])
-    labels_BD = detections.labels_BD.cpu().clamp_max(len(category_ids))
-    known_BD = known_C[labels_BD].to(detections.valid_BD.device)
-    detections = detections._replace(valid_BD=detections.valid_BD & known_BD)
+    number_C = np.array([*category_ids, -1], np.int64)
+    detections = detections.to("cpu")
+    category_ids_BD = number_C[detections.labels_BD.clamp_max(len(category_ids)).numpy()]
+    detections = detections._replace(valid_BD=detections.valid_BD & torch.from_numpy(category_ids_BD >= 0))
+    parts = []
     for b, image_id in enumerate(batch.image_ids_B.tolist()):
         if image_id < 0:
             continue  # an empty slot that fills the batch
-        boxes_D4, rles = to_original(detections, batch, b, conventions)
-        chosen = detections.valid_BD[b]
-        scores, labels = detections.scores_BD[b][chosen].tolist(), detections.labels_BD[b][chosen].tolist()
-        for d, (box, score, label) in enumerate(zip(boxes_D4.tolist(), scores, labels, strict=True)):
-            x0, y0, x1, y1 = box
-            result = {
-                "image_id": image_id,
-                "category_id": category_ids[label],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": score,
-            }
-            if rles is not None:
-                result["segmentation"] = rles[d]
-            results.append(result)
-    return results
+        boxes_D4, rles = in_original(detections, batch, b, conventions)
+        chosen_D = detections.valid_BD[b].numpy()
+        boxes = boxes_D4.double().numpy()
+        boxes[:, 2:] -= boxes[:, :2]
+        parts.append(
+            CocoResults(
+                np.full(len(boxes), image_id, np.int64),
+                category_ids_BD[b][chosen_D],
+                boxes,
+                detections.scores_BD[b].double().numpy()[chosen_D],
+                rles,
+            )
+        )
+    return CocoResults.joined(parts)
 
 
 def to_original(
@@ -121,6 +124,14 @@ def to_original(
     conventions: Conventions = DEFAULT_CONVENTIONS,
 ) -> tuple[Tensor, list[Rle] | None]:
     """Return the valid detections of image b in its original pixels: boxes `[D, 4]`, and masks or None."""
+    boxes_D4, rles = in_original(detections, batch, b, conventions)
+    return boxes_D4, None if rles is None else rles.records()
+
+
+def in_original(
+    detections: Detections, batch: Batch, b: int, conventions: Conventions
+) -> tuple[Tensor, Rles | None]:
+    """Return the same with the masks as arrays."""
     chosen = detections.valid_BD[b]
     height, width = (int(side) for side in batch.original_sizes_B2[b])
     size_2 = batch.sizes_B2[b].cpu()
@@ -149,71 +160,64 @@ def _limits(max_detections: int) -> list[int]:
 
 
 def coco_scores(
-    truth: COCO, results: list[dict[str, Any]], iou_type: IouType, max_detections: int = 100
+    truth: COCO,
+    results: CocoResults,
+    iou_type: IouType,
+    max_detections: int = 100,
+    backend: Backend = "auto",
 ) -> dict[str, Any]:
     """Return COCO's numbers and `per_class`, AP by category name; it is None for a class without objects.
 
-    They are computed by `CocoJudge` from the `max_detections` best results of each class in an image, where
-    COCO has 100. `truth` is that of `data/truth.py`.
+    They are computed from the `max_detections` best results of each class in an image, where COCO has 100.
+    `truth` is that of `data/truth.py`; for `backend` see `EvalConfig`.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        # pycocotools takes the area of a result from its box if there is one. Mask AP's size ranges are those
-        # of mask areas, so the boxes are removed.
-        kept = [{k: v for k, v in r.items() if k != "bbox" or iou_type == "bbox"} for r in results]
-        found = truth.loadRes(kept) if kept else _no_results(truth)
-        judge = CocoJudge(truth, found, iou_type)
-        judge.params.maxDets = _limits(max_detections)
-        judge.evaluate()
-        judge.accumulate()
-    scores: dict[str, Any] = {name: _number(judge, name) for name in coco_numbers(max_detections)}
-    precision_TRKAM = judge.eval["precision"]  # IoU thresholds, recalls, classes, areas, detection limits
+    limits = _limits(max_detections)
+    curves = coco_curves(truth, results, iou_type, limits, backend)
+    scores: dict[str, Any] = {name: _number(curves, limits, name) for name in coco_numbers(max_detections)}
     scores["per_class"] = {}
-    for k, category in enumerate(truth.loadCats(judge.params.catIds)):
-        values = precision_TRKAM[:, :, k, 0, -1]
-        values = values[values > -1]
-        scores["per_class"][category["name"]] = float(values.mean()) if values.size else None
+    for k, category in enumerate(truth.loadCats(sorted(truth.cats))):
+        value = _mean(curves.precision_TRKAM[:, :, k, 0, -1])
+        scores["per_class"][category["name"]] = None if value < 0 else value
     return scores
 
 
-def _number(judge: CocoJudge, name: str) -> float:
+def _number(curves: Curves, limits: list[int], name: str) -> float:
     """Return one of `coco_numbers`, -1 where no object counts.
 
     COCOeval.summarize gives AP only for 100 detections: for any other limit its AP is -1.
     """
     kind, detail = name[:2], name[2:]
-    areas, limits = judge.params.areaRngLbl, judge.params.maxDets
-    area = areas.index(_SIZES.get(detail, "all"))
+    area = " sml".index(detail) if detail in ("s", "m", "l") else 0
     limit = limits.index(int(detail)) if kind == "AR" and detail.isdigit() else -1
-    values = judge.eval["precision" if kind == "AP" else "recall"]
-    if kind == "AP" and detail.isdigit():
-        values = values[np.where(judge.params.iouThrs == int(detail) / 100)[0]]
-    values = values[..., area, limit]
+    if kind == "AR":
+        return _mean(curves.recall_TKAM[..., area, limit])
+    iou = _IOUS.index(int(detail)) if detail.isdigit() else slice(None)
+    return _mean(curves.precision_TRKAM[iou, ..., area, limit])
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Return the mean of the numbers that are not -1, and -1 if there are none."""
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0
 
 
-def _no_results(truth: COCO) -> COCO:
-    empty = COCO()
-    empty.dataset = {
-        "images": truth.dataset["images"],
-        "categories": truth.dataset["categories"],
-        "annotations": [],
-    }
-    empty.createIndex()
-    return empty
-
-
 def evaluate_results(
-    annotations: str | Path, results: list[dict[str, Any]], masks: bool, max_detections: int = 100
+    annotations: str | Path,
+    results: Sequence[Mapping[str, Any]],
+    masks: bool,
+    max_detections: int = 100,
+    backend: Backend = "auto",
 ) -> Scores:
     """Return `{"box": scores, "mask": scores}` of COCO results; without `masks` only the box scores."""
-    return all_scores(ground_truth(annotations), results, masks, max_detections)
+    return all_scores(ground_truth(annotations), CocoResults.of(results), masks, max_detections, backend)
 
 
-def all_scores(truth: COCO, results: list[dict[str, Any]], masks: bool, max_detections: int = 100) -> Scores:
+def all_scores(
+    truth: COCO, results: CocoResults, masks: bool, max_detections: int = 100, backend: Backend = "auto"
+) -> Scores:
     """Return the same for a truth of `data/truth.py`."""
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
-    return {KIND[kind]: coco_scores(truth, results, kind, max_detections) for kind in kinds}
+    return {KIND[kind]: coco_scores(truth, results, kind, max_detections, backend) for kind in kinds}
 
 
 def score_table(scores: Scores) -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.classes import Classes
+from giantdet.config.types import Backend
 from giantdet.data.dataset import Dataset
 from giantdet.structures import Batch, Outputs
 
@@ -30,11 +31,12 @@ class Evaluator(Protocol):
         classes: Classes,
         model: ArchitectureConfig,
         max_detections: int = 100,
+        backend: Backend = "auto",
     ) -> None:
         """Create an evaluator of the `tasks` of PRIMARY that the model predicts.
 
         `classes` are those that it predicts, `model` is its section, and at most `max_detections` are scored
-        per image and class.
+        per image and class; `backend` computes COCO's AP.
         """
         ...
 

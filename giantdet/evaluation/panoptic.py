@@ -20,6 +20,7 @@ from giantdet.config.architectures.panoptic_merge import PanopticMergeConfig
 from giantdet.config.classes import Classes, unique_names
 from giantdet.config.conventions import Conventions
 from giantdet.config.json_text import json_text
+from giantdet.config.types import Backend
 from giantdet.data.dataset import Dataset
 from giantdet.data.panoptic import VOID, PanopticMap, Segment, panoptic_png
 from giantdet.distributed import comm
@@ -225,6 +226,7 @@ class PanopticEvaluator:
         classes: Classes,
         model: ArchitectureConfig,
         max_detections: int = 100,
+        backend: Backend = "auto",
     ) -> None:
         self.dataset, self.model, self.things = dataset, model, len(classes.objects)
         self.categories = [number for number, _ in (*classes.objects, *classes.stuff)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.classes import Classes, unique_names
 from giantdet.config.json_text import json_text
+from giantdet.config.types import Backend
 from giantdet.data.dataset import Dataset
 from giantdet.distributed import comm
 from giantdet.errors import DataError
@@ -41,6 +42,7 @@ class SemanticEvaluator:
         classes: Classes,
         model: ArchitectureConfig,
         max_detections: int = 100,
+        backend: Backend = "auto",
     ) -> None:
         self.names = unique_names(classes.semantic)
         self.truth, self.maps = Truth(dataset, "semantic"), SemanticMaps()

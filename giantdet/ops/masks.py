@@ -1,19 +1,14 @@
-"""Convert masks between the image, the frame of an object and the frame of a proposal.
+"""Convert masks from the frame of an object to the frame of a proposal.
 
 Ground-truth masks are small bitmaps over a window of the image (`Targets.frames_BM4`). `mask_targets` makes
-the mask head's targets of them; `paste_mask` turns the head's probabilities into a mask of the image. Both
-follow detectron2 (`structures/masks.py`, `layers/mask_ops.py`), or torchvision if its convention is
-requested.
+the mask head's targets of them, as detectron2 does (`structures/masks.py`), or torchvision if its convention
+is requested. The way back from the head's probabilities to the image is `evaluation/pasting.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 import torchvision
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -54,97 +49,3 @@ def mask_targets(
     targets: Tensor = torchvision.ops.roi_align(masks_K1SS, rois_K5, size, 1.0, 0, aligned)
     targets_BPSS = targets.view(batch, -1, size, size)
     return (targets_BPSS >= 0.5).to(torch.float32) if binarize else targets_BPSS
-
-
-def paste_mask(
-    mask_SS: NDArray[np.float32],
-    box: Sequence[float],
-    window: tuple[int, int, int, int],
-    threshold: float = 0.5,
-    at_pixel_centres: bool = True,
-) -> NDArray[np.bool_]:
-    """Return a window of an object's mask in the image, bool `[columns, rows]`: transposed, as RLE counts it.
-
-    `mask_SS` are probabilities in the frame of the box, `box` is xyxy in pixels of the image, `window` (left,
-    top, right, bottom) in whole pixels. detectron2 interpolates bilinearly at pixel centres, and a pixel
-    counts from `threshold` on; torchvision rounds the box to whole pixels, and a pixel counts above
-    `threshold`. Beyond the box by one cell of the mask, nothing counts. Every operation is by element, so a
-    pixel is the same in each window that has it. In NumPy, whose calls cost less than PyTorch's: most masks
-    are small.
-    """
-    side = mask_SS.shape[0]
-    padded = np.zeros((side + 2, side + 2), np.float32)
-    padded[1:-1, 1:-1] = mask_SS
-    (x0, y0, x1, y1), (left, top, right, bottom) = np.asarray(box, np.float32), window
-    at_pixel = _at_pixel_centres if at_pixel_centres else _at_rounded_box
-    x_L, column_L = at_pixel(x0, x1, side, left, right)
-    y_L, row_L = at_pixel(y0, y1, side, top, bottom)
-    soft = _between(np.ascontiguousarray(_between(padded, y_L).T), x_L)
-    counts: NDArray[np.bool_] = soft >= threshold if at_pixel_centres else soft > threshold
-    if not column_L.all():
-        counts &= column_L[:, None]
-    if not row_L.all():
-        counts &= row_L
-    return counts
-
-
-Positions = tuple[NDArray[np.float32], NDArray[np.bool_]]
-"""Where pixels lie among a mask's padded values, and which of them may count."""
-
-
-def _at_pixel_centres(start: np.float32, end: np.float32, side: int, first: int, last: int) -> Positions:
-    """Return the positions of pixels first to last in detectron2's convention."""
-    pixel_L = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
-    extent = end - start
-    at_L = (pixel_L - start) * (np.float32(side) / extent if extent > 0 else np.float32(side))
-    at_L += np.float32(0.5)
-    return _clipped(at_L, side), np.full(last - first, extent > 0)
-
-
-def _at_rounded_box(start: np.float32, end: np.float32, side: int, first: int, last: int) -> Positions:
-    """Return the same for torchvision (`paste_masks_in_image`).
-
-    The padded values are resized to the box, which has grown with them and is truncated to whole pixels.
-    """
-    centre = (start + end) * np.float32(0.5)
-    half = (end - start) * np.float32(0.5) * np.float32((side + 2) / side)
-    low, high = np.trunc(centre - half), np.trunc(centre + half)
-    pixel_L = np.arange(first, last, dtype=np.float32)
-    scale = np.float32(side + 2) / max(high - low + 1, np.float32(1))
-    at_L = scale * (pixel_L - low + np.float32(0.5)) - np.float32(0.5)
-    return _clipped(at_L, side), (pixel_L >= low) & (pixel_L <= high)
-
-
-def _clipped(at_L: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    np.maximum(at_L, np.float32(0), out=at_L)
-    return np.minimum(at_L, np.float32(side + 1), out=at_L)
-
-
-def _between(values_SX: NDArray[np.float32], at_L: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return rows of `values_SX` at fractional positions `[L, X]`, linearly interpolated."""
-    index_L = at_L.astype(np.int64)
-    share_L1 = (at_L - index_L.astype(np.float32))[:, None]
-    below_LX = values_SX.take(index_L, 0)
-    below_LX *= 1 - share_L1
-    index_L += 1
-    above_LX = values_SX.take(index_L, 0, mode="clip")
-    above_LX *= share_L1
-    below_LX += above_LX
-    return below_LX
-
-
-def paste_masks(
-    masks_DSS: Tensor,
-    boxes_D4: Tensor,
-    height: int,
-    width: int,
-    threshold: float = 0.5,
-    at_pixel_centres: bool = True,
-) -> Tensor:
-    """Return masks of the image by `paste_mask`, bool `[D, height, width]` on the CPU."""
-    pasted = torch.zeros(len(masks_DSS), height, width, dtype=torch.bool)
-    masks, boxes = (np.asarray(t.detach().to("cpu", torch.float32)) for t in (masks_DSS, boxes_D4))
-    for mask_HW, mask_SS, box in zip(pasted, masks, boxes, strict=True):
-        window = (0, 0, width, height)
-        mask_HW.copy_(torch.from_numpy(paste_mask(mask_SS, box, window, threshold, at_pixel_centres)).T)
-    return pasted

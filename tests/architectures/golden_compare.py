@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from golden import RPN_SLOTS, GoldenStep, our_name
+from pasting import paste_masks
 from torch import Tensor, nn
 
 from giantdet.architectures import total_loss
-from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
 
 

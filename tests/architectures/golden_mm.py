@@ -17,6 +17,7 @@ import pytest
 import torch
 from golden import CANVAS, load_weights, narrow_stem
 from golden_compare import norm, same_boxes
+from pasting import paste_masks
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,7 +25,6 @@ from giantdet.architectures import Architecture, build_model
 from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.conventions import CONVENTIONS
-from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
 
 TOLERANCE = 1e-4

@@ -162,6 +162,11 @@ CONFIGURATIONS = [
         Error("giantdet.eval.max_detections must be ..., got 0"),
     ),
     Case(
+        "an unknown backend of the evaluation",
+        {"giantdet.eval.backend": "hotcocoa"},
+        Error("eval.backend must be one of auto, pycocotools, hotcoco, got ..."),
+    ),
+    Case(
         "a length of 2 epoks",
         {"giantdet.train.clip_window": ["2 epoks", 5]},
         Error("clip_window must be ..."),

@@ -16,7 +16,16 @@ from giantdet.config.types import AugmentConfig, DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
 from giantdet.data.loader import train_loader
-from giantdet.data.masks import decode_window, frame_of, object_frame, rle_counts, to_frame
+from giantdet.data.masks import (
+    Runs,
+    decode_window,
+    frame_of,
+    mask_runs,
+    object_frames,
+    rle_counts,
+    rle_runs,
+    to_frames,
+)
 from giantdet.data.transforms import (
     Geometry,
     clip_boxes,
@@ -75,7 +84,7 @@ def test_frames_equal_full_bitmaps(geometry: Geometry) -> None:
         box = clip_boxes(transform_boxes(box, geometry), geometry)[0]
         if (box[2:] - box[:2] < 1).any():
             continue
-        cells, frame = to_frame(mask, geometry, box, 40)
+        cells, frame = (found[0] for found in to_frames([mask_runs(mask)], geometry, box[None], 40))
         assert (frame[2:] - frame[:2] == 40).all() and (frame == np.round(frame)).all()
         expected = expected_cells(full_coverage(mask, geometry), frame, 40)
         assert np.abs(cells - expected * 255).max() <= 0.51
@@ -88,7 +97,7 @@ def test_image_and_boxes_follow_the_masks(geometry: Geometry) -> None:
     mask = np.zeros((30, 40), bool)
     mask[8:20, 12:30] = True
     image = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
-    canvas = transform_image(image, geometry, (110, 120))
+    canvas = transform_image(image, geometry, (110, 120), exact=False)
     height, width = geometry.size_hw
     assert not canvas[height:].any() and not canvas[:, width:].any()
     full = full_coverage(mask, geometry)
@@ -103,7 +112,9 @@ def test_image_and_boxes_follow_the_masks(geometry: Geometry) -> None:
 def test_crop_equals_crop_of_the_whole() -> None:
     image = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     whole = np.asarray(Image.fromarray(image).resize((130, 97), Image.Resampling.BILINEAR))[:, ::-1]
-    canvas = transform_image(image, Geometry((60, 80), (97, 130), (20, 33), (64, 64), True), (64, 64))
+    canvas = transform_image(
+        image, Geometry((60, 80), (97, 130), (20, 33), (64, 64), True), (64, 64), exact=False
+    )
     assert np.abs(canvas.astype(int) - whole[20:84, 33:97]).max() <= 1
 
 
@@ -152,9 +163,25 @@ def test_run_lengths_equal_pycocotools() -> None:
             assert (decode_window(rle["counts"], size, (0, 0, *size)) == mask).all()
             y, x = size[0] // 3, size[1] // 4
             assert (decode_window(rle["counts"], size, (y, x, *size)) == mask[y:, x:]).all()
+            for runs in (rle_runs(rle["counts"], size), mask_runs(mask)):
+                assert (painted(runs, size) == mask).all()
     for broken in (b"", b"P", rle["counts"][:-1], b"\xff\xfe"):
         with pytest.raises(DataError, match=r"annotation 7: its RLE does not add up to 600 x 900"):
             decode_window(broken, (600, 900), (0, 0, 600, 900), 7)
+        with pytest.raises(DataError, match=r"annotation 7: its RLE does not add up to 600 x 900"):
+            rle_runs(broken, (600, 900), 7)
+    # Runs of no pixel in the middle, and one over three columns.
+    rle = mask_util.frPyObjects({"counts": [1, 0, 2, 9, 3, 0, 1, 4], "size": [4, 5]}, 4, 5)
+    assert (painted(rle_runs(rle["counts"], (4, 5)), (4, 5)) == mask_util.decode(rle)).all()
+
+
+def painted(runs: Runs, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """The mask of runs, each of which covers pixels that no other does."""
+    counts = np.zeros(size_hw, int)
+    for x, top, bottom in zip(*runs, strict=True):
+        counts[top:bottom, x] += 1
+    assert counts.max(initial=0) <= 1
+    return counts.astype(bool)
 
 
 def test_a_mask_larger_than_its_box_is_kept(tmp_path: Path) -> None:
@@ -164,7 +191,7 @@ def test_a_mask_larger_than_its_box_is_kept(tmp_path: Path) -> None:
     geometry = Geometry((64, 64), (64, 64), (0, 0), (64, 64), False)
     x0, y0, x1, y1 = objects.boxes_N4[0].astype(float)
     inner = np.array([(x0 + x1) / 2, (y0 + y1) / 2, x1, y1])
-    cells, _ = object_frame(objects, 0, geometry, inner, 80)
+    cells = object_frames(objects, np.array([0]), geometry, inner[None], 80)[0][0]
     assert (cells == 255).sum() >= objects.masks()[0].sum()
 
 
@@ -208,10 +235,11 @@ def test_error_of_frames_on_real_masks(shared: Path, name: str) -> None:
         geometry = draw_geometry(np.random.default_rng(0), size, config, False)
         boxes = clip_boxes(transform_boxes(objects.boxes_N4, geometry), geometry)
         height, width = geometry.size_hw
+        bitmaps, frames = object_frames(objects, np.arange(len(objects)), geometry, boxes, side)
         for n, mask in enumerate(objects.masks()[:5]):
-            cells, frame = object_frame(objects, n, geometry, boxes[n], side)
+            cells, frame = bitmaps[n], frames[n]
             # 1-pixel cells over the whole canvas, which `test_frames_equal_full_bitmaps` holds to be exact
-            exact, at = to_frame(mask, geometry, boxes[n], 2100)
+            (exact,), (at,) = to_frames([mask_runs(mask)], geometry, boxes[n : n + 1], 2100)
             top, left = -int(at[1]), -int(at[0])
             coverage = torch.from_numpy(exact[top : top + height, left : left + width] / np.float32(255))
             nearest = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)

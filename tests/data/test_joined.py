@@ -37,6 +37,7 @@ from giantdet.data.transforms import draw_geometry
 from giantdet.data.truth import ground_truth
 from giantdet.errors import ConfigError, DataError
 from giantdet.evaluation.coco import all_scores
+from giantdet.evaluation.coco_results import CocoResults
 
 CONFIG = DataConfig(size=(64, 64), short_side=64, max_objects=8, mask_frame=28, workers=0)
 
@@ -106,14 +107,14 @@ def test_as_one_merged_file(
         ours, theirs = (
             make_sample(d, i, i, CONFIG, geometry, frozenset(("boxes", "masks"))) for d in (joined, whole)
         )
-        for name in ("image_HW3", "boxes_N4", "labels_N", "masks_NSS", "frames_N4"):
+        for name in ("image_hw3", "boxes_N4", "labels_N", "masks_NSS", "frames_N4"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     content = joined.instances()
     for key in ("images", "annotations"):
         ids = [record["id"] for record in content[key]]
         assert len(set(ids)) == len(ids) == len(whole.instances()[key])
     scores = [
-        all_scores(ground_truth(d.annotations, d.instances()), results(d), False, 100)
+        all_scores(ground_truth(d.annotations, d.instances()), CocoResults.of(results(d)), False, 100)
         for d in (joined, whole)
     ]
     assert scores[0] == scores[1] and scores[0]

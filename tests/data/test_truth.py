@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 from giantdet.data.truth import BOX_ONLY, ground_truth
 from giantdet.evaluation.coco import coco_scores
+from giantdet.evaluation.coco_results import CocoResults
 
 
 def write(path: Path, content: Any) -> Path:
@@ -57,7 +58,7 @@ def test_every_object_can_be_found_whatever_its_id(ids: list[Any], tmp_path: Pat
         ],
     }
     results = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9} for box in boxes]
-    scores = coco_scores(ground_truth(write(tmp_path / "a.json", content)), results, "bbox")
+    scores = coco_scores(ground_truth(write(tmp_path / "a.json", content)), CocoResults.of(results), "bbox")
     assert scores["AP"] == scores["AR100"] == pytest.approx(1.0)
 
 

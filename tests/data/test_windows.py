@@ -234,7 +234,7 @@ def test_image_and_map_are_cropped_alike(tmp_path: Path) -> None:
         for sample in samples:
             labels = sample.semantic_HW
             shown = np.where(labels == IGNORE, 240, labels * 80)
-            assert labels.shape == (32, 32) and (sample.image_HW3 == shown[..., None]).all()
+            assert labels.shape == (32, 32) and (sample.image_hw3 == shown[..., None]).all()
         if balanced(samples[0].semantic_HW, 0.6):
             assert (samples[0].semantic_HW == samples[1].semantic_HW).all()
         else:
@@ -289,7 +289,7 @@ def test_views_are_what_they_say(tmp_path: Path) -> None:
     for k in range(count):
         sample, views = stream[k], windows((40, 60), config, 16)
         expected = make_sample(dataset, 0, k, config, views[k], frozenset({"semantic"}))
-        assert (sample.image_HW3 == expected.image_HW3).all() and sample.image_id == 0
+        assert (sample.image_hw3 == expected.image_hw3).all() and sample.image_id == 0
         assert sample.window == (*views[k].offset_yx, 33, 50, k, count)
     second = stream[count]
     assert second.image_id == 1 and second.window[2:] == (33, 40, 0, int(stream.first[2]) - count)
@@ -297,5 +297,5 @@ def test_views_are_what_they_say(tmp_path: Path) -> None:
     for k in (count, int(stream.first[2]), 10_000):
         nothing = stream[k]
         assert nothing.image_id == -1 and nothing.window == (0, 0, 32, 32, 0, 1)
-        assert not nothing.image_HW3.any() and (nothing.semantic_HW == IGNORE).all()
+        assert not nothing.image_hw3.any() and (nothing.semantic_HW == IGNORE).all()
     assert stream[count].counts == {"unreadable_images": 1} and "1.png" in stream[count].bad[0]

@@ -21,7 +21,15 @@ from giantdet.data.truth import ground_truth
 from giantdet.engine.evaluate import evaluate as evaluate_model
 from giantdet.engine.predict import no_targets
 from giantdet.evaluation import primary_score
-from giantdet.evaluation.coco import coco_numbers, coco_scores, evaluate_results, score_table, to_coco
+from giantdet.evaluation.coco import (
+    all_scores,
+    coco_numbers,
+    coco_scores,
+    evaluate_results,
+    score_table,
+    to_coco,
+)
+from giantdet.evaluation.coco_results import CocoResults
 from giantdet.structures import Batch, Detections, Outputs
 
 
@@ -36,7 +44,7 @@ def official(shared: Path) -> Path:
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_official_numbers(official: Path, kind: Any) -> None:
     results = json.loads((official / f"instances_val2014_fake{kind}100_results.json").read_text())
-    scores = coco_scores(ground_truth(official / "instances_val2014_100.json"), results, kind)
+    scores = coco_scores(ground_truth(official / "instances_val2014_100.json"), CocoResults.of(results), kind)
     expected = json.loads((official / "expected_pycocotools.json").read_text())[kind]
     values = list(expected.values()) if isinstance(expected, dict) else expected
     assert [scores[name] for name in coco_numbers()] == pytest.approx(values[:12], abs=2e-6)
@@ -112,7 +120,7 @@ def test_to_coco_scales_back_and_leaves_out_what_fills_up() -> None:
         valid_BD=torch.tensor([[True, True, False]]).repeat(2, 1),
         masks_BDSS=torch.ones(2, 3, 28, 28),
     )
-    results = to_coco(detections, _batch(), [3, 5, 9])
+    results = to_coco(detections, _batch(), [3, 5, 9]).records()
     assert [(r["image_id"], r["category_id"]) for r in results] == [(7, 3), (7, 9)]
     assert [r["score"] for r in results] == pytest.approx([0.9, 0.5])
     assert results[0]["bbox"] == [10.0, 10.0, 20.0, 20.0]
@@ -122,7 +130,7 @@ def test_to_coco_scales_back_and_leaves_out_what_fills_up() -> None:
     expected[10:30, 10:30] = 1
     assert np.array_equal(mask, expected)
     json.dumps(results)
-    without = to_coco(detections._replace(masks_BDSS=None), _batch(), [3, 5, 9])
+    without = to_coco(detections._replace(masks_BDSS=None), _batch(), [3, 5, 9]).records()
     assert [set(r) for r in without] == [{"image_id", "category_id", "bbox", "score"}] * 2
 
 
@@ -141,7 +149,8 @@ def test_perfect_masks_score_one(tmp_path: Path) -> None:
         valid_BD=torch.ones(2, 2, dtype=torch.bool),
         masks_BDSS=torch.ones(2, 2, 28, 28),
     )
-    scores = evaluate_results(tmp_path / "truth.json", to_coco(detections, _batch(), [3, 5, 9]), masks=True)
+    truth_of = ground_truth(tmp_path / "truth.json")
+    scores = all_scores(truth_of, to_coco(detections, _batch(), [3, 5, 9]), masks=True)
     assert scores["box"]["AP"] == pytest.approx(1.0)
     assert scores["mask"]["AP"] == pytest.approx(1.0)
 

@@ -21,6 +21,7 @@ from giantdet.data.coco import CocoDataset
 from giantdet.data.truth import ground_truth
 from giantdet.engine.evaluate import warn_of_limits
 from giantdet.evaluation.coco import coco_numbers, coco_scores, evaluate_results, score_table
+from giantdet.evaluation.coco_results import CocoResults
 
 
 def crowded(folder: Path, objects: int) -> Path:
@@ -50,7 +51,7 @@ def test_with_coco_s_limit_the_numbers_are_pycocotools_to_the_last_bit(shared: P
     folder = shared / "data/coco_eval_fixture"
     results = json.loads((folder / f"instances_val2014_fake{kind}100_results.json").read_text())
     truth = ground_truth(folder / "instances_val2014_100.json")
-    scores = coco_scores(truth, results, kind)
+    scores = coco_scores(truth, CocoResults.of(results), kind)
     with contextlib.redirect_stdout(io.StringIO()):
         official = COCO(str(folder / "instances_val2014_100.json"))
         kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]

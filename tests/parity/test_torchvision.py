@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from pasting import paste_masks
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -36,7 +37,6 @@ from giantdet.data.streams import BOXES_AND_MASKS
 from giantdet.data.transforms import Geometry
 from giantdet.layers.roi_pool import RoiMaps
 from giantdet.layers.weights import load_strictly
-from giantdet.ops.masks import paste_masks
 from giantdet.structures import Batch, Detections
 
 # No multiples of 64: P6 has 6 columns of 58 pixels in torchvision's eyes, of 64 in detectron2's.
