@@ -9,9 +9,10 @@ on one thread:
 - resize: to a short side of 800, at most 1024 long, and a random flip.
 - jitter: large-scale jitter, 0.1 to 2 times the canvas of 1024 x 1024, crop and flip.
 
-giantdet collates a batch of one. torchvision decodes by its own libjpeg, masks by pycocotools, then applies
-its v2 transforms to tv_tensors, and pads the image to the canvas. They take turns, image by image, and a
-round is all images. Seconds are those of the process, so that other processes disturb less.
+giantdet collates a batch of one. torchvision decodes images by Pillow, as its `CocoDetection` does, or by its
+own decoder (`--decoder torchvision`, the faster way), masks by pycocotools, then applies its v2 transforms to
+tv_tensors, and pads the image to the canvas. They take turns, image by image, and a round is all images.
+Seconds are those of the process, so that other processes disturb less.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as mask_util
 from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -55,11 +57,14 @@ PARTS = {
 
 
 def torchvision_sample(
-    dataset: CocoDataset, i: int, transforms: v2.Transform
+    dataset: CocoDataset, i: int, transforms: v2.Transform, by_pillow: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return image i on the canvas, and its targets as torchvision's Mask R-CNN takes them."""
     objects = dataset.objects(i)
-    image = tv_tensors.Image(decode_jpeg(read_file(str(dataset.path(i))), ImageReadMode.RGB))
+    if by_pillow:
+        image = v2.functional.to_image(Image.open(dataset.path(i)).convert("RGB"))
+    else:
+        image = tv_tensors.Image(decode_jpeg(read_file(str(dataset.path(i))), ImageReadMode.RGB))
     masks = [mask_util.decode(objects.rle(n)) for n in range(len(objects))]
     target = {
         "boxes": tv_tensors.BoundingBoxes(objects.boxes_N4, format="XYXY", canvas_size=objects.size_hw),
@@ -74,7 +79,7 @@ def torchvision_sample(
     return image, target
 
 
-def measure(dataset: CocoDataset, name: str, rounds: int, images: int) -> None:
+def measure(dataset: CocoDataset, name: str, by_pillow: bool, rounds: int, images: int) -> None:
     """Print images a second of both sides and the ratios of the rounds."""
     config, transforms = SETTINGS[name]
     stream = TrainStream(dataset, config, seed=0)
@@ -82,7 +87,7 @@ def measure(dataset: CocoDataset, name: str, rounds: int, images: int) -> None:
     indices = stream.indices[:images]
     sides: dict[str, Callable[[int, int], object]] = {
         "giantdet": lambda k, i: stream.__getitems__([k]),
-        "torchvision": lambda k, i: torchvision_sample(dataset, i, theirs),
+        "torchvision": lambda k, i: torchvision_sample(dataset, i, theirs, by_pillow),
     }
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(-1, rounds):  # the first warms up
@@ -126,6 +131,9 @@ def main() -> None:
     parser.add_argument("annotations")
     parser.add_argument("images")
     parser.add_argument("--setting", choices=[*SETTINGS], help="only one of the two")
+    parser.add_argument(
+        "--decoder", choices=["pillow", "torchvision"], default="pillow", help="of torchvision"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=int, default=100, help="images of the data set that are used")
     parser.add_argument("--profile", action="store_true")
@@ -133,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dataset = CocoDataset(args.annotations, args.images)
     for name in [args.setting] if args.setting else SETTINGS:
-        measure(dataset, name, args.rounds, args.limit)
+        measure(dataset, name, args.decoder == "pillow", args.rounds, args.limit)
         if args.profile:
             profile(dataset, name, args.limit)
 

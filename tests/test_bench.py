@@ -61,14 +61,8 @@ def test_bench_of_masks_finds_the_same_masks() -> None:
 
 def test_bench_of_evaluations_has_the_same_numbers_of_all_backends() -> None:
     pytest.importorskip("hotcoco")
-    command = [
-        sys.executable,
-        str(REPO / "benchmarks" / "bench_eval.py"),
-        "--images",
-        "3",
-        "--detections",
-        "9",
-    ]
+    script = REPO / "benchmarks" / "bench_eval.py"
+    command = [sys.executable, str(script), "--images", "3", "--detections", "9"]
     (ended,) = run_together([(command, environment())], fresh=False)
     assert ended.code == 0, ended.err
     assert ended.out.count("same numbers: True") == 4 and "False" not in ended.out

@@ -361,4 +361,4 @@ def test_eval_refuses_foreign_categories(
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     where = ["--annotations", str(demo_data / "val.json"), *images]
     code = cli.main(["eval", str(tiny_export), *where, "--backend", "hotcoco"])
-    _one_line(code, capsys.readouterr().err, "not installed: pip install hotcoco")
+    _one_line(code, capsys.readouterr().err, "not installed", 'pip install "hotcoco>=1.3"')

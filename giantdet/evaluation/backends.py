@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
+import importlib.metadata
 import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from packaging.version import Version
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -24,7 +25,18 @@ from giantdet.errors import ConfigError
 from giantdet.evaluation.coco_results import CocoResults
 
 IouType = Literal["bbox", "segm"]
-_hotcoco: Any = importlib.import_module("hotcoco") if importlib.util.find_spec("hotcoco") else None
+
+
+def _installed(name: str, oldest: str) -> Any:
+    """Return an optional module, or None if it is not installed or older."""
+    try:
+        recent = Version(importlib.metadata.version(name)) >= Version(oldest)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return importlib.import_module(name) if recent else None
+
+
+_hotcoco = _installed("hotcoco", "1.3")  # the first whose numbers tests have compared
 
 
 class Curves(NamedTuple):
@@ -41,7 +53,8 @@ def check_backend(backend: Backend) -> None:
     """Raise ConfigError if a backend is asked for that is not installed."""
     if backend == "hotcoco" and _hotcoco is None:
         raise ConfigError(
-            'giantdet.eval.backend is "hotcoco", which is not installed: pip install hotcoco, or use "auto"'
+            'giantdet.eval.backend is "hotcoco", which is not installed, or older than 1.3: '
+            'pip install "hotcoco>=1.3", or use "auto"'
         )
 
 

@@ -164,7 +164,7 @@ CONFIGURATIONS = [
     Case(
         "an unknown backend of the evaluation",
         {"giantdet.eval.backend": "hotcocoa"},
-        Error("eval.backend must be one of auto, pycocotools, hotcoco, got ..."),
+        Error("eval.backend must be one of ...; did you mean hotcoco?"),
     ),
     Case(
         "a length of 2 epoks",

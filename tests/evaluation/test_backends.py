@@ -230,11 +230,17 @@ def test_a_backend_that_is_not_installed_is_refused_in_one_line(monkeypatch: pyt
     monkeypatch.setattr(backends, "_hotcoco", None)
     content, results = random_set(0)
     truth = ground_truth("a.json", content)
-    with pytest.raises(ConfigError, match=r"giantdet\.eval\.backend is .*pip install hotcoco") as error:
+    with pytest.raises(ConfigError, match=r"giantdet\.eval\.backend is .*pip install .hotcoco") as error:
         coco_scores(truth, CocoResults.of(results), "bbox", backend="hotcoco")
     assert "\n" not in str(error.value)
     automatic = coco_scores(truth, CocoResults.of(results), "bbox")
     assert automatic == coco_scores(truth, CocoResults.of(results), "bbox", backend="pycocotools")
+
+
+def test_an_older_release_is_as_good_as_none() -> None:
+    assert backends._installed("numpy", "1.0") is np
+    assert backends._installed("numpy", "1000") is None
+    assert backends._installed("no-such-distribution", "1.0") is None
 
 
 def test_results_survive_arrays() -> None:
