@@ -356,7 +356,8 @@ def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
     for world in (gpus, 2):
         resolved = resolve(run, world, train_images=117_266, classes=Classes.numbered(80, 54))
         text = describe(resolved)
-        assert '"auto"' not in text
+        # What a backend of the evaluation is depends on the machine that runs it.
+        assert text.count('"auto"') == text.count('"backend": "auto"') == 1
         printed = tmp_path / "printed.json"
         printed.write_text(text)
         again = load_run(printed)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from tiny import tiny_run
 from torch._dynamo.utils import counters
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from giantdet.architectures import build_model, total_loss
 from giantdet.architectures.mask_rcnn import MaskRcnn, Predictions, mask_rcnn_losses
@@ -92,7 +92,10 @@ def mean_loss(model: MaskRcnn, batches: list[Batch], together: bool) -> torch.Te
     joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*leaves, strict=True)]
     whole = model(tree_unflatten(joined, spec[0]))
     each = len(batches[0].image_ids_B)
-    parts = [tree_map(lambda t, r=r: t[each * r : each * (r + 1)], whole) for r in range(len(batches))]
+    parts = [
+        tree_map_only(torch.Tensor, lambda t, r=r: t[each * r : each * (r + 1)], whole)
+        for r in range(len(batches))
+    ]
     return torch.stack([loss_of(part) for part in parts]).mean()
 
 
