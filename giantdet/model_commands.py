@@ -10,12 +10,12 @@ from giantdet.errors import InputError
 
 if TYPE_CHECKING:
     from giantdet.config.types import GiantdetConfig, TtaConfig
+    from giantdet.data.dataset import Dataset
 
 
 def run_eval(options: argparse.Namespace) -> None:
     from giantdet.config.types import DataConfig
-    from giantdet.data.dataset import check_files, meet, open_dataset
-    from giantdet.data.images import limit_pixels
+    from giantdet.data.dataset import meet
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate, warn_of_limits
     from giantdet.export import load_detector
@@ -25,22 +25,11 @@ def run_eval(options: argparse.Namespace) -> None:
         return
     device = comm.start()
     model, config = load_detector(options.export, device)
-    usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
-    data, run_config = data_sets(options, ["val"], usage)
+    dataset, run_config = _validation_set(options)
     max_detections, max_image_pixels = _limits(options, run_config)
-    limit_pixels(max_image_pixels)
-    (section,) = data.values()
-    dataset = open_dataset(section)
-    check_files(dataset)
     classes = meet(dataset, config.classes, options.export)
-    if not dataset.annotated and options.results is None:
-        raise InputError(
-            f"{dataset.annotations}: no annotations, so there are no scores; give --results FILE to write "
-            "what is found"
-        )
+    _prepare_results(options, dataset)
     warn_of_limits(dataset, config.model, max_detections)
-    if options.results is not None and comm.is_main():
-        options.results.parent.mkdir(parents=True, exist_ok=True)
     found = evaluate(
         model,
         dataset,
@@ -68,25 +57,15 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def _eval_ensemble(options: argparse.Namespace) -> None:
-    from giantdet.data.dataset import check_files, open_dataset
-    from giantdet.data.images import limit_pixels
     from giantdet.distributed import comm
     from giantdet.engine.run_ensemble import Choice, evaluate_ensemble
 
     if options.fuse is None or not options.members:
         raise InputError("eval: an ensemble is several models and --fuse, which says how they are fused")
     device = comm.start()
-    usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
-    data, run_config = data_sets(options, ["val"], usage)
+    dataset, run_config = _validation_set(options)
     max_detections, max_image_pixels = _limits(options, run_config)
-    limit_pixels(max_image_pixels)
-    (section,) = data.values()
-    dataset = open_dataset(section)
-    check_files(dataset)
-    if not dataset.annotated and options.results is None:
-        raise InputError(f"{dataset.annotations}: no annotations, so no scores; give --results FILE")
-    if options.results is not None and comm.is_main():
-        options.results.parent.mkdir(parents=True, exist_ok=True)
+    _prepare_results(options, dataset)
     tta = _tta(options, None) or run_config.eval.tta
     choice = Choice(options.fuse, options.batch_size, max_image_pixels, tta, _fuse_iou(options))
     table = evaluate_ensemble(
@@ -109,6 +88,33 @@ def _fuse_iou(options: argparse.Namespace) -> float | None:
         raise InputError(f"--fuse-iou is an IoU in [0, 1), not {options.fuse_iou:g}")
     iou: float | None = options.fuse_iou
     return iou
+
+
+def _validation_set(options: argparse.Namespace) -> tuple[Dataset, GiantdetConfig]:
+    """Open the data set that the options name, and check its files; also return the run's configuration."""
+    from giantdet.data.dataset import check_files, open_dataset
+    from giantdet.data.images import limit_pixels
+
+    usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
+    data, run_config = data_sets(options, ["val"], usage)
+    limit_pixels(_limits(options, run_config)[1])
+    (section,) = data.values()
+    dataset = open_dataset(section)
+    check_files(dataset)
+    return dataset, run_config
+
+
+def _prepare_results(options: argparse.Namespace, dataset: Dataset) -> None:
+    """Make the folder of `--results`, without which a data set must have annotations."""
+    from giantdet.distributed import comm
+
+    if not dataset.annotated and options.results is None:
+        raise InputError(
+            f"{dataset.annotations}: no annotations, so there are no scores; give --results FILE to write "
+            "what is found"
+        )
+    if options.results is not None and comm.is_main():
+        options.results.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, int]:
