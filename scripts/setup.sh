@@ -73,6 +73,12 @@ _setup() {
         _say "using $_venv"
     fi
 
+    # An environment that forbids bytecode, as those of containers do, makes every process compile torch, timm
+    # and DeepSpeed again, which takes seconds. It goes to a folder beside no sources.
+    if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
+        unset PYTHONDONTWRITEBYTECODE
+        export PYTHONPYCACHEPREFIX="${PYTHONPYCACHEPREFIX:-$_root/runs/bytecode}"
+    fi
     # Without a GPU DeepSpeed uses the CPU only if told to.
     if [ -z "${DS_ACCELERATOR:-}" ] && [[ "$(nvidia-smi -L 2>/dev/null || true)" != *GPU* ]]; then
         export DS_ACCELERATOR=cpu

@@ -8,7 +8,10 @@ are void.
 
 from __future__ import annotations
 
+import functools
 import json
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ STUFF = {92: "dark ground", 95: "light ground"}
 _EMPTY, _CROWDED = 0.05, 0.2  # fractions of the images
 _MIN_VISIBLE, _MIN_PIXELS = 0.3, 16
 _TURN = 0.25  # radians, either way
+MANY = 200  # images that are worth several processes
 
 
 def make_demo(folder: str | Path, train_images: int, val_images: int, size: int = 128, seed: int = 0) -> None:
@@ -36,41 +40,50 @@ def make_demo(folder: str | Path, train_images: int, val_images: int, size: int 
     only on (seed, split, n). Masks contain visible pixels only: later shapes cover earlier ones. Unoccluded
     shapes are polygons, the others compressed RLE.
     """
-    kinds = list(CATEGORIES) + list(STUFF)
-    names = CATEGORIES | STUFF
-    for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
-        directory = Path(folder) / name
-        directory.mkdir(parents=True, exist_ok=True)
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        panoptic: list[dict[str, Any]] = []
-        for kind in ("panoptic", "semantic"):
-            (Path(folder) / f"{kind}_{name}").mkdir(exist_ok=True)
-        for n in range(count):
-            rng = np.random.default_rng((seed, split, n))
-            pixels, objects, segments_HW, ground = _draw(rng, size)
-            # ids start at 1 and differ between the splits, so that confusing them is noticed
-            image_id = split * 10**6 + n + 1
-            file_name = f"{n:06d}.{'png' if n % 2 else 'jpg'}"
-            Image.fromarray(pixels).save(directory / file_name, quality=92)
-            images.append({"id": image_id, "file_name": file_name, "height": size, "width": size})
-            for fields in objects:
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **fields})
-            owners = [*(fields["category_id"] for fields in objects), ground]
-            png = f"{n:06d}.png"
-            (Path(folder) / f"panoptic_{name}" / png).write_bytes(panoptic_png(segments_HW))
-            labels = np.array([IGNORE, *(kinds.index(owner) for owner in owners)], np.uint8)
-            Image.fromarray(labels[segments_HW]).save(Path(folder) / f"semantic_{name}" / png)
-            infos = [_segment(segments_HW == number, number, owner) for number, owner in enumerate(owners, 1)]
-            infos = [info for info in infos if info["area"]]
-            panoptic.append({"image_id": image_id, "file_name": png, "segments_info": infos})
-        categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (Path(folder) / f"{name}.json").write_text(json.dumps(content))
-        classes = [{"id": i, "name": names[i], "isthing": int(i in CATEGORIES)} for i in kinds]
-        content = {"images": images, "annotations": panoptic, "categories": classes}
-        (Path(folder) / f"panoptic_{name}.json").write_text(json.dumps(content))
-    (Path(folder) / "semantic_classes.json").write_text(json.dumps([names[i] for i in kinds]))
+    folder, names = Path(folder), CATEGORIES | STUFF
+    with ProcessPoolExecutor() if train_images + val_images >= MANY else nullcontext() as pool:
+        in_order = map if pool is None else functools.partial(pool.map, chunksize=MANY // 20)
+        for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
+            for directory in (name, f"panoptic_{name}", f"semantic_{name}"):
+                (folder / directory).mkdir(parents=True, exist_ok=True)
+            made = list(
+                in_order(functools.partial(_make_image, folder, name, split, size, seed), range(count))
+            )
+            images = [image for image, _, _ in made]
+            owned = [(image["id"], fields) for image, objects, _ in made for fields in objects]
+            annotations = [
+                {"id": number, "image_id": image_id, "iscrowd": 0, **fields}
+                for number, (image_id, fields) in enumerate(owned, 1)
+            ]
+            categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            (folder / f"{name}.json").write_text(json.dumps(content))
+            panoptic = [
+                {"image_id": image["id"], "file_name": f"{n:06d}.png", "segments_info": segments}
+                for n, (image, _, segments) in enumerate(made)
+            ]
+            classes = [{"id": i, "name": names[i], "isthing": int(i in CATEGORIES)} for i in names]
+            content = {"images": images, "annotations": panoptic, "categories": classes}
+            (folder / f"panoptic_{name}.json").write_text(json.dumps(content))
+    (folder / "semantic_classes.json").write_text(json.dumps(list(names.values())))
+
+
+def _make_image(
+    folder: Path, name: str, split: int, size: int, seed: int, n: int
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write the files of image n of a split; return its entry, its objects' and its segments'."""
+    pixels, objects, segments_HW, ground = _draw(np.random.default_rng((seed, split, n)), size)
+    file_name, png = f"{n:06d}.{'png' if n % 2 else 'jpg'}", f"{n:06d}.png"
+    Image.fromarray(pixels).save(folder / name / file_name, quality=92)
+    (folder / f"panoptic_{name}" / png).write_bytes(panoptic_png(segments_HW))
+    owners = [*(fields["category_id"] for fields in objects), ground]
+    kinds = [*CATEGORIES, *STUFF]
+    labels = np.array([IGNORE, *(kinds.index(owner) for owner in owners)], np.uint8)
+    Image.fromarray(labels[segments_HW]).save(folder / f"semantic_{name}" / png)
+    segments = [_segment(segments_HW == number, number, owner) for number, owner in enumerate(owners, 1)]
+    # ids start at 1 and differ between the splits, so that confusing them is noticed
+    image = {"id": split * 10**6 + n + 1, "file_name": file_name, "height": size, "width": size}
+    return image, objects, [segment for segment in segments if segment["area"]]
 
 
 def _segment(mask_HW: NDArray[np.bool_], number: int, category: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 One exception: inside the operator `giantdet::nms_mask`, the CPU's kernel calls torchvision's NMS, whose
 result has an unknown length, and scatters it into a mask. On the CPU there is no device to wait for, and the
-operator's own output has a fixed shape; the GPU's kernel (`nms_mask_fixed_point`) is held to the rule here.
+operator's own output has a fixed shape; the GPU's kernel (`nms_mask_fixed_point`) is held to the rule here. What the
+CPU leaves out besides (`ops/shapes.py`) is switched off, so that the GPU's operators are recorded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from giantdet.architectures import MODELS as ARCHITECTURES
 from giantdet.data.coco_panoptic import CocoPanopticDataset
+from giantdet.ops import shapes
 from giantdet.ops.nms import nms_mask_fixed_point
 
 BANNED = {
@@ -29,6 +31,11 @@ BANNED = {
     "is_nonzero",
 }
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
+
+
+@pytest.fixture(autouse=True)
+def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "ENABLED", False)
 
 
 class Recorder(TorchDispatchMode):
