@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO / "ds_configs").glob("*.json"))
 NAME = re.compile(
     r"(?P<model>megdet(_challenge)?|retinanet|upernet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
-    r"(sgd|adamw)(_long)?"
+    r"(sgd|adamw)(_long|_released)?"
 )
 # Started on what there is, not on a number of GPUs.
 FREE = {"demo", "mask_rcnn_resnet50_finetune_adamw"}
