@@ -228,8 +228,8 @@ class MaskHeadConfig(Section):
     """Side of the RoIAlign output; the predicted mask has twice this side."""
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
     slots: PositiveInt = 64
-    """Maximum number of sampled positive RoIs per image whose mask is trained; unused slots are computed
-    too. detectron2 trains the masks of all positives, at most 128."""
+    """Maximum number of sampled positive RoIs per image whose mask is trained; on a GPU unused slots are
+    computed too. detectron2 trains the masks of all positives, at most 128."""
 
     def problems(self) -> Iterator[str]:
         """Yield messages like those of `ArchitectureConfig.problems`."""
