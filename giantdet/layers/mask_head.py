@@ -18,7 +18,7 @@ from giantdet.layers.box_head import SampledRois
 from giantdet.layers.common import ConvBlock, normal_
 from giantdet.layers.roi_pool import RoiMaps, RoiPool
 from giantdet.ops.masks import mask_targets
-from giantdet.ops.shapes import may_vary
+from giantdet.ops.shapes import used_slots
 from giantdet.structures import Detections, Targets
 
 
@@ -97,7 +97,8 @@ def mask_training_predictions(
     label_1K = rois.labels_BR[:, :slots].flatten()[None].where(valid_1K, 0)
     image_1K = image_BP.flatten()[None]
     object_1K = image_1K * has_mask_BM.shape[1] + index_BP.flatten()
-    used_K = _used_slots(valid_1K[0], config)
+    # A batch norm's statistics are over all slots, here as on a GPU.
+    used_K = None if config.norm == "batch" else used_slots(valid_1K[0])
     if used_K is not None:
         boxes_1K4, label_1K, image_1K, object_1K = (
             field[:, used_K] for field in (boxes_1K4, label_1K, image_1K, object_1K)
@@ -125,14 +126,6 @@ def mask_training_predictions(
     return MaskPredictions(
         logits_BPSS=in_slots(logits_KSS), targets_BPSS=in_slots(goals_KSS), valid_BP=valid_BP
     )
-
-
-def _used_slots(valid_K: Tensor, config: MaskHeadConfig) -> Tensor | None:
-    """Return the indices of the slots to compute, at least one of them, or None for all."""
-    # A batch norm's statistics are over all slots, here as on a GPU.
-    if not may_vary(valid_K.device) or config.norm == "batch":
-        return None
-    return F.pad(valid_K[1:], (1, 0), value=True).nonzero()[:, 0]  # some operators refuse empty inputs
 
 
 def with_masks(head: MaskHead, pool: RoiPool, maps: RoiMaps, found: Detections) -> Detections:

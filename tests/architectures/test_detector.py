@@ -301,7 +301,7 @@ def test_overfits_a_batch(dataset: CocoDataset) -> None:
 )
 def test_compiles_to_one_graph(dataset: CocoDataset, kind: str, conventions: str) -> None:
     """Forward and losses without a break; the same graph serves images without objects. No exceptions: NMS is
-    an operator that the graph calls. detectron2's conventions: tests/engine/test_faster.py, with gradients."""
+    an operator that the graph calls. With the conventions of detectron2: tests/engine/test_faster.py."""
     torch._dynamo.reset()
     detector = build(norm="frozen", kind=kind, conventions=conventions).train()
     counter = CompileCounterWithBackend("eager")
