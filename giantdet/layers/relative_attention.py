@@ -38,7 +38,7 @@ class RelativeAttention(nn.Module):
     ) -> None:
         """Take over the layers of `attn`. Raises InputError for another attention than ViT's and DeiT's."""
         super().__init__()
-        if not isinstance(attn, Attention) or getattr(attn, "gate", None) is not None or not isinstance(attn.norm, nn.Identity):
+        if not isinstance(attn, Attention) or attn.gate is not None or not isinstance(attn.norm, nn.Identity):
             raise InputError(
                 "relative_positions and attend_padding are for the attention of ViT and DeiT, "
                 f"not for {type(attn).__name__}"
