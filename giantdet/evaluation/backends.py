@@ -115,7 +115,7 @@ def _with_pycocotools(truth: COCO, results: CocoResults, iou_type: IouType, limi
 
 def _with_hotcoco(truth: COCO, results: CocoResults, iou_type: IouType, limits: list[int]) -> Curves:
     # Ids become numbers from 1 on, in their order: results are an array of floats, which large ids exceed.
-    images, categories = _Numbers(truth.imgs), _Numbers(truth.cats)
+    images, categories = Numbers(truth.imgs), Numbers(truth.cats)
     image_N, category_N = images.of(results.image_ids_N), categories.of(results.category_ids_N)
     assert image_N.all(), "results of images that the truth does not have"
     objects = _objects(truth, iou_type)
@@ -155,7 +155,7 @@ def _with_hotcoco(truth: COCO, results: CocoResults, iou_type: IouType, limits: 
     return Curves(*(np.asarray(judge.eval[name]) for name in ("precision", "recall")))
 
 
-class _Numbers:
+class Numbers:
     """Numbers for ids, from 1 on and in their order; 0 for an id that is not there."""
 
     def __init__(self, ids: Iterable[int]) -> None:
