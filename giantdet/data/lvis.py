@@ -50,6 +50,12 @@ def read_lvis(file: str | Path) -> Instances:
     return {**content, "images": [_with_name(record) for record in content["images"]]}
 
 
+def frequencies_of(content: Instances) -> dict[int, str]:
+    """Return the frequency of each category by its id; of an id that occurs twice the first counts."""
+    records = [r for r in reversed(content["categories"]) if isinstance(r, dict)]
+    return {r["id"]: r["frequency"] for r in records if isinstance(r.get("id"), int | float)}
+
+
 def check_lvis(section: LvisDatasetConfig) -> Report:
     """Return the report of an LVIS JSON. Raises `DataError` if it cannot be used as a whole."""
     return check_instances(section.annotations, section.images, read_lvis(section.annotations))

@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 
 from giantdet.config.types import Backend
 from giantdet.data.dataset import Dataset
-from giantdet.data.lvis import FREQUENCIES, NEGATIVE, NOT_EXHAUSTIVE
+from giantdet.data.lvis import FREQUENCIES, NEGATIVE, NOT_EXHAUSTIVE, frequencies_of
 from giantdet.data.truth import ground_truth
 from giantdet.evaluation.backends import IouType, Numbers, coco_curves
 from giantdet.evaluation.coco import KIND, CocoEvaluator, ap_by_class, mean_of, number_of, number_table
@@ -57,7 +57,7 @@ class LvisEvaluator(CocoEvaluator):
             return {}
         content = dataset.instances()
         truth = ground_truth(dataset.annotations, content)
-        frequencies = {record["id"]: record["frequency"] for record in content["categories"]}
+        frequencies = frequencies_of(content)
         kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
         limit = max_detections or cls.MAX_DETECTIONS
         return {KIND[k]: lvis_scores(truth, frequencies, results, k, limit, backend) for k in kinds}
