@@ -18,16 +18,19 @@ from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.checks import parse_giantdet
 from giantdet.config.datasets import LvisDatasetConfig
 from giantdet.config.types import Backend, DataConfig
+from giantdet.data import packed
 from giantdet.data.coco import CocoDataset
 from giantdet.data.dataset import CHECKS, open_dataset
 from giantdet.data.lvis import LvisDataset
 from giantdet.data.truth import ground_truth
 from giantdet.engine.evaluate import evaluate, warn_of_limits
 from giantdet.errors import ConfigError, DataError
+from giantdet.evaluation import metrics_of
 from giantdet.evaluation.backends import BACKENDS
-from giantdet.evaluation.coco import all_scores
+from giantdet.evaluation.coco import CocoEvaluator, all_scores
 from giantdet.evaluation.coco_results import CocoResults
 from giantdet.evaluation.lvis import LvisEvaluator, lvis_scores
+from giantdet.evaluation.semantic import SemanticEvaluator
 
 CATEGORIES = {3: "r", 17: "r", 5: "c", 90: "c", 8: "f", 41: "f", 60: "r"}
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR", "ARs", "ARm", "ARl")
@@ -316,8 +319,21 @@ def test_images_are_read_from_both_of_cocos_folders(
     for i in range(len(plain)):
         assert np.array_equal(dataset.read_image(i), plain.read_image(i))
     assert not caplog.records and not CHECKS["lvis"](lvis_data).has_errors
+    assert metrics_of(("box", "semantic"), dataset) == [LvisEvaluator, SemanticEvaluator]
+    assert metrics_of(("mask",), plain) == [CocoEvaluator]
     assert CocoDataset(lvis_data.annotations, lvis_data.images).noted["lists of LVIS"] == 5
     assert '"format": "lvis" reads it' in caplog.text
+
+
+def test_a_cached_file_is_not_that_of_another_format(
+    lvis_data: LvisDatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIANTDET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packed, "LEAST_BYTES", 1)
+    for _ in range(2):  # written, and found
+        assert open_dataset(lvis_data).path(1) == tmp_path / "val2017/1.jpg"
+        assert CocoDataset(lvis_data.annotations, lvis_data.images).path(1) == tmp_path / "1.jpg"
+    assert len(list((tmp_path / "cache").glob("*.pack"))) == 2
 
 
 def test_a_model_is_evaluated_by_lvis_rules(lvis_data: LvisDatasetConfig, tmp_path: Path) -> None:
