@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--max-detections",
         type=_at_least(1),
-        help="detections of each class in an image that COCO's AP takes; default: that of --config, or 100",
+        help="detections in an image that are scored, by COCO's rules of each class; default: as --config",
     )
     backends = ("auto", "pycocotools", "hotcoco")
     evaluate.add_argument("--backend", choices=backends, help="what computes COCO's AP; default: as --config")

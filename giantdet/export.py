@@ -281,6 +281,9 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
                 state[key] = _initial(model, key)
                 fresh.append(key)
     for kind, found in by_kind.items():
+        if found.renamed:
+            names = ", ".join(f"{name!r} from {other!r}" for name, other in found.renamed)
+            logger.warning("%s: classes of %s taken over under other names: %s", path, kind, names)
         if found.fresh:
             taken = ", ".join(found.taken) or "none"
             afresh = ", ".join(found.fresh)

@@ -111,7 +111,7 @@ def _prepare_results(options: argparse.Namespace, dataset: Dataset) -> None:
         options.results.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int, int]:
+def _limits(options: argparse.Namespace, config: GiantdetConfig) -> tuple[int | None, int]:
     """Return the detections that are scored and the pixels that are read; options override the run's."""
     return (
         options.max_detections or config.eval.max_detections,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from giantdet.config.class_names import same_classes
 from giantdet.config.classes import Category, ClassKind
 
 
@@ -33,17 +34,20 @@ class Transfer(NamedTuple):
     fresh: tuple[str, ...]
     others: tuple[int | None, ...]
     """By class of the model, the other's class of the same name."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Names of classes that the other model has under a second name, and that name."""
 
 
 def transfer(old: Sequence[Category], new: Sequence[Category]) -> Transfer:
-    """Return how the classes `new` are taken over from `old`, by name."""
-    numbers = {name: number for number, (_, name) in enumerate(old)}
-    others = tuple(numbers.get(name) for _, name in new)
-    names = [name for _, name in new]
+    """Return how the classes `new` are taken over from `old`, by name (`config/class_names.py`)."""
+    there, here = [name for _, name in old], [name for _, name in new]
+    others = same_classes(there, here)
+    pairs = [(name, None if n is None else there[n]) for name, n in zip(here, others, strict=True)]
     return Transfer(
-        taken=tuple(name for name in names if name in numbers),
-        fresh=tuple(name for name in names if name not in numbers),
-        others=others,
+        taken=tuple(name for name, other in pairs if other is not None),
+        fresh=tuple(name for name, other in pairs if other is None),
+        others=tuple(others),
+        renamed=tuple((name, other) for name, other in pairs if other is not None and other != name),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
+from giantdet.config.datasets import sections
 from giantdet.config.deepspeed import DeepSpeedConfig
 from giantdet.config.lengths import LENGTH_WORDS
 from giantdet.config.names import all_paths, keys_of, nearest
@@ -296,6 +297,12 @@ def _check_giantdet(config: GiantdetConfig) -> None:
     require(
         data.augment.short_sides is None or len(data.augment.short_sides) > 0,
         "giantdet.data.augment.short_sides must not be empty; leave it out to use giantdet.data.short_side",
+    )
+    validation = [] if data.val is None else sections(data.val)
+    require(
+        len(validation) < 2 or all(section.format != "lvis" for _, section in validation),
+        'giantdet.data.val has a data set of "format": "lvis" in a list; LVIS\'s scores are of one data set: '
+        "give it alone, and evaluate the others with `giantdet eval`",
     )
     for problem in model.problems():
         raise ConfigError(f"giantdet.model.{problem}")

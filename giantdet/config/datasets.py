@@ -31,12 +31,11 @@ class BaseDatasetConfig(Section):
         raise NotImplementedError
 
 
-class CocoDatasetConfig(BaseDatasetConfig):
-    """Objects in COCO's instances format."""
+class InstancesConfig(BaseDatasetConfig):
+    """Keys of objects in COCO's instances format and those like it."""
 
-    format: Literal["coco"] = "coco"
     annotations: PathText
-    """A JSON file of annotations in COCO's instances format."""
+    """A JSON file of annotations in this format."""
     images: PathText
     """Folder that the file names in the annotations are relative to."""
 
@@ -44,6 +43,19 @@ class CocoDatasetConfig(BaseDatasetConfig):
         """See `BaseDatasetConfig.sources`."""
         yield Source("annotations", Path(self.annotations))
         yield Source("images", Path(self.images), is_folder=True)
+
+
+class CocoDatasetConfig(InstancesConfig):
+    """Objects in COCO's instances format."""
+
+    format: Literal["coco"] = "coco"
+
+
+class LvisDatasetConfig(InstancesConfig):
+    """Objects in LVIS's format, whose images are annotated for some of their categories only, and are scored
+    by LVIS's rules. `images` is the folder that has COCO's folders train2017 and val2017."""
+
+    format: Literal["lvis"]
 
 
 class CocoPanopticDatasetConfig(BaseDatasetConfig):
@@ -109,6 +121,7 @@ class SemanticPngDatasetConfig(BaseDatasetConfig):
 
 FORMATS: dict[str, type[BaseDatasetConfig]] = {
     "coco": CocoDatasetConfig,
+    "lvis": LvisDatasetConfig,
     "coco_panoptic": CocoPanopticDatasetConfig,
     "semantic_png": SemanticPngDatasetConfig,
 }

@@ -206,9 +206,10 @@ Backend = Literal["auto", "pycocotools", "hotcoco"]
 class EvalConfig(Section):
     batch_size: PositiveInt = 1
     """Images per rank and step."""
-    max_detections: PositiveInt = 100
-    """Number of detections of each class in an image that COCO's AP takes, the best first. Data with more
-    objects in an image need more, here and in the `detections` of the model's box head."""
+    max_detections: PositiveInt | None = None
+    """Number of detections in an image that are scored, the best first: of each class by COCO's rules, of all
+    classes together by LVIS's. Data with more objects in an image need more, here and in the `detections` of
+    the model's box head. None: as the rules have it, 100 or 300."""
     backend: Backend = "auto"
     """The program that computes COCO's AP: the same numbers, many times as fast with hotcoco (`pip install
     hotcoco`). auto: hotcoco where it is installed, else pycocotools."""

@@ -15,7 +15,7 @@ from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,8 @@ class CocoDataset:
     used: no such file, invalid JSON, a missing list, no image, no category.
     """
 
+    protocol: ClassVar[str] = "coco"
+
     def __init__(self, annotations: str | Path, images: str | Path, content: Instances | None = None) -> None:
         self.annotations, self.root = Path(annotations), Path(images)
         if not self.root.is_dir():
@@ -100,7 +102,7 @@ class CocoDataset:
         if content is not None:
             self._read(content)
         else:
-            with cached(self.annotations) as cache:
+            with cached(self.annotations, self.protocol) as cache:
                 if cache.found is None:
                     self._read(None)
                 self._unpack(cache.found or cache.store(self._packed()))
@@ -126,10 +128,14 @@ class CocoDataset:
         gc.disable()  # the collector would walk a million new dicts again and again
         try:
             if content is None:
-                content = read_instances(self.annotations, images_only=True)
+                content = self.instances()
             self.has_list = "annotations" in content
             self.annotated = bool(content.get("annotations"))
             records = read_records(self.annotations, content)
+            for record in records.images.values() if self.protocol == "coco" else ():
+                if "neg_category_ids" in record:
+                    text = 'neg_category_ids is not used; "format": "lvis" reads it'
+                    records.found(("lists of LVIS", text), "image", record, left_out=False)
             self.skipped, self.noted, self._examples = records.skipped, records.noted, records.examples
             self._usable = len(records.annotations)
             if not records.categories:

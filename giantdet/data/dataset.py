@@ -16,11 +16,13 @@ from giantdet.config.datasets import (
     CocoDatasetConfig,
     CocoPanopticDatasetConfig,
     DatasetConfigs,
+    LvisDatasetConfig,
     sections,
 )
 from giantdet.data.coco import CocoDataset
 from giantdet.data.coco_panoptic import CocoPanopticDataset
 from giantdet.data.joined import JoinedDataset, check_kinds
+from giantdet.data.lvis import LvisDataset, check_lvis
 from giantdet.data.near_files import hint
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.records import Instances, logger
@@ -71,6 +73,12 @@ class Dataset(Protocol):
 
     annotations: Path
     """The file or folder that describes the data set, for messages."""
+
+    @property
+    def protocol(self) -> str:
+        """By whose rules detections are scored: "coco" or "lvis"; see `Evaluator.PROTOCOL`."""
+        ...
+
     classes: Classes
     """Those of objects, and those of semantic maps; either may be empty."""
     root: Path
@@ -140,6 +148,10 @@ def _coco(config: CocoDatasetConfig) -> Dataset:
     return CocoDataset(config.annotations, config.images)
 
 
+def _lvis(config: LvisDatasetConfig) -> Dataset:
+    return LvisDataset(config.annotations, config.images)
+
+
 def _coco_panoptic(config: CocoPanopticDatasetConfig) -> Dataset:
     return CocoPanopticDataset(config.annotations, config.images, config.segments_folder, config.instances)
 
@@ -147,12 +159,14 @@ def _coco_panoptic(config: CocoPanopticDatasetConfig) -> Dataset:
 _CHECKED_FILES = 50
 READERS: dict[str, Callable[[Any], Dataset]] = {
     "coco": _coco,
+    "lvis": _lvis,
     "coco_panoptic": _coco_panoptic,
     "semantic_png": SemanticPngDataset,
 }
 """How a data set of each format is opened; config/datasets.py has their sections."""
 CHECKS: dict[str, Callable[[Any], Report]] = {
     "coco": check_coco,
+    "lvis": check_lvis,
     "coco_panoptic": check_coco_panoptic,
     "semantic_png": check_semantic_png,
 }

@@ -39,7 +39,7 @@ class JoinedDataset:
         self.parts = parts
         more = f"{len(parts) - 1} more" if len(parts) > 2 else parts[-1].annotations
         self.annotations, self.root = Path(f"{first.annotations} and {more}"), first.root
-        self.classes = first.classes
+        self.classes, self.protocol = first.classes, first.protocol
         self.has_masks = any(part.has_masks for part in parts)
         self.annotated = any(part.annotated for part in parts)
         for part in parts:

@@ -29,7 +29,7 @@ from giantdet.data.records import logger
 LEAST_BYTES = 32 * 2**20
 """Smaller JSON files are read in a second or two, and not cached."""
 _ALIGNED = 64
-_RULES = ("coco.py", "reading.py", "records.py", "segments.py", "summary.py", "packed.py")
+_RULES = ("coco.py", "lvis.py", "reading.py", "records.py", "segments.py", "summary.py", "packed.py")
 
 
 class Pack(NamedTuple):
@@ -42,8 +42,10 @@ class Pack(NamedTuple):
 class Cached:
     """The cached file of some annotations: `found` is its content or None; `store` writes it."""
 
-    def __init__(self, annotations: Path, path: Path | None = None, found: Pack | None = None) -> None:
-        self._annotations, self._path, self.found = annotations, path, found
+    def __init__(
+        self, annotations: Path, protocol: str, path: Path | None = None, found: Pack | None = None
+    ) -> None:
+        self._annotations, self._protocol, self._path, self.found = annotations, protocol, path, found
 
     def store(self, pack: Pack) -> Pack:
         """Write the pack for the other processes, in place of the packs of earlier versions.
@@ -51,7 +53,7 @@ class Cached:
         Returns the pack mapped from the file, so that this process shares it, too; or the pack as it is, if
         it cannot be written or the annotations have changed while they were read.
         """
-        if self._path is None or _path_of(self._annotations) != self._path:
+        if self._path is None or _path_of(self._annotations, self._protocol) != self._path:
             return pack
         try:
             _write(self._path, pack)
@@ -65,14 +67,15 @@ class Cached:
 
 
 @contextlib.contextmanager
-def cached(annotations: Path) -> Iterator[Cached]:
+def cached(annotations: Path, protocol: str = "coco") -> Iterator[Cached]:
     """Yield the cached pack of a file of annotations; if there is none, other processes wait until the end.
 
-    A process that has waited in vain, because the first found the file unusable, reads it itself.
+    A process that has waited in vain, because the first found the file unusable, reads it itself. `protocol`
+    is `Dataset.protocol`: a file has one pack for each protocol that it is read by.
     """
-    path = _path_of(annotations)
+    path = _path_of(annotations, protocol)
     if path is None or (found := _read(path)) is not None:
-        yield Cached(annotations, None, None if path is None else found)
+        yield Cached(annotations, protocol, None, None if path is None else found)
         return
     lock: int | None = None
     try:
@@ -83,14 +86,14 @@ def cached(annotations: Path) -> Iterator[Cached]:
         if lock is not None:
             os.close(lock)
         _warn(path.parent, error)
-        yield Cached(annotations)
+        yield Cached(annotations, protocol)
         return
     try:
         found = _read(path)
         if waited:
             os.close(lock)
             lock = None
-        yield Cached(annotations, None if waited else path, found)
+        yield Cached(annotations, protocol, None if waited else path, found)
     finally:
         if lock is not None:
             os.close(lock)
@@ -106,14 +109,14 @@ def _locked(lock: int) -> bool:
     return True
 
 
-def _path_of(annotations: Path) -> Path | None:
+def _path_of(annotations: Path, protocol: str) -> Path | None:
     """Return the file that the pack of this version of the annotations has, or None: it is not cached."""
     folder = os.environ.get("GIANTDET_CACHE")
     if folder is None:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "giantdet")
     try:
         state = annotations.stat()
-        name = _digest(str(annotations.resolve()))
+        name = _digest(f"{protocol} {annotations.resolve()}")
     except OSError:
         return None  # whoever reads it says what is wrong
     if not folder or state.st_size < LEAST_BYTES:

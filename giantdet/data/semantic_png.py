@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ class SemanticPngDataset:
     Image ids are positions in the sorted list of files. Images without a label map are left out and counted
     in a warning. Raises `DataError` where nothing is left.
     """
+
+    protocol: ClassVar[str] = "coco"
 
     def __init__(self, config: SemanticPngDatasetConfig) -> None:
         self.annotations, self.images = Path(config.labels), Path(config.images)

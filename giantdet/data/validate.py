@@ -23,7 +23,7 @@ from giantdet.data.images import has_frames, orient
 from giantdet.data.near_files import hint
 from giantdet.data.pixels import to_rgb
 from giantdet.data.reading import Records, read_records
-from giantdet.data.records import is_number, read_instances
+from giantdet.data.records import Instances, is_number, read_instances
 from giantdet.data.segments import Fault, Size
 from giantdet.data.summary import Summary, summarize
 from giantdet.errors import DataError
@@ -71,11 +71,16 @@ def validate(annotations: str | Path, images: str | Path) -> list[Problem]:
 def check_coco(section: CocoDatasetConfig) -> Report:
     """Return the report of a COCO instances JSON. Raises `DataError` if it cannot be used as a whole."""
     content = read_instances(section.annotations, images_only=True)
-    records = read_records(section.annotations, content, keep_findings=True)
+    return check_instances(section.annotations, section.images, content)
+
+
+def check_instances(annotations: str, images: str, content: Instances) -> Report:
+    """Return the report of the lists of a COCO instances JSON. Raises `DataError` as above."""
+    records = read_records(annotations, content, keep_findings=True)
     problems = [
         *found_problems(records),
         *name_problems(records.categories.items(), "category"),
-        *(p for record in records.images.values() for p in file_problems(record, Path(section.images))),
+        *(p for record in records.images.values() for p in file_problems(record, Path(images))),
     ]
     if "annotations" in content:
         problems += [*object_problems(records), *class_problems(records)]

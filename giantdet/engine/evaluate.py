@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.classes import Classes
-from giantdet.config.types import Backend, DataConfig, EvalConfig, TtaConfig
+from giantdet.config.types import Backend, DataConfig, TtaConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import eval_loader
@@ -24,7 +24,7 @@ from giantdet.data.records import logger
 from giantdet.distributed import comm
 from giantdet.engine.tta import MultiScale
 from giantdet.errors import ConfigError
-from giantdet.evaluation import EVALUATORS, Evaluator, Scores, primary_score
+from giantdet.evaluation import EVALUATORS, Scores, detection_metric, metrics_of, primary_score
 from giantdet.structures import Batch, Outputs
 
 
@@ -50,7 +50,7 @@ def evaluate(
     model_config: ArchitectureConfig,
     classes: Classes,
     window_stride: int | None = None,
-    max_detections: int = 100,
+    max_detections: int | None = None,
     backend: Backend = "auto",
     results: Path | None = None,
     tta: TtaConfig | None = None,
@@ -80,7 +80,7 @@ def evaluate(
             max_detections,
             backend,
         )
-        for metric in metrics_of(tasks)
+        for metric in metrics_of(tasks, dataset)
     ]
     rank, world = comm.rank(), comm.world_size()
     multi_scale = None if tta is None else MultiScale(model, model_config, tta, device, window_stride)
@@ -120,27 +120,29 @@ def evaluate(
     return Evaluation(scores, primary_score(scores, tasks, numbers), "\n".join(tables))
 
 
-def metrics_of(tasks: Sequence[str]) -> list[type[Evaluator]]:
-    """Return the metrics that score some of these tasks."""
-    return [metric for metric in EVALUATORS if any(task in metric.PRIMARY for task in tasks)]
+def warn_of_limits(dataset: Dataset, model: ArchitectureConfig, given: int | None) -> None:
+    """Warn, on the main rank, if images have more objects than the model predicts or the metric scores.
 
-
-def warn_of_limits(dataset: Dataset, model: ArchitectureConfig, max_detections: int) -> None:
-    """Warn, on the main rank, if images have more objects than the model predicts or the metric scores."""
+    `given` is `eval.max_detections`.
+    """
     predicted = model.most_detections
     if predicted is None or not comm.is_main():
         return
+    metric = detection_metric(dataset)
+    max_detections = given or metric.MAX_DETECTIONS
+    which = " of each class" if metric.PER_CLASS else ""
     most, most_of_class, images = 0, 0, 0
     for i in range(len(dataset)):
         labels_N = dataset.objects(i).labels_N
         most = max(most, len(labels_N))
-        of_class = int(np.bincount(labels_N).max()) if len(labels_N) else 0
+        of_class = int(np.bincount(labels_N).max()) if metric.PER_CLASS and len(labels_N) else len(labels_N)
         most_of_class, images = max(most_of_class, of_class), images + (of_class > max_detections)
     if images:
         logger.warning(
-            "%s: %d images have more than %d objects of a class, at most %d, but only the best %d detections "
-            "of each class in an image are scored: set eval.max_detections to %d",
-            *(dataset.annotations, images, max_detections, most_of_class, max_detections, most_of_class),
+            "%s: %d images have more than %d objects%s, at most %d, but only the best %d detections%s in an "
+            "image are scored: set eval.max_detections to %d",
+            *(dataset.annotations, images, max_detections, " of a class" if which else "", most_of_class),
+            *(max_detections, which, most_of_class),
         )
     if predicted < most:
         logger.warning(
@@ -148,23 +150,24 @@ def warn_of_limits(dataset: Dataset, model: ArchitectureConfig, max_detections: 
             "head",
             *(dataset.annotations, most, predicted),
         )
-    elif predicted < max_detections != EvalConfig().max_detections:
+    elif predicted < max_detections and (not metric.PER_CLASS or max_detections != metric.MAX_DETECTIONS):
         logger.warning(
-            "eval.max_detections is %d, but the model predicts at most %d objects in an image: set the "
-            "`detections` of its head",
+            "%s is %d, but the model predicts at most %d objects in an image: set the `detections` of its "
+            "head",
+            "eval.max_detections" if given else f"the number of detections that {dataset.protocol} scores",
             *(max_detections, predicted),
         )
     elif predicted > max_detections:
         logger.warning(
-            "the model predicts up to %d objects in an image, but only the best %d of each class are scored: "
-            "set eval.max_detections",
-            *(predicted, max_detections),
+            "the model predicts up to %d objects in an image, but only the best %d%s are scored: set "
+            "eval.max_detections",
+            *(predicted, max_detections, which),
         )
 
 
 def check_windows(tasks: Sequence[str], window_stride: int | None) -> None:
     """Raise ConfigError if windows are wanted, and a task of the model cannot be joined from them."""
-    whole = [task for metric in metrics_of(tasks) if not metric.WINDOWS for task in metric.PRIMARY]
+    whole = any(task in metric.PRIMARY and not metric.WINDOWS for metric in EVALUATORS for task in tasks)
     if window_stride is not None and whole:
         raise ConfigError(
             "giantdet.eval.window_stride is for models that predict only semantic maps; this one predicts "

@@ -16,7 +16,6 @@ from giantdet.config.classes import Category, Classes
 from giantdet.config.json_text import json_text
 from giantdet.config.types import Backend, DataConfig, TtaConfig
 from giantdet.data.dataset import Dataset
-from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
 from giantdet.engine.draw import draw
 from giantdet.engine.ensemble import Member, Result, Sizes, fuse_members, matched, read_member
@@ -27,8 +26,8 @@ from giantdet.engine.inputs import InputImage
 from giantdet.engine.predict import Predictor, load_predictor
 from giantdet.engine.results import Results
 from giantdet.errors import InputError
+from giantdet.evaluation import detection_metric
 from giantdet.evaluation.backends import check_backend
-from giantdet.evaluation.coco import all_scores, score_table
 from giantdet.evaluation.coco_results import CocoResults
 from giantdet.export import load_detector
 
@@ -52,7 +51,7 @@ def evaluate_ensemble(
     choice: Choice,
     device: torch.device,
     workers: int,
-    max_detections: int,
+    max_detections: int | None,
     backend: Backend,
     file: Path | None,
 ) -> str:
@@ -109,8 +108,8 @@ def evaluate_ensemble(
     if not dataset.annotated:
         return f"{dataset.annotations}: no annotations, so there are no scores; what was found is in {file}"
     masks = dataset.has_masks and any("segmentation" in result for result in fused)
-    truth = ground_truth(dataset.annotations, dataset.instances())
-    return score_table(all_scores(truth, CocoResults.of(fused), masks, max_detections, backend))
+    metric = detection_metric(dataset)
+    return metric.table(metric.score(dataset, CocoResults.of(fused), masks, max_detections, backend))
 
 
 def predict_ensemble(

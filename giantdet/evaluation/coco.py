@@ -39,6 +39,11 @@ class CocoEvaluator:
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"box": "AP", "mask": "AP"}
     WINDOWS: ClassVar[bool] = False
+    PROTOCOL: ClassVar[str | None] = "coco"
+    MAX_DETECTIONS: ClassVar[int] = 100
+    """Number of detections that are scored where `eval.max_detections` is None."""
+    PER_CLASS: ClassVar[bool] = True
+    """Whether that is the number of each class in an image, or of all classes together."""
 
     def __init__(
         self,
@@ -46,7 +51,7 @@ class CocoEvaluator:
         tasks: Sequence[str],
         classes: Classes,
         model: ArchitectureConfig,
-        max_detections: int = 100,
+        max_detections: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         check_backend(backend)
@@ -65,22 +70,34 @@ class CocoEvaluator:
         self.parts = comm.gather_objects(CocoResults.joined(self.parts))
 
     def scores(self) -> Scores:
-        """Return the COCO numbers and AP by class, of boxes and masks.
+        """See `score`."""
+        found = CocoResults.joined(self.parts)
+        return self.score(self.dataset, found, self.masks, self.max_detections, self.backend)
+
+    @classmethod
+    def score(
+        cls,
+        dataset: Dataset,
+        results: CocoResults,
+        masks: bool,
+        max_detections: int | None = None,
+        backend: Backend = "auto",
+    ) -> Scores:
+        """Return the numbers and AP by class of boxes and, with `masks`, of masks.
 
         {} without classes of objects, and for a list of images without annotations.
         """
-        if not self.dataset.classes.objects or not self.dataset.annotated:
+        if not dataset.classes.objects or not dataset.annotated:
             return {}
-        truth = ground_truth(self.dataset.annotations, self.dataset.instances())
-        return all_scores(
-            truth, CocoResults.joined(self.parts), self.masks, self.max_detections, self.backend
-        )
+        truth = ground_truth(dataset.annotations, dataset.instances())
+        return all_scores(truth, results, masks, max_detections or cls.MAX_DETECTIONS, backend)
 
     def save(self, file: Path) -> None:
         """Write the detections in COCO's results format."""
         file.write_text(json_text(CocoResults.joined(self.parts).records()))
 
-    def table(self, scores: Scores) -> str:
+    @classmethod
+    def table(cls, scores: Scores) -> str:
         """See `score_table`."""
         return score_table({kind: scores[kind] for kind in KIND.values() if kind in scores})
 
@@ -173,15 +190,18 @@ def coco_scores(
     """
     limits = _limits(max_detections)
     curves = coco_curves(truth, results, iou_type, limits, backend)
-    scores: dict[str, Any] = {name: _number(curves, limits, name) for name in coco_numbers(max_detections)}
-    scores["per_class"] = {}
-    for k, category in enumerate(truth.loadCats(sorted(truth.cats))):
-        value = _mean(curves.precision_TRKAM[:, :, k, 0, -1])
-        scores["per_class"][category["name"]] = None if value < 0 else value
-    return scores
+    scores: dict[str, Any] = {name: number_of(curves, limits, name) for name in coco_numbers(max_detections)}
+    return scores | {"per_class": ap_by_class(truth, curves)}
 
 
-def _number(curves: Curves, limits: list[int], name: str) -> float:
+def ap_by_class(truth: COCO, curves: Curves) -> dict[str, float | None]:
+    """Return AP by category name; None for a category without objects."""
+    values = [mean_of(curves.precision_TRKAM[:, :, k, 0, -1]) for k in range(len(truth.cats))]
+    names = [truth.cats[number]["name"] for number in sorted(truth.cats)]
+    return {name: None if value < 0 else value for name, value in zip(names, values, strict=True)}
+
+
+def number_of(curves: Curves, limits: list[int], name: str) -> float:
     """Return one of `coco_numbers`, -1 where no object counts.
 
     COCOeval.summarize gives AP only for 100 detections: for any other limit its AP is -1.
@@ -190,12 +210,12 @@ def _number(curves: Curves, limits: list[int], name: str) -> float:
     area = " sml".index(detail) if detail in ("s", "m", "l") else 0
     limit = limits.index(int(detail)) if kind == "AR" and detail.isdigit() else -1
     if kind == "AR":
-        return _mean(curves.recall_TKAM[..., area, limit])
+        return mean_of(curves.recall_TKAM[..., area, limit])
     iou = _IOUS.index(int(detail)) if detail.isdigit() else slice(None)
-    return _mean(curves.precision_TRKAM[iou, ..., area, limit])
+    return mean_of(curves.precision_TRKAM[iou, ..., area, limit])
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of(values: NDArray[np.float64]) -> float:
     """Return the mean of the numbers that are not -1, and -1 if there are none."""
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0
@@ -220,8 +240,8 @@ def all_scores(
     return {KIND[kind]: coco_scores(truth, results, kind, max_detections, backend) for kind in kinds}
 
 
-def score_table(scores: Scores) -> str:
-    """Return a text table of COCO's numbers of boxes and masks, and of AP by class."""
+def number_table(scores: Scores) -> str:
+    """Return a text table of the numbers of boxes and masks."""
     if not scores:
         return ""
     first = next(iter(scores.values()))
@@ -229,6 +249,15 @@ def score_table(scores: Scores) -> str:
     lines = ["      " + "".join(f"{name:>7}" for name in numbers)]
     for kind, values in scores.items():
         lines.append(f"{kind:<6}" + "".join(shown(values[name]) for name in numbers))
+    return "\n".join(lines)
+
+
+def score_table(scores: Scores) -> str:
+    """Return the same of COCO's numbers, and AP by class."""
+    if not scores:
+        return ""
+    first = next(iter(scores.values()))
+    lines = [number_table(scores)]
     width = max(map(len, first["per_class"]), default=0)
     lines.append("AP by class")
     for name in first["per_class"]:

@@ -54,6 +54,16 @@ class CocoResults(NamedTuple):
             Rles.joined(rles) if len(rles) == len(parts) else None,
         )
 
+    def at(self, rows_K: NDArray[np.int64]) -> CocoResults:
+        """Return the detections of these rows."""
+        return CocoResults(
+            self.image_ids_N[rows_K],
+            self.category_ids_N[rows_K],
+            self.boxes_N4[rows_K],
+            self.scores_N[rows_K],
+            None if self.rles is None else self.rles.at(rows_K),
+        )
+
     def records(self, boxes: bool = True, masks: bool = True) -> list[dict[str, Any]]:
         """Return COCO results, with or without `bbox` and, where there are masks, `segmentation`."""
         columns: dict[str, list[Any]] = {

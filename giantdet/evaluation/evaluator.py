@@ -23,6 +23,8 @@ class Evaluator(Protocol):
     """The main number of each of its tasks: {"box": "AP", "mask": "AP"}."""
     WINDOWS: ClassVar[bool]
     """Whether it joins what was predicted in several windows of an image."""
+    PROTOCOL: ClassVar[str | None]
+    """`Dataset.protocol` of the data sets that it scores; None: all."""
 
     def __init__(
         self,
@@ -30,13 +32,13 @@ class Evaluator(Protocol):
         tasks: Sequence[str],
         classes: Classes,
         model: ArchitectureConfig,
-        max_detections: int = 100,
+        max_detections: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         """Create an evaluator of the `tasks` of PRIMARY that the model predicts.
 
-        `classes` are those that it predicts, `model` is its section, and at most `max_detections` are scored
-        per image and class; `backend` computes COCO's AP.
+        `classes` are those that it predicts, `model` is its section; for `max_detections` and `backend` see
+        `EvalConfig`.
         """
         ...
 

@@ -218,6 +218,7 @@ class PanopticEvaluator:
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"panoptic": "PQ"}
     WINDOWS: ClassVar[bool] = False
+    PROTOCOL: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -225,7 +226,7 @@ class PanopticEvaluator:
         tasks: Sequence[str],
         classes: Classes,
         model: ArchitectureConfig,
-        max_detections: int = 100,
+        max_detections: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         self.dataset, self.model, self.things = dataset, model, len(classes.objects)

@@ -46,6 +46,13 @@ class Rles(NamedTuple):
         """Return the RLEs of all parts, one after the other."""
         return cls(*map(np.concatenate, zip(*(parts or [cls.of([])]), strict=True)))
 
+    def at(self, rows_K: Ints) -> Rles:
+        """Return the RLEs of these rows."""
+        counts = list(self.counts())
+        text = b"".join(counts[row] for row in rows_K.tolist())
+        rows = self.lengths_N[rows_K], self.sizes_N2[rows_K], self.areas_N[rows_K]
+        return Rles(np.frombuffer(text, np.uint8), *rows)
+
     def counts(self) -> Iterator[bytes]:
         """Yield the compressed counts of each mask."""
         text, end = self.text.tobytes(), 0

@@ -34,6 +34,7 @@ class SemanticEvaluator:
 
     PRIMARY: ClassVar[Mapping[str, str]] = {"semantic": "mIoU"}
     WINDOWS: ClassVar[bool] = True
+    PROTOCOL: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class SemanticEvaluator:
         tasks: Sequence[str],
         classes: Classes,
         model: ArchitectureConfig,
-        max_detections: int = 100,
+        max_detections: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         self.names = unique_names(classes.semantic)

@@ -118,3 +118,21 @@ def test_the_same_classes_in_another_order_say_nothing(
     rows = new.state_dict()["box_head.classes.weight"]
     assert torch.equal(rows, old.state_dict()["box_head.classes.weight"][[2, 1, 0, 3]])
     assert "afresh" not in caplog.text
+
+
+def test_classes_of_another_data_set_meet_under_other_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Objects365's names, as its file has them, for COCO's."""
+    theirs = Classes(objects=((1, "Person"), (38, "Moniter/TV"), (62, "Cell Phone")))
+    ours = Classes(objects=((72, "tv"), (77, "cell phone"), (81, "sink"), (1, "person")))
+    old, _, about = model_of("mask_rcnn", theirs)
+    save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(about.model_dump_json())
+    new, config, exported = model_of("mask_rcnn", ours, init_weights=str(tmp_path))
+    with caplog.at_level(logging.WARNING, "giantdet"):
+        load_weights(new, config, exported.classes)
+    rows, source = (m.state_dict()["box_head.classes.weight"] for m in (new, old))
+    assert torch.equal(rows[[0, 1, 3, 4]], source[[1, 2, 0, 3]])
+    assert "'tv' from 'Moniter/TV', 'cell phone' from 'Cell Phone', 'person' from 'Person'" in caplog.text
+    assert "taken over: tv, cell phone, person; start afresh: sink" in caplog.text

@@ -162,6 +162,16 @@ CONFIGURATIONS = [
         Error("giantdet.eval.max_detections must be ..., got 0"),
     ),
     Case(
+        "LVIS data in a list of validation sets",
+        {
+            "giantdet.data.val": [
+                {"format": "lvis", "annotations": "lvis.json", "images": "coco"},
+                {"annotations": "val.json", "images": "val"},
+            ]
+        },
+        Error("giantdet.data.val has a data set of ... in a list; ... give it alone"),
+    ),
+    Case(
         "an unknown backend of the evaluation",
         {"giantdet.eval.backend": "hotcocoa"},
         Error("eval.backend must be one of ...; did you mean hotcoco?"),
