@@ -16,6 +16,7 @@ from typing import Any
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.architectures.common import PartNormConfig
 from giantdet.config.batch import ACCUMULATION, BATCH, MICRO, solve_batch
+from giantdet.config.batch_scaling import scale_with_batch
 from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import sections
@@ -76,7 +77,7 @@ def resolve(
         train = giantdet.train.model_copy(update={"steps": steps, "epochs": None})
         giantdet = giantdet.model_copy(update={"train": train})
     giantdet = _resolve_intervals(giantdet, batch, train_images)
-    giantdet = _resolve_lr(giantdet, deepspeed)
+    giantdet, scaled = scale_with_batch(giantdet, deepspeed)
     if "scheduler" in deepspeed:
         _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
     giantdet = _resolve_clip_window(giantdet, deepspeed, train_images)
@@ -102,7 +103,7 @@ def resolve(
             update={"classes": _agreed(giantdet.data.classes, model.predicted(classes))}
         )
         giantdet = giantdet.model_copy(update={"model": model, "data": data})
-    return ResolvedRun(giantdet, deepspeed, run.about, run.path)
+    return ResolvedRun(giantdet, deepspeed, run.about, run.path, scaled)
 
 
 def describe(run: RunConfig) -> str:
@@ -179,35 +180,6 @@ def _check_norm_parts(giantdet: GiantdetConfig) -> None:
                 f"giantdet.norm.{name} is given, but there is no BatchNorm: "
                 f'set "norm": "batch" in giantdet.{where}, or leave it out'
             )
-
-
-def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
-    """Scale all LRs to the batch size.
-
-    The resolved run has its own batch as the reference, so that resolving it again changes nothing.
-    """
-    scaling = giantdet.lr_scaling
-    params = deepspeed["optimizer"]["params"]
-    if scaling.rule == "none":
-        return giantdet
-    if scaling.reference_batch is None:
-        raise ConfigError(
-            f'giantdet.lr_scaling.rule "{scaling.rule}" needs giantdet.lr_scaling.reference_batch, the batch '
-            "that the learning rate was chosen for"
-        )
-    ratio = deepspeed[BATCH] / scaling.reference_batch
-    factor = ratio if scaling.rule == "linear" else math.sqrt(ratio)
-    scheduler = deepspeed.get("scheduler", {}).get("params", {})
-    rates = SCHEDULERS[_name(deepspeed["scheduler"], SCHEDULERS)].LRS if "scheduler" in deepspeed else ()
-    if scheduler.get("warmup_min_ratio") == "auto":
-        # MegDet's warmup: from the LR of the reference batch to the scaled LR.
-        scheduler["warmup_min_ratio"] = min(1.0, 1.0 / factor)
-    for block, keys in ((params, ("lr",)), (scheduler, rates)):
-        for key in keys:
-            if isinstance(block.get(key), int | float):
-                block[key] = block[key] * factor
-    resolved = scaling.model_copy(update={"reference_batch": deepspeed[BATCH]})
-    return giantdet.model_copy(update={"lr_scaling": resolved})
 
 
 def _resolve_intervals(giantdet: GiantdetConfig, batch: int, images: int | None) -> GiantdetConfig:

@@ -31,6 +31,9 @@ class ResolvedRun(RunConfig):
     and `model.num_classes`.
     """
 
+    scaled: tuple[str, ...] = ()
+    """What the rules of `lr_scaling` have changed, as texts; empty for the config.json of a run."""
+
     @cached_property
     def _typed(self) -> DeepSpeedConfig:
         return DeepSpeedConfig.model_validate_json(json.dumps(self.deepspeed))

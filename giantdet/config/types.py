@@ -105,13 +105,23 @@ class AgvmConfig(Section):
 
 
 class LrScalingConfig(Section):
-    """Scaling of all LRs of the JSON from the batch size that they were chosen for to that of the run."""
+    """Scaling of LRs and other values from the batch that they were chosen for to that of the run.
+
+    The rules and their sources are in `config/batch_scaling.py`. kappa is batch / reference_batch.
+    """
 
     reference_batch: PositiveInt | None = None
-    """Batch size that the LRs of the JSON were chosen for; required by linear and sqrt."""
+    """Batch size that the values of the JSON were chosen for; required by every rule."""
     rule: Literal["linear", "sqrt", "none"] = "none"
     """Factor of the LRs. linear: batch / reference_batch (MegDet; Goyal et al. 2017); sqrt: its square root
     (AGVM; LAMB); none: 1."""
+    betas: Literal["none", "sde", "beta2_power"] = "none"
+    """Adam and AdamW. sde: 1 - kappa (1 - beta) for both betas and eps / sqrt(kappa), together with rule sqrt
+    (Malladi et al. 2022); beta2_power: the second beta to the power of kappa."""
+    weight_decay: Literal["none", "timescale"] = "none"
+    """AdamW, Lion, Muon. timescale: LR x weight decay grows with kappa (after Wang and Aitchison 2024)."""
+    ema: Literal["none", "power"] = "none"
+    """power: `ema.decay` to the power of kappa (Busbridge et al. 2023)."""
 
 
 class ParamGroupsConfig(Section):

@@ -36,6 +36,7 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
         f"batch {total} = {micro_batch} images x {accumulation} accumulated x {comm.world_size()} ranks\n"
         + norm_table(model, micro_batch, accumulation)
         + schedule_line(run)
+        + scaling_line(run)
         + group_table(zero.groups_of(model, run), run.optimizer.lr),
         flush=True,
     )
@@ -60,6 +61,8 @@ def schedule_line(run: ResolvedRun) -> str:
     else:
         values = ", ".join(f"{key} {value}" for key, value in scheduler.given().items())
         parts.append(f"{scheduler.name} ({values})")
+        # DeepSpeed's schedules begin at their minimum, WarmupCosineLR at 0 whatever its minimum.
+        parts.append(f"LR {lr_function(scheduler, optimizer.lr)(0):.4g} in the first step")
         peak = getattr(scheduler, "warmup_num_steps", getattr(scheduler, "cycle_first_step_size", 0))
         if isinstance(peak, int) and config.train.steps is not None and peak >= config.train.steps:
             reached = lr_function(scheduler, optimizer.lr)(config.train.steps - 1)
@@ -74,6 +77,14 @@ def schedule_line(run: ResolvedRun) -> str:
     if config.ema.enabled:
         parts.append(f"weights averaged with decay {config.ema.decay:g}")
     return ", ".join(parts) + "\n"
+
+
+def scaling_line(run: ResolvedRun) -> str:
+    """Return what the rules of `lr_scaling` have changed as a line with a line break; empty for none."""
+    if not run.scaled:
+        return ""
+    head, *changes = run.scaled
+    return f"{head}: {', '.join(changes)}\n"
 
 
 def norm_table(model: Architecture, micro_batch: int, accumulation: int) -> str:
