@@ -19,7 +19,7 @@ from giantdet.errors import ConfigError
 
 _ADAMS = ("Adam", "AdamW")
 # Their step is w -= lr * weight_decay * w, apart from the gradient; Adam's unless adam_w_mode is false.
-_DECOUPLED = (*_ADAMS, "Lion", "Muon")
+_DECOUPLED = (*_ADAMS, "Lion", "Muon", "DeepSpeedMuon")
 
 
 # The rules
@@ -139,7 +139,7 @@ def _scale_lrs(deepspeed: dict[str, Any], factor: float) -> None:
     if scheduler.get("warmup_min_ratio") == "auto":
         # MegDet's warmup: from the LR of the reference batch to the scaled LR.
         scheduler["warmup_min_ratio"] = min(1.0, 1.0 / factor)
-    for block, keys in ((deepspeed["optimizer"]["params"], ("lr",)), (scheduler, rates)):
+    for block, keys in ((deepspeed["optimizer"]["params"], ("lr", "adam_lr")), (scheduler, rates)):
         for key in keys:
             if isinstance(block.get(key), int | float):
                 block[key] = block[key] * factor

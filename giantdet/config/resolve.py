@@ -25,6 +25,7 @@ from giantdet.config.faster import check_faster
 from giantdet.config.identity import first_difference
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
+from giantdet.config.muon import check_agvm_with_muon, check_deepspeed_muon
 from giantdet.config.names import nearest
 from giantdet.config.optimizers import OPTIMIZERS
 from giantdet.config.resolved import ResolvedRun
@@ -82,6 +83,7 @@ def resolve(
         _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
     giantdet = _resolve_clip_window(giantdet, deepspeed, train_images)
     giantdet = _resolve_agvm(giantdet, deepspeed)
+    check_agvm_with_muon(giantdet.agvm, deepspeed)
     moved = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
     if moved.get("device") == "nvme" or moved.get("ratio", 1.0) < 1.0:
         raise ConfigError(
@@ -249,7 +251,10 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
         raise ConfigError(
             f"optimizer.type: {name} works on whole weights, which zero_optimization.stage {zero['stage']} "
             "partitions; set the stage to 0, or use AdamW, SGD or Lion"
+            + (", or DeepSpeedMuon" if name == "Muon" else "")
         )
+    if name == "DeepSpeedMuon":
+        check_deepspeed_muon(deepspeed)
     if zero.get("stage", 0) > 0 and not adam:
         # The run names this optimizer, so DeepSpeed need not ask for a confirmation.
         deepspeed.setdefault("zero_allow_untested_optimizer", True)

@@ -93,7 +93,7 @@ class ResolvedRun(RunConfig):
 
         DeepSpeed would treat some names of optimizers and schedules in its own way.
         """
-        built = {"scheduler", "optimizer"} if self.optimizer.FROM_TIMM else {"scheduler"}
+        built = {"scheduler"} if self.optimizer.BUILT_BY == "deepspeed" else {"scheduler", "optimizer"}
         return {key: value for key, value in self.deepspeed.items() if key not in built}
 
 
