@@ -39,6 +39,16 @@ class AugmentConfig(Section):
     """Change brightness, contrast, saturation and hue at random (data/photometric.py)."""
 
 
+class SamplingConfig(Section):
+    """How often each training image is seen (`data/sampling.py`)."""
+
+    type: Literal["uniform", "repeat_factor"] = "uniform"
+    """uniform: once an epoch. repeat_factor: more often with rare classes (Gupta et al. 2019). An image has
+    the largest factor max(1, sqrt(threshold / f)) of its classes; f is the share of images with the class."""
+    threshold: PositiveFloat = 0.001
+    """Share of images below which a class is rare; LVIS: 0.001."""
+
+
 class DataConfig(Section):
     train: DatasetConfigs | None = None
     """A data set, or a list of them: the classes are those of the first, the others meet them by name."""
@@ -54,6 +64,8 @@ class DataConfig(Section):
     long_side: PositiveInt | None = None
     """Or less where the long side would be larger than this; None: the canvas alone is the limit."""
     augment: AugmentConfig = AugmentConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    """How often each training image is seen."""
     max_objects: PositiveInt = 100
     """Ground-truth slots M per image; if an image has more objects, the largest are kept and the others are
     counted in the log."""

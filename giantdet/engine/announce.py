@@ -10,7 +10,9 @@ import torch
 from giantdet.architectures import Architecture
 from giantdet.config.json_text import json_text
 from giantdet.config.resolved import ResolvedRun
+from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset
+from giantdet.data.sampling import sampling_text
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.layers.norm import norm_summary
@@ -42,12 +44,13 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
     )
 
 
-def write_summary(dataset: Dataset, validation: Dataset | None, file: Path) -> None:
-    """Print what the data sets hold, and write it to a JSON file."""
+def write_summary(dataset: Dataset, validation: Dataset | None, config: DataConfig, file: Path) -> None:
+    """Print what the data sets hold and how they are sampled, and write the former to a JSON file."""
     opened = {"train": dataset} | ({} if validation is None else {"val": validation})
     found = {split: part.summary() for split, part in opened.items()}
     for split, summary in found.items():
         print(summary.text(f"data.{split}"), flush=True)
+    print(sampling_text(dataset, config), end="", flush=True)
     content = {split: summary.as_json() for split, summary in found.items()}
     file.write_text(json_text(content, indent=2) + "\n")
 
