@@ -161,6 +161,8 @@ def load_tensors(engine: Engine, saved: SavedTensors, ema: WeightEma | None) -> 
                 )
             for key, tensor in elements.items() if there else ():
                 tensor.copy_(saved.read(key, name, fragment.first, fragment.last))
+            for key, tensor in fragment.whole_state(optimizer).items() if there else ():
+                tensor.copy_(saved.read(key, name, 0, tensor.numel()))
             for key in values if there else ():
                 _assign(optimizer.state[fragment.owner], key, float(saved.whole(key, name)))
         elif not p.requires_grad:

@@ -19,7 +19,7 @@ from giantdet.config.names import all_paths, keys_of, nearest
 from giantdet.config.optimizers import OPTIMIZERS, OptimizerConfig
 from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
 from giantdet.config.section import LISTS, Section
-from giantdet.config.types import UNIONS, GiantdetConfig
+from giantdet.config.types import UNIONS, DataConfig, GiantdetConfig
 from giantdet.config.unsupported import UNSUPPORTED
 from giantdet.errors import ConfigError
 
@@ -304,5 +304,24 @@ def _check_giantdet(config: GiantdetConfig) -> None:
         'giantdet.data.val has a data set of "format": "lvis" in a list; LVIS\'s scores are of one data set: '
         "give it alone, and evaluate the others with `giantdet eval`",
     )
+    _check_weights(data)
     for problem in model.problems():
         raise ConfigError(f"giantdet.model.{problem}")
+
+
+def _check_weights(data: DataConfig) -> None:
+    """Raise ConfigError unless all data sets of a list in `data.train` have a weight, or none anywhere."""
+    for split, config in (("train", data.train), ("val", data.val)):
+        found = [] if config is None else sections(config)
+        given = [place for place, section in found if section.weight is not None]
+        if given and (split == "val" or len(found) == 1):
+            raise ConfigError(
+                f"giantdet.data.{split}{given[0]}.weight is the share of one of several data sets in "
+                "data.train; leave it out"
+            )
+        if given and len(given) < len(found):
+            without = next(place for place, _ in found if place not in given)
+            raise ConfigError(
+                f"giantdet.data.{split}{given[0]}.weight is given, and giantdet.data.{split}{without} has "
+                "none: give all of them one"
+            )

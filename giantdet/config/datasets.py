@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from giantdet.config.section import PathText, Section, tagged_union
+from giantdet.config.section import PathText, PositiveFloat, Section, tagged_union
 
 
 class Source(NamedTuple):
@@ -25,6 +25,9 @@ class BaseDatasetConfig(Section):
     format: str
     images: PathText
     """Folder of the images."""
+    weight: PositiveFloat | None = None
+    """In a list of `data.train`: share of the training samples from this data set, relative to the weights of
+    the others. Give all of them one, or none: then each image is seen once an epoch."""
 
     def sources(self) -> Iterator[Source]:
         """Yield the files and folders that must exist."""

@@ -1,8 +1,9 @@
 """The `params` of the JSON's `optimizer` block: one section for every supported optimizer.
 
 A new optimizer is one class here, and a line in OPTIMIZERS. Defaults are those of the library that builds it:
-Adam, AdamW and SGD are DeepSpeed's and torch's, the others timm's (optim/optimizers.py). Adagrad is not
-supported: at ZeRO-1 and 2 DeepSpeed 0.19 constructs it a second time, which loses its parameter groups.
+Adam, AdamW and SGD are DeepSpeed's and torch's, DeepSpeedMuon is DeepSpeed's, the others are timm's
+(optim/optimizers.py). Adagrad is not supported: at ZeRO-1 and 2 DeepSpeed 0.19 constructs it a second time,
+which loses its parameter groups.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from giantdet.config.section import NonNegative, Section, Whole, wish
 
@@ -35,8 +36,8 @@ class OptimizerConfig(Section):
     """Number of float32 values that the optimizer keeps for each parameter."""
     WHOLE_WEIGHTS: ClassVar[bool] = False
     """True if the optimizer needs whole weights, which ZeRO-1 to 3 partition."""
-    FROM_TIMM: ClassVar[bool] = False
-    """True if timm builds the optimizer; otherwise DeepSpeed does."""
+    BUILT_BY: ClassVar[Literal["deepspeed", "timm", "giantdet"]] = "deepspeed"
+    """deepspeed: from the JSON; timm, giantdet: by optim/optimizers.py, from a class of timm or DeepSpeed."""
 
     lr: NonNegative
     weight_decay: NonNegative = 0.0
@@ -92,7 +93,7 @@ class SGD(MomentumConfig):
 class Lion(OptimizerConfig):
     """Lion (Chen et al. 2023)."""
 
-    FROM_TIMM = True
+    BUILT_BY = "timm"
 
     betas: Betas = (0.9, 0.99)
 
@@ -102,7 +103,7 @@ class Lamb(OptimizerConfig):
 
     MOMENTS = 2
     WHOLE_WEIGHTS = True
-    FROM_TIMM = True
+    BUILT_BY = "timm"
 
     betas: Betas = (0.9, 0.999)
     eps: NonNegative = 1e-6
@@ -117,7 +118,7 @@ class Lars(MomentumConfig):
     """LARS (You et al. 2017)."""
 
     WHOLE_WEIGHTS = True
-    FROM_TIMM = True
+    BUILT_BY = "timm"
 
     trust_coeff: float = 0.001
     eps: NonNegative = 1e-8
@@ -129,7 +130,7 @@ class Muon(OptimizerConfig):
     """Muon (Jordan et al. 2024), and AdamW for parameters that are not matrices."""
 
     WHOLE_WEIGHTS = True
-    FROM_TIMM = True
+    BUILT_BY = "timm"
 
     momentum: NonNegative = 0.95
     nesterov: bool = False
@@ -138,6 +139,25 @@ class Muon(OptimizerConfig):
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
 
 
+class DeepSpeedMuon(OptimizerConfig):
+    """DeepSpeed's Muon for the weights of linear layers, at every ZeRO stage, and AdamW for all the others.
+
+    A matrix's LR is scaled by sqrt(max(1, rows / columns)), Jordan's rule, and the momentum is Nesterov's.
+    """
+
+    MOMENTS = 2  # AdamW's; matrices have one
+    BUILT_BY = "giantdet"
+
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    ns_method: Literal["gram", "standard"] = "gram"
+    """Newton-Schulz iteration. gram: on the Gram matrix, in float16 where there is hardware for it; standard:
+    in bfloat16."""
+    adam_lr: NonNegative | None = None
+    """LR of AdamW's parameters; None: `lr`. Muon's is often 10 to 50 times as large."""
+    betas: Betas = (0.9, 0.95)
+    eps: NonNegative = 1e-10
+
+
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
-    section.__name__: section for section in (Adam, AdamW, SGD, Lion, Lamb, Lars, Muon)
+    section.__name__: section for section in (Adam, AdamW, SGD, Lion, Lamb, Lars, Muon, DeepSpeedMuon)
 }

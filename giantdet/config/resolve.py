@@ -16,6 +16,7 @@ from typing import Any
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.architectures.common import PartNormConfig
 from giantdet.config.batch import ACCUMULATION, BATCH, MICRO, solve_batch
+from giantdet.config.batch_scaling import scale_with_batch
 from giantdet.config.checks import canonical_name
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import sections
@@ -24,6 +25,7 @@ from giantdet.config.faster import check_faster
 from giantdet.config.identity import first_difference
 from giantdet.config.lengths import to_steps
 from giantdet.config.load import RunConfig
+from giantdet.config.muon import check_agvm_with_muon, check_deepspeed_muon
 from giantdet.config.names import nearest
 from giantdet.config.optimizers import OPTIMIZERS
 from giantdet.config.resolved import ResolvedRun
@@ -76,11 +78,12 @@ def resolve(
         train = giantdet.train.model_copy(update={"steps": steps, "epochs": None})
         giantdet = giantdet.model_copy(update={"train": train})
     giantdet = _resolve_intervals(giantdet, batch, train_images)
-    giantdet = _resolve_lr(giantdet, deepspeed)
+    giantdet, scaled = scale_with_batch(giantdet, deepspeed)
     if "scheduler" in deepspeed:
         _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
     giantdet = _resolve_clip_window(giantdet, deepspeed, train_images)
     giantdet = _resolve_agvm(giantdet, deepspeed)
+    check_agvm_with_muon(giantdet.agvm, deepspeed)
     moved = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
     if moved.get("device") == "nvme" or moved.get("ratio", 1.0) < 1.0:
         raise ConfigError(
@@ -102,7 +105,7 @@ def resolve(
             update={"classes": _agreed(giantdet.data.classes, model.predicted(classes))}
         )
         giantdet = giantdet.model_copy(update={"model": model, "data": data})
-    return ResolvedRun(giantdet, deepspeed, run.about, run.path)
+    return ResolvedRun(giantdet, deepspeed, run.about, run.path, scaled)
 
 
 def describe(run: RunConfig) -> str:
@@ -181,35 +184,6 @@ def _check_norm_parts(giantdet: GiantdetConfig) -> None:
             )
 
 
-def _resolve_lr(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
-    """Scale all LRs to the batch size.
-
-    The resolved run has its own batch as the reference, so that resolving it again changes nothing.
-    """
-    scaling = giantdet.lr_scaling
-    params = deepspeed["optimizer"]["params"]
-    if scaling.rule == "none":
-        return giantdet
-    if scaling.reference_batch is None:
-        raise ConfigError(
-            f'giantdet.lr_scaling.rule "{scaling.rule}" needs giantdet.lr_scaling.reference_batch, the batch '
-            "that the learning rate was chosen for"
-        )
-    ratio = deepspeed[BATCH] / scaling.reference_batch
-    factor = ratio if scaling.rule == "linear" else math.sqrt(ratio)
-    scheduler = deepspeed.get("scheduler", {}).get("params", {})
-    rates = SCHEDULERS[_name(deepspeed["scheduler"], SCHEDULERS)].LRS if "scheduler" in deepspeed else ()
-    if scheduler.get("warmup_min_ratio") == "auto":
-        # MegDet's warmup: from the LR of the reference batch to the scaled LR.
-        scheduler["warmup_min_ratio"] = min(1.0, 1.0 / factor)
-    for block, keys in ((params, ("lr",)), (scheduler, rates)):
-        for key in keys:
-            if isinstance(block.get(key), int | float):
-                block[key] = block[key] * factor
-    resolved = scaling.model_copy(update={"reference_batch": deepspeed[BATCH]})
-    return giantdet.model_copy(update={"lr_scaling": resolved})
-
-
 def _resolve_intervals(giantdet: GiantdetConfig, batch: int, images: int | None) -> GiantdetConfig:
     """Convert the intervals of evaluations and checkpoints to steps."""
     train = giantdet.train
@@ -277,7 +251,10 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
         raise ConfigError(
             f"optimizer.type: {name} works on whole weights, which zero_optimization.stage {zero['stage']} "
             "partitions; set the stage to 0, or use AdamW, SGD or Lion"
+            + (", or DeepSpeedMuon" if name == "Muon" else "")
         )
+    if name == "DeepSpeedMuon":
+        check_deepspeed_muon(deepspeed)
     if zero.get("stage", 0) > 0 and not adam:
         # The run names this optimizer, so DeepSpeed need not ask for a confirmation.
         deepspeed.setdefault("zero_allow_untested_optimizer", True)

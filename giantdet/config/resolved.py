@@ -31,6 +31,9 @@ class ResolvedRun(RunConfig):
     and `model.num_classes`.
     """
 
+    scaled: tuple[str, ...] = ()
+    """What the rules of `lr_scaling` have changed, as texts; empty for the config.json of a run."""
+
     @cached_property
     def _typed(self) -> DeepSpeedConfig:
         return DeepSpeedConfig.model_validate_json(json.dumps(self.deepspeed))
@@ -90,7 +93,7 @@ class ResolvedRun(RunConfig):
 
         DeepSpeed would treat some names of optimizers and schedules in its own way.
         """
-        built = {"scheduler", "optimizer"} if self.optimizer.FROM_TIMM else {"scheduler"}
+        built = {"scheduler"} if self.optimizer.BUILT_BY == "deepspeed" else {"scheduler", "optimizer"}
         return {key: value for key, value in self.deepspeed.items() if key not in built}
 
 

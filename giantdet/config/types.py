@@ -39,6 +39,16 @@ class AugmentConfig(Section):
     """Change brightness, contrast, saturation and hue at random (data/photometric.py)."""
 
 
+class SamplingConfig(Section):
+    """How often each training image is seen (`data/sampling.py`)."""
+
+    type: Literal["uniform", "repeat_factor"] = "uniform"
+    """uniform: once an epoch. repeat_factor: more often with rare classes (Gupta et al. 2019). An image has
+    the largest factor max(1, sqrt(threshold / f)) of its classes; f is the share of images with the class."""
+    threshold: PositiveFloat = 0.001
+    """Share of images below which a class is rare; LVIS: 0.001."""
+
+
 class DataConfig(Section):
     train: DatasetConfigs | None = None
     """A data set, or a list of them: the classes are those of the first, the others meet them by name."""
@@ -54,6 +64,8 @@ class DataConfig(Section):
     long_side: PositiveInt | None = None
     """Or less where the long side would be larger than this; None: the canvas alone is the limit."""
     augment: AugmentConfig = AugmentConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    """How often each training image is seen."""
     max_objects: PositiveInt = 100
     """Ground-truth slots M per image; if an image has more objects, the largest are kept and the others are
     counted in the log."""
@@ -105,13 +117,23 @@ class AgvmConfig(Section):
 
 
 class LrScalingConfig(Section):
-    """Scaling of all LRs of the JSON from the batch size that they were chosen for to that of the run."""
+    """Scaling of LRs and other values from the batch that they were chosen for to that of the run.
+
+    The rules and their sources are in `config/batch_scaling.py`. kappa is batch / reference_batch.
+    """
 
     reference_batch: PositiveInt | None = None
-    """Batch size that the LRs of the JSON were chosen for; required by linear and sqrt."""
+    """Batch size that the values of the JSON were chosen for; required by every rule."""
     rule: Literal["linear", "sqrt", "none"] = "none"
     """Factor of the LRs. linear: batch / reference_batch (MegDet; Goyal et al. 2017); sqrt: its square root
     (AGVM; LAMB); none: 1."""
+    betas: Literal["none", "sde", "beta2_power"] = "none"
+    """Adam and AdamW. sde: 1 - kappa (1 - beta) for both betas and eps / sqrt(kappa), together with rule sqrt
+    (Malladi et al. 2022); beta2_power: the second beta to the power of kappa."""
+    weight_decay: Literal["none", "timescale"] = "none"
+    """AdamW, Lion, Muon. timescale: LR x weight decay grows with kappa (after Wang and Aitchison 2024)."""
+    ema: Literal["none", "power"] = "none"
+    """power: `ema.decay` to the power of kappa (Busbridge et al. 2023)."""
 
 
 class ParamGroupsConfig(Section):

@@ -39,7 +39,8 @@ UNSUPPORTED: dict[str, str] = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "is deprecated; use "
     "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     "zero_optimization.zenflow": "replaces the optimizer's step, which giantdet does not support",
-    "zero_optimization.save_muon_momentum_buffer_in_memory": "is for Muon, which giantdet does not support",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "is for Muon with offload, which is not "
+    "supported",
     "zero_optimization.mics_shard_size": _REMOVED,
     "zero_optimization.mics_hierarchical_params_gather": _REMOVED,
     "zero_optimization.zeropp_loco_param": _REMOVED,

@@ -17,13 +17,14 @@ from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset, nothing_to_train
 from giantdet.data.images import limit_pixels
 from giantdet.data.samples import NO_MAP, Sample, collate, make_sample
+from giantdet.data.sampling import Repeats, repeat_factors
 from giantdet.data.transforms import Geometry, draw_geometry, window_row, windows
 from giantdet.errors import DataError
 from giantdet.structures import IGNORE, Batch
 
 MAX_BAD_IN_A_ROW = 50
 BOXES_AND_MASKS = frozenset({"boxes", "masks"})
-_AUGMENT = 1  # second word of the augmentation's seeds; the permutations use 0
+_AUGMENT = 1  # second word of the augmentation's seeds; the permutations use 0, data/sampling.py 2
 
 
 class Delivery(NamedTuple):
@@ -81,16 +82,23 @@ class TrainStream(Stream):
         self.indices = dataset.training_indices(config.filter_empty)
         if len(self.indices) == 0 or ("boxes" in targets and not dataset.summary().objects):
             raise nothing_to_train(dataset)
+        self.factors = repeat_factors(dataset, self.indices, config)
+        self._repeats = None if self.factors is None else Repeats(self.factors, seed)
 
     def __len__(self) -> int:
-        """Return the number of samples per epoch."""
+        """Return the number of images."""
         return len(self.indices)
+
+    def image(self, k: int) -> int:
+        """Return the index in the data set of the image that sample k is."""
+        chosen = sample_index(k, len(self), self.seed) if self._repeats is None else self._repeats[k]
+        return int(self.indices[chosen])
 
     def __getitem__(self, k: int) -> Sample:
         """Return sample k. The image of k + 1, k + 2, ... replaces a bad one, with k's random numbers."""
         bad: list[str] = []
         for j in range(k, k + MAX_BAD_IN_A_ROW):
-            i = int(self.indices[sample_index(j, len(self), self.seed)])
+            i = self.image(j)
             height, width = self.dataset.sizes_hw[i]
             rng = np.random.default_rng((self.seed % 2**63, _AUGMENT, k))
             geometry = draw_geometry(rng, (int(height), int(width)), self.config, training=True)

@@ -10,7 +10,9 @@ import torch
 from giantdet.architectures import Architecture
 from giantdet.config.json_text import json_text
 from giantdet.config.resolved import ResolvedRun
+from giantdet.config.types import DataConfig
 from giantdet.data.dataset import Dataset
+from giantdet.data.sampling import sampling_text
 from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.layers.norm import norm_summary
@@ -36,17 +38,19 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
         f"batch {total} = {micro_batch} images x {accumulation} accumulated x {comm.world_size()} ranks\n"
         + norm_table(model, micro_batch, accumulation)
         + schedule_line(run)
+        + scaling_line(run)
         + group_table(zero.groups_of(model, run), run.optimizer.lr),
         flush=True,
     )
 
 
-def write_summary(dataset: Dataset, validation: Dataset | None, file: Path) -> None:
-    """Print what the data sets hold, and write it to a JSON file."""
+def write_summary(dataset: Dataset, validation: Dataset | None, config: DataConfig, file: Path) -> None:
+    """Print what the data sets hold and how they are sampled, and write the former to a JSON file."""
     opened = {"train": dataset} | ({} if validation is None else {"val": validation})
     found = {split: part.summary() for split, part in opened.items()}
     for split, summary in found.items():
         print(summary.text(f"data.{split}"), flush=True)
+    print(sampling_text(dataset, config), end="", flush=True)
     content = {split: summary.as_json() for split, summary in found.items()}
     file.write_text(json_text(content, indent=2) + "\n")
 
@@ -60,6 +64,8 @@ def schedule_line(run: ResolvedRun) -> str:
     else:
         values = ", ".join(f"{key} {value}" for key, value in scheduler.given().items())
         parts.append(f"{scheduler.name} ({values})")
+        # DeepSpeed's schedules begin at their minimum, WarmupCosineLR at 0 whatever its minimum.
+        parts.append(f"LR {lr_function(scheduler, optimizer.lr)(0):.4g} in the first step")
         peak = getattr(scheduler, "warmup_num_steps", getattr(scheduler, "cycle_first_step_size", 0))
         if isinstance(peak, int) and config.train.steps is not None and peak >= config.train.steps:
             reached = lr_function(scheduler, optimizer.lr)(config.train.steps - 1)
@@ -74,6 +80,14 @@ def schedule_line(run: ResolvedRun) -> str:
     if config.ema.enabled:
         parts.append(f"weights averaged with decay {config.ema.decay:g}")
     return ", ".join(parts) + "\n"
+
+
+def scaling_line(run: ResolvedRun) -> str:
+    """Return what the rules of `lr_scaling` have changed as a line with a line break; empty for none."""
+    if not run.scaled:
+        return ""
+    head, *changes = run.scaled
+    return f"{head}: {', '.join(changes)}\n"
 
 
 def norm_table(model: Architecture, micro_batch: int, accumulation: int) -> str:

@@ -199,7 +199,7 @@ def _build(
     if comm.is_main():
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")
-        write_summary(dataset, validation, output / "data.json")
+        write_summary(dataset, validation, config.data, output / "data.json")
         if first_step:
             print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
     comm.barrier()

@@ -21,7 +21,7 @@ from giantdet.export import load_weights
 from giantdet.layers.blocks import blocks_of
 from giantdet.layers.deferred import deferred_init, is_deferred, real_parameters
 from giantdet.layers.norm import moving_norms
-from giantdet.optim.optimizers import optimizer_factory
+from giantdet.optim.optimizers import optimizer_factory, with_muon
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 
@@ -141,7 +141,7 @@ def _schedule(scheduler: SchedulerConfig, lr: float, optimizer: Any) -> LrSchedu
 def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
     """Return the model's parameter groups with the LR and weight decay of the run's optimizer."""
     optimizer, chosen = run.optimizer, run.giantdet.param_groups
-    return parameter_groups(
+    groups = parameter_groups(
         model,
         optimizer.weight_decay,
         optimizer.lr,
@@ -150,6 +150,7 @@ def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
         chosen.lr_multipliers,
         chosen.decay_norms_and_biases,
     )
+    return with_muon(model, groups, optimizer)
 
 
 def learning_rates(engine: Engine) -> dict[str, float]:
@@ -170,7 +171,13 @@ def set_gradient_clipping(engine: Engine, limit: float) -> None:
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """Return the norm of the last step's gradient before clipping, or None where DeepSpeed keeps none."""
+    """Return the norm of the last step's gradient before clipping, or None where DeepSpeed keeps none.
+
+    With DeepSpeedMuon at ZeRO-1 to 3 it keeps that of Muon's updates, which is not returned.
+    """
+    groups = engine.basic_optimizer.param_groups
+    if engine.zero_optimization_stage() > 0 and any(group.get("use_muon") for group in groups):
+        return None
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 

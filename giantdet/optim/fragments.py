@@ -8,6 +8,7 @@ the moments with those computed without DeepSpeed, `test_resume.py` weights and 
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
+
+MUON = "momentum_buffer"
 
 
 class Fragment(NamedTuple):
@@ -25,6 +28,7 @@ class Fragment(NamedTuple):
     group: dict[str, Any]  # of the optimizer: LR, betas, eps
     owner: Tensor  # what the optimizer steps: float32 weights, of one parameter or of many, flat
     start: int  # of the fragment in the flattened `owner`
+    whole: slice | None = None  # of the parameter in Muon's momentum at stages 1 and 2, see `_of_flat`
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a flat view of the fragment in `owner`, or in a tensor of its shape."""
@@ -44,11 +48,17 @@ class Fragment(NamedTuple):
         """
         elements, values = {}, {}
         for key, value in optimizer.state.get(self.owner, {}).items():
-            if isinstance(value, Tensor) and value.shape == self.owner.shape and key != "step":
+            if key == MUON and self.whole is not None:
+                elements[key] = value[self.whole][self.first : self.last]
+            elif isinstance(value, Tensor) and value.shape == self.owner.shape and key != "step":
                 elements[key] = self.of(value)
             elif isinstance(value, Tensor | int | float):
                 values[key] = value
         return elements, values
+
+    def whole_state(self, optimizer: Any) -> dict[str, Tensor]:
+        """Return what this rank keeps of the state of the whole parameter, beyond its fragment."""
+        return {} if self.whole is None else {MUON: optimizer.state[self.owner][MUON][self.whole]}
 
 
 def even_share(size: int) -> tuple[int, int]:
@@ -122,16 +132,25 @@ def _of_stage_3(engine: Engine) -> dict[nn.Parameter, Fragment]:
 def _of_flat(
     engine: Engine, members: list[list[Any]], offsets: list[list[int]] | None = None
 ) -> dict[nn.Parameter, Fragment]:
-    """A group's parameters lie one after the other, or at `offsets`, cut into equal parts, one per rank."""
+    """A group's parameters lie one after the other, or at `offsets`, cut into equal parts, one per rank.
+
+    Of parameters that Muon orthogonalises, each of their ranks keeps the whole momentum, one after the other.
+    """
     found = {}
     for i, group in enumerate(engine.basic_optimizer.param_groups):
+        wholes: dict[nn.Parameter, slice] = {}
+        if offsets is not None and group.get("use_muon"):
+            ends = [*accumulate((p.numel() for p in engine.optimizer.params_in_partition[i]), initial=0)]
+            wholes = dict(
+                zip(engine.optimizer.params_in_partition[i], map(slice, ends, ends[1:]), strict=False)
+            )
         (owner,) = group["params"]
         begin, offset = comm.rank() * owner.numel(), 0
         for j, p in enumerate(members[i]):
             offset = offset if offsets is None else offsets[i][j]
             first, last = max(0, begin - offset), min(p.numel(), begin + owner.numel() - offset)
             if first < last:
-                found[p] = Fragment(first, last, group, owner, offset + first - begin)
+                found[p] = Fragment(first, last, group, owner, offset + first - begin, wholes.get(p))
             offset += p.numel()
     return found
 
@@ -166,9 +185,22 @@ def create_states(engine: Engine) -> None:
         gradient, owner.grad = owner.grad, torch.zeros_like(owner)
         group["params"] = [owner]
         optimizer.step()
+        if group.get("use_muon") and MUON not in optimizer.state[owner]:
+            _create_momentum(engine, group, owner)
         group["params"], owner.grad = [], gradient
     for group, params, lr in kept:
         group["params"], group["lr"] = params, lr
+
+
+def _create_momentum(engine: Engine, group: dict[str, Any], owner: Tensor) -> None:
+    """Create the momentum of Muon's partition, which DeepSpeed does before the optimizer's step."""
+    optimizer, size, dtype = engine.optimizer, owner.numel(), torch.float32
+    if engine.zero_optimization_stage() == 3:
+        dtype = optimizer.communication_data_type
+    elif hasattr(optimizer, "params_in_partition"):
+        names = [g["name"] for g in engine.basic_optimizer.param_groups]
+        size = sum(p.numel() for p in optimizer.params_in_partition[names.index(group["name"])])
+    engine.basic_optimizer.state[owner][MUON] = torch.zeros(size, dtype=dtype, device=owner.device)
 
 
 @torch.no_grad()

@@ -37,11 +37,27 @@ def test_schedulers_are_all_of_deepspeeds_and_ours() -> None:
 
 def test_parameters_of_optimizers() -> None:
     own = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # taken out by DeepSpeed's engine
-    assert {name for name, section in OPTIMIZERS.items() if not section.FROM_TIMM} == {"Adam", "AdamW", "SGD"}
+    built_by = {name: section.BUILT_BY for name, section in OPTIMIZERS.items()}
+    assert {name for name, by in built_by.items() if by == "deepspeed"} == {"Adam", "AdamW", "SGD"}
+    assert {name for name, by in built_by.items() if by == "giantdet"} == {"DeepSpeedMuon"}
     for name, section in OPTIMIZERS.items():
-        library: Any = timm.optim if section.FROM_TIMM else torch.optim
+        if section.BUILT_BY == "giantdet":
+            continue
+        library: Any = timm.optim if section.BUILT_BY == "timm" else torch.optim
         accepted = inspect.signature(getattr(library, name)).parameters
         assert set(section.model_fields) - own <= set(accepted), name
         for key in set(section.model_fields) - own - {"lr", "weight_decay"}:
             assert section.model_fields[key].default == accepted[key].default, f"{name}.{key}"
-        assert section.FROM_TIMM or not section.WHOLE_WEIGHTS
+        assert section.BUILT_BY == "timm" or not section.WHOLE_WEIGHTS
+
+
+def test_defaults_of_deepspeeds_muon() -> None:
+    from deepspeed.runtime.zero.muon.original_muon import NS_METHODS, MuonWithAuxAdam
+
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    muon = MuonWithAuxAdam([{"params": [weight], "use_muon": True}]).param_groups[0]
+    adam = MuonWithAuxAdam([{"params": [weight], "use_muon": False}]).param_groups[0]
+    fields = OPTIMIZERS["DeepSpeedMuon"].model_fields
+    for group, keys in ((muon, ("momentum", "ns_method")), (adam, ("betas", "eps"))):
+        assert {key: fields[key].default for key in keys} == {key: group[key] for key in keys}
+    assert set(NS_METHODS) == {"gram", "standard"}

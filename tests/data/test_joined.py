@@ -346,18 +346,20 @@ def test_an_override_of_a_list(demo_data: Path, tmp_path: Path) -> None:
 def test_a_run(files: tuple[Path, Path, Path], demo_data: Path, tmp_path: Path) -> None:
     """A run trains, scores and describes lists; its config.json opens again, with the same identity."""
     both = [{"annotations": str(file), "images": str(demo_data / "val")} for file in files[:2]]
-    raw = tiny_run(demo_data, tmp_path / "out", giantdet__data__train=both, giantdet__data__val=both)
+    shares = [section | {"weight": weight} for section, weight in zip(both, (1.0, 3.0), strict=True)]
+    raw = tiny_run(demo_data, tmp_path / "out", giantdet__data__train=shares, giantdet__data__val=both)
     (tmp_path / "run.json").write_text(json.dumps(raw))
     ended = launch(REPO / "scripts/train.py", 1, "--deepspeed_config", tmp_path / "run.json")
     assert [end.code for end in ended] == [0], logs(ended)
     assert f"  {files[1]}: 5 images" in ended[0].out
+    assert f"  75.0% of the samples from {files[1]}" in ended[0].out
     described = json.loads((tmp_path / "out/data.json").read_text())
     assert described["train"]["images"] == described["val"]["images"] == 10
     assert described["train"]["images_by_part"] == [[str(files[0]), 5], [str(files[1]), 5]]
     assert {"box", "mask"} <= json.loads((tmp_path / "out/scores.json").read_text()).keys()
     written = load_resolved(tmp_path / "out/config.json")
     assert json.loads(describe(written))["giantdet"]["data"]["train"] == [
-        {"format": "coco", **section} for section in both
+        {"format": "coco", **section} for section in shares
     ]
     # The identity that a resumed run is compared by has the classes, not the paths.
     alone = tiny_run(demo_data, tmp_path / "out")
