@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from giantdet import __version__
 from giantdet.architectures import Architecture, build_model
 from giantdet.architectures.class_layers import Transfer, rows_by_name, transfer
+from giantdet.architectures.foreign import from_project, translate
 from giantdet.checkpoint.files import SavedTensors, damage, share
 from giantdet.config.architectures import ArchitectureConfig, ModelConfig
 from giantdet.config.architectures.common import NormConfig
@@ -240,10 +241,11 @@ def load_detector(
 def load_weights(model: Architecture, config: ArchitectureConfig, classes: Classes | None = None) -> None:
     """Load the initial weights of a detector: `model.init_weights`, or those that the backbone section names.
 
-    `model.init_weights` is the folder of an export, its model.safetensors, or a file of torchvision's Mask or
-    Faster R-CNN, under any prefix (`layers/weight_names.py`). The rows of layers that belong to classes are
-    taken over by name from an export: `classes` are those of the run. Without names on one of the sides, such
-    a layer is taken over if it has as many classes. What is taken over and what starts afresh is printed.
+    `model.init_weights` is the folder of an export, its model.safetensors, or a file of another project
+    (`architectures/foreign`), under any prefix (`layers/weight_names.py`). The rows of layers that belong to
+    classes are taken over by name from an export: `classes` are those of the run. Without names on one of the
+    sides, such a layer is taken over if it has as many classes. What is taken over and what starts afresh is
+    printed.
     Raises InputError, a ValueError, that lists every key, for any other mismatch.
     """
     if config.init_weights is None:
@@ -251,11 +253,9 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
         return
     path = Path(config.init_weights)
     expected = model.state_dict()
-    state = model_tensors(read_tensors(config.init_weights), expected, model.translate, str(path))
-    try:
-        state = dict(model.translate(state))
-    except LookupError as error:
-        raise InputError(f"{path} is not a complete file of torchvision's detectors: {error}") from error
+    tensors = read_tensors(config.init_weights)
+    tensors = model_tensors(tensors, expected, translate, str(path))
+    state = dict(from_project(tensors, model, config, str(path)))
     if not any(key in expected for key in state):
         raise InputError(
             f"{path} has no tensor of {config.type} by name; if these are weights of a backbone, give them "

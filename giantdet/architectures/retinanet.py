@@ -88,6 +88,8 @@ def _by_anchor(level: Tensor, values: int) -> Tensor:
 class RetinaNet(Architecture):
     """One-stage detector; see `Architecture` for the arguments."""
 
+    OWN_STATE = frozenset({"head.normalizer"})
+
     def __init__(self, config: RetinaNetConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.config, self.image_size = config, image_size
