@@ -150,12 +150,9 @@ def _classes(given: str | None, config: ArchitectureConfig, path: str | Path) ->
 
 def _categories(given: str) -> tuple[list[Category], list[Category]]:
     """Return the classes of things and of stuff of a COCO JSON, or those of names, which are things."""
-    file = Path(given).expanduser()
-    if not file.is_file():
-        if file.suffix in (".json", ".txt"):
-            raise InputError(f"--classes {given}: no such file")
+    if "," in given:
         return list(enumerate((name.strip() for name in given.split(",")), 1)), []
-    text = file.read_text()
+    text = Path(given).expanduser().read_text()
     if not text.lstrip().startswith("{"):
         return list(enumerate(filter(None, map(str.strip, text.splitlines())), 1)), []
     try:

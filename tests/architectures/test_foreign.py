@@ -17,6 +17,7 @@ from torch import Tensor
 
 from giantdet import cli
 from giantdet.config.conventions import CONVENTIONS
+from giantdet.errors import ConfigError, InputError
 from giantdet.export import load_detector
 from giantdet.import_weights import import_weights
 
@@ -85,16 +86,112 @@ ZOO = {
     "detectron2_mask_rcnn_vitdet_b_100ep": "mask_rcnn vit_base_patch16_224",
     "detectron2_cascade_mask_rcnn_vitdet_b_100ep": "cascade_mask_rcnn vit_base_patch16_224",
     "detectron2_cascade_mask_rcnn_swin_b_in21k_50ep": "cascade_mask_rcnn swin_base_patch4_window7_224",
+    "mmdet3_faster-rcnn_r50_fpn_1x_coco": "mask_rcnn resnet50",
+    "mmdet3_mask-rcnn_r50_fpn_1x_coco": "mask_rcnn resnet50",
+    "mmdet3_mask-rcnn_x101-32x4d_fpn_1x_coco": "mask_rcnn resnext101_32x4d",
+    "mmdet3_mask-rcnn_swin-t-p4-w7_fpn_1x_coco": "mask_rcnn swin_tiny_patch4_window7_224",
+    "mmdet3_cascade-rcnn_r50_fpn_1x_coco": "cascade_mask_rcnn resnet50",
+    "mmdet3_cascade-mask-rcnn_r50_fpn_1x_coco": "cascade_mask_rcnn resnet50",
+    "mmdet3_panoptic-fpn_r50_fpn_1x_coco": "panoptic_fpn resnet50",
+    "mmdet3_retinanet_r50_fpn_1x_coco": "retinanet resnet50",
+    "mmseg1_fpn_r50_4xb2-80k_cityscapes-512x1024": "semantic_fpn resnet50c",
+    "mmseg1_upernet_r50_4xb4-80k_ade20k-512x512": "upernet resnet50c",
+    "mmseg1_swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512": (
+        "upernet swin_tiny_patch4_window7_224"
+    ),
 }
+
+
+def zoo_state(golden: Path, name: str) -> dict[str, Tensor]:
+    keys = json.loads((golden / f"zoo_keys/{name}.json").read_text())["keys"]
+    return {f"model.{key}": torch.zeros(()).expand(shape) for key, shape in keys.items()}
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_tensor_of_the_zoo_has_its_place(golden: Path, name: str, monkeypatch: Any) -> None:
     """import_weights raises for missing, unknown and misshapen tensors; left out ones are reported."""
-    keys = json.loads((golden / f"zoo_keys/{name}.json").read_text())["keys"]
-    state = {f"model.{key}": torch.zeros(1).expand(shape) for key, shape in keys.items()}
+    state = zoo_state(golden, name)
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
-    imported = import_weights(f"{name}.pkl")
+    ade20k = ",".join(map(str, range(150))) if "ade20k" in name else None
+    imported = import_weights(f"{name}.pkl", classes=ade20k)
     assert f"{imported.config.model.type} {imported.config.model.backbone.name}" == ZOO[name]
-    tables = sum(key.endswith("relative_position_index") for key in keys)
-    assert f"{len(keys)} tensors: {len(keys) - tables} taken over, {tables} left out\n" in imported.report
+    tables = sum(key.endswith("relative_position_index") for key in state)
+    assert f"{len(state)} tensors: {len(state) - tables} taken over, {tables} left out\n" in imported.report
+
+
+def test_what_giantdet_does_not_have_is_refused(golden: Path, monkeypatch: Any) -> None:
+    state = zoo_state(golden, "mmdet3_htc_r50_fpn_1x_coco")
+    monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
+    with pytest.raises(InputError, match=r"htc.pth: weights of mmdetection, but it is HTC"):
+        import_weights("htc.pth")
+    state = zoo_state(golden, "detectron2_faster_rcnn_R_50_FPN_3x")
+    state["model.roi_heads.mask_rater.fc1.weight"] = torch.zeros(3)
+    del state["model.roi_heads.box_head.fc2.bias"]
+    with pytest.raises(InputError) as raised:
+        import_weights("w.pkl")
+    assert str(raised.value).splitlines() == [
+        "cannot load w.pkl of detectron2 as mask_rcnn: 1 missing, 1 unexpected",
+        "  1 missing:",
+        "    box_head.fcs.1.bias",
+        "  1 unexpected:",
+        "    roi_heads.mask_rater.fc1.weight",
+    ]
+    state = {"model.stem.conv.weight": torch.zeros(3)}
+    with pytest.raises(InputError, match=r"w.pkl: no detector of torchvision, detectron2, mmseg.*model.stem"):
+        import_weights("w.pkl")
+
+
+def test_classes(golden: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """COCO's by their number, or those given as names, or by a COCO JSON in the order of the ids."""
+    state = zoo_state(golden, "detectron2_faster_rcnn_R_50_FPN_3x")
+    monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
+    categories = import_weights("w").config.categories
+    assert len(categories) == 80 and categories[0] == (1, "person") and categories[-1] == (90, "toothbrush")
+    with pytest.raises(InputError, match=r"--classes has 2 classes, the model has 80 \(num_classes\)"):
+        import_weights("w", classes="cat, dog")
+    records = [{"id": 1000 - i, "name": f"n{i}", "supercategory": "x"} for i in range(80)]
+    (tmp_path / "c.json").write_text(json.dumps({"categories": records}))
+    categories = import_weights("w", classes=str(tmp_path / "c.json")).config.categories
+    assert categories[0] == (921, "n79") and categories[-1] == (1000, "n0")
+    (tmp_path / "c.txt").write_text("\n".join(f"n{i}" for i in range(80)))
+    assert import_weights("w", classes=str(tmp_path / "c.txt")).config.categories[1] == (2, "n1")
+
+    state = zoo_state(golden, "mmdet3_panoptic-fpn_r50_fpn_1x_coco")
+    config = import_weights("w").config
+    assert config.categories[0] == (1, "person") and config.model.merge_rule.score == 0.6
+    assert config.semantic_categories[:2] == ((0, "things"), (92, "banner"))
+    assert len(config.semantic_categories) == 54
+    state = zoo_state(golden, "mmseg1_upernet_r50_4xb4-80k_ade20k-512x512")
+    with pytest.raises(InputError, match=r"num_classes 150, which is not COCO's number: name the classes"):
+        import_weights("w")
+    state = zoo_state(golden, "mmseg1_fpn_r50_4xb2-80k_cityscapes-512x1024")
+    assert import_weights("w").config.semantic_categories[-1] == (18, "bicycle")
+
+
+def test_settings_that_names_do_not_tell(golden: Path, monkeypatch: Any) -> None:
+    """Pixels, strides and channels of detectron2's zoo, and their change by overrides."""
+    imagenet = (58.395, 57.12, 57.375)
+    for name, std, in_1x1 in (
+        ("detectron2_faster_rcnn_R_50_FPN_3x", (1.0, 1.0, 1.0), True),
+        ("detectron2_mask_rcnn_X_101_32x8d_FPN_3x", imagenet, False),
+        ("detectron2_scratch_mask_rcnn_R_50_FPN_3x_gn", imagenet, False),
+    ):
+        state = zoo_state(golden, name)
+        monkeypatch.setattr("giantdet.import_weights.read_tensors", {"w": state}.get)
+        first = "model.backbone.bottom_up.stem.conv1.weight"
+        state[first] = torch.arange(3.0)[:, None, None].expand(state[first].shape)
+        imported = import_weights("w")
+        backbone = imported.config.model.backbone
+        assert (backbone.pixel_std, backbone.stride_in_1x1) == (std, in_1x1)
+        assert backbone.pixel_mean == (123.675, 116.28, 103.53)
+        assert imported.model.pixel_scale == pytest.approx([1 / s for s in std])
+        expected = [-m / s for m, s in zip((123.675, 116.28, 103.53), std, strict=True)]
+        assert imported.model.pixel_shift == pytest.approx(expected)
+        weight = imported.model.get_parameter("backbone.body.conv1.weight")
+        assert weight[0, :, 0, 0].tolist() == [2.0, 1.0, 0.0]
+    imported = import_weights("w", ["model.backbone.pixel_std=[1,2,3]", "short_side=640"], bgr=False)
+    weight = imported.model.get_parameter("backbone.body.conv1.weight")
+    assert weight[0, :, 0, 0].tolist() == [0.0, 1.0, 2.0]
+    assert imported.config.short_side == 640 and imported.config.model.backbone.pixel_std == (1, 2, 3)
+    with pytest.raises(ConfigError, match=r"model.box_head.socre_threshold"):
+        import_weights("w", ["model.box_head.socre_threshold=0.3"])

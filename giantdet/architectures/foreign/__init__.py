@@ -12,6 +12,8 @@ from torch import Tensor
 
 from giantdet.architectures.base import Architecture
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
+from giantdet.architectures.foreign.mmdetection import MMDETECTION
+from giantdet.architectures.foreign.mmsegmentation import MMSEGMENTATION
 from giantdet.architectures.foreign.project import Converted, Project
 from giantdet.architectures.foreign.torchvision import TORCHVISION
 from giantdet.config.architectures.common import ArchitectureConfig
@@ -20,7 +22,7 @@ __all__ = ["PROJECTS", "Converted", "Project", "from_project", "project_of", "tr
 
 _log = logging.getLogger(__name__)
 
-PROJECTS: tuple[Project, ...] = (TORCHVISION, DETECTRON2)
+PROJECTS: tuple[Project, ...] = (TORCHVISION, DETECTRON2, MMSEGMENTATION, MMDETECTION)
 
 
 def project_of(keys: Collection[str]) -> Project | None:
@@ -58,7 +60,7 @@ def _differences(converted: Converted, model: Architecture, config: Architecture
     wanted = converted.settings.section
     backbone = wanted.get("backbone", {})
     found: list[str] = []
-    if wanted["conventions"] != config.conventions:
+    if wanted.get("conventions", config.conventions) != config.conventions:
         found.append(f"conventions {wanted['conventions']}, not {config.conventions}")
     for key, own in (("pixel_mean", model.backbone.mean), ("pixel_std", model.backbone.std)):
         theirs, ours = backbone.get(key), [255 * value for value in own]
