@@ -1,9 +1,9 @@
 """RetinaNet (Lin et al. 2017, "Focal Loss for Dense Object Detection"): backbone, pyramid P3 to P7, one head.
 
 Shapes: B images · A anchors of all levels · M ground-truth slots · C classes · D detections.
-References: detectron2's `RetinaNet`, and mmdetection's and torchvision's where their `Conventions` differ. One
-deliberate difference: anchors centred in the padding are neither trained nor scored, because a fixed canvas may have
-more padding than a batch that is padded to its largest image.
+References: detectron2's `RetinaNet`, and mmdetection's and torchvision's where their `Conventions` differ.
+One deliberate difference: anchors centred in the padding are neither trained nor scored, because a fixed
+canvas may have more padding than a batch that is padded to its largest image.
 """
 
 from __future__ import annotations

@@ -13,27 +13,48 @@ import pytest
 import torch
 from golden import load, load_weights
 from golden_compare import assert_same_detections
+from golden_mm import arrays_of, check_detections
+from golden_mmseg import check_classes
 from torch import Tensor
 
 from giantdet import cli
+from giantdet.architectures import Architecture, build_model
+from giantdet.config.architectures.retinanet import RetinaNetConfig
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.errors import ConfigError, InputError
 from giantdet.export import load_detector
+from giantdet.export import load_weights as load_weights_of
 from giantdet.import_weights import import_weights
 
 NAMES = "a,b,c,d,e"
 
 
-def padded_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
+DETECTRON2_STEM = (
+    ("backbone.bottom_up.stem.conv1.",),
+    ("backbone.bottom_up.res2.0.conv1.weight", "backbone.bottom_up.res2.0.shortcut.weight"),
+)
+MM_STEM = (
+    ("backbone.conv1.", "backbone.bn1."),
+    ("backbone.layer1.0.conv1.weight", "backbone.layer1.0.downsample.0.weight"),
+)
+
+
+def padded_stem(state: dict[str, Tensor], stem: Any = DETECTRON2_STEM) -> dict[str, Tensor]:
     """The same function with a stem of 64 channels, as timm's is: 56 more, which are zero."""
-    stem = "backbone.bottom_up.stem.conv1"
+    outputs, inputs = stem
     padded = dict(state)
-    for key in [key for key in state if key.startswith(stem)]:
+    for key in [key for key in state if key.startswith(outputs)]:
         padded[key] = torch.cat([state[key], torch.zeros(56, *state[key].shape[1:])])
-    for name in ("conv1", "shortcut"):
-        key = f"backbone.bottom_up.res2.0.{name}.weight"
+    for key in inputs:
         padded[key] = torch.cat([state[key], torch.zeros(len(state[key]), 56, 1, 1)], 1)
     return padded
+
+
+def cover_padding(model: Architecture, conventions: str) -> None:
+    """Anchors in the padding too, as in the golden models; a fixed canvas leaves them out."""
+    for module in model.modules():
+        if hasattr(module, "conventions"):
+            module.conventions = dataclasses.replace(CONVENTIONS[conventions], anchors_in_padding=True)
 
 
 def zoo_file(path: Path, state: dict[str, Tensor], **others: Any) -> Path:
@@ -65,9 +86,7 @@ def test_a_pickle_of_detectron2_gives_an_export_with_its_detections(
     model, config = load_detector(out)
     assert config.categories == ((1, "a"), (2, "b"), (3, "c"), (4, "d"), (5, "e"))
     assert config.model.backbone.stride_in_1x1
-    for module in model.modules():
-        if hasattr(module, "conventions"):
-            module.conventions = dataclasses.replace(CONVENTIONS["detectron2"], anchors_in_padding=True)
+    cover_padding(model, "detectron2")
     batch = load(golden)
     # The golden models took the stored channels for blue, green, red.
     found = model(batch._replace(images_B3HW=batch.images_B3HW.flip(1)))
@@ -100,6 +119,67 @@ ZOO = {
         "upernet swin_tiny_patch4_window7_224"
     ),
 }
+
+
+SMALL = ["size=[256,320]", "model.rpn.pre_nms_test=200", "model.rpn.post_nms_test=100"]
+SMALL += ["model.box_head.detections=60", "model.box_head.score_threshold=0.2"]
+
+
+def imported_golden(
+    file: Path, state: dict[str, Tensor], overrides: list[str], classes: str = NAMES
+) -> Architecture:
+    """The model of a file as `torch.save` writes it, with an optimizer's state beside the weights."""
+    content = {"state_dict": state, "optimizer": {"state": {0: {"momentum": torch.ones(3)}}}, "meta": "x"}
+    torch.save(content, file)
+    return import_weights(file, overrides, classes).model
+
+
+@torch.no_grad()
+def test_vitdet(golden: Path, tmp_path: Path) -> None:
+    """Width, depth, heads, windows and the canvas are read from the shapes."""
+    changes = [*SMALL[1:-1], "model.box_head.score_threshold=0.15"]
+    model = imported_golden(tmp_path / "w.pth", load_weights(golden, "vitdet"), changes)
+    assert model.canvas == (320, 320)
+    cover_padding(model, "detectron2")
+    batch = load(golden, canvas=(320, 320))
+    assert_same_detections(model(batch).detections, batch, np.load(golden / "vitdet_A.npz"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mmdet_mask_rcnn_swin", "mmdet_cascade_mask_rcnn"])
+def test_mmdetection(golden: Path, tmp_path: Path, name: str) -> None:
+    state = load_weights(golden, f"mm/{name}")
+    if "swin" not in name:
+        state = padded_stem(state, MM_STEM)
+    model = imported_golden(tmp_path / "w.pth", state, SMALL)
+    cover_padding(model, "mmdetection")
+    batch = load(golden)
+    check_detections(model(batch).detections, batch, arrays_of(golden, name))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mmseg_semantic_fpn", "mmseg_upernet"])
+def test_mmsegmentation(golden: Path, tmp_path: Path, name: str) -> None:
+    state = load_weights(golden, f"mm/{name}")
+    model = imported_golden(tmp_path / "w.pth", state, SMALL[:1], "a,b,c,d,e,f,g")
+    check_classes(model(load(golden)).semantic_BCHW, arrays_of(golden, name))
+
+
+def test_as_initial_weights(golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same file in model.init_weights, with a warning of settings that are not those of the weights."""
+    file = zoo_file(tmp_path / "w.pkl", padded_stem(load_weights(golden, "retinanet")))
+    imported = import_weights(file, SMALL[:1], NAMES)
+    raw = imported.config.model.model_dump() | {"init_weights": str(file)}
+    for backbone, warned in (({}, False), ({"pixel_std": None, "stride_in_1x1": False}, True)):
+        config = RetinaNetConfig.model_validate({**raw, "backbone": raw["backbone"] | backbone})
+        model = build_model(config, (256, 320))
+        caplog.clear()
+        load_weights_of(model, config)
+        assert all(
+            torch.equal(value, imported.model.state_dict()[key]) for key, value in model.state_dict().items()
+        )
+        assert ("backbone.pixel_std [1.0, 1.0, 1.0], not [58.395, 57.12, 57.375]" in caplog.text) is warned
+        assert ("backbone.stride_in_1x1 True, not False" in caplog.text) is warned
 
 
 def zoo_state(golden: Path, name: str) -> dict[str, Tensor]:
