@@ -254,7 +254,7 @@ def test_settings_that_names_do_not_tell(golden: Path, monkeypatch: Any) -> None
     for name, std, in_1x1 in (
         ("detectron2_faster_rcnn_R_50_FPN_3x", (1.0, 1.0, 1.0), True),
         ("detectron2_mask_rcnn_X_101_32x8d_FPN_3x", imagenet, False),
-        ("detectron2_scratch_mask_rcnn_R_50_FPN_3x_gn", imagenet, False),
+        ("detectron2_scratch_mask_rcnn_R_50_FPN_3x_gn", (1.0, 1.0, 1.0), False),
     ):
         state = zoo_state(golden, name)
         monkeypatch.setattr("giantdet.import_weights.read_tensors", {"w": state}.get)
@@ -269,6 +269,20 @@ def test_settings_that_names_do_not_tell(golden: Path, monkeypatch: Any) -> None
         assert imported.model.pixel_shift == pytest.approx(expected)
         weight = imported.model.get_parameter("backbone.body.conv1.weight")
         assert weight[0, :, 0, 0].tolist() == [2.0, 1.0, 0.0]
+    # Older files have the statistics, in the order of the channels.
+    state = zoo_state(golden, "detectron2_faster_rcnn_R_50_FPN_3x")
+    monkeypatch.setattr("giantdet.import_weights.read_tensors", {"w": state}.get)
+    for mean, bgr in (((103.0, 116.0, 123.0), True), ((123.0, 116.0, 103.0), False)):
+        state["model.pixel_mean"] = torch.tensor(mean)[:, None, None]
+        state["model.pixel_std"] = torch.tensor([57.0, 57.0, 58.0] if bgr else [58.0, 57.0, 57.0])[
+            :, None, None
+        ]
+        imported = import_weights("w")
+        backbone = imported.config.model.backbone
+        assert backbone.pixel_mean == (123, 116, 103) and backbone.pixel_std == (58, 57, 57)
+        assert not backbone.stride_in_1x1 and ("turned from blue" in imported.report) == bgr
+    first = "model.backbone.bottom_up.stem.conv1.weight"
+    state[first] = torch.arange(3.0)[:, None, None].expand(state[first].shape)
     imported = import_weights("w", ["model.backbone.pixel_std=[1,2,3]", "short_side=640"], bgr=False)
     weight = imported.model.get_parameter("backbone.body.conv1.weight")
     assert weight[0, :, 0, 0].tolist() == [0.0, 1.0, 2.0]

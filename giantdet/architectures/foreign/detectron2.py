@@ -2,7 +2,8 @@
 
 Sources: the configurations and `modeling/` of detectron2 0.6. Channels are blue, green, red except in
 ViTDet's project. The zoo's ResNets begin with MSRA's weights: standard deviation 1, strides in the 1x1
-convolutions. Its ResNeXt-101, and models with GroupNorm in the backbone, have strides in the 3x3 ones.
+convolutions. With GroupNorm in the backbone, strides are in the 3x3 convolutions; so they are in its
+ResNeXt-101, whose standard deviations are ImageNet's.
 """
 
 from __future__ import annotations
@@ -102,20 +103,21 @@ def _settings(state: State) -> Settings:
         return Settings(section | {"backbone": backbone | {"attend_padding": True}}, affine_norm="layer")
     if any(key.startswith(_SWIN) for key in state):
         return Settings(section, affine_norm="layer")
-    if "pixel_std" in state:  # older files; in the order of the channels, blue first
+    convolution = state.get("backbone.bottom_up.res2.0.conv2.weight")
+    is_resnext = convolution is not None and len(convolution) != convolution.shape[1]
+    bgr, assumed = True, "the pixels, channels (blue first) and strides were those of the zoo's models"
+    if "pixel_std" in state:  # older files; in the order of the channels: of usual images, red is brightest
         mean, std = ([float(value) for value in state[key].flatten()] for key in ("pixel_mean", "pixel_std"))
-        msra = max(std) == 1
-        backbone |= {"pixel_mean": tuple(mean[::-1]), "pixel_std": tuple(std[::-1])}
-        assumed = "the channels were blue, green, red"
+        bgr, order = mean[0] <= mean[-1], -1 if mean[0] <= mean[-1] else 1
+        backbone |= {"pixel_mean": tuple(mean[::order]), "pixel_std": tuple(std[::order])}
+        assumed = (
+            f"the channels were {'blue, green, red' if bgr else 'red, green, blue'}, as pixel_mean suggests"
+        )
     else:
-        convolution = state.get("backbone.bottom_up.res2.0.conv2.weight")
-        groups = 1 if convolution is None else len(convolution) // convolution.shape[1]
-        msra = groups == 1 and "backbone.bottom_up.stem.conv1.norm.running_var" in state
-        backbone["pixel_std"] = (1.0, 1.0, 1.0) if msra else IMAGENET_STD
-        kind = "MSRA's ResNets" if msra else "its ResNeXt and models with GroupNorm"
-        assumed = f"pixels, channels (blue first) and strides were those of the zoo's models on {kind}"
-    backbone["stride_in_1x1"] = msra
-    return Settings(section, bgr=True, assumed=assumed)
+        backbone["pixel_std"] = IMAGENET_STD if is_resnext else (1.0, 1.0, 1.0)
+    has_batch_norm = "backbone.bottom_up.stem.conv1.norm.running_var" in state
+    backbone["stride_in_1x1"] = not is_resnext and has_batch_norm and max(backbone["pixel_std"]) == 1
+    return Settings(section, bgr=bgr, assumed=assumed)
 
 
 DETECTRON2 = Project(
