@@ -274,9 +274,7 @@ def test_settings_that_names_do_not_tell(golden: Path, monkeypatch: Any) -> None
     monkeypatch.setattr("giantdet.import_weights.read_tensors", {"w": state}.get)
     for mean, bgr in (((103.0, 116.0, 123.0), True), ((123.0, 116.0, 103.0), False)):
         state["model.pixel_mean"] = torch.tensor(mean)[:, None, None]
-        state["model.pixel_std"] = torch.tensor([57.0, 57.0, 58.0] if bgr else [58.0, 57.0, 57.0])[
-            :, None, None
-        ]
+        state["model.pixel_std"] = torch.tensor((57.0, 57.0, 58.0) if bgr else (58.0, 57.0, 57.0))
         imported = import_weights("w")
         backbone = imported.config.model.backbone
         assert backbone.pixel_mean == (123, 116, 103) and backbone.pixel_std == (58, 57, 57)

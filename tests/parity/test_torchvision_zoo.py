@@ -31,9 +31,9 @@ from giantdet.import_weights import import_weights
 SIZE = f"size=[{HEIGHT},{WIDTH}]"
 
 
-def untrained(make: Callable[..., Any]) -> Any:
+def untrained(make: Callable[..., Any], **options: Any) -> Any:
     torch.manual_seed(0)
-    return make(weights=None, weights_backbone=None)
+    return make(weights=None, weights_backbone=None, **options)
 
 
 def saved(model: Any, folder: Path) -> Path:
@@ -61,19 +61,21 @@ def same_detections(found: Any, expected: list[dict[str, Tensor]], first_class: 
 
 @torch.no_grad()
 def test_mask_rcnn_version_2(scene: Scene, tmp_path: Path) -> None:  # noqa: F811
-    theirs = untrained(detection.maskrcnn_resnet50_fpn_v2)
+    few = {"rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 100, "box_detections_per_img": 30}
+    theirs = untrained(detection.maskrcnn_resnet50_fpn_v2, **few)
     for norm in theirs.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.running_var, 0.5, 1.5)
     calibrate(theirs, pixels_of(scene.batch))
-    imported = import_weights(saved(theirs, tmp_path), [SIZE])
+    counts = ["model.rpn.pre_nms_test=200", "model.rpn.post_nms_test=100", "model.box_head.detections=30"]
+    imported = import_weights(saved(theirs, tmp_path), [SIZE, *counts])
     config = imported.config.model
     assert (config.fpn.norm, config.box_head.norm, config.mask_head.norm) == ("batch", "batch", "batch")
     assert (config.rpn.convs, config.box_head.convs, config.box_head.fcs) == (2, 4, 1)
     assert imported.config.categories[11] == (12, "N/A") and len(imported.config.categories) == 90
     _, expected, _ = run_torchvision(theirs, pixels_of(scene.batch))
     found = imported.model(scene.batch).detections
-    same_detections(found, expected, 1, 50)
+    same_detections(found, expected, 1, 30)
     # The masks of the first objects, in their own boxes.
     for b, answer in enumerate(expected):
         torch.testing.assert_close(

@@ -110,9 +110,7 @@ def _settings(state: State) -> Settings:
         mean, std = ([float(value) for value in state[key].flatten()] for key in ("pixel_mean", "pixel_std"))
         bgr, order = mean[0] <= mean[-1], -1 if mean[0] <= mean[-1] else 1
         backbone |= {"pixel_mean": tuple(mean[::order]), "pixel_std": tuple(std[::order])}
-        assumed = (
-            f"the channels were {'blue, green, red' if bgr else 'red, green, blue'}, as pixel_mean suggests"
-        )
+        assumed = f"the first channel was {'blue' if bgr else 'red'}, as pixel_mean suggests"
     else:
         backbone["pixel_std"] = IMAGENET_STD if is_resnext else (1.0, 1.0, 1.0)
     has_batch_norm = "backbone.bottom_up.stem.conv1.norm.running_var" in state
