@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from golden import load, load_weights
-from golden_compare import assert_same_detections
+from golden_compare import assert_same_detections, same_boxes
 from golden_mm import arrays_of, check_detections
 from golden_mmseg import check_classes
+from PIL import Image
 from torch import Tensor
 
 from giantdet import cli
@@ -75,7 +76,7 @@ def test_a_pickle_of_detectron2_gives_an_export_with_its_detections(
     file, out = zoo_file(tmp_path / "model_final_1.pkl", state), tmp_path / "out"
     head = f"model.box_head.score_threshold={0.25 if name == 'cascade' else 0.2}"
     tests = ["model.rpn.pre_nms_test=200", "model.rpn.post_nms_test=100", "model.box_head.detections=60"]
-    arguments = [str(file), str(out), "size=[256,320]", "short_side=224", head, *tests, "--classes", NAMES]
+    arguments = [str(file), str(out), "size=[256,320]", "short_side=256", head, *tests, "--classes", NAMES]
     assert cli.main(["import-weights", *arguments]) == 0
     printed = capsys.readouterr().out
     kind = "cascade_mask_rcnn" if name == "cascade" else "mask_rcnn"
@@ -90,7 +91,20 @@ def test_a_pickle_of_detectron2_gives_an_export_with_its_detections(
     batch = load(golden)
     # The golden models took the stored channels for blue, green, red.
     found = model(batch._replace(images_B3HW=batch.images_B3HW.flip(1)))
-    assert_same_detections(found.detections, batch, np.load(golden / f"{name}_A.npz"))
+    expected = np.load(golden / f"{name}_A.npz")
+    assert_same_detections(found.detections, batch, expected)
+
+    # The command finds the same objects in the image that fills the canvas, and so has no anchors in padding.
+    pixels = np.load(golden / "inputs_A.npz")["image.0"][:, :, ::-1]
+    Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "image.png")
+    arguments = [str(out), str(tmp_path / "image.png"), "--output", str(tmp_path), "--device", "cpu"]
+    assert cli.main(["predict", *arguments, "--threshold", "0", "--no-overlays"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    boxes_N4 = torch.tensor([result["bbox"] for result in results])
+    boxes_N4[:, 2:] += boxes_N4[:, :2]
+    boxes_N4 += 1e3 * (torch.tensor([result["category_id"] for result in results])[:, None] - 1)
+    theirs_N4 = torch.from_numpy(expected["det.0.boxes"] + 1e3 * expected["det.0.classes"][:, None])
+    same_boxes(boxes_N4, theirs_N4, atol=0.05)
 
 
 ZOO = {
