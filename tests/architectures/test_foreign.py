@@ -230,6 +230,10 @@ def test_what_giantdet_does_not_have_is_refused(golden: Path, monkeypatch: Any) 
         "  1 unexpected:",
         "    roi_heads.mask_rater.fc1.weight",
     ]
+    state = zoo_state(golden, "detectron2_retinanet_R_50_FPN_3x")
+    state["model.head.cls_subnet.1.weight"] = torch.zeros(256)  # a GroupNorm, which the zoo's have not
+    with pytest.raises(InputError, match=r"cls_subnet.0.weight and head.cls_subnet.1.weight are one tensor"):
+        import_weights("w.pkl")
     state = {"model.stem.conv.weight": torch.zeros(3)}
     with pytest.raises(InputError, match=r"w.pkl: no detector of torchvision, detectron2, mmseg.*model.stem"):
         import_weights("w.pkl")

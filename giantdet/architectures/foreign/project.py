@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from giantdet.errors import InputError
+
 State = Mapping[str, Tensor]
 Replacement = str | Callable[[re.Match[str]], str]
 
@@ -57,9 +59,16 @@ class Project:
     """(pattern of keys, why they are left out)."""
 
     def convert(self, state: State, bgr: bool | None = None) -> Converted:
-        """Return the tensors in giantdet's terms. `bgr` replaces what the settings say of the channels."""
+        """Return the tensors in giantdet's terms. `bgr` replaces what the settings say of the channels.
+
+        Raises InputError for a model that giantdet does not have, where names or settings tell.
+        """
         left = {key: why for key in state for pattern, why in self.unused if re.search(pattern, key)}
         names = {key: name for key, name in self.names(state).items() if key not in left}
+        taken: dict[str, str] = {}
+        for key, name in names.items():
+            if taken.setdefault(name, key) != key:
+                raise InputError(f"{taken[name]} and {key} are one tensor in giantdet, {name}")
         settings = self.settings(state)
         if bgr is not None:
             settings = settings._replace(bgr=bgr)
