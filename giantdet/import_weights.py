@@ -63,8 +63,9 @@ def import_weights(
     project, first = _recognise(found, path)
     try:
         section = _section(project.convert(first, bgr))
-    except InputError as error:
-        raise InputError(f"{path}: weights of {project.title}, but {error}") from None
+    except (InputError, KeyError) as error:
+        what = f"it has no tensor {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: weights of {project.title}, but {what}") from None
     raw = _with_overrides(section, overrides)
     model_config = validate(SECTIONS[raw["model"]["type"]], raw["model"], "model")
     for problem in model_config.problems():

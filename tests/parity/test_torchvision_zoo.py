@@ -83,6 +83,27 @@ def test_mask_rcnn_version_2(scene: Scene, tmp_path: Path) -> None:  # noqa: F81
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "masks"),
+    [
+        ("fasterrcnn_resnet50_fpn", 1, False),
+        ("fasterrcnn_resnet50_fpn_v2", 2, False),
+        ("maskrcnn_resnet50_fpn", 1, True),
+    ],
+)
+def test_every_tensor_has_its_place(name: str, version: int, masks: bool, monkeypatch: Any) -> None:
+    """Names and shapes; import_weights raises for missing, unknown and misshapen tensors."""
+    with torch.device("meta"):
+        theirs = getattr(detection, name)(weights=None, weights_backbone=None).state_dict()
+    state = {key: torch.ones(()).expand(value.shape) for key, value in theirs.items()}
+    monkeypatch.setattr("giantdet.import_weights.read_tensors", {"w.pth": state}.get)
+    imported = import_weights("w.pth")
+    config = imported.config.model.model_dump()
+    assert config["conventions"] == "torchvision" and config["mask_head"]["enabled"] is masks
+    assert (config["rpn"]["convs"], config["box_head"]["convs"]) == ((2, 4) if version == 2 else (1, 0))
+    assert f"{len(state)} tensors: {len(state)} taken over, 0 left out\n" in imported.report
+
+
 def calibrate_retinanet(model: Any, pixels: Tensor) -> None:
     """Statistics of the norms, and predictors whose outputs spread: some scores are over 0.05."""
 

@@ -42,8 +42,10 @@ def backbone_of(state: State) -> dict[str, Any]:
     """
     if f"{BODY}layer1.0.conv1.weight" in state:
         return _resnet(state)
-    if f"{BODY}patch_embed.proj.weight" in state:
-        return _vit(state) if f"{BODY}blocks.0.attn.qkv.weight" in state else _swin(state)
+    if f"{BODY}blocks.0.attn.qkv.weight" in state:
+        return _vit(state)
+    if f"{BODY}layers.0.blocks.0.attn.relative_position_bias_table" in state:
+        return _swin(state)
     raise InputError("its backbone is not a ResNet, ResNeXt, Swin or plain ViT, and others are not read")
 
 
