@@ -30,7 +30,7 @@ from giantdet.config.architectures.common import NormConfig
 from giantdet.config.classes import Category, Classes, ClassKind
 from giantdet.config.load import RunConfig
 from giantdet.config.section import Section
-from giantdet.config.types import TtaConfig
+from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.distributed import comm
 from giantdet.errors import ConfigError, InputError
 from giantdet.layers.deferred import is_deferred, materialise
@@ -57,6 +57,8 @@ class ExportConfig(Section):
     """Canvas (height, width) in pixels."""
     short_side: PositiveInt
     """Short side in pixels that images are scaled to."""
+    long_side: PositiveInt | None = None
+    """See `DataConfig`."""
     window_stride: PositiveInt | None = None
     """See `EvalConfig`."""
     tta: TtaConfig | None = None
@@ -70,6 +72,10 @@ class ExportConfig(Section):
     def classes(self) -> Classes:
         """The classes that the model predicts."""
         return Classes(objects=self.categories, semantic=self.semantic_categories)
+
+    def data_config(self, **settings: Any) -> DataConfig:
+        """Return the settings of data that the model is evaluated with, and `settings` beside them."""
+        return DataConfig(size=self.size, short_side=self.short_side, long_side=self.long_side, **settings)
 
 
 def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
@@ -86,6 +92,7 @@ def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
         norm=run.giantdet.norm,
         size=run.giantdet.data.size,
         short_side=run.giantdet.data.short_side,
+        long_side=run.giantdet.data.long_side,
         window_stride=run.giantdet.eval.window_stride,
         tta=run.giantdet.eval.tta,
         categories=classes.objects,

@@ -31,7 +31,7 @@ from giantdet.layers.weight_files import first_line, read_tensors
 from giantdet.layers.weight_names import below, model_tensors, prefixes
 from giantdet.layers.weights import load_strictly
 
-CANVAS, SHORT_SIDE = (1344, 1344), 800
+SCALES: dict[str, Any] = {"size": (1344, 1344), "short_side": 800, "long_side": 1333}
 """The usual 800 to 1333 pixels, in whichever direction the image is longer; sides are multiples of 64."""
 _SIDES = re.compile(r"\d+")
 
@@ -106,8 +106,8 @@ def _section(converted: Converted) -> dict[str, Any]:
     settings = converted.settings
     section = _merged(section_of(converted.state, settings.affine_norm), settings.section)
     side = canvas_of(converted.state)
-    size, short = (CANVAS, SHORT_SIDE) if side is None else ((side, side), side)
-    return {"model": section, "size": size, "short_side": short}
+    scales = SCALES if side is None else {"size": (side, side), "short_side": side}
+    return {"model": section, **scales}
 
 
 def _merged(section: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

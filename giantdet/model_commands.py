@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    from giantdet.config.types import DataConfig
     from giantdet.data.dataset import meet
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate, warn_of_limits
@@ -33,12 +32,7 @@ def run_eval(options: argparse.Namespace) -> None:
     found = evaluate(
         model,
         dataset,
-        DataConfig(
-            size=config.size,
-            short_side=config.short_side,
-            workers=options.workers,
-            max_image_pixels=max_image_pixels,
-        ),
+        config.data_config(workers=options.workers, max_image_pixels=max_image_pixels),
         options.batch_size,
         device,
         tasks=model.tasks,

@@ -115,7 +115,10 @@ def shortened(run: ResolvedRun) -> ResolvedRun:
     giantdet = run.giantdet
     backbone = giantdet.model.backbone
     fewer = FEWER_BLOCKS.get(re.split("[0-9_]", backbone.name)[0], {})
-    backbone = backbone.model_copy(update={"timm_args": {**backbone.timm_args, **fewer}})
+    changes: dict[str, Any] = {"timm_args": {**backbone.timm_args, **fewer}}
+    if "depth" in fewer and isinstance(backbone.global_blocks, tuple):
+        changes["global_blocks"] = (3, 7)
+    backbone = backbone.model_copy(update=changes)
     model = giantdet.model.model_copy(update={"backbone": backbone})
     return dataclasses.replace(run, giantdet=giantdet.model_copy(update={"model": model}))
 

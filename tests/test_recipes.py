@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPO / "ds_configs").glob("*.json"))
 NAME = re.compile(
     r"(?P<model>megdet(_challenge)?|retinanet|upernet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
-    r"(sgd|adamw)(_long)?"
+    r"(sgd|adamw)(_long|_released)?"
 )
 # Started on what there is, not on a number of GPUs.
 FREE = {"demo", "mask_rcnn_resnet50_finetune_adamw"}
@@ -43,11 +43,12 @@ def test_names_say_what_is_in_them() -> None:
         assert int(name["batch"]) == deepspeed["train_batch_size"]
         assert deepspeed["optimizer"]["type"].lower() in path.stem
         assert giantdet.agvm.enabled == ("agvm" in path.stem)
-        boxes_only = {"megdet", "megdet_challenge", "faster_rcnn"}
-        kind = "mask_rcnn" if name["model"] in boxes_only else name["model"]
+        boxes_only = dict.fromkeys(("megdet", "megdet_challenge", "faster_rcnn"), "mask_rcnn")
+        boxes_only["cascade_rcnn"] = "cascade_mask_rcnn"
+        kind = boxes_only.get(name["model"], name["model"])
         assert giantdet.model.type == kind
-        if kind == "mask_rcnn":
-            assert giantdet.model.mask_head.enabled == (name["model"] == "mask_rcnn")
+        if kind in boxes_only.values():
+            assert giantdet.model.mask_head.enabled == (name["model"] not in boxes_only)
         assert giantdet.train.output == f"runs/{path.stem}"
         family = ("vit", "eva") if name["backbone"].startswith("vitdet") else name["backbone"].split("_")[0]
         assert giantdet.model.backbone.name.startswith(family)

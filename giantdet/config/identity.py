@@ -21,6 +21,7 @@ def identity(run: ResolvedRun) -> dict[str, Any]:
         "model.backbone.name": config.model.backbone.name,
         "data.size": list(config.data.size),
         "data.short_side": config.data.short_side,
+        "data.long_side": config.data.long_side,
         "norm": config.norm.model_dump(mode="json"),
     }
 

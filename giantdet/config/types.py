@@ -51,6 +51,8 @@ class DataConfig(Section):
     """Canvas (height, width) of every batch in pixels; multiples of 32, or of 64 with P6 (see docs)."""
     short_side: PositiveInt = 800
     """Images are scaled to this short side in pixels, or less where they would not fit on the canvas."""
+    long_side: PositiveInt | None = None
+    """Or less where the long side would be larger than this; None: the canvas alone is the limit."""
     augment: AugmentConfig = AugmentConfig()
     max_objects: PositiveInt = 100
     """Ground-truth slots M per image; if an image has more objects, the largest are kept and the others are
@@ -119,6 +121,9 @@ class ParamGroupsConfig(Section):
     """Factor of the LR from each layer of the backbone to the layer below it (ViTDet: 0.7 to 0.9)."""
     lr_multipliers: dict[str, PositiveFloat] = Field(default={})
     """Factor of the LR by module, for example {"backbone": 0.1}."""
+    decay_norms_and_biases: bool = False
+    """The weight decay applies to all parameters, also to norms, biases and position embeddings, as in
+    torch.optim, torchvision's references and mmdetection."""
 
 
 class EmaConfig(Section):

@@ -61,6 +61,7 @@ def draw_geometry(
     (height, width), (canvas_h, canvas_w) = image_hw, config.size
     augment = config.augment
     fit, short = min(canvas_h / height, canvas_w / width), config.short_side
+    fit = min(fit, (config.long_side or math.inf) / max(height, width))
     cropped = training and (augment.jitter is not None or augment.scale is not None)
     if training and augment.jitter is not None:
         scale = fit * rng.uniform(*augment.jitter)

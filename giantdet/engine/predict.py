@@ -23,7 +23,7 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from giantdet.architectures import Architecture
-from giantdet.config.types import DataConfig, TtaConfig
+from giantdet.config.types import TtaConfig
 from giantdet.data.images import bomb_text, has_frames, limit_pixels
 from giantdet.data.panoptic import PanopticMap
 from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
@@ -61,7 +61,7 @@ class Predictor:
         self, detector: Architecture, config: ExportConfig, device: torch.device | str = "cpu"
     ) -> None:
         self.detector, self.config, self.device = detector, config, device
-        self.data = DataConfig(size=config.size, short_side=config.short_side)
+        self.data = config.data_config()
 
     def __repr__(self) -> str:
         classes, (height, width) = self.config.classes, self.config.size

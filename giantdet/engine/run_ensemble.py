@@ -78,9 +78,7 @@ def evaluate_ensemble(
             found = evaluate(
                 detector,
                 dataset,
-                DataConfig(
-                    size=config.size,
-                    short_side=config.short_side,
+                config.data_config(
                     workers=workers,
                     max_image_pixels=choice.max_image_pixels or DataConfig().max_image_pixels,
                 ),

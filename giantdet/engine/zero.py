@@ -148,6 +148,7 @@ def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
         run.giantdet.agvm.modules,
         chosen.layer_decay,
         chosen.lr_multipliers,
+        chosen.decay_norms_and_biases,
     )
 
 

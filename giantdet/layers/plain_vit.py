@@ -68,6 +68,11 @@ class PlainViT(Float32Buffers, Backbone):
         self.channels, self.strides, self.is_plain = (body.embed_dim,), (config.patch_size,), True
         self.window = config.window
         self.global_blocks = global_block_indices(depth, config.global_blocks if config.window else depth)
+        if not self.global_blocks <= set(range(depth)):
+            wrong = sorted(self.global_blocks - set(range(depth)))
+            raise InputError(
+                f"backbone.global_blocks names {wrong}; '{config.name}' has blocks 0 to {depth - 1}"
+            )
         height, width = (side // config.patch_size for side in image_size)
         self.grid = self._built_grid = (height, width)
         self._rope: tuple[Any, ...] = ()
@@ -188,6 +193,8 @@ class PlainViT(Float32Buffers, Backbone):
             if windowed and mask is not None:
                 extra["attn_mask"] = mask
             x = block(x, **extra)
+        if windowed:
+            x = from_windows(x, self.window, batch, height, width).flatten(1, 2)
         x = body.norm(x)
         if not self.window:
             x = x[:, self.num_prefix_tokens :]
@@ -243,9 +250,11 @@ class PlainViT(Float32Buffers, Backbone):
         return made
 
 
-def global_block_indices(depth: int, count: int) -> frozenset[int]:
-    """Return the indices of `count` evenly spaced blocks, including the last: 5, 11, 17, 23 for 4 of 24."""
-    count = min(count, depth)
+def global_block_indices(depth: int, chosen: int | tuple[int, ...]) -> frozenset[int]:
+    """Return the chosen indices, or those of so many evenly spaced blocks: 5, 11, 17, 23 for 4 of 24."""
+    if isinstance(chosen, tuple):
+        return frozenset(chosen)
+    count = min(chosen, depth)
     return frozenset((i + 1) * depth // count - 1 for i in range(count))
 
 

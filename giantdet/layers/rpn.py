@@ -67,10 +67,11 @@ class Rpn(nn.Module):
         self.config, self.strides, self.image_size = config, strides, image_size
         self.conventions = conventions
         per_cell = len(config.anchor_ratios)
+        two_logits = config.objectness == "softmax"
         self.head = (
-            RpnHead(channels, per_cell, config.convs)
+            RpnHead(channels, per_cell, config.convs, two_logits)
             if config.loss_pass == "dense"
-            else SampledRpnHead(channels, per_cell)
+            else SampledRpnHead(channels, per_cell, two_logits)
         )
 
     def anchors(self, levels: list[Tensor]) -> tuple[Tensor, ...]:

@@ -15,16 +15,24 @@ from giantdet.layers.common import gather_slots, normal_
 
 
 class RpnHead(nn.Module):
-    """3x3 convolutions, each followed by a ReLU, and two 1x1 predictors, shared by all levels."""
+    """3x3 convolutions, each followed by a ReLU, and two 1x1 predictors, shared by all levels.
+
+    With `two_logits` each anchor has one for an object and one for none, in this order (Ren et al. 2015;
+    mmdetection's `use_sigmoid=False`). The softmax of both is the sigmoid of their difference, so that
+    difference is the objectness, and losses and proposals are those of a single logit.
+    """
 
     padding = 1
 
-    def __init__(self, channels: int, anchors_per_cell: int, convs: int = 1) -> None:
+    def __init__(
+        self, channels: int, anchors_per_cell: int, convs: int = 1, two_logits: bool = False
+    ) -> None:
         super().__init__()
+        self.anchors_per_cell = anchors_per_cell
         # The first convolution has a name of its own: with only one, the names are those of earlier versions.
         first, *further = (nn.Conv2d(channels, channels, 3, padding=self.padding) for _ in range(convs))
         self.conv, self.further_convs = first, nn.ModuleList(further)
-        self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.objectness = nn.Conv2d(channels, anchors_per_cell * (2 if two_logits else 1), 1)
         self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
         for layer in (first, *further, self.objectness, self.deltas):
             normal_(layer, std=0.01)
@@ -34,9 +42,12 @@ class RpnHead(nn.Module):
         hidden = F.relu(self.conv(level))
         for conv in self.further_convs:
             hidden = F.relu(conv(hidden))
-        objectness = rearrange(self.objectness(hidden), "b k h w -> b (h w k)")
+        logits = rearrange(
+            self.objectness(hidden).float(), "b (k n) h w -> b (h w k) n", k=self.anchors_per_cell
+        )
+        objectness = logits[..., 0] - logits[..., 1] if logits.shape[-1] == 2 else logits.squeeze(-1)
         deltas = rearrange(self.deltas(hidden), "b (k d) h w -> b (h w k) d", d=4)
-        return objectness.float(), deltas.float()
+        return objectness, deltas.float()
 
     def over_levels(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the outputs of `forward` for each level."""
@@ -64,8 +75,8 @@ class SampledRpnHead(RpnHead):
 
     padding = 0  # in `at_anchors` the input is a neighbourhood of 3 x 3 cells
 
-    def __init__(self, channels: int, anchors_per_cell: int) -> None:
-        super().__init__(channels, anchors_per_cell)
+    def __init__(self, channels: int, anchors_per_cell: int, two_logits: bool = False) -> None:
+        super().__init__(channels, anchors_per_cell, two_logits=two_logits)
 
     @torch.no_grad()
     def over_levels(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -76,7 +87,7 @@ class SampledRpnHead(RpnHead):
         self, levels: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], index_BR: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `RpnHead.at_anchors`."""
-        anchors_per_cell = self.objectness.out_channels
+        anchors_per_cell = self.anchors_per_cell
         around_BRX = _neighbours(levels)[index_BR // anchors_per_cell]
         batch, channels = levels[0].shape[:2]
         beyond_B1C = levels[0].new_zeros(batch, 1, channels)  # the zero padding beyond the border

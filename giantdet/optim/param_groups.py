@@ -26,12 +26,14 @@ def parameter_groups(
     modules: dict[str, tuple[str, ...]] | None = None,
     layer_decay: float | None = None,
     lr_multipliers: Mapping[str, float] | None = None,
+    decay_all: bool = False,
 ) -> list[dict[str, Any]]:
     """Return one dict per group: `params`, `name`, `weight_decay` (and `lr`). Frozen parameters are left out.
 
     modules: patterns of parameter names by module, see `module_of`; None: the model's children.
     layer_decay: factor of the LR from each layer of a timm model to the layer below it, see `layers`.
     lr_multipliers: factor of the LR by module.
+    decay_all: norms, biases and position embeddings have the weight decay, too.
 
     Raises InputError, a ValueError, for a multiplier of an unknown module, and for a layer decay where timm
     lists no layers.
@@ -44,7 +46,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         # At ZeRO-3 a partitioned parameter is empty; ds_shape is the shape of the whole one.
-        decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and name not in exempt
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        decayed = decay_all or (is_matrix and name not in exempt)
         module = module_of(name, modules)
         known.add(module)
         layer = f"/layer_{height[name][0]:02}" if name in height else ""

@@ -213,6 +213,27 @@ def test_every_tensor_of_the_zoo_has_its_place(golden: Path, name: str, monkeypa
     assert f"{len(state)} tensors: {len(state) - tables} taken over, {tables} left out\n" in imported.report
 
 
+def test_global_blocks_and_logits_are_read(golden: Path, monkeypatch: Any) -> None:
+    """Blocks that are not evenly spaced, and the two logits an anchor of mmdetection's use_sigmoid=False."""
+    state = zoo_state(golden, "detectron2_mask_rcnn_vitdet_b_100ep")
+    monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
+    config = import_weights("w").config
+    assert (config.size, config.short_side, config.long_side) == ((1024, 1024), 1024, None)
+    backbone = config.model.backbone
+    assert (backbone.window, backbone.global_blocks, backbone.position_grid) == (14, 4, (14, 14))
+    for name in ("rel_pos_h", "rel_pos_w"):
+        windowed, whole = (f"model.backbone.net.blocks.{i}.attn.{name}" for i in (10, 11))
+        state[windowed], state[whole] = state[whole], state[windowed]
+    assert import_weights("w").config.model.backbone.global_blocks == (2, 5, 8, 10)
+
+    state = zoo_state(golden, "mmdet3_faster-rcnn_r50_fpn_1x_coco")
+    for name in ("weight", "bias"):
+        key = f"model.rpn_head.rpn_cls.{name}"
+        state[key] = torch.cat([state[key]] * 2)
+    imported = import_weights("w").config
+    assert imported.model.model_dump()["rpn"]["objectness"] == "softmax" and imported.long_side == 1333
+
+
 def test_what_giantdet_does_not_have_is_refused(golden: Path, monkeypatch: Any) -> None:
     state = zoo_state(golden, "mmdet3_htc_r50_fpn_1x_coco")
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)

@@ -2,8 +2,8 @@
 
 One exception: inside the operator `giantdet::nms_mask`, the CPU's kernel calls torchvision's NMS, whose
 result has an unknown length, and scatters it into a mask. On the CPU there is no device to wait for, and the
-operator's own output has a fixed shape; the GPU's kernel (`nms_mask_fixed_point`) is held to the rule here. What the
-CPU leaves out besides (`ops/shapes.py`) is switched off, so that the GPU's operators are recorded.
+operator's own output has a fixed shape; the GPU's kernel (`nms_mask_fixed_point`) is held to the rule here.
+What else the CPU leaves out (`ops/shapes.py`) is switched off, so that the GPU's operators are recorded.
 """
 
 from __future__ import annotations

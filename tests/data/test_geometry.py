@@ -135,6 +135,9 @@ def test_geometry_of_evaluation_and_multi_scale() -> None:
     )
     assert draw_geometry(rng, (200, 640), config, False).resized_hw == (420, 1344), "what fits"
     assert draw_geometry(rng, (2000, 1), config, False).size_hw == (1024, 1)
+    limited = DataConfig(size=(1344, 1344), short_side=800, long_side=1333)
+    for size, expected in (((480, 640), (800, 1067)), ((480, 800), (800, 1333)), ((800, 300), (1333, 500))):
+        assert draw_geometry(rng, size, limited, False).resized_hw == expected, "as mmdetection's Resize"
     drawn = [draw_geometry(rng, (480, 640), config, True) for _ in range(200)]
     assert {g.resized_hw[0] for g in drawn} == {640, 800}
     assert 70 < sum(g.flip for g in drawn) < 130

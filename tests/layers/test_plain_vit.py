@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from giantdet.config.architectures.common import BackboneConfig
+from giantdet.errors import InputError
 from giantdet.layers.backbone import build_backbone
 from giantdet.layers.plain_vit import PlainViT, from_windows, global_block_indices, to_windows
 
@@ -67,18 +68,24 @@ def softmax_attention(block, x_NC: Tensor) -> Tensor:  # type: ignore[no-untyped
     return attn.proj(((weights / weights.sum(-1, keepdim=True)) @ v).transpose(0, 1).reshape(len(x_NC), -1))
 
 
-@pytest.mark.parametrize(("size", "window"), [((64, 96), 2), ((80, 112), 3), ((48, 48), 16)])
-def test_windows_equal_a_loop_over_windows(size: tuple[int, int], window: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "window", "chosen"),
+    [((64, 96), 2, 3), ((80, 112), 3, (0, 4, 5)), ((48, 48), 16, 3)],
+)
+def test_windows_equal_a_loop_over_windows(
+    size: tuple[int, int], window: int, chosen: int | tuple[int, ...]
+) -> None:
     """The reference cuts windows out of the map, so that it knows neither padding nor masks."""
-    vit = build("vit_tiny_patch16_224", size, window=window, global_blocks=3).double()
+    vit = build("vit_tiny_patch16_224", size, window=window, global_blocks=chosen).double()
+    whole = (3, 7, 11) if isinstance(chosen, int) else chosen
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     body = vit.body
-    assert vit.global_blocks == {3, 7, 11}
+    assert vit.global_blocks == set(whole)
     height, width = size[0] // 16, size[1] // 16
     with torch.no_grad():
         maps = body.patch_embed(images) + body.pos_embed[:, 1:].reshape(1, height, width, -1)
         for index, block in enumerate(body.blocks):
-            step = max(height, width) if index in (3, 7, 11) else window
+            step = max(height, width) if index in whole else window
             normed, attended = block.norm1(maps), torch.full_like(maps, float("nan"))
             for image in range(2):
                 for top in range(0, height, step):
@@ -150,6 +157,12 @@ def test_global_blocks_are_spaced_as_in_vitdet() -> None:
     assert global_block_indices(32, 4) == {7, 15, 23, 31}  # ViTDet-H
     assert global_block_indices(7, 4) == {0, 2, 4, 6}
     assert global_block_indices(3, 4) == {0, 1, 2}
+    assert global_block_indices(50, (12, 24, 36, 49)) == {12, 24, 36, 49}  # PE-Detection
+
+
+def test_global_blocks_beyond_the_last() -> None:
+    with pytest.raises(InputError, match=r"global_blocks names \[12\]; .* has blocks 0 to 11"):
+        build("vit_tiny_patch16_224", (64, 64), window=2, global_blocks=(3, 12))
 
 
 def test_every_parameter_of_windowed_mode_gets_a_gradient_but_the_frozen() -> None:

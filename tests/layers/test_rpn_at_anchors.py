@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from giantdet.config.architectures.common import RpnConfig
@@ -18,10 +19,11 @@ STRIDES = (4, 8, 16, 32, 64)
 SIZES = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 
-def test_sampled_cells_equal_the_dense_pass() -> None:
+@pytest.mark.parametrize("two_logits", [False, True])
+def test_sampled_cells_equal_the_dense_pass(two_logits: bool) -> None:
     torch.manual_seed(0)
     shapes = [(8, 9), (4, 5), (2, 3), (1, 1)]
-    sampled, dense = SampledRpnHead(channels=6, anchors_per_cell=3), RpnHead(channels=6, anchors_per_cell=3)
+    sampled, dense = SampledRpnHead(6, 3, two_logits), RpnHead(6, 3, two_logits=two_logits)
     for parameter in dense.parameters():  # biases too: they are zero at the start
         torch.nn.init.normal_(parameter, std=0.3)
     sampled.load_state_dict(dense.state_dict())
@@ -44,6 +46,20 @@ def test_sampled_cells_equal_the_dense_pass() -> None:
     for expected, ours in zip(*gradients, strict=True):
         assert expected.abs().max() > 0
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_two_logits_are_a_softmax_over_object_and_background() -> None:
+    """As in mmdetection: anchor by anchor its two channels, the first for an object, and cross-entropy."""
+    torch.manual_seed(0)
+    head, level = RpnHead(4, 3, two_logits=True), torch.randn(2, 4, 5, 6)
+    torch.nn.init.normal_(head.objectness.weight)
+    raw = head.objectness(head.conv(level).relu()).permute(0, 2, 3, 1).reshape(-1, 2)
+    objectness = head(level)[0].flatten()
+    torch.testing.assert_close(objectness.sigmoid(), raw.softmax(1)[:, 0])
+    positive = torch.rand(len(raw)) < 0.3
+    expected = F.cross_entropy(raw, (~positive).long())
+    torch.testing.assert_close(F.binary_cross_entropy_with_logits(objectness, positive.float()), expected)
+    assert head.objectness.out_channels == 6 and head.deltas.out_channels == 12
 
 
 def run(config: dict[str, Any], levels: list[Tensor], targets: Targets) -> dict[str, Tensor]:

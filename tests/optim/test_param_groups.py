@@ -48,6 +48,13 @@ def test_decay_by_dimension_and_by_timms_list() -> None:
     assert all("lr" not in group for group in parameter_groups(model, 0.1))
 
 
+def test_decay_of_everything() -> None:
+    groups = parameter_groups(Whole(), 0.1, decay_all=True)
+    assert {group["name"]: group["weight_decay"] for group in groups} == {"one": 0.1, "two": 0.1}
+    trainable = [p for p in Whole().parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(trainable)
+
+
 def test_detector_each_trainable_parameter_once() -> None:
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_resnet", "frozen_stages": 2}}
     model = build_model(MaskRcnnConfig.model_validate(config), (64, 64), NormConfig(type="local"))

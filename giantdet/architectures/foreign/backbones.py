@@ -105,8 +105,7 @@ def _vit(state: State) -> dict[str, Any]:
         raise InputError("its plain ViT has no relative positions, which tell the windows of ViTDet's")
     window = min(side for side in sides if side is not None)
     last = [index for index, side in enumerate(sides) if side != window]
-    if last != sorted(global_block_indices(depth, max(len(last), 1))):
-        raise InputError(f"its plain ViT has global blocks {last}: only evenly spaced ones are supported")
+    is_even = last == sorted(global_block_indices(depth, max(len(last), 1)))
     args: dict[str, Any] = {} if f"{BODY}norm.weight" in state else {"final_norm": False}
     name = _VITS.get((width, depth))
     if name is None:
@@ -116,7 +115,7 @@ def _vit(state: State) -> dict[str, Any]:
         "name": name,
         "timm_args": args,
         "window": window,
-        "global_blocks": len(last),
+        "global_blocks": len(last) if is_even else last,
         "relative_positions": True,
     }
     if patch != _PATCH:

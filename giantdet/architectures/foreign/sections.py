@@ -78,10 +78,7 @@ class _Shapes:
         is_panoptic = "semantic_head.classes.weight" in self.state
         kind = "cascade_mask_rcnn" if stages else "panoptic_fpn" if is_panoptic else "mask_rcnn"
         section = self.common(kind) | {"num_classes": classes, "fpn": self.pyramid()}
-        anchors = self.shape("rpn.head.objectness")[0]
-        if anchors != 3:
-            raise InputError(f"its RPN has {anchors} anchors a cell; only 3 are read")
-        section["rpn"] = {"convs": 1 + self.count(r"rpn\.head\.further_convs\.(\d+)\.")}
+        section["rpn"] = self.rpn()
         width, inputs = self.shape(f"{box_head}.fcs.0")
         section["box_head"] = {
             "convs": self.count(rf"{box_head}\.convs\.(\d+)\."),
@@ -95,6 +92,13 @@ class _Shapes:
             section["semantic_head"] = self.semantic_head()
             section["num_stuff_classes"] = self.shape("semantic_head.classes")[0] - 1
         return section
+
+    def rpn(self) -> dict[str, Any]:
+        anchors, logits = self.shape("rpn.head.deltas")[0] // 4, self.shape("rpn.head.objectness")[0]
+        if anchors != 3:
+            raise InputError(f"its RPN has {anchors} anchors a cell; only 3 are read")
+        section: dict[str, Any] = {"convs": 1 + self.count(r"rpn\.head\.further_convs\.(\d+)\.")}
+        return section if logits == anchors else section | {"objectness": "softmax"}
 
     def mask_head(self) -> dict[str, Any]:
         head = "mask_head.0" if "mask_head.0.masks.weight" in self.state else "mask_head"

@@ -88,8 +88,9 @@ class BackboneConfig(Section):
     Those that other keys set, such as img_size, are refused (config/timm_args.py)."""
     window: Annotated[int, Field(ge=0)] = 16
     """Plain ViTs: side of the attention windows in patches; 0 makes all blocks global."""
-    global_blocks: PositiveInt = 4
-    """Plain ViTs: number of evenly spaced blocks with global attention (ViTDet's 4)."""
+    global_blocks: PositiveInt | tuple[Annotated[int, Field(ge=0)], ...] = 4
+    """Plain ViTs: number of evenly spaced blocks with global attention (ViTDet's 4), or a list of the blocks
+    themselves, counted from 0."""
     patch_size: PositiveInt = 16
     """Plain ViTs: the patch embedding is resampled to this size."""
     position_grid: tuple[PositiveInt, PositiveInt] | None = None
@@ -174,6 +175,9 @@ class RpnConfig(Section):
     """Pixels that a trained anchor may reach beyond the image; None: any number. mmdetection's cascade: 0."""
     convs: PositiveInt = 1
     """Number of 3x3 convolutions, each followed by a ReLU. ViTDet: 2."""
+    objectness: Literal["sigmoid", "softmax"] = "sigmoid"
+    """sigmoid: an anchor has one logit; softmax: two, for an object and for none, as in the paper and in the
+    configurations that AGVM's authors released."""
     loss_pass: Literal["dense", "sampled"] = "dense"
     """Which cells the gradient of the RPN passes through. dense: all; sampled: those of the sampled anchors,
     which pass through the head a second time. The losses are the same up to rounding; sampled is
@@ -246,8 +250,8 @@ class MaskHeadConfig(Section):
     """Side of the RoIAlign output; the predicted mask has twice this side."""
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
     slots: PositiveInt = 64
-    """Maximum number of sampled positive RoIs per image whose mask is trained; unused slots are computed
-    too. detectron2 trains the masks of all positives, at most 128."""
+    """Maximum number of sampled positive RoIs per image whose mask is trained; on a GPU unused slots are
+    computed too. detectron2 trains the masks of all positives, at most 128."""
 
     def problems(self) -> Iterator[str]:
         """Yield messages like those of `ArchitectureConfig.problems`."""

@@ -1,4 +1,4 @@
-"""The mask head leaves out unused slots on the CPU, and the classes that are not asked for everywhere."""
+"""What the mask head computes otherwise than its formulas say, because that is faster, and the same."""
 
 from __future__ import annotations
 
