@@ -20,7 +20,9 @@ from torch import Tensor
 
 from giantdet import cli
 from giantdet.architectures import Architecture, build_model
+from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.architectures.retinanet import RetinaNetConfig
+from giantdet.config.classes import Classes
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.errors import ConfigError, InputError
 from giantdet.export import load_detector
@@ -194,6 +196,26 @@ def test_as_initial_weights(golden: Path, tmp_path: Path, caplog: pytest.LogCapt
         )
         assert ("backbone.pixel_std [1.0, 1.0, 1.0], not [58.395, 57.12, 57.375]" in caplog.text) is warned
         assert ("backbone.stride_in_1x1 True, not False" in caplog.text) is warned
+
+
+def test_rows_of_coco_are_taken_over_by_name(golden: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A file of 80 classes has COCO's: person is the first, toothbrush the last."""
+    state = zoo_state(golden, "detectron2_faster_rcnn_R_50_FPN_3x")
+    for name, values in (("cls_score", 1), ("bbox_pred", 4)):
+        for kind in ("weight", "bias"):
+            key = f"model.roi_heads.box_predictor.{name}.{kind}"
+            rows = torch.arange(float(len(state[key]))) // values + 1
+            state[key] = rows.view(-1, *[1] * (state[key].ndim - 1)).expand(state[key].shape)
+    monkeypatch.setattr("giantdet.export.read_tensors", lambda path: state)
+    (tmp_path / "config.json").write_text("{}")  # another project's
+    raw = {"num_classes": 3, "mask_head": {"enabled": False}, "init_weights": str(tmp_path / "w.pkl")}
+    config = MaskRcnnConfig.model_validate(raw | {"backbone": {"stride_in_1x1": True}})
+    model = build_model(config, (64, 64))
+    fresh = model.state_dict()["box_head.deltas.weight"][4:8].clone()
+    load_weights_of(model, config, Classes(objects=((1, "toothbrush"), (2, "yeti"), (3, "person"))))
+    assert model.box_head.classes.bias.tolist() == [80.0, 0.0, 1.0, 81.0]
+    assert model.box_head.deltas.bias[::4].tolist() == [80.0, 0.0, 1.0]
+    assert torch.equal(model.box_head.deltas.weight[4:8], fresh)
 
 
 def zoo_state(golden: Path, name: str) -> dict[str, Tensor]:

@@ -11,14 +11,19 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from giantdet.architectures.base import Architecture
+from giantdet.architectures.foreign.classes import usual_classes
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
 from giantdet.architectures.foreign.mmdetection import MMDETECTION
 from giantdet.architectures.foreign.mmsegmentation import MMSEGMENTATION
 from giantdet.architectures.foreign.project import Converted, Project
+from giantdet.architectures.foreign.sections import section_of
 from giantdet.architectures.foreign.torchvision import TORCHVISION
+from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import ArchitectureConfig
+from giantdet.config.classes import Classes
+from giantdet.errors import InputError
 
-__all__ = ["PROJECTS", "Converted", "Project", "from_project", "project_of", "translate"]
+__all__ = ["PROJECTS", "Converted", "Project", "classes_of", "from_project", "project_of", "translate"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +58,19 @@ def from_project(
     if differs := _differences(converted, model, config):
         _log.warning("%s: weights of %s, trained with %s", what, project.title, "; ".join(differs))
     return {**converted.state, **{key: model.get_buffer(key) for key in model.OWN_STATE}}
+
+
+def classes_of(state: Mapping[str, Tensor]) -> Classes | None:
+    """Return COCO's or Cityscapes' classes for weights of another project with as many, otherwise None."""
+    project = project_of(state)
+    if project is None:
+        return None
+    try:
+        converted = project.convert(state)
+        section = section_of(converted.state, converted.settings.affine_norm)
+    except (InputError, KeyError):  # a model that does not match: whoever loads it reports that
+        return None
+    return usual_classes(SECTIONS[section["type"]].model_validate(section))
 
 
 def _differences(converted: Converted, model: Architecture, config: ArchitectureConfig) -> list[str]:
