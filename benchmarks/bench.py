@@ -31,8 +31,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 from giantdet.architectures import build_model, total_loss
+from giantdet.architectures.foreign.torchvision import from_torchvision
 from giantdet.architectures.mask_rcnn import MaskRcnn, mask_rcnn_losses, sample_counts
-from giantdet.architectures.torchvision_weights import from_torchvision
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.layers.weights import load_strictly
 

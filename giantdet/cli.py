@@ -1,4 +1,4 @@
-"""The `giantdet` command: its arguments. commands.py and model_commands.py implement them."""
+"""The `giantdet` command: its arguments. commands.py and its neighbours implement them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from giantdet import commands, model_commands
+from giantdet import commands, model_commands, weight_commands
 from giantdet.errors import GiantdetError, InputError, LostContactError
 from giantdet.tools.machines import MACHINES
 
@@ -280,6 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
     demo.set_defaults(command=commands.run_demo_data)
+    weight_commands.add_import_weights(subparsers)
     return parser
 
 

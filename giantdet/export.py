@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from giantdet import __version__
 from giantdet.architectures import Architecture, build_model
 from giantdet.architectures.class_layers import Transfer, rows_by_name, transfer
+from giantdet.architectures.foreign import classes_of, from_project, project_of, translate
 from giantdet.checkpoint.files import SavedTensors, damage, share
 from giantdet.config.architectures import ArchitectureConfig, ModelConfig
 from giantdet.config.architectures.common import NormConfig
@@ -247,10 +248,11 @@ def load_detector(
 def load_weights(model: Architecture, config: ArchitectureConfig, classes: Classes | None = None) -> None:
     """Load the initial weights of a detector: `model.init_weights`, or those that the backbone section names.
 
-    `model.init_weights` is the folder of an export, its model.safetensors, or a file of torchvision's Mask or
-    Faster R-CNN, under any prefix (`layers/weight_names.py`). The rows of layers that belong to classes are
-    taken over by name from an export: `classes` are those of the run. Without names on one of the sides, such
-    a layer is taken over if it has as many classes. What is taken over and what starts afresh is printed.
+    `model.init_weights` is the folder of an export, its model.safetensors, or a file of another project
+    (`architectures/foreign`), under any prefix (`layers/weight_names.py`). The rows of layers that belong to
+    classes are taken over by name from an export, and from another project's model of COCO's number of
+    classes: `classes` are those of the run. Without names on one of the sides, such a layer is taken over if
+    it has as many classes. What is taken over and what starts afresh is printed.
     Raises InputError, a ValueError, that lists every key, for any other mismatch.
     """
     if config.init_weights is None:
@@ -258,18 +260,18 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
         return
     path = Path(config.init_weights)
     expected = model.state_dict()
-    state = model_tensors(read_tensors(config.init_weights), expected, model.translate, str(path))
-    try:
-        state = dict(model.translate(state))
-    except LookupError as error:
-        raise InputError(f"{path} is not a complete file of torchvision's detectors: {error}") from error
+    tensors = read_tensors(config.init_weights)
+    tensors = model_tensors(tensors, expected, translate, str(path))
+    state = dict(from_project(tensors, model, config, str(path)))
     if not any(key in expected for key in state):
         raise InputError(
             f"{path} has no tensor of {config.type} by name; if these are weights of a backbone, give them "
             "in model.backbone.init_weights"
         )
     folder = path if path.is_dir() else path.parent
-    known = read_export_config(folder).classes if (folder / CONFIG).is_file() else None
+    known = classes_of(tensors)
+    if project_of(tensors) is None and (folder / CONFIG).is_file():
+        known = read_export_config(folder).classes
     by_kind = _transfers(known, classes)
     fresh: list[str] = []
     for layer in model.class_layers():

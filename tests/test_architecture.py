@@ -29,7 +29,10 @@ ORDER = [
     "tools",
     "cli",
 ]
-SAME = {"commands": "cli", "model_commands": "cli", "__main__": "cli"}
+SAME = {
+    **dict.fromkeys(("commands", "model_commands", "weight_commands", "__main__"), "cli"),
+    "import_weights": "export",
+}
 MAX_LINES = 360
 
 # Each of these makes the host wait for the device, or a shape depend on data.
@@ -138,7 +141,7 @@ def test_parts_of_models_are_named_in_architectures_alone() -> None:
 
 
 # Imports inside functions keep `giantdet --help` fast; elsewhere they hide what a file depends on.
-LATE = {"cli.py", "commands.py", "model_commands.py", "__init__.py"}
+LATE = {"cli.py", "commands.py", "model_commands.py", "weight_commands.py", "__init__.py"}
 HEAVY = ("deepspeed", "timm", "torch", "matplotlib", "resource")
 
 

@@ -17,7 +17,16 @@ from giantdet.config.load import load_run, parse_run
 from giantdet.errors import LostContactError
 from giantdet.evaluation import backends
 
-COMMANDS = ("train", "eval", "predict", "export", "validate-data", "configs", "make-demo-data")
+COMMANDS = (
+    "train",
+    "eval",
+    "predict",
+    "export",
+    "import-weights",
+    "validate-data",
+    "configs",
+    "make-demo-data",
+)
 SCRIPT = REPO / "scripts/train.py"
 
 

@@ -6,7 +6,6 @@ in every forward pass, whatever the images contain, so that the collectives of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,6 +31,8 @@ class Architecture(nn.Module):
 
     WITHOUT_MASKS: ClassVar[str] = ""
     """Advice for training on a data set without masks, as the end of an error message."""
+    OWN_STATE: ClassVar[frozenset[str]] = frozenset()
+    """Names of buffers that other projects' models do not have."""
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -110,10 +111,6 @@ class Architecture(nn.Module):
     def class_layers(self) -> tuple[ClassLayer, ...]:
         """Return the layers whose rows belong to classes, which initial weights are matched with by name."""
         raise NotImplementedError
-
-    def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the weights of another project under this model's names, and others unchanged."""
-        return state
 
     def normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
         """Return uint8 images normalised for the backbone, `[B, 3, H, W]` in its dtype; the padding is zero.

@@ -7,14 +7,12 @@ Reference: detectron2's `GeneralizedRCNN` and `StandardROIHeads`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from giantdet.architectures.base import Architecture, mean_counts
 from giantdet.architectures.class_layers import ClassLayer
-from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
 from giantdet.config.architectures.common import NormPart
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig, RcnnConfig
 from giantdet.config.conventions import Conventions
@@ -202,10 +200,6 @@ class MaskRcnn(Architecture):
             ClassLayer("mask_head.masks."),
             *branch_class_layers(self.semantic_branch),
         )
-
-    def translate(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return torchvision's Mask and Faster R-CNN weights under giantdet's names, and others unchanged."""
-        return from_torchvision(state) if is_torchvision(state) else state
 
 
 def mask_rcnn_losses(

@@ -1,9 +1,9 @@
 """RetinaNet (Lin et al. 2017, "Focal Loss for Dense Object Detection"): backbone, pyramid P3 to P7, one head.
 
 Shapes: B images · A anchors of all levels · M ground-truth slots · C classes · D detections.
-References: detectron2's `RetinaNet`, and mmdetection's where its `Conventions` differ. One deliberate
-difference: anchors centred in the padding are neither trained nor scored, because a fixed canvas may have
-more padding than a batch that is padded to its largest image.
+References: detectron2's `RetinaNet`, and mmdetection's and torchvision's where their `Conventions` differ.
+One deliberate difference: anchors centred in the padding are neither trained nor scored, because a fixed
+canvas may have more padding than a batch that is padded to its largest image.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def _by_anchor(level: Tensor, values: int) -> Tensor:
 class RetinaNet(Architecture):
     """One-stage detector; see `Architecture` for the arguments."""
 
+    OWN_STATE = frozenset({"head.normalizer"})
+
     def __init__(self, config: RetinaNetConfig, image_size: tuple[int, int]) -> None:
         super().__init__(config, image_size)
         self.config, self.image_size = config, image_size
@@ -128,13 +130,17 @@ class RetinaNet(Architecture):
 
     def anchors(self, levels: list[Tensor]) -> list[Tensor]:
         """Return the anchors of each level, float32 `[A_l, 4]` in pixels."""
-        head = self.config.head
+        head, rounded = self.config.head, self.conventions.rounded_anchors
+        sizes = [[size * scale for scale in head.anchor_scales] for size in head.anchor_sizes]
+        if rounded:  # torchvision cuts off the fractions of the sizes, too
+            sizes = [[float(int(size)) for size in level] for level in sizes]
         found = grid_anchors(
             self.image_size,
             [(level.shape[-2], level.shape[-1]) for level in levels],
             self.fpn.strides,
-            [[size * scale for scale in head.anchor_scales] for size in head.anchor_sizes],
+            sizes,
             head.anchor_ratios,
+            rounded=rounded,
             device=levels[0].device,
             by_ratio=self.conventions.anchors_by_ratio,
         )
@@ -190,8 +196,10 @@ class RetinaNet(Architecture):
         """Return `retinanet_losses`; in training, first update the running mean of positive anchors."""
         normalizer = self.head.normalizer
         if not self.conventions.retina_running_mean:
+            positives_B = predictions.positive_BA.sum(1).clamp_min(1)
+            mean_of_images = self.conventions.retina_mean_of_images
             return retinanet_losses(
-                predictions, self.config.head, predictions.positive_BA.sum(1).clamp_min(1).sum()
+                predictions, self.config.head, positives_B if mean_of_images else positives_B.sum()
             )
         if self.training:
             with torch.no_grad():
@@ -262,6 +270,8 @@ class RetinaNet(Architecture):
 def retinanet_losses(p: Predictions, config: RetinaHeadConfig, normalizer: Tensor) -> dict[str, Tensor]:
     """Return the focal and box loss over all anchors, scalars divided by `normalizer`.
 
+    With a normalizer of each image, `[B]`, the means of the images' losses.
+
     Focal loss: Lin et al. 2017. Reference: `retinanet.py` of detectron2 0.6.
     """
     classes_C = torch.arange(p.logits_BAC.shape[-1], device=p.labels_BA.device)
@@ -269,6 +279,12 @@ def retinanet_losses(p: Predictions, config: RetinaHeadConfig, normalizer: Tenso
     focal_BA = sigmoid_focal_loss(p.logits_BAC, goal_BAC, config.focal_alpha, config.focal_gamma).sum(-1)
     distance_BA = box_distance(p.deltas_BA4, p.target_deltas_BA4, config.smooth_l1_beta)
     return {
-        "loss_cls": torch.where(p.valid_BA, focal_BA, 0.0).sum() / normalizer,
-        "loss_box_reg": torch.where(p.positive_BA, distance_BA, 0.0).sum() / normalizer,
+        "loss_cls": _normalised(torch.where(p.valid_BA, focal_BA, 0.0), normalizer),
+        "loss_box_reg": _normalised(torch.where(p.positive_BA, distance_BA, 0.0), normalizer),
     }
+
+
+def _normalised(loss_BA: Tensor, normalizer: Tensor) -> Tensor:
+    if normalizer.ndim == 0:
+        return loss_BA.sum() / normalizer
+    return (loss_BA.sum(1) / normalizer).mean()

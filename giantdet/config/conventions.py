@@ -56,6 +56,9 @@ class Conventions:
     retina_running_mean: bool = True
     """RetinaNet's losses are divided by a running mean of the number of positive anchors; if False, by the
     number itself, at least 1 an image."""
+    retina_mean_of_images: bool = False
+    """Without the running mean: each image's losses are divided by its own number of positive anchors, and
+    averaged; if False, their sum is divided by the sum of the numbers."""
     retina_relu_before_p7: bool = True
     """RetinaNet has a ReLU between P6 and P7."""
     retina_clips_before_nms: bool = False
@@ -108,6 +111,10 @@ CONVENTIONS: dict[str, Conventions] = {
         rpn_loss_over_all_slots=False,
         binary_mask_targets=False,
         pastes_at_pixel_centres=False,
+        anchors_by_ratio=True,
+        retina_running_mean=False,
+        retina_mean_of_images=True,
+        retina_clips_before_nms=True,
     ),
     "mmdetection": replace(
         DETECTRON2,

@@ -3,7 +3,7 @@
 - Convolutional and hierarchical models (`Pyramid`): feature maps at strides 4, 8, 16 and 32, from timm's
   `forward_intermediates`. It runs the raw model, so the parameter names match those of its checkpoints
   (`features_only` renames some). Families without BatchNorm (Swin, ConvNeXt, ...) do not normalise the output
-  of a stage. They get one LayerNorm per level, as in Swin's and ConvNeXt's detection code.
+  of a stage. They get one LayerNorm per level, as in Swin's and ConvNeXt's detection code (`level_norms`).
 - Plain ViTs: one feature map, windowed attention (`plain_vit.py`).
 
 What single families need beyond that is the table in `families.py`. With `output_stride` the last stages are
@@ -54,12 +54,23 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
         raise InputError(_no_dilation(config))
     if config.deformable_stages and plain:
         raise InputError(f"deformable_stages is for convolutional backbones, not for '{config.name}'")
+    if config.level_norms != "auto" and plain:
+        raise InputError(f"level_norms is for hierarchical backbones, not for '{config.name}'")
     for key in ("position_grid", "relative_positions", "attend_padding"):
         if getattr(config, key) and not plain:
             raise InputError(f"{key} is for plain ViTs, not for '{config.name}'")
     backbone = PlainViT(config, image_size) if plain else Pyramid(config, image_size)
+    if config.pixel_mean is not None:
+        backbone.mean = _from_255(config.pixel_mean)
+    if config.pixel_std is not None:
+        backbone.std = _from_255(config.pixel_std)
     wrap_blocks(config, backbone.body)
     return backbone
+
+
+def _from_255(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red / 255, green / 255, blue / 255
 
 
 class Pyramid(Backbone):
@@ -97,8 +108,9 @@ class Pyramid(Backbone):
         self.added_keys = frozenset(set(body.state_dict()) - keys)
         self.body = body
         unnormed = not any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
+        normed = unnormed if config.level_norms == "auto" else config.level_norms
         self.norms = nn.ModuleList(
-            LayerNorm2d(c, eps=1e-6) if unnormed else nn.Identity() for c in self.channels
+            LayerNorm2d(c, eps=1e-6) if normed else nn.Identity() for c in self.channels
         )
         if config.frozen_stages:
             frozen = _first_stages("frozen_stages", config, body, modules, config.frozen_stages)

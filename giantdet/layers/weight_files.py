@@ -23,6 +23,7 @@ from torch import Tensor
 
 from giantdet.config.names import nearest
 from giantdet.errors import InputError
+from giantdet.layers.pickles import ForeignObjectError, read_pickle
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ _HARMLESS: list[Any] = [
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or PyTorch file by name, whatever the file is called.
+    """Return the tensors of a safetensors or PyTorch file, or of a pickle of arrays, whatever its name.
 
     Names of nested dicts are joined with dots: `state_dict.conv1.weight`. For a folder, or an index file in
     it (`*.index.json`), the tensors of all shards are returned. No code from the files is run: objects of
@@ -195,7 +196,10 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         head = opened.read(512)
     if (problem := _not_weights(file, head)) is not None:
         raise InputError(f"weights file {file} {problem}")
-    tensors = _read_safetensors(file) if _is_safetensors(file, head) else _read_torch(file, head)
+    if _is_pickle(head):
+        tensors = _read_pickle(file)
+    else:
+        tensors = _read_safetensors(file) if _is_safetensors(file, head) else _read_torch(file, head)
     if not tensors:
         raise InputError(
             f"weights file {file} holds no tensors by name; save those of the model: "
@@ -232,11 +236,8 @@ def _not_weights(file: Path, head: bytes) -> str | None:
         return None if any(name.endswith("data.pkl") for name in names) else "is an archive: unpack it"
     if head.startswith(b"PK\x03\x04"):
         return "cannot be read: its end is missing; copy or download it again"
-    if re.match(rb"\x80[\x02-\x05]", head) and not head.startswith(_LEGACY):
-        return (
-            "is a bare pickle, as of detectron2's model zoo; unpickling could run code, so it is not read: "
-            "convert it to a state_dict with the names of timm's model"
-        )
+    if _is_pickle(head):
+        return None
     try:
         shown = text.decode()[:40]
     except UnicodeDecodeError:
@@ -252,6 +253,21 @@ def _is_safetensors(file: Path, head: bytes) -> bool:
         _log.info("%s is a PyTorch file, whatever its name, and read as such", file)
         return False
     return found or file.suffix == ".safetensors"
+
+
+def _is_pickle(head: bytes) -> bool:
+    """Return whether a file is a pickle that `torch.save` did not write, such as detectron2's zoo."""
+    return re.match(rb"\x80[\x02-\x05]", head) is not None and not head.startswith(_LEGACY)
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    """Return the arrays of a pickle as tensors, as detectron2's zoo has them."""
+    try:
+        return flatten(read_pickle(file))
+    except ForeignObjectError as error:
+        raise InputError(_refusal(file, {str(error)})) from error
+    except Exception as error:  # whatever a damaged pickle raises
+        raise InputError(f"weights file {file} cannot be read: {first_line(error)}") from error
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def model_tensors(
     def score(prefix: str) -> tuple[int, int]:
         """Return how many of the wanted names are found, and how many of them have the wanted shape."""
         try:
-            state = translate(_below(found, prefix))
+            state = translate(below(found, prefix))
         except FOREIGN:
             return 0, 0
         shapes = [state[key].shape == shape for key, shape in wanted.items() if key in state]
@@ -62,10 +62,10 @@ def model_tensors(
 
     if score("")[0] == len(wanted):
         return dict(found)
-    scores = {prefix: score(prefix) for prefix in _prefixes(found, len(wanted) / 2)}
+    scores = {prefix: score(prefix) for prefix in prefixes(found, len(wanted) / 2)}
     best = max(scores.values(), default=(0, 0))
     if best[0] * 2 < max(len(wanted), 1):
-        return _below(found, _usual_prefix(found))
+        return below(found, _usual_prefix(found))
     tied = [prefix for prefix in scores if scores[prefix] == best]
     # `translate` may remove a prefix itself; the shorter one hides fewer tensors from the strict comparison.
     tied = [one for one in tied if not any(one.startswith(o) for o in tied if o != one)]
@@ -77,14 +77,15 @@ def model_tensors(
         )
     if chosen:
         _report(found, chosen, [prefix for prefix in tied if prefix != chosen], what)
-    return _below(found, chosen)
+    return below(found, chosen)
 
 
-def _below(found: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(found: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors under a prefix of their names, without it."""
     return {key[len(prefix) :]: tensor for key, tensor in found.items() if key.startswith(prefix)}
 
 
-def _prefixes(found: Mapping[str, Tensor], least: float) -> list[str]:
+def prefixes(found: Mapping[str, Tensor], least: float) -> list[str]:
     """Return the beginnings of the names, up to a dot, that at least so many tensors have; "" is the
     first."""
     counts: Counter[str] = Counter()

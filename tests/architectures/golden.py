@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from giantdet.architectures import Architecture, build_model
+from giantdet.architectures.foreign.detectron2 import DETECTRON2
 from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.conventions import CONVENTIONS
@@ -48,61 +48,11 @@ BOX_HEAD: dict[str, Any] = {
     "detections": 60,
 }
 
-_NAMES = (
-    (r"^backbone\.bottom_up\.stem\.conv1\.norm", "backbone.body.bn1"),
-    (r"^backbone\.bottom_up\.stem\.conv1", "backbone.body.conv1"),
-    (r"^backbone\.bottom_up\.(res\d.*)\.conv(\d)\.norm\.", r"backbone.bottom_up.\1.bn\2."),
-    (r"\.shortcut\.norm\.", ".downsample.1."),
-    (r"\.shortcut\.", ".downsample.0."),
-    (r"^backbone\.net\.", "backbone.body."),
-    (r"^backbone\.top_block", "fpn.top"),
-    (r"^head\.cls_score", "head.classes"),
-    (r"^head\.bbox_pred", "head.deltas"),
-    (r"^proposal_generator\.rpn_head\.objectness_logits", "rpn.head.objectness"),
-    (r"^proposal_generator\.rpn_head\.anchor_deltas", "rpn.head.deltas"),
-    (r"^proposal_generator\.rpn_head\.conv\.conv0", "rpn.head.conv"),
-    (r"^proposal_generator\.rpn_head\.conv\.conv1", "rpn.head.further_convs.0"),
-    (r"^proposal_generator\.rpn_head", "rpn.head"),
-    (r"^roi_heads\.box_predictor\.(\d\.)?cls_score", r"box_head.\1classes"),
-    (r"^roi_heads\.box_predictor\.(\d\.)?bbox_pred", r"box_head.\1deltas"),
-    (r"^roi_heads\.mask_head\.deconv", "mask_head.upsample"),
-    (r"^roi_heads\.mask_head\.predictor", "mask_head.masks"),
-    (r"^sem_seg_head\.predictor", "semantic_head.classes"),
-)
-
-
-def our_name(key: str, finest: int = 2) -> str:
-    """Return our name of a parameter of detectron2; `finest` is the pyramid's first level, 2 or 3."""
-    for pattern, name in _NAMES:
-        key = re.sub(pattern, name, key)
-    towers = {"cls": "class_convs", "bbox": "box_convs"}
-    for pattern, renamed in (
-        (r"^head\.(cls|bbox)_subnet\.(\d+)", lambda m: f"head.{towers[m[1]]}.{int(m[2]) // 2}.0"),
-        (r"^backbone\.fpn_lateral(\d)", lambda m: f"fpn.laterals.{int(m[1]) - finest}.0"),
-        (r"^backbone\.fpn_output(\d)", lambda m: f"fpn.outputs.{int(m[1]) - finest}.0"),
-        (r"^backbone\.bottom_up\.res(\d)", lambda m: f"backbone.body.layer{int(m[1]) - 1}"),
-        (r"^roi_heads\.box_head\.(\d\.)?fc(\d)", lambda m: f"box_head.{m[1] or ''}fcs.{int(m[2]) - 1}"),
-        (r"^roi_heads\.mask_head\.mask_fcn(\d)", lambda m: f"mask_head.convs.{int(m[1]) - 1}.0"),
-        (r"^roi_heads\.box_head\.(\d\.)?conv(\d)", lambda m: f"box_head.{m[1] or ''}convs.{int(m[2]) - 1}.0"),
-        (r"^backbone\.simfp_(\d)\.(\d)", _simple_pyramid_name),
-        (r"^sem_seg_head\.p(\d)\.(\d)", lambda m: f"semantic_head.levels.{int(m[1]) - 2}.{m[2]}.0"),
-    ):
-        key = re.sub(pattern, renamed, key)
-    return re.sub(r"\.0\.norm\.", ".1.", key)  # a convolution and its norm are a block here
-
-
-def _simple_pyramid_name(key: re.Match[str]) -> str:
-    """Return our name of a layer of ViTDet's simple pyramid: `simfp_LEVEL.LAYER`."""
-    level, layer = int(key[1]), int(key[2])
-    rescaling = {2: 4, 3: 1, 4: 0, 5: 1}[level]  # number of layers before the convolutions
-    return f"fpn.stages.{level - 2}.{layer}" + (".0" if layer >= rescaling else "")
-
 
 def build(
     golden: Path,
     name: str,
     raw: dict[str, Any],
-    finest: int = 2,
     canvas: tuple[int, int] = CANVAS,
     norm: Literal["frozen", "local"] = "frozen",
 ) -> Architecture:
@@ -110,7 +60,7 @@ def build(
     model = build_model(SECTIONS[raw["type"]].model_validate(raw), canvas, NormConfig(type=norm))
     if raw["backbone"]["name"] == BACKBONE["name"]:
         narrow_stem(model.backbone.body)
-    state = {our_name(key, finest): value for key, value in load_weights(golden, name).items()}
+    state = DETECTRON2.convert(load_weights(golden, name), bgr=False).state
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith(("num_batches_tracked", "head.normalizer")) for key in missing), missing

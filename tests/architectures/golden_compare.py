@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import RPN_SLOTS, GoldenStep, our_name
+from golden import RPN_SLOTS, GoldenStep
 from pasting import paste_masks
 from torch import Tensor, nn
 
 from giantdet.architectures import total_loss
+from giantdet.architectures.foreign.detectron2 import DETECTRON2
 from giantdet.structures import Batch, Detections
 
 
@@ -52,12 +53,11 @@ def assert_same_step(
     expected: GoldenStep,
     rel: float = 1e-4,
     parameter_rel: float = 1e-4,
-    finest: int = 2,
 ) -> None:
     """Compare losses, the gradient norms of each loss by module, and those of the total by parameter.
 
     The losses agree to a relative 1e-4, the norms of modules to `rel` and those of parameters to
-    `parameter_rel`; `finest` is that of `our_name`.
+    `parameter_rel`.
     """
     found = {name: float(loss.detach()) for name, loss in losses.items()}
     assert found == pytest.approx(expected.losses, rel=1e-4)
@@ -66,7 +66,7 @@ def assert_same_step(
             assert_same_gradients(model, losses[name], norms, rel)
     assert_same_gradients(model, total_loss(losses), expected.grad_norms["total"], rel)
     if expected.per_parameter:
-        assert_same_gradient_of_each_parameter(model, expected.per_parameter, parameter_rel, finest)
+        assert_same_gradient_of_each_parameter(model, expected.per_parameter, parameter_rel)
 
 
 def assert_same_gradients(model: Any, loss: Tensor, expected: dict[str, float], rel: float) -> None:
@@ -80,12 +80,11 @@ def assert_same_gradients(model: Any, loss: Tensor, expected: dict[str, float], 
         assert not any(p.grad.any() for m in modules[name] for p in m.parameters() if p.grad is not None)
 
 
-def assert_same_gradient_of_each_parameter(
-    model: Any, expected: dict[str, float], rel: float, finest: int = 2
-) -> None:
+def assert_same_gradient_of_each_parameter(model: Any, expected: dict[str, float], rel: float) -> None:
     """Compare the norms of the gradients that a backward pass has left."""
     parameters = dict(model.named_parameters())
-    found = {key: norm([parameters.pop(our_name(key, finest)).grad]) for key in expected}
+    names = DETECTRON2.names(expected)
+    found = {key: norm([parameters.pop(names[key]).grad]) for key in expected}
     assert found == pytest.approx(expected, rel=rel) and not parameters
 
 

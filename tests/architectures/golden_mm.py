@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.architectures import Architecture, build_model
+from giantdet.architectures.foreign.mmdetection import MMDETECTION
 from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.conventions import CONVENTIONS
@@ -29,58 +29,8 @@ from giantdet.structures import Batch, Detections
 
 TOLERANCE = 1e-4
 
-_NAMES = (
-    (r"^backbone\.patch_embed\.projection", "backbone.body.patch_embed.proj"),
-    (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
-    (r"\.attn\.w_msa\.", ".attn."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-    (r"^neck\.lateral_convs\.(\d)\.conv", r"fpn.laterals.\1.0"),
-    (r"^bbox_head\.cls_convs\.(\d)\.conv", r"head.class_convs.\1.0"),
-    (r"^bbox_head\.reg_convs\.(\d)\.conv", r"head.box_convs.\1.0"),
-    (r"^bbox_head\.retina_cls", "head.classes"),
-    (r"^bbox_head\.retina_reg", "head.deltas"),
-    (r"^rpn_head\.rpn_conv", "rpn.head.conv"),
-    (r"^rpn_head\.rpn_cls", "rpn.head.objectness"),
-    (r"^rpn_head\.rpn_reg", "rpn.head.deltas"),
-    (r"^roi_head\.bbox_head\.(\d\.)?fc_cls", r"box_head.\1classes"),
-    (r"^roi_head\.bbox_head\.(\d\.)?fc_reg", r"box_head.\1deltas"),
-    (r"^roi_head\.bbox_head\.(\d\.)?shared_fcs", r"box_head.\1fcs"),
-    (r"^roi_head\.mask_head\.(\d\.)?convs\.(\d)\.conv", r"mask_head.\1convs.\2.0"),
-    (r"^roi_head\.mask_head\.(\d\.)?upsample", r"mask_head.\1upsample"),
-    (r"^roi_head\.mask_head\.(\d\.)?conv_logits", r"mask_head.\1masks"),
-)
 
-
-def our_name(key: str, levels: int = 4) -> str:
-    """Return our name of a parameter of mmdetection; convolutions of `neck` from `levels` on make P6, P7."""
-    for pattern, name in _NAMES:
-        key = re.sub(pattern, name, key)
-
-    def of_neck(found: re.Match[str]) -> str:
-        number = int(found[1])
-        return f"fpn.outputs.{number}.0" if number < levels else f"fpn.top.p{6 + number - levels}"
-
-    key = re.sub(r"^neck\.fpn_convs\.(\d)\.conv", of_neck, key)
-    # timm merges patches at the beginning of a stage, mmdetection at the end of the one before.
-    key = re.sub(
-        r"^backbone\.stages\.(\d)\.downsample",
-        lambda found: f"backbone.body.layers.{int(found[1]) + 1}.downsample",
-        key,
-    )
-    key = re.sub(r"^backbone\.stages\.(\d)", r"backbone.body.layers.\1", key)
-    return re.sub(r"^backbone\.(?!body|norms)", "backbone.body.", key)
-
-
-def our_value(key: str, value: Tensor) -> Tensor:
-    """Return a weight in our order: of merged patches, mmdetection has channels first, timm pixels."""
-    if ".downsample." not in key or not key.startswith("backbone.stages"):
-        return value
-    *rows, columns = value.shape
-    return value.view(*rows, columns // 4, 2, 2).transpose(-3, -1).reshape(*rows, columns)
-
-
-def build(golden: Path, name: str, raw: dict[str, Any], levels: int = 4) -> Architecture:
+def build(golden: Path, name: str, raw: dict[str, Any]) -> Architecture:
     """Return this section's model with the weights of the golden model `name`; anchors cover the padding."""
     model = build_model(
         SECTIONS[raw["type"]].model_validate({**raw, "conventions": "mmdetection"}),
@@ -89,8 +39,7 @@ def build(golden: Path, name: str, raw: dict[str, Any], levels: int = 4) -> Arch
     )
     if raw["backbone"]["name"] == "resnet50":
         narrow_stem(model.backbone.body)
-    weights = load_weights(golden, f"mm/{name}").items()
-    state = {our_name(key, levels): our_value(key, value) for key, value in weights}
+    state = MMDETECTION.convert(load_weights(golden, f"mm/{name}")).state
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith(("num_batches_tracked", "head.normalizer")) for key in missing), missing
@@ -114,7 +63,6 @@ def check_step(
     model: Architecture,
     losses: dict[str, Tensor],
     names: dict[str, str],
-    levels: int = 4,
 ) -> None:
     """Assert equal losses, {theirs: ours} in `names`, gradient norms by module for each, and by parameter."""
     expected = json.loads((golden / f"mm/{name}_A.json").read_text())
@@ -138,9 +86,8 @@ def check_step(
         }
         assert norms == pytest.approx(expected["grad_norms"][theirs], rel=TOLERANCE), theirs
     parameters = dict(model.named_parameters())
-    each = {
-        key: norm([parameters.pop(our_name(key, levels)).grad]) for key in expected["grad_norm_per_parameter"]
-    }
+    our_names = MMDETECTION.names(expected["grad_norm_per_parameter"])
+    each = {key: norm([parameters.pop(ours).grad]) for key, ours in our_names.items()}
     assert (
         each == pytest.approx(expected["grad_norm_per_parameter"], rel=TOLERANCE, abs=1e-8) and not parameters
     )

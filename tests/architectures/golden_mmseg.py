@@ -7,8 +7,6 @@ arrays by at most 2e-5 of it and the gradient norms of modules by at most 7e-5 (
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.architectures import Architecture, build_model, total_loss
+from giantdet.architectures.foreign.mmsegmentation import MMSEGMENTATION
 from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import NormConfig
 from giantdet.layers.semantic_head import to_canvas
@@ -33,20 +32,11 @@ BACKBONE: dict[str, Any] = {
 TOLERANCE = 1e-4
 
 
-def common_names(key: str) -> str:
-    """Our name of a parameter of the backbone; in the rest, of the layers of a `ConvModule`."""
-    if not key.startswith("backbone."):
-        return key.replace(".conv.", ".0.").replace(".bn.", ".1.").replace(".conv_seg.", ".classes.")
-    key = re.sub(r"^backbone\.stem\.7", "backbone.bn1", key)
-    return re.sub(r"^backbone\.stem", "backbone.conv1", key).replace("backbone.", "backbone.body.", 1)
-
-
-def build(golden: Path, name: str, section: dict[str, Any], our_name: Callable[[str], str]) -> Architecture:
+def build(golden: Path, name: str, section: dict[str, Any]) -> Architecture:
     """The model of this section with mmsegmentation's weights, its BatchNorms trainable."""
     config = SECTIONS[section["type"]].model_validate({"num_classes": 7, "backbone": BACKBONE, **section})
     model = build_model(config, CANVAS, NormConfig(type="local"))
-    state = {our_name(key): value for key, value in load_weights(golden, f"mm/{name}").items()}
-    model.load_state_dict(state)
+    model.load_state_dict(MMSEGMENTATION.convert(load_weights(golden, f"mm/{name}")).state)
     return model
 
 
@@ -57,9 +47,7 @@ def evaluate_norms(model: Architecture) -> None:
             module.eval()
 
 
-def check_training(
-    model: Architecture, golden: Path, name: str, our_name: Callable[[str], str], parts: dict[str, str]
-) -> None:
+def check_training(model: Architecture, golden: Path, name: str, parts: dict[str, str]) -> None:
     """Assert equal losses, gradient norms of the `parts` {theirs: ours} and of each parameter."""
     expected = json.loads((golden / f"mm/{name}_A.json").read_text())
     evaluate_norms(model)
@@ -75,7 +63,8 @@ def check_training(
     }
     assert norms == pytest.approx(expected["grad_norms"]["total"], rel=TOLERANCE)
     ours = dict(model.named_parameters())
-    each = {key: ours[our_name(key)].grad for key in expected["grad_norm_per_parameter"]}
+    our_names = MMSEGMENTATION.names(expected["grad_norm_per_parameter"])
+    each = {key: ours[name].grad for key, name in our_names.items()}
     assert len(each) == len(ours)
     found = {key: float(grad.norm()) for key, grad in each.items() if grad is not None}
     assert found == pytest.approx(expected["grad_norm_per_parameter"], rel=3 * TOLERANCE)

@@ -34,7 +34,7 @@ CASCADE_RPN = {**RPN, "smooth_l1_beta": 1 / 9, "allowed_border": 0}
 
 def test_retinanet(golden: Path) -> None:
     name = "mmdet_retinanet"
-    model, batch, arrays = build(golden, name, RETINANET, levels=3), load(golden), arrays_of(golden, name)
+    model, batch, arrays = build(golden, name, RETINANET), load(golden), arrays_of(golden, name)
     with torch.no_grad():
         maps = model.eval().backbone(model.normalise(batch.images_B3HW, batch.sizes_B2))
         assert_same_features(maps, arrays, [f"backbone.{i}" for i in range(4)])
@@ -43,7 +43,7 @@ def test_retinanet(golden: Path) -> None:
     check_detections(found, batch, arrays)
     losses = train(model).losses(model(batch), batch)
     names = {"loss_cls": "loss_cls", "loss_bbox": "loss_box_reg"}
-    check_step(golden, name, model, losses, names, levels=3)
+    check_step(golden, name, model, losses, names)
 
 
 def test_mask_rcnn_on_swin(golden: Path) -> None:

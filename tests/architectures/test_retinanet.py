@@ -27,7 +27,7 @@ def model(golden: Path) -> RetinaNet:
         "fpn": {"channels": 32},
         "head": {"convs": 2, "detections": 60},
     }
-    built = build(golden, "retinanet", raw, finest=3)
+    built = build(golden, "retinanet", raw)
     assert isinstance(built, RetinaNet)
     return built
 
@@ -43,7 +43,7 @@ def test_losses_and_gradients(model: RetinaNet, golden: Path, empty: tuple[int, 
     losses = model.losses(predictions, batch)
     assert float(model.counts(predictions)["anchors_positive"]) == expected.counts["num_pos_anchors"]
     assert float(model.head.normalizer) == pytest.approx(expected.whole["loss_normalizer"], rel=1e-6)
-    assert_same_step(model, losses, expected, finest=3)
+    assert_same_step(model, losses, expected)
 
 
 @torch.no_grad()

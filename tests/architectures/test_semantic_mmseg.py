@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden import load
-from golden_mmseg import build, check_classes, check_maps, check_training, common_names
+from golden_mmseg import build, check_classes, check_maps, check_training
 
 from giantdet.architectures import Architecture
 from giantdet.architectures.semantic_fpn import SemanticFpn
@@ -21,21 +21,14 @@ SECTION = {
 }
 
 
-def our_name(key: str) -> str:
-    """Our name of a parameter of mmsegmentation's Semantic FPN."""
-    key = common_names(key).replace("decode_head.scale_heads.", "semantic_head.levels.")
-    key = key.replace("neck.lateral_convs.", "fpn.laterals.").replace("neck.fpn_convs.", "fpn.outputs.")
-    return key.replace("decode_head.", "semantic_head.")
-
-
 @pytest.fixture(scope="module")
 def model(golden: Path) -> Architecture:
-    return build(golden, NAME, SECTION, our_name)
+    return build(golden, NAME, SECTION)
 
 
 def test_losses_and_gradients(model: SemanticFpn, golden: Path) -> None:
     parts = {"backbone": "backbone", "neck": "fpn", "decode_head": "semantic_head"}
-    check_training(model, golden, NAME, our_name, parts)
+    check_training(model, golden, NAME, parts)
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import load
-from golden_mmseg import build, check_classes, check_maps, check_training, close, common_names
+from golden_mmseg import build, check_classes, check_maps, check_training, close
 from test_semantic import all_ignored, noise, train_step
 from test_trace import Recorder
 from torch import Tensor, nn
@@ -22,7 +20,6 @@ from giantdet.architectures.upernet import UperNet
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.upernet import UperNetConfig
 from giantdet.errors import InputError
-from giantdet.layers.deferred import deferred_init
 from giantdet.layers.uper_head import PoolingPyramid
 from giantdet.structures import Batch
 
@@ -35,22 +32,14 @@ SECTION = {
 }
 
 
-def our_name(key: str) -> str:
-    """Our name of a parameter of mmsegmentation's UPerNet."""
-    key = re.sub(r"psp_modules\.(\d)\.1", r"pooling.scales.\1.1", common_names(key))
-    key = key.replace("decode_head.bottleneck.", "decode_head.pooling.merge.")
-    key = key.replace("fpn_bottleneck.", "fusion.").replace("lateral_convs.", "laterals.")
-    return key.replace("fpn_convs.", "outputs.")
-
-
 @pytest.fixture(scope="module")
 def model(golden: Path) -> Architecture:
-    return build(golden, NAME, SECTION, our_name)
+    return build(golden, NAME, SECTION)
 
 
 def test_losses_and_gradients(model: UperNet, golden: Path) -> None:
     parts = {name: name for name in ("backbone", "decode_head", "auxiliary_head")}
-    check_training(model, golden, NAME, our_name, parts)
+    check_training(model, golden, NAME, parts)
 
 
 @torch.no_grad()
@@ -61,30 +50,6 @@ def test_maps_and_logits(model: UperNet, golden: Path) -> None:
     assert model.auxiliary_head is not None
     close(model.auxiliary_head(maps[2]), arrays["aux_logits"])
     check_classes(model(batch).semantic_BCHW, arrays)
-
-
-@pytest.mark.parametrize(
-    ("name", "zoo", "parts"),
-    [
-        ("resnet50c", "upernet_r50_4xb4-80k", ("backbone", "decode_head", "auxiliary_head")),
-        # The names of its backbone are those of Swin's own code.
-        ("swin_tiny_patch4_window7_224", "swin-tiny-*_upernet_8xb2-160k", ("decode_head", "auxiliary_head")),
-    ],
-)
-def test_defaults_have_the_shapes_of_the_zoo(
-    golden: Path, name: str, zoo: str, parts: tuple[str, ...]
-) -> None:
-    (file,) = (golden / "zoo_keys").glob(f"mmseg1_{zoo}_ade20k-512x512.json")
-    theirs = {
-        our_name(key): torch.Size(shape)
-        for key, shape in json.loads(file.read_text())["keys"].items()
-        if key.startswith(parts)
-    }
-    raw = {"type": "upernet", "num_classes": 150, "backbone": {"name": name}}
-    with deferred_init():
-        model = build_model(UperNetConfig.model_validate(raw), (512, 512), NormConfig(type="local"))
-    ours = {key: value.shape for key, value in model.state_dict().items() if key.startswith(parts)}
-    assert ours == theirs
 
 
 def tiny(size: tuple[int, int] = (64, 96), norm: NormConfig | None = None, **changes: Any) -> UperNet:

@@ -143,6 +143,19 @@ def test_stride_in_1x1_with_msra_weights(shared: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_statistics_and_norms_of_other_weights() -> None:
+    """Pixels on the scale 0 to 255; LayerNorms on the maps, or not, whatever the norms of the backbone."""
+    given = build("resnet18", (64, 64), pixel_mean=(102.0, 51.0, 0.0), pixel_std=(1.0, 255.0, 51.0))
+    assert given.mean == pytest.approx((0.4, 0.2, 0.0)) and given.std == pytest.approx((1 / 255, 1.0, 0.2))
+    swin = {"timm_args": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}}
+    for name, options in (("resnet18", {}), (SWIN, swin)):
+        for chosen, normed in ((True, True), (False, False), ("auto", name == SWIN)):
+            norms = build(name, (64, 64), level_norms=chosen, **options).norms
+            assert all(isinstance(norm, nn.Identity) is not normed for norm in norms)
+    with pytest.raises(ValueError, match="level_norms is for hierarchical backbones, not for 'test_vit'"):
+        build("test_vit", (64, 64), level_norms=True)
+
+
 def test_stride_in_1x1_needs_bottlenecks() -> None:
     for name in ("resnet18", "convnext_atto", "vit_tiny_patch16_224"):
         with pytest.raises(ValueError, match=f"stride_in_1x1 .* not for '{name}'"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import pickle
 import tarfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,11 +94,16 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: bytes_of({"w": torch.ones(9999)})[:5000],
         "cannot be read: its end is missing; copy or download it again",
     ),
-    "detectron2": (
-        "R-50.pkl",
-        lambda: pickle.dumps({"model": {"conv1_w": np.ones(2)}, "__author__": "x"}),
-        "is a bare pickle, as of detectron2's model zoo; unpickling could run code, so it is not read: "
-        "convert it to a state_dict with the names of timm's model",
+    "pickle of another object": (
+        "model.pkl",
+        lambda: pickle.dumps({"model": {"w": np.ones(2)}, "made": datetime.date(2020, 1, 1)}),
+        "is no plain file of tensors; other Python objects (datetime.date), which could run code, are not "
+        "loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')",
+    ),
+    "pickle cut off": (
+        "model.pkl",
+        lambda: pickle.dumps({"model": {"w": np.ones(99)}})[:300],
+        "cannot be read: pickle data was truncated",
     ),
     "no tensors": ("w.pth", lambda: bytes_of({"epoch": 3}), f"holds no tensors by name; {SAVE}"),
     "list": ("w.pth", lambda: bytes_of([torch.ones(1)]), f"holds no tensors by name; {SAVE}"),
@@ -181,3 +188,45 @@ def test_addresses_and_names_of_the_hub_are_no_files() -> None:
         read_tensors("https://example.org/w.pth")
     with pytest.raises(ValueError, match=r"is a name for backbone\.name"):
         read_tensors("hf_hub:user/repository")
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_arrays_are_read(protocol: int, tmp_path: Path) -> None:
+    """As detectron2's zoo has them: arrays in nested dicts, beside texts, numbers and arrays of texts."""
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.arange(3, dtype=">f8"),
+        "c": np.array(7),
+        "d": np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3)),
+        "e": np.array([True, False]),
+    }
+    content = {
+        "model": OrderedDict(arrays),
+        "__author__": "x",
+        "scale": np.float64(2),
+        "names": np.array(["x"]),
+    }
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read_tensors(tmp_path / "model.pkl")
+    assert found.keys() == {f"model.{key}" for key in arrays}
+    for key, array in arrays.items():
+        assert found[f"model.{key}"].numpy().dtype == array.dtype.newbyteorder("=")
+        assert np.array_equal(found[f"model.{key}"].numpy(), array)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"cposix\nsystem\n(S'touch evil'\ntR.",
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+        b"cnumpy\nload\n(S'x'\ntR.",
+        # A dotted name below a harmless one, which protocol 4 allows.
+        b"\x8c\x05numpy\x8c\x10ndarray.tofile.x\x93.",
+    ],
+    ids=["system", "eval", "encode", "load", "dotted"],
+)
+def test_pickles_with_code_are_refused_before_it_runs(code: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x04" + code)
+    with pytest.raises(ValueError, match="which could run code, are not loaded"):
+        read_tensors(tmp_path / "model.pkl")

@@ -26,8 +26,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from giantdet.architectures import build_model
+from giantdet.architectures.foreign.torchvision import TORCHVISION, from_torchvision
 from giantdet.architectures.mask_rcnn import MaskRcnn, mask_rcnn_losses
-from giantdet.architectures.torchvision_weights import from_torchvision, is_torchvision
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.config.types import DataConfig
@@ -176,7 +176,7 @@ def model_config(**changes: Any) -> MaskRcnnConfig:
 
 def converted(model: MaskRCNN, **changes: Any) -> MaskRcnn:
     detector = build_model(model_config(**changes), (HEIGHT, WIDTH))
-    assert is_torchvision(model.state_dict())
+    assert TORCHVISION.recognises(model.state_dict())
     load_strictly(detector, from_torchvision(model.state_dict()), "torchvision's weights")
     return detector.eval()
 

@@ -13,10 +13,21 @@ from pydantic import Field
 
 from giantdet.config import timm_args
 from giantdet.config.architectures.challenge import ContextConfig, LargeKernelConfig, SamplingConfig
+from giantdet.config.architectures.norms import NormConfig as NormConfig
+from giantdet.config.architectures.norms import NormPart as NormPart
+from giantdet.config.architectures.norms import PartNormConfig as PartNormConfig
 from giantdet.config.architectures.panoptic_merge import PanopticMergeConfig
 from giantdet.config.classes import Classes, ClassKind
 from giantdet.config.conventions import CONVENTIONS, Conventions
-from giantdet.config.section import Auto, Fraction, NonNegative, PathText, PositiveInt, Section
+from giantdet.config.section import (
+    Auto,
+    Fraction,
+    NonNegative,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 NormName = Literal["none", "batch", "layer", "group"]
 """Norm after a convolution of a pyramid or a head: `batch` is set by the `norm` block, `layer` is ViTDet's
@@ -32,6 +43,9 @@ def group_norm_problems(norm: NormName, key: str, channels: int) -> Iterator[str
         yield f"{key} must be a multiple of {GROUPS}, the groups of GroupNorm, got {channels}"
 
 
+Channels = tuple[float, float, float]
+
+
 class BackboneConfig(Section):
     """A timm model as the backbone; `layers/backbone.py` has the three adapters."""
 
@@ -43,6 +57,11 @@ class BackboneConfig(Section):
     init_weights: PathText | None = None
     """Local safetensors or PyTorch file with pretrained weights of this backbone, or a folder of shards.
     Nests and prefixes (state_dict, model_ema, module., backbone.) are found by the names of the model."""
+    pixel_mean: Channels | None = None
+    """Mean of red, green and blue that the weights expect to be subtracted, on the scale 0 to 255. None: that
+    of timm's weights of this name."""
+    pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Standard deviation to divide by, on the same scale. MSRA's and Caffe's weights: [1, 1, 1]."""
     stride_in_1x1: bool = False
     """ResNet bottlenecks have their stride in the first 1x1 convolution (MSRA and Caffe weights)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
@@ -53,6 +72,9 @@ class BackboneConfig(Section):
     deformable_stages: tuple[Annotated[int, Field(ge=2, le=5)], ...] = ()
     """Stages whose 3x3 convolutions are deformable (DCNv2, `layers/deformable.py`), for example [3, 4, 5];
     2 to 5 are the stages of C2 to C5."""
+    level_norms: bool | Auto = "auto"
+    """LayerNorm on each map of a hierarchical backbone. auto: of those without batch norms, whose stages do
+    not end with a norm (Swin, ConvNeXt)."""
     drop_path_rate: Fraction = 0.0
     """Probability that stochastic depth drops the last block; it grows linearly with depth."""
     checkpoint_blocks: bool | PositiveInt = False
@@ -259,9 +281,6 @@ class SemanticHeadConfig(Section):
         yield from group_norm_problems(self.norm, "semantic_head.width", self.width)
 
 
-NormPart = Literal["fpn", "heads"]
-
-
 class ArchitectureConfig(Section):
     """Keys of every architecture. Each architecture adds its `type`, a literal with its name."""
 
@@ -275,8 +294,8 @@ class ArchitectureConfig(Section):
     checkpoint_heads: bool = False
     """Also recompute the activations of the pyramid and the heads in the backward pass."""
     init_weights: PathText | None = None
-    """A giantdet export (folder or model.safetensors), or a file of torchvision's Mask or Faster R-CNN, with
-    the initial weights of the whole model."""
+    """A giantdet export (folder or model.safetensors), or a file of torchvision, detectron2, mmdetection or
+    mmsegmentation (docs/weights.md), with the initial weights of the whole model."""
 
     CLASS_KEYS: ClassVar[Mapping[str, ClassKind]] = {"num_classes": "objects"}
     """The keys that hold a number of classes, and which classes of a data set they count."""
@@ -321,39 +340,3 @@ class ArchitectureConfig(Section):
     def batch_norms(self) -> dict[NormPart, tuple[str, bool]]:
         """Return, by part of the `norm` block, which section enables its batch norms, and whether it does."""
         raise NotImplementedError
-
-
-class PartNormConfig(Section):
-    """How the BatchNorms of one part of the model compute their statistics."""
-
-    type: Literal["frozen", "local", "cgbn"] = "frozen"
-    """frozen: statistics, scale and bias are constants; local: over each rank's own micro-batch; cgbn: over
-    the images of several ranks (`layers/cgbn.py`)."""
-    bn_size: PositiveInt = 32
-    """cgbn: number of images that are normalised together, micro-batch x ranks; at most those of all ranks.
-    MegDet: 32."""
-
-
-class NormConfig(PartNormConfig):
-    """Batch normalisation of the model; `layers/norm.py` converts its BatchNorms.
-
-    `type` and `bn_size` are those of the backbone. The norms of pyramid and heads (`"norm": "batch"` in their
-    sections) are the same, or local where the backbone's are frozen: they are not pretrained, and frozen
-    statistics of mean 0 and variance 1 would normalise nothing.
-    """
-
-    fpn: PartNormConfig | None = None
-    """Batch norms of the pyramid, where they differ from the backbone's."""
-    heads: PartNormConfig | None = None
-    """Batch norms of the heads, where they differ from the backbone's."""
-
-    def of(self, part: Literal["backbone"] | NormPart) -> PartNormConfig:
-        """Return the settings of one part."""
-        if part == "backbone":
-            return self
-        chosen = self.fpn if part == "fpn" else self.heads
-        return chosen or (PartNormConfig(type="local") if self.type == "frozen" else self)
-
-    def parts(self) -> dict[str, PartNormConfig]:
-        """Return the settings of every part by name."""
-        return {part: self.of(part) for part in ("backbone", "fpn", "heads")}

@@ -53,7 +53,7 @@ class RetinaNetConfig(ArchitectureConfig):
     """RetinaNet (Lin et al. 2017), with detectron2's defaults."""
 
     type: Literal["retinanet"]
-    conventions: Literal["detectron2", "mmdetection"] = "detectron2"
+    conventions: Literal["detectron2", "torchvision", "mmdetection"] = "detectron2"
     fpn: FpnConfig = FpnConfig()
     extra_levels_from: Literal["c5", "p5"] | None = None
     """Input of P6: the last map of the backbone (c5) or of the pyramid (p5). None: C5, or P5 over a plain

@@ -1,0 +1,90 @@
+"""Weights of other projects under giantdet's names, and the `model` section that they need.
+
+A project is one file with its names, and one line in `PROJECTS`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from giantdet.architectures.base import Architecture
+from giantdet.architectures.foreign.classes import usual_classes
+from giantdet.architectures.foreign.detectron2 import DETECTRON2
+from giantdet.architectures.foreign.mmdetection import MMDETECTION
+from giantdet.architectures.foreign.mmsegmentation import MMSEGMENTATION
+from giantdet.architectures.foreign.project import Converted, Project
+from giantdet.architectures.foreign.sections import section_of
+from giantdet.architectures.foreign.torchvision import TORCHVISION
+from giantdet.config.architectures import SECTIONS
+from giantdet.config.architectures.common import ArchitectureConfig
+from giantdet.config.classes import Classes
+from giantdet.errors import InputError
+
+__all__ = ["PROJECTS", "Converted", "Project", "classes_of", "from_project", "project_of", "translate"]
+
+_log = logging.getLogger(__name__)
+
+PROJECTS: tuple[Project, ...] = (TORCHVISION, DETECTRON2, MMSEGMENTATION, MMDETECTION)
+
+
+def project_of(keys: Collection[str]) -> Project | None:
+    """Return the project whose model has these keys; None for giantdet's own and unknown ones."""
+    return next((project for project in PROJECTS if project.recognises(keys)), None)
+
+
+def translate(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the weights of another project under giantdet's names, and others unchanged."""
+    project = project_of(state)
+    return state if project is None else project.convert(state).state
+
+
+def from_project(
+    state: Mapping[str, Tensor], model: Architecture, config: ArchitectureConfig, what: str
+) -> Mapping[str, Tensor]:
+    """Return the weights of another project as the state of `model` of `config`, and others unchanged.
+
+    What is left out is logged, and a warning names each setting of the model that differs from those that
+    the weights were trained with.
+    """
+    project = project_of(state)
+    if project is None:
+        return state
+    converted = project.convert(state)
+    if converted.left:
+        _log.info("%s: left out %s", what, "; ".join(sorted(set(converted.left.values()))))
+    if differs := _differences(converted, model, config):
+        _log.warning("%s: weights of %s, trained with %s", what, project.title, "; ".join(differs))
+    return {**converted.state, **{key: model.get_buffer(key) for key in model.OWN_STATE}}
+
+
+def classes_of(state: Mapping[str, Tensor]) -> Classes | None:
+    """Return COCO's or Cityscapes' classes for weights of another project with as many, otherwise None."""
+    project = project_of(state)
+    if project is None:
+        return None
+    try:
+        converted = project.convert(state)
+        section = section_of(converted.state, converted.settings.affine_norm)
+    except (InputError, KeyError):  # a model that does not match: whoever loads it reports that
+        return None
+    return usual_classes(SECTIONS[section["type"]].model_validate(section))
+
+
+def _differences(converted: Converted, model: Architecture, config: ArchitectureConfig) -> list[str]:
+    """Return the settings of the weights that differ from the model's, as text."""
+    wanted = converted.settings.section
+    backbone = wanted.get("backbone", {})
+    found: list[str] = []
+    if wanted.get("conventions", config.conventions) != config.conventions:
+        found.append(f"conventions {wanted['conventions']}, not {config.conventions}")
+    for key, own in (("pixel_mean", model.backbone.mean), ("pixel_std", model.backbone.std)):
+        theirs, ours = backbone.get(key), [255 * value for value in own]
+        if theirs is not None and max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 0.5:
+            found.append(f"backbone.{key} {[*theirs]}, not {[round(value, 3) for value in ours]}")
+    strided = config.backbone.stride_in_1x1
+    if "stride_in_1x1" in backbone and backbone["stride_in_1x1"] != strided:
+        found.append(f"backbone.stride_in_1x1 {backbone['stride_in_1x1']}, not {strided}")
+    return found

@@ -1,0 +1,55 @@
+"""The command `import-weights`, with its arguments; see commands.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from giantdet.errors import InputError
+
+
+def add_import_weights(subparsers: Any) -> None:
+    """Add the command and its arguments."""
+    parser = subparsers.add_parser(
+        "import-weights",
+        help="make an export of weights of torchvision, detectron2, mmdetection or mmsegmentation",
+        description="Find out what a file of weights of another project is, print what matches and what does "
+        "not, and write an export that predicts (docs/weights.md).",
+    )
+    parser.add_argument("file", type=_path, help=".pth, .pkl or safetensors file of the other project")
+    parser.add_argument("output", type=_path, help="folder to write model.safetensors and config.json to")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted overrides of config.json, for example short_side=640",
+    )
+    parser.add_argument(
+        "--classes",
+        help="COCO JSON with the categories, file with a name in each line, or names with commas; default: "
+        "COCO's, where the model has as many",
+    )
+    parser.add_argument(
+        "--channels",
+        choices=("rgb", "bgr"),
+        help="order of the channels that the weights expect; default: the project's custom",
+    )
+    parser.set_defaults(command=run_import_weights)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def run_import_weights(options: argparse.Namespace) -> None:
+    from giantdet.export import CONFIG, export_model
+    from giantdet.import_weights import import_weights
+
+    if options.output.exists() and any(options.output.iterdir()) and not (options.output / CONFIG).is_file():
+        raise InputError(f"{options.output}: is a folder of other files; name a new one")
+    bgr = None if options.channels is None else options.channels == "bgr"
+    imported = import_weights(options.file, options.overrides, options.classes, bgr)
+    print(imported.report)
+    export_model(imported.model, options.output, imported.config)
+    print(f"{options.output}: run it with `giantdet predict {options.output} IMAGES`")
