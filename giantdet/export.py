@@ -297,9 +297,18 @@ def _initial(model: Architecture, key: str) -> Tensor:
 
 
 def check_frozen(model: Architecture, config: ArchitectureConfig) -> None:
-    """Raise ConfigError if layers of the backbone are frozen, and have random weights."""
+    """Raise ConfigError if layers of the backbone are frozen, and have random weights.
+
+    Where the whole backbone is frozen this is a warning: a measurement of speed or memory needs no weights.
+    """
     backbone = config.backbone
     if config.init_weights or backbone.init_weights or backbone.pretrained:
+        return
+    if backbone.frozen:
+        if comm.is_main():
+            logger.warning(
+                "giantdet.model.backbone is frozen and has random weights: give pretrained or init_weights"
+            )
         return
     frozen: list[tuple[str, Any]] = []
     if any(not parameter.requires_grad for parameter in model.backbone.parameters()):

@@ -297,5 +297,22 @@ def _check_giantdet(config: GiantdetConfig) -> None:
         data.augment.short_sides is None or len(data.augment.short_sides) > 0,
         "giantdet.data.augment.short_sides must not be empty; leave it out to use giantdet.data.short_side",
     )
+    if model.backbone.frozen:
+        _check_frozen_backbone(config)
     for problem in model.problems():
         raise ConfigError(f"giantdet.model.{problem}")
+
+
+def _check_frozen_backbone(config: GiantdetConfig) -> None:
+    """Raise ConfigError for settings of other sections that need a backbone that is trained."""
+    if config.norm.type == "cgbn":
+        raise ConfigError(
+            "giantdet.norm.type cgbn is for a backbone that is trained, and giantdet.model.backbone.frozen "
+            'makes its batch norms constants: set norm.type to "frozen", and cgbn in norm.fpn and norm.heads'
+        )
+    agvm = config.agvm
+    if agvm.enabled and agvm.modules is None and agvm.anchor == "backbone":
+        raise ConfigError(
+            "giantdet.agvm.anchor is the backbone, which has no gradients because of "
+            "giantdet.model.backbone.frozen: set agvm.anchor to another module, such as the pyramid"
+        )

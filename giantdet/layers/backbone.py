@@ -58,6 +58,9 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
         if getattr(config, key) and not plain:
             raise InputError(f"{key} is for plain ViTs, not for '{config.name}'")
     backbone = PlainViT(config, image_size) if plain else Pyramid(config, image_size)
+    if config.frozen:
+        backbone.freeze_all()
+        config = config.model_copy(update={"checkpoint_blocks": False})  # no activation is kept
     wrap_blocks(config, backbone.body)
     return backbone
 
@@ -109,7 +112,8 @@ class Pyramid(Backbone):
         if self.family.set_canvas is not None:
             self.family.set_canvas(self.body, image_size)
 
-    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+    def maps(self, images_B3HW: Tensor) -> list[Tensor]:
+        """See `Backbone.maps`."""
         maps = self.body.forward_intermediates(images_B3HW, indices=self.indices, intermediates_only=True)
         return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
 

@@ -47,6 +47,9 @@ class BackboneConfig(Section):
     """ResNet bottlenecks have their stride in the first 1x1 convolution (MSRA and Caffe weights)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """Number of stages that are frozen, from the first; 1 is the stem. detectron2's FREEZE_AT."""
+    frozen: bool = False
+    """Freeze the whole backbone: evaluation mode in training too, no gradients, no optimizer states, no
+    activations kept. Its batch norms become constants. See docs/giants.md."""
     output_stride: Literal[8, 16, 32] = 32
     """Stride of the last map: 16 dilates the last stage instead of striding it, 8 the last two (DeepLab).
     Only convolutional families; the weights are the same."""
@@ -89,6 +92,7 @@ class BackboneConfig(Section):
             yield (
                 "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
             )
+        yield from self._frozen_problems()
         frozen = [stage for stage in self.deformable_stages if stage <= self.frozen_stages]
         if frozen:
             yield (
@@ -99,6 +103,23 @@ class BackboneConfig(Section):
         for key in ("position_grid", "relative_positions", "attend_padding"):
             if getattr(self, key) and not self.window:
                 yield f"backbone.{key} needs windows: set backbone.window to the side of a window in patches"
+
+    def _frozen_problems(self) -> Iterator[str]:
+        if self.frozen and self.frozen_stages:
+            yield (
+                "backbone.frozen freezes all stages, and giantdet.model.backbone.frozen_stages some of them: "
+                "give one of the two"
+            )
+        if self.frozen and self.deformable_stages:
+            yield (
+                "backbone.frozen excludes giantdet.model.backbone.deformable_stages, whose offsets are "
+                "learnt: leave one of the two out"
+            )
+
+    def idle_when_frozen(self) -> dict[str, Any]:
+        """Return the settings, by key, that have no effect because the backbone is frozen."""
+        idle = ("drop_path_rate", "checkpoint_blocks")
+        return {key: getattr(self, key) for key in idle if self.frozen and getattr(self, key)}
 
 
 class FpnConfig(Section):
