@@ -1,4 +1,4 @@
-"""Frozen backbones: evaluation mode, no graph, nothing kept, and the maps of timm's model in evaluation mode."""
+"""Frozen backbones: evaluation mode, no graph, nothing kept, and the maps of the same model in evaluation."""
 
 from __future__ import annotations
 
