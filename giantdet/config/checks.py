@@ -297,6 +297,11 @@ def _check_giantdet(config: GiantdetConfig) -> None:
         data.augment.short_sides is None or len(data.augment.short_sides) > 0,
         "giantdet.data.augment.short_sides must not be empty; leave it out to use giantdet.data.short_side",
     )
+    require(
+        train.export_backbone or model.backbone.frozen,
+        "giantdet.train.export_backbone false is for a backbone that stays as it is: set "
+        "giantdet.model.backbone.frozen",
+    )
     if model.backbone.frozen:
         _check_frozen_backbone(config)
     for problem in model.problems():
@@ -309,6 +314,13 @@ def _check_frozen_backbone(config: GiantdetConfig) -> None:
         raise ConfigError(
             "giantdet.norm.type cgbn is for a backbone that is trained, and giantdet.model.backbone.frozen "
             'makes its batch norms constants: set norm.type to "frozen", and cgbn in norm.fpn and norm.heads'
+        )
+    model, backbone = config.model, config.model.backbone
+    has_source = (backbone.pretrained or backbone.init_weights) and not model.init_weights
+    if not (config.train.export_backbone or has_source):
+        raise ConfigError(
+            "giantdet.train.export_backbone false needs weights that can be loaded again: give "
+            "giantdet.model.backbone.pretrained or init_weights, and not giantdet.model.init_weights"
         )
     agvm = config.agvm
     if agvm.enabled and agvm.modules is None and agvm.anchor == "backbone":
