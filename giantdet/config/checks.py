@@ -309,13 +309,22 @@ def _check_giantdet(config: GiantdetConfig) -> None:
 
 
 def _check_frozen_backbone(config: GiantdetConfig) -> None:
-    """Raise ConfigError for settings of other sections that need a backbone that is trained."""
+    """Raise ConfigError for settings that need a backbone that is trained."""
+    model, backbone = config.model, config.model.backbone
+    key = "giantdet.model.backbone"
+    if backbone.frozen_stages:
+        raise ConfigError(
+            f"{key}.frozen freezes all stages, {key}.frozen_stages some of them: give one of them"
+        )
+    if backbone.deformable_stages:
+        raise ConfigError(
+            f"{key}.frozen excludes {key}.deformable_stages, whose offsets are learnt: drop one"
+        )
     if config.norm.type == "cgbn":
         raise ConfigError(
             "giantdet.norm.type cgbn is for a backbone that is trained, and giantdet.model.backbone.frozen "
-            'makes its batch norms constants: set norm.type to "frozen", and cgbn in norm.fpn and norm.heads'
+            'makes its batch norms constants: set norm.type to "frozen", and cgbn for the other parts'
         )
-    model, backbone = config.model, config.model.backbone
     has_source = (backbone.pretrained or backbone.init_weights) and not model.init_weights
     if not (config.train.export_backbone or has_source):
         raise ConfigError(

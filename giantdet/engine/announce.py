@@ -57,7 +57,8 @@ def frozen_line(run: ResolvedRun, model: Architecture) -> str:
     if not model.backbone.frozen:
         return ""
     count = sum(parameter.numel() for parameter in model.backbone.parameters())
-    idle = [f"backbone.{key}" for key in run.giantdet.model.backbone.idle_when_frozen()]
+    section = run.giantdet.model.backbone
+    idle = [f"backbone.{key}" for key in ("drop_path_rate", "checkpoint_blocks") if getattr(section, key)]
     if run.giantdet.param_groups.layer_decay is not None:
         idle.append("param_groups.layer_decay")
     line = f"backbone frozen: {count:,} parameters in evaluation mode, without gradients and optimizer states"

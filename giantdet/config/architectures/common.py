@@ -92,7 +92,6 @@ class BackboneConfig(Section):
             yield (
                 "backbone.pretrained and giantdet.model.backbone.init_weights exclude each other; give one"
             )
-        yield from self._frozen_problems()
         frozen = [stage for stage in self.deformable_stages if stage <= self.frozen_stages]
         if frozen:
             yield (
@@ -103,23 +102,6 @@ class BackboneConfig(Section):
         for key in ("position_grid", "relative_positions", "attend_padding"):
             if getattr(self, key) and not self.window:
                 yield f"backbone.{key} needs windows: set backbone.window to the side of a window in patches"
-
-    def _frozen_problems(self) -> Iterator[str]:
-        if self.frozen and self.frozen_stages:
-            yield (
-                "backbone.frozen freezes all stages, and giantdet.model.backbone.frozen_stages some of them: "
-                "give one of the two"
-            )
-        if self.frozen and self.deformable_stages:
-            yield (
-                "backbone.frozen excludes giantdet.model.backbone.deformable_stages, whose offsets are "
-                "learnt: leave one of the two out"
-            )
-
-    def idle_when_frozen(self) -> dict[str, Any]:
-        """Return the settings, by key, that have no effect because the backbone is frozen."""
-        idle = ("drop_path_rate", "checkpoint_blocks")
-        return {key: getattr(self, key) for key in idle if self.frozen and getattr(self, key)}
 
 
 class FpnConfig(Section):
