@@ -19,6 +19,7 @@ from giantdet.cli import main
 from giantdet.config.classes import Classes
 from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
+from giantdet.engine.train import prepare
 from giantdet.errors import ConfigError, InputError
 from giantdet.export import export_config, load_detector, load_weights, read_export_config
 from giantdet.layers.deferred import LARGE
@@ -32,7 +33,8 @@ WIDE = {"channels": [32, 48, 48, 160]}  # so that one weight is allocated late a
 def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
     """Runs of two ranks at ZeRO-3 in bf16: `whole` exports all, `light` leaves the backbone out.
 
-    `next` starts from the export of `light`. weights.safetensors has the backbone's own weights.
+    `next` starts from the export of `light`, which has settings that are without effect. weights.safetensors
+    has the backbone's own weights, and said.txt what the main rank printed.
     """
     folder = tmp_path_factory.mktemp("frozen_exports")
     torch.manual_seed(3)
@@ -55,11 +57,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
             },
             giantdet__train__export_backbone=name != "light",
         )
+        if name == "light":
+            raw["giantdet"]["model"]["backbone"] |= {"drop_path_rate": 0.2, "checkpoint_blocks": True}
+            raw["giantdet"]["param_groups"] = {"layer_decay": 0.5}
         if name == "next":
             raw["giantdet"]["model"]["init_weights"] = str(folder / "light/export")
         files.append(folder / f"{name}.json")
         files[-1].write_text(json.dumps(raw))
-    launch_ok(TRAIN, 2, *files)
+    (folder / "said.txt").write_text(launch_ok(TRAIN, 2, *files)[0].out)
     return folder
 
 
@@ -72,6 +77,24 @@ def light(runs: Path, tmp_path: Path) -> Path:
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_a_run_says_what_is_frozen(runs: Path) -> None:
+    lines = [
+        line for line in (runs / "said.txt").read_text().splitlines() if line.startswith("backbone frozen: ")
+    ]
+    count = sum(load_file(runs / "whole/export/model.safetensors")[key].numel() for key in trained_by_timm())
+    whole = (
+        f"backbone frozen: {count:,} parameters in evaluation mode, without gradients and optimizer states"
+    )
+    idle = "backbone.drop_path_rate, backbone.checkpoint_blocks, param_groups.layer_decay"
+    assert lines == [whole, f"{whole}; without effect: {idle}", whole]
+
+
+def trained_by_timm() -> list[str]:
+    """Names of convolutions: batch norms are constants, and the classifier is not part of the backbone."""
+    named = timm.create_model("test_resnet", **WIDE).named_parameters()
+    return [f"backbone.body.{name}" for name, p in named if p.ndim == 4]
 
 
 def test_only_the_body_is_left_out(runs: Path) -> None:
@@ -197,4 +220,4 @@ def test_what_could_not_be_filled_in_is_refused(model: dict[str, Any], message: 
     raw = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "train_batch_size": 2}
     block = {"model": model, "train": {"steps": 1, "export_backbone": False}}
     with pytest.raises(ConfigError, match=message):
-        parse_run(raw | {"giantdet": block})
+        prepare(parse_run(raw | {"giantdet": block}))

@@ -310,7 +310,7 @@ def _check_giantdet(config: GiantdetConfig) -> None:
 
 def _check_frozen_backbone(config: GiantdetConfig) -> None:
     """Raise ConfigError for settings that need a backbone that is trained."""
-    model, backbone = config.model, config.model.backbone
+    backbone = config.model.backbone
     key = "giantdet.model.backbone"
     if backbone.frozen_stages:
         raise ConfigError(
@@ -324,12 +324,6 @@ def _check_frozen_backbone(config: GiantdetConfig) -> None:
         raise ConfigError(
             "giantdet.norm.type cgbn is for a backbone that is trained, and giantdet.model.backbone.frozen "
             'makes its batch norms constants: set norm.type to "frozen", and cgbn for the other parts'
-        )
-    has_source = (backbone.pretrained or backbone.init_weights) and not model.init_weights
-    if not (config.train.export_backbone or has_source):
-        raise ConfigError(
-            "giantdet.train.export_backbone false needs weights that can be loaded again: give "
-            "giantdet.model.backbone.pretrained or init_weights, and not giantdet.model.init_weights"
         )
     agvm = config.agvm
     if agvm.enabled and agvm.modules is None and agvm.anchor == "backbone":

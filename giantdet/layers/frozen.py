@@ -75,6 +75,16 @@ def check_frozen(backbone: Backbone, config: ArchitectureConfig) -> None:
         )
 
 
+def check_left_out(model: ArchitectureConfig, export_backbone: bool) -> None:
+    """Raise ConfigError if exports are to leave out weights that could not be loaded again."""
+    has_source = (model.backbone.pretrained or model.backbone.init_weights) and not model.init_weights
+    if not (export_backbone or has_source):
+        raise ConfigError(
+            "giantdet.train.export_backbone false needs weights that can be loaded again: give "
+            "giantdet.model.backbone.pretrained or init_weights, and not giantdet.model.init_weights"
+        )
+
+
 def left_out_of(config: BackboneConfig, precision: Precision) -> LeftOut:
     """Return what an export says of a backbone that has loaded its weights as its section says."""
     given = config.timm_args.get("pretrained_cfg")
