@@ -279,18 +279,12 @@ def load_detector(
     model = build_model(config.model, config.size, config.norm)
     state = read_tensors(folder)
     if config.left_out is not None:
-        file = None if backbone is None else Path(backbone)
-        fill_in(model.backbone, config.model.backbone, config.left_out, folder, file)
+        state |= fill_in(model.backbone, config.model.backbone, config.left_out, folder, backbone)
         round_and_check(model.backbone, config.left_out, folder)
-        state = _with_own_body(model, state)
     elif backbone is not None:
         raise InputError(f"{folder} holds its backbone: leave out {backbone}")
     load_strictly(model, state, str(folder))
     return model.float().to(device).eval(), config
-
-
-def _with_own_body(model: Architecture, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: t for k, t in model.state_dict().items() if k.startswith(PREFIX)} | state
 
 
 def load_weights(model: Architecture, config: ArchitectureConfig, classes: Classes | None = None) -> None:
@@ -320,8 +314,7 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     folder = path if path.is_dir() else path.parent
     export = read_export_config(folder) if (folder / CONFIG).is_file() else None
     if export is not None and export.left_out is not None:
-        fill_in(model.backbone, config.backbone, export.left_out, path)
-        state = _with_own_body(model, state)
+        state |= fill_in(model.backbone, config.backbone, export.left_out, path)
     known = None if export is None else export.classes
     by_kind = _transfers(known, classes)
     fresh: list[str] = []

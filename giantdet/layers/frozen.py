@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor
 
 from giantdet.config.architectures.common import ArchitectureConfig, BackboneConfig
 from giantdet.config.section import Section
@@ -108,13 +108,13 @@ def full_name(name: str) -> str:
 
 
 def fill_in(
-    backbone: Backbone, section: BackboneConfig, left: LeftOut, what: Path, file: Path | None = None
-) -> None:
+    backbone: Backbone, section: BackboneConfig, left: LeftOut, what: Path, file: str | Path | None = None
+) -> dict[str, Tensor]:
     """Load the weights that the export `what` leaves out into its backbone, and say so in one line.
 
     They are those of `file`, or of the file or link called backbone.safetensors in the folder, or those that
-    `section` names (`init_weights`, `pretrained`), or those of timm's tag. Raises InputError, a ValueError,
-    where none of these is there.
+    `section` names (`init_weights`, `pretrained`), or those of timm's tag. Returns the backbone's own tensors
+    by their names in the detector. Raises InputError, a ValueError, where none of these is there.
     """
     folder = what if what.is_dir() else what.parent
     if file is None and (folder / BESIDE).exists():
@@ -137,11 +137,12 @@ def fill_in(
         "%s leaves out its frozen backbone, %s: filled in from %s",
         *(what, left.source, section.init_weights or f"timm's weights of {section.name}"),
     )
+    return {PREFIX + name: tensor for name, tensor in backbone.body.state_dict().items()}
 
 
 @torch.no_grad()
 def round_and_check(backbone: Backbone, left: LeftOut, what: Path) -> None:
-    """Round the weights that were filled in to the type that they were trained beside.
+    """Round the weights that were filled in to the type that training used them in.
 
     Raises InputError, a ValueError, where they are others than those that the export was trained with.
     """
@@ -156,6 +157,6 @@ def round_and_check(backbone: Backbone, left: LeftOut, what: Path) -> None:
         )
 
 
-def magnitude(tensor: torch.Tensor | nn.Parameter) -> float:
+def magnitude(tensor: Tensor) -> float:
     """Return the sum of the magnitudes of a tensor's elements, added up in float64."""
     return float(torch.linalg.vector_norm(tensor.detach(), 1, dtype=torch.float64))

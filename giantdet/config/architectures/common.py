@@ -48,14 +48,12 @@ class BackboneConfig(Section):
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """Number of stages that are frozen, from the first; 1 is the stem. detectron2's FREEZE_AT."""
     frozen: bool = False
-    """Freeze the whole backbone: evaluation mode in training too, no gradients, no optimizer states, no
-    activations kept. Its batch norms become constants. See docs/giants.md."""
+    """Freeze the whole backbone: evaluation mode in training too, and no gradients (docs/giants.md)."""
     output_stride: Literal[8, 16, 32] = 32
     """Stride of the last map: 16 dilates the last stage instead of striding it, 8 the last two (DeepLab).
     Only convolutional families; the weights are the same."""
     deformable_stages: tuple[Annotated[int, Field(ge=2, le=5)], ...] = ()
-    """Stages whose 3x3 convolutions are deformable (DCNv2, `layers/deformable.py`), for example [3, 4, 5];
-    2 to 5 are the stages of C2 to C5."""
+    """Stages, from 2 to 5 as in C2 to C5, whose 3x3 convolutions are deformable (DCNv2): [3, 4, 5]."""
     drop_path_rate: Fraction = 0.0
     """Probability that stochastic depth drops the last block; it grows linearly with depth."""
     checkpoint_blocks: bool | PositiveInt = False
