@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -28,17 +29,26 @@ from giantdet.checkpoint.files import SavedTensors, damage, share
 from giantdet.config.architectures import ArchitectureConfig, ModelConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.classes import Category, Classes, ClassKind
-from giantdet.config.load import RunConfig
+from giantdet.config.resolved import ResolvedRun
 from giantdet.config.section import Section
 from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.distributed import comm
-from giantdet.errors import ConfigError, InputError
+from giantdet.errors import InputError
 from giantdet.layers.deferred import is_deferred, materialise
+from giantdet.layers.frozen import (
+    BESIDE,
+    PREFIX,
+    LeftOut,
+    fill_in,
+    left_out_of,
+    magnitude,
+    round_and_check,
+)
 from giantdet.layers.model_names import with_timm_name, without_source
-from giantdet.layers.norm import FrozenBatchNorm2d
 from giantdet.layers.weight_files import read_tensors
 from giantdet.layers.weight_names import model_tensors
 from giantdet.layers.weights import load_backbone_weights, load_strictly, persistent_buffers
+from giantdet.optim.fragments import local_share
 
 logger = logging.getLogger("giantdet")
 
@@ -67,6 +77,8 @@ class ExportConfig(Section):
     """(category id of the data set, name) of the classes of objects, by class index."""
     semantic_categories: tuple[Category, ...] = ()
     """The same of the classes of semantic maps, by number."""
+    left_out: LeftOut | None = None
+    """Where the weights of a frozen backbone come from, if the export leaves them out."""
 
     @property
     def classes(self) -> Classes:
@@ -78,13 +90,18 @@ class ExportConfig(Section):
         return DataConfig(size=self.size, short_side=self.short_side, long_side=self.long_side, **settings)
 
 
-def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
+def export_config(run: ResolvedRun, classes: Classes) -> ExportConfig:
     """Return the config.json of an export of this run, without the paths of its initial weights.
 
     `classes` are those that the model predicts.
     """
-    model = run.giantdet.model
-    backbone = without_source(with_timm_name(model.backbone)).model_copy(
+    model, left_out = run.giantdet.model, None
+    backbone = with_timm_name(model.backbone)
+    if not run.giantdet.train.export_backbone:
+        left_out = left_out_of(backbone, run.precision)
+        if left_out.kind == "tag":
+            backbone = backbone.model_copy(update={"name": left_out.source})
+    backbone = without_source(backbone).model_copy(
         update={"init_weights": None, "pretrained": False, "compile_blocks": False}
     )
     return ExportConfig(
@@ -97,6 +114,7 @@ def export_config(run: RunConfig, classes: Classes) -> ExportConfig:
         tta=run.giantdet.eval.tta,
         categories=classes.objects,
         semantic_categories=classes.semantic,
+        left_out=left_out,
     )
 
 
@@ -106,6 +124,10 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
     All ranks call it, and the main rank writes. A file has at most `shard` GiB, or a single tensor.
     """
     tensors = dict(model.named_parameters()) | persistent_buffers(model)
+    if config.left_out is not None:
+        named = model.named_parameters()
+        config = _with_magnitude(config, (local_share(p) for name, p in named if name.startswith(PREFIX)))
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
     sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
     for names in shard_plan(sizes, int(shard * GIB)):
@@ -139,10 +161,22 @@ def export_checkpoint(checkpoint: Path, folder: Path, config: ExportConfig, shar
         kind, shape = "ema" if saved.has("ema", name) else "weight", parameters[name]["shape"]
         return saved.read(kind, name, 0, math.prod(shape)).view(shape).to(_dtype(parameters[name]))
 
+    if config.left_out is not None:
+        left = [name for name in sizes if name.startswith(PREFIX)]
+        config = _with_magnitude(config, (tensor(name) for name in left if name in parameters))
+        sizes = {name: size for name, size in sizes.items() if name not in left}
     writer = _ShardWriter(folder)
     for names in shard_plan(sizes, int(shard * GIB)):
         writer.write({name: tensor(name) for name in names})
     writer.finish(config)
+
+
+def _with_magnitude(config: ExportConfig, own: Iterable[Tensor]) -> ExportConfig:
+    """Complete what an export says of the tensors that it leaves out, from each rank's parts of them."""
+    assert config.left_out is not None
+    found = comm.mean_over_ranks([sum(map(magnitude, own))])[0] * comm.world_size()
+    left_out = config.left_out.model_copy(update={"magnitude": found})
+    return config.model_copy(update={"left_out": left_out})
 
 
 def _dtype(parameter: dict[str, Any]) -> torch.dtype:
@@ -173,7 +207,8 @@ class _ShardWriter:
         self.bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
         for old in [*folder.glob("*.safetensors"), folder / INDEX]:
-            old.unlink(missing_ok=True)
+            if old.name != BESIDE:  # the user's
+                old.unlink(missing_ok=True)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         file = self._temporary(len(self.shards))
@@ -232,16 +267,24 @@ def read_export_config(folder: Path) -> ExportConfig:
 
 
 def load_detector(
-    folder: str | Path, device: torch.device | str = "cpu"
+    folder: str | Path, device: torch.device | str = "cpu", backbone: str | Path | None = None
 ) -> tuple[Architecture, ExportConfig]:
     """Return the detector of an export, in evaluation mode and float32, and its config.json.
 
-    Raises InputError, a ValueError, where the folder is not an export or its weights do not match.
+    `backbone` is the file of the frozen backbone's weights, where the export leaves them out and timm's tag
+    is not to be asked. Raises InputError, a ValueError, where the folder is not an export or its weights do
+    not match.
     """
     folder = Path(folder)
     config = read_export_config(folder)
     model = build_model(config.model, config.size, config.norm)
-    load_strictly(model, read_tensors(folder), str(folder))
+    state = read_tensors(folder)
+    if config.left_out is not None:
+        state |= fill_in(model.backbone, config.model.backbone, config.left_out, folder, backbone)
+        round_and_check(model.backbone, config.left_out, folder)
+    elif backbone is not None:
+        raise InputError(f"{folder} holds its backbone: leave out {backbone}")
+    load_strictly(model, state, str(folder))
     return model.float().to(device).eval(), config
 
 
@@ -271,7 +314,10 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     folder = path if path.is_dir() else path.parent
     known = classes_of(tensors)
     if project_of(tensors) is None and (folder / CONFIG).is_file():
-        known = read_export_config(folder).classes
+        export = read_export_config(folder)
+        known = export.classes
+        if export.left_out is not None:
+            state |= fill_in(model.backbone, config.backbone, export.left_out, path)
     by_kind = _transfers(known, classes)
     fresh: list[str] = []
     for layer in model.class_layers():
@@ -299,24 +345,6 @@ def _initial(model: Architecture, key: str) -> Tensor:
     """Return the values that a parameter was initialised with; a deferred one is allocated for that."""
     parameter = model.get_parameter(key)
     return (materialise(parameter, key) if is_deferred(parameter) else parameter).detach()
-
-
-def check_frozen(model: Architecture, config: ArchitectureConfig) -> None:
-    """Raise ConfigError if layers of the backbone are frozen, and have random weights."""
-    backbone = config.backbone
-    if config.init_weights or backbone.init_weights or backbone.pretrained:
-        return
-    frozen: list[tuple[str, Any]] = []
-    if any(not parameter.requires_grad for parameter in model.backbone.parameters()):
-        frozen.append(("model.backbone.frozen_stages", 0))
-    if any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules()):
-        frozen.append(("norm.type", "local"))
-    if frozen:
-        keys, instead = (" and ".join(map(str, words)) for words in zip(*frozen, strict=True))
-        raise ConfigError(
-            f"giantdet.model.backbone has no weights, and {keys} would freeze its random layers: "
-            f"give pretrained or init_weights, or set {keys} to {instead}"
-        )
 
 
 def _transfers(known: Classes | None, classes: Classes | None) -> dict[ClassKind, Transfer]:

@@ -68,3 +68,27 @@ def test_bench_of_evaluations_has_the_same_numbers_of_all_backends() -> None:
     assert ended.code == 0, ended.err
     assert ended.out.count("same numbers: True") == 4 and "False" not in ended.out
     assert len(set(re.findall(r"AP (0\.\d+)", ended.out))) == 2, ended.out
+
+
+def test_bench_of_a_frozen_backbone_trains_the_rest() -> None:
+    script, recipe = (
+        REPO / "benchmarks/bench_frozen.py",
+        REPO / "ds_configs/mask_rcnn_swin_tiny_16_adamw.json",
+    )
+    small = [
+        "model.backbone.name=test_convnext",
+        "data.size=[64,64]",
+        "data.short_side=64",
+        "norm.type=local",
+    ]
+    small += ["train_micro_batch_size_per_gpu=1", "model.fpn.channels=16", "model.backbone.drop_path_rate=0"]
+    small += ["model.box_head.width=32", "zero_optimization.stage=2", "param_groups={}"]
+    counts = []
+    for setting in ("frozen", "recomputed"):
+        command = [sys.executable, str(script), str(recipe), "--backbone", setting, "--steps", "1", *small]
+        (ended,) = run_together([(command, environment())], fresh=False)
+        assert ended.code == 0, ended.err
+        counts.append([int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:param|train)", ended.out)])
+        assert "CPU seconds of a rank" in ended.out and f"backbone {setting}: " in ended.out
+    (every, trained), (same, all_of_it) = counts
+    assert every == same == all_of_it > trained > 0

@@ -166,8 +166,10 @@ def load_tensors(engine: Engine, saved: SavedTensors, ema: WeightEma | None) -> 
             for key in values if there else ():
                 _assign(optimizer.state[fragment.owner], key, float(saved.whole(key, name)))
         elif not p.requires_grad:
-            share = local_share(p)
-            share.copy_(saved.read("weight", name, *share_of(p)))
+            if hasattr(p, "ds_id"):
+                local_share(p).copy_(saved.read("weight", name, *share_of(p)))
+            else:  # each rank saves a share of it, and needs all of it
+                p.copy_(saved.read("weight", name, 0, p.numel()).view_as(p))
     for group in optimizer.param_groups:
         if "step" in group and group["name"] in saved.state["group_steps"]:
             _assign(group, "step", saved.state["group_steps"][group["name"]])

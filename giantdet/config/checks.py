@@ -305,6 +305,13 @@ def _check_giantdet(config: GiantdetConfig) -> None:
         "give it alone, and evaluate the others with `giantdet eval`",
     )
     _check_weights(data)
+    require(
+        train.export_backbone or model.backbone.frozen,
+        "giantdet.train.export_backbone false is for a backbone that stays as it is: set "
+        "giantdet.model.backbone.frozen",
+    )
+    if model.backbone.frozen:
+        _check_frozen_backbone(config)
     for problem in model.problems():
         raise ConfigError(f"giantdet.model.{problem}")
 
@@ -325,3 +332,28 @@ def _check_weights(data: DataConfig) -> None:
                 f"giantdet.data.{split}{given[0]}.weight is given, and giantdet.data.{split}{without} has "
                 "none: give all of them one"
             )
+
+
+def _check_frozen_backbone(config: GiantdetConfig) -> None:
+    """Raise ConfigError for settings that need a backbone that is trained."""
+    backbone = config.model.backbone
+    key = "giantdet.model.backbone"
+    if backbone.frozen_stages:
+        raise ConfigError(
+            f"{key}.frozen freezes all stages, {key}.frozen_stages some of them: give one of them"
+        )
+    if backbone.deformable_stages:
+        raise ConfigError(
+            f"{key}.frozen excludes {key}.deformable_stages, whose offsets are learnt: drop one"
+        )
+    if config.norm.type == "cgbn":
+        raise ConfigError(
+            "giantdet.norm.type cgbn is for a backbone that is trained, and giantdet.model.backbone.frozen "
+            'makes its batch norms constants: set norm.type to "frozen", and cgbn for the other parts'
+        )
+    agvm = config.agvm
+    if agvm.enabled and agvm.modules is None and agvm.anchor == "backbone":
+        raise ConfigError(
+            "giantdet.agvm.anchor is the backbone, which has no gradients because of "
+            "giantdet.model.backbone.frozen: set agvm.anchor to another module, such as the pyramid"
+        )

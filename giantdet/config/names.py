@@ -20,7 +20,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "optimizer.params.lr": ("learning_rate", "base_lr", "lr0"),
     "scheduler.type": ("lr_schedule", "lr_scheduler", "lr_config"),
     "scheduler.params.warmup_num_steps": ("warmup", "warmup_steps", "warmup_iters", "warmup_epochs"),
-    "giantdet.model.backbone.frozen_stages": ("freeze", "freeze_at", "frozen"),
+    "giantdet.model.backbone.frozen_stages": ("freeze", "freeze_at"),
     "giantdet.model.init_weights": ("weights", "checkpoint", "load_from"),
     "giantdet.model.num_classes": ("classes", "names", "nc"),
     "giantdet.data.size": ("imgsz", "img_size", "img_scale", "image_size", "input_size", "resolution"),

@@ -182,6 +182,9 @@ class TrainConfig(Section):
     """Write checkpoints while training continues; each rank needs CPU memory for a copy of what it saves."""
     export_shard: PositiveFloat = 2.0
     """Largest size of an exported file in GiB; a larger model is written in several files, with an index."""
+    export_backbone: bool = True
+    """False: exports leave out the weights of a frozen backbone, and name timm's tag or the file that they
+    come from (docs/giants.md)."""
     max_skipped_steps: PositiveInt = 10
     """Steps whose gradient is not finite are skipped; this many in a row end the run (exit code 3)."""
     timeout_minutes: PositiveFloat = 30.0

@@ -36,6 +36,7 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
         f"canvas {config.data.size}, ZeRO-{run.stage}, {comm.world_size()} ranks on {device.type}, "
         f"{config.train.steps} steps\n"
         f"batch {total} = {micro_batch} images x {accumulation} accumulated x {comm.world_size()} ranks\n"
+        + frozen_line(run, model)
         + norm_table(model, micro_batch, accumulation)
         + schedule_line(run)
         + scaling_line(run)
@@ -53,6 +54,19 @@ def write_summary(dataset: Dataset, validation: Dataset | None, config: DataConf
     print(sampling_text(dataset, config), end="", flush=True)
     content = {split: summary.as_json() for split, summary in found.items()}
     file.write_text(json_text(content, indent=2) + "\n")
+
+
+def frozen_line(run: ResolvedRun, model: Architecture) -> str:
+    """Return a line on a frozen backbone, with the settings that are without effect; else ""."""
+    if not model.backbone.frozen:
+        return ""
+    count = sum(parameter.numel() for parameter in model.backbone.parameters())
+    section = run.giantdet.model.backbone
+    idle = [f"backbone.{key}" for key in ("drop_path_rate", "checkpoint_blocks") if getattr(section, key)]
+    if run.giantdet.param_groups.layer_decay is not None:
+        idle.append("param_groups.layer_decay")
+    line = f"backbone frozen: {count:,} parameters in evaluation mode, without gradients and optimizer states"
+    return line + (f"; without effect: {', '.join(idle)}\n" if idle else "\n")
 
 
 def schedule_line(run: ResolvedRun) -> str:

@@ -43,8 +43,9 @@ from giantdet.engine.tta import check_tta
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.evaluation.backends import check_backend
-from giantdet.export import check_frozen, export_config, export_model
+from giantdet.export import export_config, export_model
 from giantdet.layers.body import check_name
+from giantdet.layers.frozen import check_frozen, check_left_out
 from giantdet.layers.model_names import with_timm_name
 from giantdet.layers.norm import check_norms
 from giantdet.optim.agvm import Agvm
@@ -133,6 +134,7 @@ def prepare(run: RunConfig) -> Training:
     """
     run = _with_timm_name(run)
     check_name(run.giantdet.model.backbone.name)  # before anything that takes time
+    check_left_out(run.giantdet.model, run.giantdet.train.export_backbone)
     device = comm.start(run.giantdet.train.timeout_minutes)
     check_data(run, ("train",) if run.giantdet.data.val is None else ("train", "val"))
     data = run.giantdet.data
@@ -195,7 +197,7 @@ def _build(
     checkpoints = Checkpoints(engine, output / "checkpoints", config.train, agvm, ema, identity(run))
     first_step = checkpoints.resume() if config.train.resume else 0
     if not first_step:
-        check_frozen(model, config.model)
+        check_frozen(model.backbone, config.model)
     if comm.is_main():
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")

@@ -20,6 +20,7 @@ from giantdet.errors import InputError
 from giantdet.export import load_weights
 from giantdet.layers.blocks import blocks_of
 from giantdet.layers.deferred import deferred_init, is_deferred, real_parameters
+from giantdet.layers.frozen import DTYPES
 from giantdet.layers.norm import moving_norms
 from giantdet.optim.optimizers import optimizer_factory, with_muon
 from giantdet.optim.param_groups import parameter_groups
@@ -131,7 +132,7 @@ def partition(model: nn.Module, run: ResolvedRun) -> None:
 
 def weight_dtype(run: ResolvedRun) -> torch.dtype:
     """Return the type of the run's weights and activations."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.precision]
+    return DTYPES[run.precision]
 
 
 def _schedule(scheduler: SchedulerConfig, lr: float, optimizer: Any) -> LrSchedule:

@@ -64,6 +64,9 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
         backbone.mean = _from_255(config.pixel_mean)
     if config.pixel_std is not None:
         backbone.std = _from_255(config.pixel_std)
+    if config.frozen:
+        backbone.freeze_all()
+        config = config.model_copy(update={"checkpoint_blocks": False})  # no activation is kept
     wrap_blocks(config, backbone.body)
     return backbone
 
@@ -121,7 +124,8 @@ class Pyramid(Backbone):
         if self.family.set_canvas is not None:
             self.family.set_canvas(self.body, image_size)
 
-    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+    def maps(self, images_B3HW: Tensor) -> list[Tensor]:
+        """See `Backbone.maps`."""
         maps = self.body.forward_intermediates(images_B3HW, indices=self.indices, intermediates_only=True)
         return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import timm
 import torch
@@ -41,10 +41,35 @@ class Backbone(nn.Module):
 
     one_size: str = ""
     """What makes the model take images of one size only; empty if it can take others (`set_canvas`)."""
+    frozen: bool = False
+    """True after `freeze_all`."""
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Return `[B, C, h, w]` maps, finest first, of normalised float images of the canvas' size."""
+        if not self.frozen:
+            return self.maps(images_B3HW)
+        with torch.no_grad():
+            return self.maps(images_B3HW)
+
+    def maps(self, images_B3HW: Tensor) -> list[Tensor]:
+        """Return what `forward` returns, with a graph wherever gradients are enabled."""
         raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts; a frozen backbone stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    def freeze_all(self) -> None:
+        """Freeze the whole backbone: no gradients, no graph, and evaluation mode from now on.
+
+        Its batch norms become constants, whatever the `norm` block says. The norms of the levels, which
+        some families have after the body, are frozen too: a 1x1 convolution of the pyramid follows them,
+        which scale and bias can be folded into.
+        """
+        self.frozen = True
+        self.requires_grad_(False)
+        replace_batchnorm(self, FrozenBatchNorm2d.from_batchnorm)
+        self.train()
 
     def set_canvas(self, image_size: tuple[int, int]) -> None:
         """Take images of another (height, width) in pixels, multiples of the largest stride, from now on.

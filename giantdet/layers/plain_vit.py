@@ -172,7 +172,8 @@ class PlainViT(Float32Buffers, Backbone):
         ones = torch.ones(1, *self.grid, 1)
         return to_windows(ones, self.window)[:, None, None, :, 0] > 0
 
-    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+    def maps(self, images_B3HW: Tensor) -> list[Tensor]:
+        """See `Backbone.maps`."""
         body = self.body
         x = body.patch_embed(images_B3HW)  # [B, H, W, C]
         batch, height, width, _ = x.shape

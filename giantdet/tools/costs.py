@@ -56,14 +56,15 @@ def traffic(
 
     With W ranks, an all-gather or reduce-scatter of n bytes sends n (W - 1) / W, and an all-reduce twice
     that. Stage 2 reduces the gradients in every micro-batch. Stage 3 gathers the weights for the forward
-    pass, for the backward pass, and once more for recomputed blocks.
+    pass, for the backward pass, and once more for recomputed blocks; frozen ones for the forward pass only.
     """
     part = (ranks - 1) / ranks * bytes_each
     if stage == 0:
         return 2 * part * trainable
     if stage < 3:
         return part * trainable * (accumulation if stage == 2 else 1) + part * trainable
-    return accumulation * part * ((3 if recomputed else 2) * parameters + trainable)
+    gathered = (3 if recomputed else 2) * trainable + (parameters - trainable)
+    return accumulation * part * (gathered + trainable)
 
 
 def agvm_traffic(run: ResolvedRun, trainable: int, ranks: int) -> float:
@@ -98,14 +99,17 @@ def persistent(run: ResolvedRun, model: Architecture) -> int:
     return sum(p.numel() for p in model.parameters() if p.numel() <= threshold)
 
 
-def buffers(run: ResolvedRun, parameters: int, bytes_each: int, stage: int) -> float:
-    """Return the bytes of DeepSpeed's buckets and, at stage 3, of the weights that are gathered at a time."""
+def buffers(run: ResolvedRun, parameters: int, trainable: int, bytes_each: int, stage: int) -> float:
+    """Return the bytes of DeepSpeed's buckets and, at stage 3, of the weights that are gathered at a time.
+
+    Frozen weights are in no bucket: they have no gradients, and at stages 1 and 2 they are never gathered.
+    """
     zero = run.zero
     if stage == 0:
         return 0.0
-    bucket = min(parameters, zero.reduce_bucket_size)
+    bucket = min(trainable, zero.reduce_bucket_size)
     total = bucket * bytes_each * (2 if zero.overlap_comm else 1)
     if stage == 3:
         live = zero.stage3_max_live_parameters + zero.stage3_prefetch_bucket_size
         return total + min(parameters, live) * bytes_each
-    return total + min(parameters, zero.allgather_bucket_size) * bytes_each
+    return total + min(trainable, zero.allgather_bucket_size) * bytes_each

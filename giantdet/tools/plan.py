@@ -83,6 +83,7 @@ class Plan:
         self.run, self.gpus, self.machine = run, gpus, machine
         self.bandwidth, self.efficiency = bandwidth, efficiency
         self.model = meta_model(run)
+        self.frozen = self.model.backbone.frozen
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.bytes_each = weight_dtype(run).itemsize
@@ -95,14 +96,17 @@ class Plan:
             choice
             for choice in self.choices
             if choice.stage == run.stage
-            and choice.every == int(run.giantdet.model.backbone.checkpoint_blocks)
+            and choice.every == (0 if self.frozen else int(run.giantdet.model.backbone.checkpoint_blocks))
         )
 
     def _recompute_choices(self) -> list[int]:
         """Return the recompute settings to compare: no block, as the run says, and all blocks.
 
-        It is the run's own setting alone where the blocks of the backbone are not known.
+        It is the run's own setting alone where the blocks of the backbone are not known, and none where the
+        backbone is frozen, which keeps no activations.
         """
+        if self.frozen:
+            return [0]
         wanted = int(self.run.giantdet.model.backbone.checkpoint_blocks)
         try:
             meta_model(with_recompute(self.run, 1))
@@ -147,7 +151,7 @@ class Plan:
             total -= held.master + held.moments + (held.gradients if stage >= 2 else 0.0)
         if stage == 3:
             total += self.persistent * self.bytes_each
-        return total + buffers(self.run, self.parameters, self.bytes_each, stage) + RESERVE
+        return total + buffers(self.run, self.parameters, self.trainable, self.bytes_each, stage) + RESERVE
 
     def _choice(self, stage: int, every: int, offload: bool) -> Choice:
         one, two = self.counts[every]
@@ -186,6 +190,10 @@ class Plan:
         if offloads(self.run):
             return None
         return quickest(self._choices(True), self.machine)
+
+    def blocks(self, choice: Choice) -> str:
+        """Return in words what happens to the activations of the backbone's blocks."""
+        return "frozen" if self.frozen else blocks_text(choice.every)
 
     def best(self) -> Choice | None:
         return quickest(self.choices, self.machine)
@@ -261,7 +269,7 @@ def report(plan: Plan) -> str:
 def _row(plan: Plan, choice: Choice) -> str:
     mark = " <- the recipe" if choice is plan.own else ""
     return (
-        f"{choice.stage:<6}{blocks_text(choice.every):<14}{sum(plan.states(choice.stage)) / GIB:>9.2f}"
+        f"{choice.stage:<6}{plan.blocks(choice):<14}{sum(plan.states(choice.stage)) / GIB:>9.2f}"
         f"{choice.memory / GIB:>9.2f}{choice.largest:>9}{choice.computation:>13.3f}"
         f"{choice.communication:>15.3f}{mark}"
     )
@@ -287,12 +295,13 @@ def _verdict(plan: Plan, steps: int | None, batch: int) -> list[str]:
         if other is not None:
             lines.append(
                 "Nothing fits with the optimizer states on the GPU. With offload_optimizer, "
-                f"ZeRO-{other.stage} with blocks {blocks_text(other.every)} fits: "
+                f"ZeRO-{other.stage} with blocks {plan.blocks(other)} fits: "
                 f"{other.memory / GIB:.1f} GiB, and {other.host / GIB:.1f} GiB of CPU memory, per GPU."
             )
         if fewest is not None:
             lines.append(
-                f"Nothing fits on {plan.gpus} GPUs; ZeRO-3 with recomputed blocks fits from {fewest} on."
+                f"Nothing fits on {plan.gpus} GPUs; ZeRO-3 with {'frozen' if plan.frozen else 'recomputed'} "
+                f"blocks fits from {fewest} on."
             )
         else:
             largest = max(choice.largest for choice in plan.choices)
@@ -305,7 +314,7 @@ def _verdict(plan: Plan, steps: int | None, batch: int) -> list[str]:
         lines.append("The recipe is the quickest that fits.")
     else:
         lines.append(
-            f"Take ZeRO-{best.stage} with blocks {blocks_text(best.every)}: the quickest that fits, with the "
+            f"Take ZeRO-{best.stage} with blocks {plan.blocks(best)}: the quickest that fits, with the "
             "least memory."
         )
     low, high = max(best.computation, best.communication), best.seconds

@@ -217,6 +217,21 @@ CONFIGURATIONS = [
         Error("giantdet.model.backbone has no weights, and model.backbone.frozen_stages ...: give ..."),
     ),
     Case(
+        "a frozen backbone with batch norm over GPUs",
+        {"giantdet.model.backbone.frozen": True, "giantdet.norm.type": "cgbn"},
+        Error('norm.type cgbn is for a backbone that is trained, ...: set norm.type to "frozen", ...'),
+    ),
+    Case(
+        "a frozen backbone as AGVM's anchor",
+        {"giantdet.model.backbone.frozen": True, "giantdet.agvm.enabled": True},
+        Error("giantdet.agvm.anchor is the backbone, which has no gradients ...: set agvm.anchor to ..."),
+    ),
+    Case(
+        "an export without a backbone that is trained",
+        {"giantdet.train.export_backbone": False},
+        Error("export_backbone false is for a backbone that stays as it is: set ...backbone.frozen"),
+    ),
+    Case(
         "a list of data sets with a name in it",
         {"giantdet.data.train": ["train.json"]},
         Error('giantdet.data.train.0 must be an object, got "train.json"'),

@@ -59,7 +59,7 @@ def peak_of_a_step(run: Any, images: int) -> int:
     """Bytes beyond weights and gradients, of a plain model: each gradient is dropped as it comes."""
     give_back_at_once()
     model = zero.build(run, images).train()
-    for p in model.parameters():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = blank_batch(run.giantdet.data, images, model.targets)
 

@@ -66,6 +66,8 @@ class BackboneConfig(Section):
     """ResNet bottlenecks have their stride in the first 1x1 convolution (MSRA and Caffe weights)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """Number of stages that are frozen, from the first; 1 is the stem. detectron2's FREEZE_AT."""
+    frozen: bool = False
+    """Freeze the whole backbone: evaluation mode in training too, and no gradients (docs/giants.md)."""
     output_stride: Literal[8, 16, 32] = 32
     """Stride of the last map: 16 dilates the last stage instead of striding it, 8 the last two (DeepLab).
     Only convolutional families; the weights are the same."""
