@@ -54,7 +54,7 @@ def build_backbone(config: BackboneConfig, image_size: tuple[int, int]) -> Backb
         raise InputError(_no_dilation(config))
     if config.deformable_stages and plain:
         raise InputError(f"deformable_stages is for convolutional backbones, not for '{config.name}'")
-    if config.level_norms != "auto" and plain:
+    if config.level_norms is not None and plain:
         raise InputError(f"level_norms is for hierarchical backbones, not for '{config.name}'")
     for key in ("position_grid", "relative_positions", "attend_padding"):
         if getattr(config, key) and not plain:
@@ -111,7 +111,7 @@ class Pyramid(Backbone):
         self.added_keys = frozenset(set(body.state_dict()) - keys)
         self.body = body
         unnormed = not any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
-        normed = unnormed if config.level_norms == "auto" else config.level_norms
+        normed = unnormed if config.level_norms is None else config.level_norms
         self.norms = nn.ModuleList(
             LayerNorm2d(c, eps=1e-6) if normed else nn.Identity() for c in self.channels
         )

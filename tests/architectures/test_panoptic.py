@@ -20,6 +20,7 @@ from giantdet.evaluation.coco import to_original
 from giantdet.evaluation.panoptic import DETECTRON2, merge, panoptic_map
 from giantdet.evaluation.rle import decode_mask
 from giantdet.evaluation.semantic import whole_image_classes
+from giantdet.ops import shapes
 from giantdet.structures import IGNORE, Batch
 
 RAW = {
@@ -112,7 +113,10 @@ def without_targets(batch: Batch) -> Batch:
     return batch._replace(targets=nothing)
 
 
-def test_a_step_never_asks_the_device(model: PanopticFpn, golden: Path) -> None:
+def test_a_step_never_asks_the_device(
+    model: PanopticFpn, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "ENABLED", False)  # as on a GPU
     batch = load(golden)
     with Recorder() as recorder:
         total_loss(model.train().losses(model(batch), batch)).backward()  # type: ignore[no-untyped-call]

@@ -149,7 +149,7 @@ def test_statistics_and_norms_of_other_weights() -> None:
     assert given.mean == pytest.approx((0.4, 0.2, 0.0)) and given.std == pytest.approx((1 / 255, 1.0, 0.2))
     swin = {"timm_args": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}}
     for name, options in (("resnet18", {}), (SWIN, swin)):
-        for chosen, normed in ((True, True), (False, False), ("auto", name == SWIN)):
+        for chosen, normed in ((True, True), (False, False), (None, name == SWIN)):
             norms = build(name, (64, 64), level_norms=chosen, **options).norms
             assert all(isinstance(norm, nn.Identity) is not normed for norm in norms)
     with pytest.raises(ValueError, match="level_norms is for hierarchical backbones, not for 'test_vit'"):

@@ -80,7 +80,7 @@ def _resnet(state: State) -> dict[str, Any]:
     name += "_gn" if group_norm else ""
     if not timm.is_model(name):
         raise InputError(f"its backbone would be timm's {name}, which timm does not have")
-    return {"name": name, "timm_args": args, "level_norms": False if group_norm else "auto"}
+    return {"name": name, "timm_args": args, "level_norms": False if group_norm else None}
 
 
 def _swin(state: State) -> dict[str, Any]:

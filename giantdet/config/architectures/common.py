@@ -74,8 +74,8 @@ class BackboneConfig(Section):
     deformable_stages: tuple[Annotated[int, Field(ge=2, le=5)], ...] = ()
     """Stages whose 3x3 convolutions are deformable (DCNv2, `layers/deformable.py`), for example [3, 4, 5];
     2 to 5 are the stages of C2 to C5."""
-    level_norms: bool | Auto = "auto"
-    """LayerNorm on each map of a hierarchical backbone. auto: of those without batch norms, whose stages do
+    level_norms: bool | None = None
+    """LayerNorm on each map of a hierarchical backbone. None: of those without batch norms, whose stages do
     not end with a norm (Swin, ConvNeXt)."""
     drop_path_rate: Fraction = 0.0
     """Probability that stochastic depth drops the last block; it grows linearly with depth."""
