@@ -19,6 +19,7 @@ from giantdet.config.resolve import resolve
 from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import open_dataset
 from giantdet.data.loader import train_loader
+from giantdet.ops import shapes
 from giantdet.structures import IGNORE, Batch
 from giantdet.tools.count import COCO, count
 from giantdet.tools.machines import MACHINES
@@ -115,6 +116,7 @@ def test_compiles_to_one_graph(demo_data: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_plan_counts_the_model(demo_data: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters of each part, and FLOPs of a real step with real images."""
+    monkeypatch.setattr(shapes, "ENABLED", False)  # as on a GPU
     frozen = {"giantdet__model__backbone__frozen_stages": 2, "train_micro_batch_size_per_gpu": 2}
     run, batch = run_of(demo_data, kind, **frozen)
     model = build(run)
