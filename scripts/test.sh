@@ -15,5 +15,6 @@ if [ -z "${GIANTDET_OLDEST:-}" ]; then
     echo "ruff format" && python -m ruff format --check .
     echo "mypy" && python -m mypy
 fi
-# Two at a time: one process launches ranks, one launch after the other, the other runs all other files.
-echo "pytest" && python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"
+# One process launches ranks, one launch after the other, and waits for them half of the time; the others run all
+# other files.
+echo "pytest" && python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

@@ -18,9 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
+from giantdet.ops import shapes
 from giantdet.structures import Batch
 
 REPO = Path(__file__).resolve().parents[2]
+shapes.ENABLED = False  # on the CPU too, as on the GPU that it stands for or is compared with
 
 
 @dataclass(frozen=True)

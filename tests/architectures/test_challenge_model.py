@@ -34,6 +34,7 @@ def test_compiles_to_one_graph(demo_data: Path) -> None:
     """Forward pass and losses, with and without objects."""
     torch._dynamo.reset()
     changes = {"giantdet__norm": {"type": "frozen"}, "giantdet__model": section("cascade_mask_rcnn")}
+    changes["giantdet__model"]["box_head"]["loss"] = "ciou"
     changes["giantdet__model"]["semantic_branch"]["norm"] = "group"
     changes["giantdet__model"]["semantic_branch"]["width"] = 32
     changes["giantdet__model"]["fpn"]["channels"] = 32

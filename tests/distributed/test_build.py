@@ -95,6 +95,8 @@ def test_trains_as_stage_2(tmp_path: Path, demo_data: Path) -> None:
                 "zero_optimization__stage": stage,
                 "giantdet__model": model,
                 "bf16": {"enabled": bf16},
+                # Adam would divide gradients that are 0 up to rounding by themselves.
+                "optimizer__params__eps": 1e-5,
             }
             raw = tiny_run(demo_data, output, giantdet__data__val=None, giantdet__train__steps=3, **settings)
             paths.append(tmp_path / f"{stage}{bf16}.json")
