@@ -23,6 +23,7 @@ from giantdet.architectures.foreign.classes import named_classes, usual_classes
 from giantdet.architectures.foreign.sections import section_of
 from giantdet.config.architectures import SECTIONS, ArchitectureConfig
 from giantdet.config.checks import validate
+from giantdet.config.class_names import PUBLISHED, published
 from giantdet.config.classes import Category, Classes
 from giantdet.errors import ConfigError, InputError
 from giantdet.export import CONFIG, ExportConfig
@@ -52,8 +53,8 @@ def import_weights(
     Args:
         path: the file, see `read_tensors`.
         overrides: `key=value` with dotted keys of an export's config.json, for example short_side=640.
-        classes: a COCO JSON with the categories, a file with a name in each line, or names with commas.
-            None: COCO's or Cityscapes', by the number of classes.
+        classes: a COCO JSON with the categories, a file with a name in each line, names with commas, or
+            "lvis_v1" or "objects365_v2". None: COCO's or Cityscapes', by the number of classes.
         bgr: the order of the channels that the weights expect; None: that of the project.
 
     Raises InputError where the file is of no known project or has another model than giantdet's, and where
@@ -151,6 +152,8 @@ def _classes(given: str | None, config: ArchitectureConfig, path: str | Path) ->
 
 def _categories(given: str) -> tuple[list[Category], list[Category]]:
     """Return the classes of things and of stuff of a COCO JSON, or those of names, which are things."""
+    if given in PUBLISHED:
+        return list(published(given)), []
     if "," in given:
         return list(enumerate((name.strip() for name in given.split(",")), 1)), []
     text = Path(given).expanduser().read_text()

@@ -27,8 +27,8 @@ def add_import_weights(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--classes",
-        help="COCO JSON with the categories, file with a name in each line, or names with commas; default: "
-        "COCO's, where the model has as many",
+        help="COCO JSON with the categories, file with a name in each line, names with commas, or lvis_v1 or "
+        "objects365_v2; default: COCO's, where the model has as many",
     )
     parser.add_argument(
         "--channels",

@@ -65,8 +65,11 @@ Where a data set has two names of a line, the first is meant. Objects365 has no 
 """
 
 
+PUBLISHED = ("lvis_v1", "objects365_v2")
+
+
 def published(data_set: str) -> tuple[Category, ...]:
-    """Return the ids and names of "lvis_v1" or "objects365_v2". Raises KeyError for another name."""
+    """Return the ids and names of one of `PUBLISHED`. Raises KeyError for another name."""
     names: list[str] = json.loads((Path(__file__).parent / "categories.json").read_text())[data_set]
     return tuple(enumerate(names, 1))
 

@@ -298,6 +298,8 @@ def test_classes(golden: Path, tmp_path: Path, monkeypatch: Any) -> None:
     assert len(categories) == 80 and categories[0] == (1, "person") and categories[-1] == (90, "toothbrush")
     with pytest.raises(InputError, match=r"--classes has 2 classes, the model has 80 \(num_classes\)"):
         import_weights("w", classes="cat, dog")
+    with pytest.raises(InputError, match=r"--classes has 1203 classes, the model has 80 \(num_classes\)"):
+        import_weights("w", classes="lvis_v1")
     records = [{"id": 1000 - i, "name": f"n{i}", "supercategory": "x"} for i in range(80)]
     (tmp_path / "c.json").write_text(json.dumps({"categories": records}))
     categories = import_weights("w", classes=str(tmp_path / "c.json")).config.categories
