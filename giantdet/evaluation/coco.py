@@ -5,7 +5,7 @@ Results have the image and category ids of the data set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from giantdet.config.conventions import CONVENTIONS, Conventions
 from giantdet.config.json_text import json_text
 from giantdet.config.types import Backend
 from giantdet.data.dataset import Dataset
+from giantdet.data.records import Instances
 from giantdet.data.truth import ground_truth
 from giantdet.distributed import comm
 from giantdet.evaluation.backends import Curves, IouType, check_backend, coco_curves
@@ -32,6 +33,10 @@ from giantdet.structures import Batch, Detections, Outputs
 _IOUS = list(range(50, 100, 5))  # per cent
 KIND = {"bbox": "box", "segm": "mask"}
 DEFAULT_CONVENTIONS = CONVENTIONS["detectron2"]
+
+
+Rules = Callable[[COCO, CocoResults, IouType, int, Backend], dict[str, Any]]
+"""From a truth, results, their kind, the number of detections and the backend to numbers by name."""
 
 
 class CocoEvaluator:
@@ -89,8 +94,14 @@ class CocoEvaluator:
         """
         if not dataset.classes.objects or not dataset.annotated:
             return {}
-        truth = ground_truth(dataset.annotations, dataset.instances())
-        return all_scores(truth, results, masks, max_detections or cls.MAX_DETECTIONS, backend)
+        content = dataset.instances()
+        truth, limit = ground_truth(dataset.annotations, content), max_detections or cls.MAX_DETECTIONS
+        return all_scores(truth, results, masks, limit, backend, cls.rules(content))
+
+    @classmethod
+    def rules(cls, content: Instances) -> Rules:
+        """Return the function that scores boxes or masks; `content` are the data set's lists."""
+        return coco_scores
 
     def save(self, file: Path) -> None:
         """Write the detections in COCO's results format."""
@@ -233,11 +244,17 @@ def evaluate_results(
 
 
 def all_scores(
-    truth: COCO, results: CocoResults, masks: bool, max_detections: int = 100, backend: Backend = "auto"
+    truth: COCO,
+    results: CocoResults,
+    masks: bool,
+    max_detections: int = 100,
+    backend: Backend = "auto",
+    rules: Rules | None = None,
 ) -> Scores:
-    """Return the same for a truth of `data/truth.py`."""
+    """Return the same for a truth of `data/truth.py`, by COCO's rules or others."""
+    rules = rules or coco_scores
     kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
-    return {KIND[kind]: coco_scores(truth, results, kind, max_detections, backend) for kind in kinds}
+    return {KIND[kind]: rules(truth, results, kind, max_detections, backend) for kind in kinds}
 
 
 def number_table(scores: Scores) -> str:

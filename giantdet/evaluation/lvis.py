@@ -24,11 +24,10 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from giantdet.config.types import Backend
-from giantdet.data.dataset import Dataset
 from giantdet.data.lvis import FREQUENCIES, NEGATIVE, NOT_EXHAUSTIVE, frequencies_of
-from giantdet.data.truth import ground_truth
+from giantdet.data.records import Instances
 from giantdet.evaluation.backends import IouType, Numbers, coco_curves
-from giantdet.evaluation.coco import KIND, CocoEvaluator, ap_by_class, mean_of, number_of, number_table
+from giantdet.evaluation.coco import KIND, CocoEvaluator, Rules, ap_by_class, mean_of, number_of, number_table
 from giantdet.evaluation.coco_results import CocoResults
 from giantdet.evaluation.evaluator import Scores
 
@@ -44,23 +43,10 @@ class LvisEvaluator(CocoEvaluator):
     PER_CLASS: ClassVar[bool] = False
 
     @classmethod
-    def score(
-        cls,
-        dataset: Dataset,
-        results: CocoResults,
-        masks: bool,
-        max_detections: int | None = None,
-        backend: Backend = "auto",
-    ) -> Scores:
-        """See `CocoEvaluator.score`; the numbers are those of `lvis_scores`."""
-        if not dataset.annotated:
-            return {}
-        content = dataset.instances()
-        truth = ground_truth(dataset.annotations, content)
+    def rules(cls, content: Instances) -> Rules:
+        """See `lvis_scores`."""
         frequencies = frequencies_of(content)
-        kinds: list[IouType] = ["bbox", "segm"] if masks else ["bbox"]
-        limit = max_detections or cls.MAX_DETECTIONS
-        return {KIND[k]: lvis_scores(truth, frequencies, results, k, limit, backend) for k in kinds}
+        return lambda truth, *rest: lvis_scores(truth, frequencies, *rest)
 
     @classmethod
     def table(cls, scores: Scores) -> str:
