@@ -14,7 +14,7 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="check versions, accelerators, network between ranks, file system and limits",
-        description="Check this machine or, with scripts/train.py under a launcher, all hosts and the "
+        description="Check this machine or, with scripts/doctor.py under a launcher, all hosts and the "
         "network between them. Exit code 1 if a check is BAD.",
     )
     parser.add_argument(
