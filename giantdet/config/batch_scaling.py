@@ -7,14 +7,16 @@ rules, it stays bit for bit what the JSON says.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 from giantdet.config.batch import BATCH
 from giantdet.config.checks import canonical_name
+from giantdet.config.lengths import times
 from giantdet.config.optimizers import OPTIMIZERS, Adam
 from giantdet.config.schedulers import SCHEDULERS
-from giantdet.config.types import GiantdetConfig, LrScalingConfig
+from giantdet.config.types import GiantdetConfig, LrScalingConfig, TrainConfig
 from giantdet.errors import ConfigError
 
 _ADAMS = ("Adam", "AdamW")
@@ -68,6 +70,16 @@ def timescale_weight_decay(weight_decay: float, kappa: float, lr_scale: float) -
     return weight_decay * kappa / lr_scale
 
 
+def length_factor(batch: int, reference_batch: int, noise_scale: float) -> float:
+    """Return (1 + B/B_s) / (1 + B0/B_s), how many times the images batch B needs for the progress of B0.
+
+    B_s is the noise scale; the images to a given loss are E_min (1 + B/B_s) (McCandlish et al. 2018, arXiv
+    1812.06162, section 2.3). The factor is about 1 while both batches are far below B_s, and B/B0 far above
+    it, where the number of steps stays the same.
+    """
+    return (1 + batch / noise_scale) / (1 + reference_batch / noise_scale)
+
+
 # Their application to a run
 
 
@@ -80,16 +92,16 @@ def scale_with_batch(
     ConfigError for a rule that the run's optimizer, schedule or batch does not allow.
     """
     scaling = giantdet.lr_scaling
-    named = {key: getattr(scaling, key) for key in ("rule", "betas", "weight_decay", "ema")}
-    named = {key: rule for key, rule in named.items() if rule != "none"}
+    named = {key: getattr(scaling, key) for key in ("rule", "betas", "weight_decay", "ema", "noise_scale")}
+    named = {key: rule for key, rule in named.items() if rule not in ("none", None)}
     if not named:
         return giantdet, ()
     if scaling.reference_batch is None:
         key, rule = next(iter(named.items()))
         what = "learning rate was" if key == "rule" else "values were"
         raise ConfigError(
-            f'giantdet.lr_scaling.{key} "{rule}" needs giantdet.lr_scaling.reference_batch, the batch '
-            f"that the {what} chosen for"
+            f"giantdet.lr_scaling.{key} {json.dumps(rule)} needs giantdet.lr_scaling.reference_batch, the "
+            f"batch that the {what} chosen for"
         )
     _check(giantdet, deepspeed)
     kappa = deepspeed[BATCH] / scaling.reference_batch
@@ -124,6 +136,10 @@ def scale_with_batch(
         decay = same_span(giantdet.ema.decay, kappa)
         changed["ema"] = giantdet.ema.model_copy(update={"decay": decay})
         lines.append(f"EMA decay {_show(giantdet.ema.decay)} to {_show(decay)} ({scaling.ema})")
+    if scaling.noise_scale is not None and kappa != 1:
+        longer = length_factor(deepspeed[BATCH], scaling.reference_batch, scaling.noise_scale)
+        changed["train"] = _stretch(giantdet.train, deepspeed, longer)
+        lines.append(f"lengths in epochs and images x {_show(longer)} (noise scale {scaling.noise_scale:g})")
     if kappa == 1:
         lines = []
     head = (f"scaled from batch {scaling.reference_batch} to {deepspeed[BATCH]}",) if lines else ()
@@ -143,6 +159,26 @@ def _scale_lrs(deepspeed: dict[str, Any], factor: float) -> None:
         for key in keys:
             if isinstance(block.get(key), int | float):
                 block[key] = block[key] * factor
+
+
+def _stretch(train: TrainConfig, deepspeed: dict[str, Any], factor: float) -> TrainConfig:
+    """Multiply the schedule's lengths in epochs and images, and return `train` with its own multiplied."""
+    if train.epochs is None:
+        raise ConfigError(
+            "giantdet.lr_scaling.noise_scale makes the run longer by images: give its length as "
+            "giantdet.train.epochs, not giantdet.train.steps"
+        )
+    if "scheduler" in deepspeed:
+        params = deepspeed["scheduler"].get("params", {})
+        section = SCHEDULERS[canonical_name(deepspeed["scheduler"]["type"], SCHEDULERS) or ""]
+        for key in params.keys() & {*section.LENGTHS}:
+            params[key] = times(params[key], factor)
+        if "milestones" in params:
+            params["milestones"] = [times(milestone, factor) for milestone in params["milestones"]]
+    changed: dict[str, Any] = {"epochs": train.epochs * factor}
+    if isinstance(train.clip_window, tuple):
+        changed["clip_window"] = tuple(times(length, factor) for length in train.clip_window)
+    return train.model_copy(update=changed)
 
 
 def _check(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> None:

@@ -24,6 +24,14 @@ def is_length(value: object) -> bool:
     return abs(value) < 10**15 and float(value).is_integer()
 
 
+def times(length: int | float | str, factor: float) -> int | float | str:
+    """Return a length in epochs or images times `factor`, as a text; steps and other texts as they are."""
+    match = re.match(LENGTH_PATTERN, length) if isinstance(length, str) else None
+    if match is None or match[2] == "step":
+        return length
+    return f"{float(match[1]) * factor:.9f}".rstrip("0").rstrip(".") + f" {match[2]}s"
+
+
 def to_steps(value: int | float | str, batch: int, images: int | None) -> int | str:
     """Return a length in optimizer steps, rounded up.
 

@@ -68,7 +68,7 @@ def resolve(
         deepspeed["gradient_clipping"] = 0.0
     _resolve_optimizer(deepspeed, has_gpu)
 
-    giantdet = run.giantdet
+    giantdet, scaled = scale_with_batch(run.giantdet, deepspeed)
     _check_norm_parts(giantdet)
     if giantdet.train.steps is None and train_images is not None:
         assert giantdet.train.epochs is not None
@@ -78,11 +78,10 @@ def resolve(
         train = giantdet.train.model_copy(update={"steps": steps, "epochs": None})
         giantdet = giantdet.model_copy(update={"train": train})
     giantdet = _resolve_intervals(giantdet, batch, train_images)
-    giantdet, scaled = scale_with_batch(giantdet, deepspeed)
     if "scheduler" in deepspeed:
         _resolve_scheduler(deepspeed, giantdet.train.steps, train_images)
     giantdet = _resolve_clip_window(giantdet, deepspeed, train_images)
-    giantdet = _resolve_agvm(giantdet, deepspeed)
+    giantdet = _resolve_agvm(giantdet, deepspeed, run.giantdet.lr_scaling.reference_batch)
     check_agvm_with_muon(giantdet.agvm, deepspeed)
     moved = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
     if moved.get("device") == "nvme" or moved.get("ratio", 1.0) < 1.0:
@@ -222,9 +221,21 @@ def _warmup_steps(deepspeed: dict[str, Any]) -> int | str:
     return steps
 
 
-def _resolve_agvm(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> GiantdetConfig:
-    agvm, steps = giantdet.agvm.resolved(deepspeed["optimizer"]["type"]), giantdet.train.steps
+def _resolve_agvm(
+    giantdet: GiantdetConfig, deepspeed: dict[str, Any], reference_batch: int | None
+) -> GiantdetConfig:
+    optimizer = deepspeed["optimizer"]["type"]
+    agvm, steps = giantdet.agvm.resolved(optimizer), giantdet.train.steps
     warmup = _warmup_steps(deepspeed)
+    if agvm.enabled and agvm.rule == "noise_scale":
+        agvm = agvm.model_copy(update={"reference_batch": agvm.reference_batch or reference_batch})
+        for problem in agvm.problems(optimizer):
+            raise ConfigError(f"giantdet.agvm.{problem}")
+        if giantdet.lr_scaling.rule != "none":
+            raise ConfigError(
+                f'giantdet.agvm.rule "noise_scale" scales the LR with the batch, and so does '
+                f'giantdet.lr_scaling.rule "{giantdet.lr_scaling.rule}": set the latter to "none"'
+            )
     if agvm.start_step == "auto" and steps is not None and isinstance(warmup, int):
         agvm = agvm.model_copy(update={"start_step": warmup + min(100, steps // 10)})
     return giantdet.model_copy(update={"agvm": agvm})

@@ -5,7 +5,7 @@ Each component of the system reads only its own section. The sections of models 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -87,6 +87,12 @@ class AgvmConfig(Section):
 
     enabled: bool = False
     """Scale the LR of each module by its gradient variance."""
+    rule: Literal["agvm", "uniform", "inverse", "noise_scale"] = "agvm"
+    """What the factors are computed from (`optim/rules.py`). agvm: the paper; uniform: the geometric mean of
+    its factors for all modules; inverse: 1 / its factors; noise_scale: from the LR of `reference_batch`, by
+    the noise scale of each module (McCandlish et al. 2018; with Adam, Li et al. 2024)."""
+    reference_batch: PositiveInt | None = None
+    """Rule noise_scale: batch that the LR was chosen for. None: `lr_scaling.reference_batch`."""
     estimator: Literal["half_split", "all_splits"] = "half_split"
     """half_split: two halves of the batch, as in the paper; all_splits: the ratio of two
     expectations over all splits, 1 - E[G_1 G_2] / E|G_1|^2."""
@@ -105,7 +111,7 @@ class AgvmConfig(Section):
     stop_step: Annotated[int, Field(ge=0)] | None = None
     """Last such step; None: the last step of the run."""
     clamp: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)
-    """Bounds of the ratio of variances, before the square root."""
+    """Bounds of the ratio of variances, before the square root. Rule noise_scale: bounds of the factor."""
     anchor: str = "backbone"
     """Module that the variances of the others are aligned with; its factor is 1."""
     modules: dict[str, tuple[str, ...]] | None = None
@@ -117,6 +123,27 @@ class AgvmConfig(Section):
             return self
         # This includes the names of DeepSpeed's classes: FusedAdam, DeepSpeedCPUAdam.
         return self.model_copy(update={"preconditioned": "Adam" in optimizer})
+
+    def power(self, optimizer: str) -> float:
+        """Return the exponent of the batch in the LR of an optimizer, given by name: 1 for SGD, else 0.5."""
+        return 1.0 if "SGD" in optimizer else 0.5
+
+    def problems(self, optimizer: str) -> Iterator[str]:
+        """Yield what is missing for the rule, with an optimizer given by name; each begins with a key."""
+        if self.rule != "noise_scale":
+            return
+        if self.estimator != "all_splits":
+            yield (
+                'rule "noise_scale" needs agvm.estimator "all_splits": two halves tell little about the '
+                "signal in the noise"
+            )
+        if self.reference_batch is None:
+            yield (
+                'rule "noise_scale" needs agvm.reference_batch or lr_scaling.reference_batch, the batch that '
+                "the learning rate was chosen for"
+            )
+        if not any(name in optimizer for name in ("SGD", "Adam", "Lion")):
+            yield f'rule "noise_scale" is for SGD, Adam, AdamW and Lion, and the optimizer is {optimizer}'
 
 
 class LrScalingConfig(Section):
@@ -137,6 +164,10 @@ class LrScalingConfig(Section):
     """AdamW, Lion, Muon. timescale: LR x weight decay grows with kappa (after Wang and Aitchison 2024)."""
     ema: Literal["none", "power"] = "none"
     """power: `ema.decay` to the power of kappa (Busbridge et al. 2023)."""
+    noise_scale: PositiveFloat | None = None
+    """Noise scale B_s of the training in images: `train.epochs`, and what `train.clip_window` and schedule
+    give in epochs or images, get (1 + batch / B_s) / (1 + reference_batch / B_s) times as long, for the same
+    progress (McCandlish et al. 2018). None: they stay."""
 
 
 class ParamGroupsConfig(Section):

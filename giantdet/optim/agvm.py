@@ -9,7 +9,8 @@ with G_i1 and G_i2 its mean gradients over the two halves of the global batch, a
 
     mu_i = sqrt(Phi_anchor / Phi_i),
 
-smoothed over time, so that the variances align with that of the anchor, the backbone. In a training loop:
+smoothed over time, so that the variances align with that of the anchor, the backbone. `rules.py` has other
+rules that make factors of the same measurements. In a training loop:
 
     agvm = Agvm(engine, AgvmConfig(enabled=True))
     ...
@@ -37,9 +38,10 @@ from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
 from giantdet.errors import InputError
 from giantdet.layers.cgbn import CrossGpuBatchNorm
-from giantdet.optim.estimators import Variances, estimator_of, shards_of
+from giantdet.optim.estimators import Measured, estimator_of, shards_of
 from giantdet.optim.param_groups import module_of, module_of_group
-from giantdet.optim.variance import aligning_factors, noise_scale
+from giantdet.optim.rules import RULES, Measurement, Setting
+from giantdet.optim.variance import Products, averaged, noise_scale
 
 logger = logging.getLogger("giantdet")
 
@@ -47,14 +49,23 @@ NAMED_AFTER = 5
 """Measurements after which a module that had a variance in none of them is named in a warning."""
 
 
-def norms_tie_shards(ranks: int, world: int, estimator: str) -> bool:
+def ranks_of_shard(ranks: int, world: int, accumulation: int, estimator: str) -> int:
+    """Return how many consecutive ranks are one shard, with batch norms over groups of `ranks` ranks.
+
+    all_splits: one group, unless that were the only shard; half_split does not count shards.
+    """
+    is_enough = world // ranks * accumulation >= 2
+    return ranks if estimator == "all_splits" and is_enough else 1
+
+
+def norms_tie_shards(ranks: int, world: int, estimator: str, shard: int = 1) -> bool:
     """Return whether batch norms over groups of `ranks` ranks mix images of shards that are compared.
 
     Halves of the ranks stay separate if both consist of whole groups; halves of the micro-batches (an odd
-    world) always do; the single ranks of `all_splits` never do.
+    world) always do; the shards of `all_splits`, of `shard` ranks each, if they are whole groups.
     """
     if estimator == "all_splits":
-        return ranks > 1
+        return shard % ranks != 0
     return world % 2 == 0 and (world // 2) % ranks != 0
 
 
@@ -72,17 +83,29 @@ class Agvm:
         trainable = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
         modules = {p: module_of(name, config.modules) for name, p in trainable}
         self.names = sorted(set(modules.values()))
-        self._check()
+        ranks = self._check(type(optimizer).__name__)
+        self.rule, batch = RULES[self.config.rule], engine.train_batch_size()
+        self._setting = Setting(
+            self.config.anchor,
+            self.config.clamp,
+            batch,
+            self.config.reference_batch or batch,
+            self.config.power(type(optimizer).__name__),
+        )
         self.factors = dict.fromkeys(self.names, 1.0)
-        self.variances: Variances = {}
-        self.estimator = estimator_of(engine, modules, self.config)
+        self.variances: dict[str, float] = {}
+        self.products = dict.fromkeys(self.names, Products(0.0, 0.0))
+        self.estimator = estimator_of(engine, modules, self.config, ranks)
         self._active: dict[str, float] = {}
         self._measurements, self._undefined = 0, dict.fromkeys(self.names, 0)
         self._hooks = [p.register_hook(self._reader(p)) for p in modules]
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
-    def _check(self) -> None:
+    def _check(self, optimizer: str) -> int:
+        """Return the number of ranks that are one shard of the batch. Raises InputError."""
+        for problem in self.config.problems(optimizer):
+            raise InputError(f"agvm.{problem}")
         if self.config.anchor not in self.names:
             raise InputError(
                 f"agvm.anchor '{self.config.anchor}' is not a module with trainable parameters: "
@@ -109,31 +132,37 @@ class Agvm:
                 'micro-batches; take "all_splits", or an even number of one of them'
             )
         norms = [m for m in self.engine.module.modules() if isinstance(m, CrossGpuBatchNorm)]
-        ranks = max((comm.group_size(norm.group) for norm in norms), default=1)
-        if comm.is_main() and norms_tie_shards(ranks, world, self.config.estimator):
+        # Groups are consecutive ranks, so every group lies in one of this many.
+        ranks = math.lcm(1, *(comm.group_size(norm.group) for norm in norms))
+        shard = ranks_of_shard(ranks, world, accumulation, self.config.estimator)
+        if comm.is_main() and norms_tie_shards(ranks, world, self.config.estimator, shard):
             logger.warning(
                 "agvm: batch norms over %d ranks make the gradients that are compared depend on each other, "
-                "and the variances come out too large; use half_split and a bn_size that divides half the "
-                "batch (docs/agvm.md)",
+                "and the variances come out too large; use a bn_size that divides half the batch "
+                "(docs/agvm.md)",
                 ranks,
             )
+        return shard
 
     # What a training loop calls
 
     def observe(self) -> None:
         """Measure, after the backward pass of each micro-batch. All ranks call it."""
         self._update(self.estimator.after_step())
-        if self.engine.is_gradient_accumulation_boundary() and self._is_measured():
-            self._update(self.estimator.after_backward())
+        if self._is_measured():
+            self.estimator.after_micro_step()
+            if self.engine.is_gradient_accumulation_boundary():
+                self._update(self.estimator.after_backward())
 
     def scale(self) -> None:
         """Apply the factors to the next optimizer step; called before `engine.step()`."""
-        self._active = self.factors if self._is_within() else {}
+        self._active = self.rule.applied(self.factors) if self._is_within() else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps. All ranks call it."""
         self._update(self.estimator.after_step())
-        return {"factors": dict(self.factors), "variances": dict(self.variances)}
+        products = {name: list(values) for name, values in self.products.items()}
+        return {"factors": dict(self.factors), "variances": dict(self.variances), "products": products}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state. Raises InputError, a ValueError, for a state of other modules."""
@@ -142,22 +171,36 @@ class Agvm:
                 f"agvm: the checkpoint has modules {sorted(state['factors'])}, the run {self.names}"
             )
         self.factors, self.variances = dict(state["factors"]), dict(state["variances"])
+        # Earlier checkpoints have none.
+        self.products |= {name: Products(*values) for name, values in state.get("products", {}).items()}
+
+    def noise_scales(self) -> dict[str, float]:
+        """Return the noise scale in images of each module, of its averaged products.
+
+        It is infinite where no signal was found; modules without a measurement are left out.
+        """
+        found = {name: products.variance for name, products in self.products.items()}
+        return {n: noise_scale(v, self._setting.batch) for n, v in found.items() if not math.isnan(v)}
 
     def scalars(self) -> dict[str, float]:
         """Return factor, variance and noise scale (in images) of every module, for the log.
 
+        Variance and noise scale are of the last measurement, `mean_noise_scale` is of the averages.
         `undefined` is the share of the measurements in which a module had no variance, and kept its factor.
         """
-        found = {f"agvm/{name}/factor": self.factors[name] for name in self.names}
-        batch = self.engine.train_batch_size()
+        applied = self.rule.applied(self.factors)
+        found = {f"agvm/{name}/factor": applied[name] for name in self.names}
         for name, count in self._undefined.items():
             if count:
                 found[f"agvm/{name}/undefined"] = count / self._measurements
         for name, variance in self.variances.items():
             if math.isfinite(variance):
                 found[f"agvm/{name}/variance"] = variance
-                if math.isfinite(scale := noise_scale(variance, batch)):
+                if math.isfinite(scale := noise_scale(variance, self._setting.batch)):
                     found[f"agvm/{name}/noise_scale"] = scale
+        for name, scale in self.noise_scales().items():
+            if math.isfinite(scale):
+                found[f"agvm/{name}/mean_noise_scale"] = scale
         return found
 
     def close(self) -> None:
@@ -195,7 +238,7 @@ class Agvm:
         for group in optimizer.param_groups:
             group["lr"] = group.pop("_agvm_lr")
 
-    def _count(self, variances: Variances) -> None:
+    def _count(self, variances: dict[str, float]) -> None:
         """Count the measurements without a variance of a module, and name it where it never has one."""
         self._measurements += 1
         for name, variance in variances.items():
@@ -210,18 +253,23 @@ class Agvm:
                 "without its anchor AGVM changes no learning rate" if lost else "its learning rate stays",
             )
 
-    def _update(self, variances: Variances | None) -> None:
-        """Move the factors towards those that align the variances.
+    def _update(self, measured: Measured | None) -> None:
+        """Move the factors towards the goals of the rule.
 
         A module whose variance is undefined keeps its factor: the gradient of its mask head is zero where
-        half of the batch has no object. Without a variance of the anchor all keep theirs.
+        half of the batch has no object. Where the rule needs the anchor's and has none, all keep theirs.
         """
-        if variances is None:
+        if measured is None:
             return
+        variances = {name: products.variance for name, products in measured.items()}
         self._count(variances)
-        if math.isnan(variances[self.config.anchor]):
-            return
-        self.variances = {name: value for name, value in variances.items() if not math.isnan(value)}
         keep = self.config.momentum
-        for name, factor in aligning_factors(variances, self.config.anchor, self.config.clamp).items():
-            self.factors[name] = keep * self.factors[name] + (1.0 - keep) * factor
+        defined = {name: value for name, value in variances.items() if not math.isnan(value)}
+        for name in defined:
+            self.products[name] = averaged(self.products[name], measured[name], keep)
+        goals = self.rule.goals(Measurement(defined, self.noise_scales()), self._setting)
+        if not goals:
+            return
+        self.variances = defined
+        for name, goal in goals.items():
+            self.factors[name] = keep * self.factors[name] + (1.0 - keep) * goal

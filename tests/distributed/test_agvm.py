@@ -26,7 +26,16 @@ def agvm(**more: Any) -> dict[str, Any]:
 
 
 def case(optimizer: dict[str, Any], stage: int, estimator: str, **more: Any) -> dict[str, Any]:
-    own = ("preconditioned", "interval", "start_step", "stop_step", "look_ahead", "momentum")
+    own = (
+        "rule",
+        "reference_batch",
+        "preconditioned",
+        "interval",
+        "start_step",
+        "stop_step",
+        "look_ahead",
+        "momentum",
+    )
     settings = {key: more.pop(key) for key in list(more) if key in own}
     return {**optimizer, "stage": stage, **agvm(estimator=estimator, **settings), **more}
 
@@ -97,6 +106,8 @@ def test_schedules_never_see_the_factors(results: Results) -> None:
             assert set(record["lr"].values()) == {TWO[name]["params"]["lr"]}, name
 
 
+NOISE_SCALE = {"rule": "noise_scale", "reference_batch": 4, "accumulation": 2}
+PAIRS = {"norm_ranks": 2, "without_objects": 1, "accumulation": 2, "clip": 0.3, "wide": 3}
 MORE: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "halves_of_micro_batches": case(ADAMW, 2, "half_split", accumulation=4),
@@ -115,6 +126,10 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         **{f"blocks{s}": case(ADAMW, s, "half_split", checkpoint_blocks=True) for s in range(4)},
         **{f"blocks_norms{s}": case(SGD, s, "all_splits", checkpoint_blocks=True) for s in range(4)},
         **{f"offload{s}": case(ADAMW, s, "half_split", offload=True) for s in (1, 2, 3)},
+        "uniform": case(SGD, 2, "half_split", rule="uniform"),
+        "inverse": case(ADAMW, 1, "all_splits", rule="inverse"),
+        "noise_scale_sgd": case(SGD, 1, "all_splits", **NOISE_SCALE),
+        "noise_scale_adamw": case(ADAMW, 3, "all_splits", resume_after=4, **NOISE_SCALE),
         "offload_norms": case(ADAMW, 3, "all_splits", offload=True, preconditioned=False),
     },
     3: {
@@ -128,6 +143,9 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "sgd_all1": case(SGD, 1, "all_splits", accumulation=4),
         "sgd_all3": case(SGD, 3, "all_splits", clip=0.3),
         "adamw_all0": case(ADAMW, 0, "all_splits"),
+        # Batch norms over pairs of ranks, which are the shards; the second rank has no objects.
+        **{f"pairs_sgd{stage}": case(SGD, stage, "all_splits", **PAIRS) for stage in range(4)},
+        **{f"pairs_adamw{stage}": case(ADAMW, stage, "all_splits", **PAIRS) for stage in range(4)},
     },
 }
 

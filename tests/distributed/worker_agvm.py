@@ -18,27 +18,34 @@ from worker_zero import run_cases
 
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
+from giantdet.layers.cgbn import convert_batchnorm
 from giantdet.optim import estimators
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.param_groups import parameter_groups
 
 MODULES = ("backbone", "neck", "head")
+REFERENCE = 4  # batch of the rule noise_scale
 STEPS, ROWS = 8, 5
 
 
 class Toy(nn.Module):
-    """The three modules of the golden traces; `wide` makes fragments of many sizes."""
+    """The three modules of the golden traces; `wide` makes fragments of many sizes.
+
+    `norm` adds a batch norm to the backbone.
+    """
 
     checkpoint_blocks = False
 
-    def __init__(self, wide: int = 1) -> None:
+    def __init__(self, wide: int = 1, norm: bool = False) -> None:
         super().__init__()
-        self.backbone = nn.Linear(6, 8 * wide)
+        self.backbone: nn.Module = nn.Linear(6, 8 * wide)
+        if norm:  # without a bias, whose gradient would be rounding errors, which Adam scales up
+            self.backbone = nn.Sequential(nn.Linear(6, 8 * wide, bias=False), nn.BatchNorm1d(8 * wide))
         self.neck = nn.Linear(8 * wide, 7 * wide)
         self.head = nn.Linear(7 * wide, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.backbone.weight.dtype)
+        x = x.to(self.head.weight.dtype)
         if self.checkpoint_blocks:
             x = checkpoint(self.body, x, use_reentrant=False)
             return self.head(x)
@@ -50,7 +57,7 @@ class Toy(nn.Module):
 
 def build(case: dict[str, Any]) -> Toy:
     torch.manual_seed(0)
-    model = Toy(case.get("wide", 1))
+    model = Toy(case.get("wide", 1), "norm_ranks" in case)
     if "golden" in case:
         stored = np.load(case["golden"])
         for name, parameter in model.named_parameters():
@@ -74,6 +81,11 @@ def groups_of(case: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
     if "golden" in case:  # whose biases are decayed too
         groups = [{**group, "weight_decay": decay} for group in groups]
     return groups
+
+
+def weight_of(case: dict[str, Any], rank: int) -> float:
+    """Return the weight of a rank's loss: 0 for a rank without objects."""
+    return 0.0 if rank == case.get("without_objects") else 1.0
 
 
 def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -100,6 +112,8 @@ def under_deepspeed(case: dict[str, Any]) -> list[dict[str, Any]]:
         config["optimizer"]["params"] = case["params"] | {"torch_adam": True}
     model = build(case)
     model.checkpoint_blocks = case.get("checkpoint_blocks", False)
+    if "norm_ranks" in case:
+        model = convert_batchnorm(model, comm.subgroup(case["norm_ranks"]))
     groups = groups_of(case, model)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     agvm = Agvm(engine, AgvmConfig.model_validate(case["agvm"]))
@@ -111,7 +125,8 @@ def under_deepspeed(case: dict[str, Any]) -> list[dict[str, Any]]:
             if stage > 0:
                 engine.optimizer.clip_grad = clip
         for micro_step in range(case.get("accumulation", 1)):
-            engine.backward(loss_of(engine, data(case, step, comm.rank(), micro_step)))
+            loss = loss_of(engine, data(case, step, comm.rank(), micro_step))
+            engine.backward(loss * weight_of(case, comm.rank()))
             agvm.observe()
             agvm.scale()
             engine.step()
@@ -141,37 +156,46 @@ def by_hand(case: dict[str, Any]) -> list[dict[str, Any]]:
     names = [n for n in MODULES if any(p.requires_grad for p in getattr(model, n).parameters())]
     factors = dict.fromkeys(names, 1.0)
     variances: dict[str, float] = {}
+    signals, squares = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    tied = case.get("norm_ranks", 1)  # ranks whose images depend on each other: together one shard
     records = []
     for step in range(case.get("steps", STEPS)):
         shards: dict[str, list[Tensor]] = {name: [] for name in names}
         total = [torch.zeros_like(p) for p in model.parameters()]
-        for rank in range(world):
+        for first in range(0, world, tied):
             for micro_step in range(accumulation):
-                x, y = data(case, step, rank, micro_step)
+                ranks = range(first, first + tied)
+                x, y = map(torch.cat, zip(*(data(case, step, r, micro_step) for r in ranks), strict=True))
+                weights = torch.tensor([weight_of(case, r) for r in ranks]).repeat_interleave(ROWS)
                 model.zero_grad()
-                (model(x.double()) - y.double()).square().mean().backward()
+                ((model(x.double()) - y.double()).square().mean(1) * weights).mean().backward()
                 for name in names:
                     shards[name].append(flat(p.grad for p in getattr(model, name).parameters()))
                 for sum_, p in zip(total, model.parameters(), strict=True):
                     if p.grad is not None:
-                        sum_ += p.grad / (world * accumulation)
+                        sum_ += p.grad / (world // tied * accumulation)
         first, last = settings.start_step, settings.stop_step
         within = step >= first and (last is None or step <= last)
         new = dict(factors)
         if within and step % settings.interval == 0:
             variances = {}
             for name in names:
-                gradients = torch.stack(shards[name]).view(world, accumulation, -1)
+                gradients = torch.stack(shards[name]).view(world // tied, accumulation, -1)
                 parameters = list(getattr(model, name).parameters())
                 moment = flat(optimizer.state[p].get("exp_avg_sq", torch.zeros_like(p)) for p in parameters)
-                variances[name] = variance(case, settings, gradients, moment)
+                signal, square = products(case, settings, gradients, moment)
+                variances[name] = 1.0 - signal / square
+                signals[name] = settings.momentum * signals[name] + signal
+                squares[name] = settings.momentum * squares[name] + square
             low, high = settings.clamp
             for name in names:
                 ratio = (variances[settings.anchor] + 1e-6) / (variances[name] + 1e-6)
                 goal = 1.0 if name == settings.anchor else min(max(ratio, low), high) ** 0.5
+                if settings.rule == "noise_scale":
+                    goal = surge(case, settings, signals[name], squares[name])
                 new[name] = settings.momentum * factors[name] + (1 - settings.momentum) * goal
         lagged = settings.estimator == "all_splits" and not preconditioned(case)
-        used = factors if lagged else new
+        used = applied(settings.rule, factors if lagged else new)
         factors = new
         norm = torch.stack([g.norm() for g in total]).norm()
         clip = case.get("clip", 0.0) if step in range(*case.get("clip_range", (0, 10**6))) else 0.0
@@ -186,13 +210,40 @@ def by_hand(case: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
+def surge(case: dict[str, Any], settings: AgvmConfig, signal: float, square: float) -> float:
+    """Return the ratio of the optimal LRs of the run's batch and of the reference batch, clamped."""
+    batch = ROWS * comm.world_size() * case.get("accumulation", 1)
+    scale = batch / 2 * (square - signal) / signal if signal > 0 else 1e12
+
+    def optimal(size: int) -> float:
+        if case["optimizer"] == "SGD":
+            return 1 / (1 + scale / size)
+        return 1 / ((scale / size) ** 0.5 + (size / scale) ** 0.5)
+
+    low, high = settings.clamp
+    return min(max(optimal(batch) / optimal(REFERENCE), low), high)
+
+
+def applied(rule: str, factors: dict[str, float]) -> dict[str, float]:
+    if rule == "uniform":
+        return dict.fromkeys(factors, float(np.prod([*factors.values()]) ** (1 / len(factors))))
+    return {name: 1 / f for name, f in factors.items()} if rule == "inverse" else factors
+
+
 def preconditioned(case: dict[str, Any]) -> bool:
     chosen = case["agvm"].get("preconditioned", "auto")
     return "Adam" in case["optimizer"] if chosen == "auto" else chosen
 
 
 def variance(case: dict[str, Any], settings: AgvmConfig, gradients: Tensor, moment: Tensor) -> float:
-    """Of `[world, accumulation, n]` gradients. all_splits: from the products of all pairs of shards."""
+    signal, square = products(case, settings, gradients, moment)
+    return 1.0 - signal / square
+
+
+def products(
+    case: dict[str, Any], settings: AgvmConfig, gradients: Tensor, moment: Tensor
+) -> tuple[float, float]:
+    """Of `[shards, accumulation, n]` gradients. all_splits: from the products of all pairs of shards."""
     world, _, size = gradients.shape
     beta2, eps = case["params"].get("betas", (0.9, 0.999))[1], case["params"].get("eps", 1e-8)
     wrong = 1.0 / world if settings.look_ahead == "released" else 1.0
@@ -206,7 +257,7 @@ def variance(case: dict[str, Any], settings: AgvmConfig, gradients: Tensor, mome
         axis = 0 if world % 2 == 0 else 1
         one, two = (half.reshape(-1, size).mean(0) for half in gradients.chunk(2, axis))
         one, two = one / divisor(one), two / divisor(two)
-        return 1.0 - float(torch.cosine_similarity(one, two, 0))
+        return float(one @ two), float(one.norm() * two.norm())
     shards = gradients.reshape(-1, size)
     shards = shards / divisor(shards.mean(0))
     count = len(shards)
@@ -214,7 +265,7 @@ def variance(case: dict[str, Any], settings: AgvmConfig, gradients: Tensor, mome
     off_diagonal = (products.sum() - products.trace()) / (count * (count - 1))
     half = count / 2
     square = products.trace() / count / half + (half - 1) / half * off_diagonal
-    return 1.0 - float(off_diagonal / square)
+    return float(off_diagonal), float(square)
 
 
 def flat(tensors: Any) -> Tensor:

@@ -29,7 +29,7 @@ from giantdet.distributed import comm
 from giantdet.engine import zero
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.param_groups import parameter_groups
-from giantdet.optim.variance import aligning_factors
+from giantdet.optim.rules import Measurement, Setting, aligning_factors
 from giantdet.structures import IGNORE, Batch
 
 STEPS = 3
@@ -141,7 +141,8 @@ def by_hand(run: ResolvedRun, dataset: Dataset) -> dict[str, Any]:
             if gradients.any(-1).all():  # otherwise there is no angle between the halves
                 variances[name] = worker_agvm.variance(case, AGVM, gradients, moment)
         if AGVM.anchor in variances:
-            for name, goal in aligning_factors(variances, AGVM.anchor, AGVM.clamp).items():
+            setting = Setting(AGVM.anchor, AGVM.clamp, world, world, 0.5)
+            for name, goal in aligning_factors(Measurement(variances, {}), setting).items():
                 factors[name] = AGVM.momentum * factors[name] + (1 - AGVM.momentum) * goal
             measured.append({"variances": variances, "factors": dict(factors)})
         else:

@@ -8,21 +8,23 @@ import math
 import pytest
 import torch
 
-from giantdet.optim.agvm import norms_tie_shards
+from giantdet.optim.agvm import norms_tie_shards, ranks_of_shard
 from giantdet.optim.param_groups import module_of
 from giantdet.optim.variance import (
-    aligning_factors,
+    Products,
+    averaged,
     noise_scale,
-    variance_of_all_splits,
-    variance_of_halves,
+    products_of_all_splits,
+    products_of_halves,
 )
 
 
 def test_halves() -> None:
     one, two = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = 1 - float(torch.cosine_similarity(one, two, 0))
-    assert variance_of_halves(float(one @ two), float(one @ one), float(two @ two)) == pytest.approx(expected)
-    assert math.isnan(variance_of_halves(0.0, 0.0, 1.0)), "no gradient, no variance"
+    found = products_of_halves(float(one @ two), float(one @ one), float(two @ two))
+    assert found.variance == pytest.approx(expected)
+    assert math.isnan(products_of_halves(0.0, 0.0, 1.0).variance), "no gradient, no variance"
 
 
 @pytest.mark.parametrize("shards", [2, 4, 6])
@@ -37,12 +39,13 @@ def test_all_splits(shards: int, signal: float) -> None:
         one, two = gradients[list(half)].mean(0), gradients[rest].mean(0)
         dots.append(float(one @ two))
         squares.append(float(one @ one))
-    expected = 1 - sum(dots) / sum(squares)
-    found = variance_of_all_splits(
+    found = products_of_all_splits(
         float(gradients.square().sum()), float(gradients.mean(0).square().sum()), shards
     )
-    assert found == pytest.approx(expected, rel=1e-9)
-    assert math.isnan(variance_of_all_splits(0.0, 0.0, shards))
+    assert found.signal == pytest.approx(sum(dots) / len(dots), rel=1e-9, abs=1e-12)
+    assert found.square == pytest.approx(sum(squares) / len(squares), rel=1e-9)
+    assert found.variance == pytest.approx(1 - sum(dots) / sum(squares), rel=1e-9)
+    assert math.isnan(products_of_all_splits(0.0, 0.0, shards).variance)
 
 
 def test_noise_scale_is_the_noise_that_was_put_in() -> None:
@@ -53,17 +56,25 @@ def test_noise_scale_is_the_noise_that_was_put_in() -> None:
     signal[0] = 1.0
     noise = torch.randn(batch, size, dtype=torch.float64, generator=generator) * math.sqrt(scale / size)
     images = signal + noise
-    found = variance_of_all_splits(float(images.square().sum()), float(images.mean(0).square().sum()), batch)
-    assert noise_scale(found, batch) == pytest.approx(scale, rel=0.1)
+    found = products_of_all_splits(float(images.square().sum()), float(images.mean(0).square().sum()), batch)
+    assert noise_scale(found.variance, batch) == pytest.approx(scale, rel=0.1)
     assert noise_scale(1.2, batch) == math.inf
 
 
-def test_factors() -> None:
-    found = aligning_factors(
-        {"a": 0.4, "b": 0.1, "c": 1.6, "d": 1e-9, "e": 40.0, "f": math.nan}, "a", (0.5, 10.0)
-    )
-    assert found == pytest.approx({"a": 1.0, "b": 2.0, "c": 0.5**0.5, "d": 10**0.5, "e": 0.5**0.5}, rel=1e-4)
-    assert aligning_factors({"a": math.nan, "b": 0.1}, "a", (0.5, 10.0)) == {}
+def test_averages_find_the_noise_scale_where_single_batches_cannot() -> None:
+    """Batches of 16 with B_n = 400: their own noise scales scatter from 0 to infinity."""
+    generator = torch.Generator().manual_seed(0)
+    size, batch, scale = 500, 16, 400.0
+    mean, single = Products(0.0, 0.0), []
+    for _ in range(2000):
+        images = torch.randn(batch, size, dtype=torch.float64, generator=generator) * math.sqrt(scale / size)
+        images[:, 0] += 1.0
+        squares = float(images.square().sum()), float(images.mean(0).square().sum())
+        now = products_of_all_splits(*squares, batch)
+        single.append(noise_scale(now.variance, batch))
+        mean = averaged(mean, now, 0.998)
+    assert sum(map(math.isinf, single)) > 500
+    assert noise_scale(mean.variance, batch) == pytest.approx(scale, rel=0.2)
 
 
 def test_modules_by_patterns() -> None:
@@ -86,3 +97,8 @@ def test_which_batch_norms_tie_the_halves() -> None:
             expected = world % 2 == 0 and any(len(half) == 2 for half in halves)
             assert norms_tie_shards(ranks, world, "half_split") == expected
             assert norms_tie_shards(ranks, world, "all_splits") == (ranks > 1)
+            for accumulation in (1, 2):
+                shard = ranks_of_shard(ranks, world, accumulation, "all_splits")
+                alone = ranks == world and accumulation == 1  # one group is one shard, which has no variance
+                assert norms_tie_shards(ranks, world, "all_splits", shard) == (alone and world > 1)
+                assert ranks_of_shard(ranks, world, accumulation, "half_split") == 1
