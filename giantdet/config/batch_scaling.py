@@ -175,7 +175,8 @@ def _stretch(train: TrainConfig, deepspeed: dict[str, Any], factor: float) -> Tr
             params[key] = times(params[key], factor)
         if "milestones" in params:
             params["milestones"] = [times(milestone, factor) for milestone in params["milestones"]]
-    changed: dict[str, Any] = {"epochs": train.epochs * factor}
+    # Rounded like `times`: floating-point error must not add a step.
+    changed: dict[str, Any] = {"epochs": round(train.epochs * factor, 9)}
     if isinstance(train.clip_window, tuple):
         changed["clip_window"] = tuple(times(length, factor) for length in train.clip_window)
     return train.model_copy(update=changed)

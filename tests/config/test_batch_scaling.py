@@ -115,6 +115,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"betas": "beta2_power"}, {"scheduler": CYCLE}, "set scheduler.params.cycle_momentum to false"),
     (ALL, {"train_batch_size": 160}, "less than 10 times the reference batch"),
+    ({"noise_scale": 100, "reference_batch": None}, {}, "noise_scale 100.0 needs .*reference_batch"),
+    ({"noise_scale": 100}, {}, "giantdet.train.epochs, not giantdet.train.steps"),
 ]  # fmt: skip
 
 
@@ -128,6 +130,65 @@ def test_the_averages_rule_needs_averages() -> None:
     raw = raw_run({"ema": "power"})
     raw["giantdet"]["ema"]["enabled"] = False
     with pytest.raises(ConfigError, match=r"giantdet\.ema, which is off"):
+        resolve(parse_run(raw), 2)
+
+
+def staged(batch: int, noise_scale: float | None) -> dict[str, Any]:
+    """Return a run of 12 epochs, with milestones after 8 and 11, in 1600 images."""
+    params = {"milestones": ["8 epochs", "11 epochs"], "warmup_num_steps": "1600 images"}
+    raw = raw_run({"noise_scale": noise_scale}, batch=batch)
+    raw["scheduler"] = {"type": "WarmupMultiStepLR", "params": params}
+    raw["gradient_clipping"] = 1.0
+    raw["giantdet"]["train"] = {"epochs": 12, "clip_window": ["1 epoch", 500], "eval_every": "1 epoch"}
+    return raw
+
+
+def test_schedules_are_stretched_for_the_same_progress() -> None:
+    """B0 = 16, B = 64, B_s = 32: E / E0 = (1 + 2) / (1 + 1/2) = 2, so twice the epochs."""
+    run = resolve(parse_run(staged(64, 32)), 1, 1600)
+    plain = resolve(parse_run(staged(64, None)), 1, 1600)
+    assert plain.giantdet.train.steps == 12 * 25 and run.giantdet.train.steps == 24 * 25
+    params = run.deepspeed["scheduler"]["params"]
+    assert params["milestones"] == [16 * 25, 22 * 25] and params["warmup_num_steps"] == 2 * 25
+    assert run.giantdet.train.clip_window == (2 * 25, 500), "steps stay"
+    assert run.giantdet.train.eval_every == 25, "evaluations keep their interval"
+    assert scaling_line(run) == (
+        "scaled from batch 16 to 64: lengths in epochs and images x 2 (noise scale 32)\n"
+    )
+    again = resolve(parse_run(json.loads(describe(run))), 1, 1600)
+    assert again.giantdet == run.giantdet and again.deepspeed["scheduler"] == run.deepspeed["scheduler"]
+    # Far below the noise scale images count, far above it steps: as many as the reference batch takes.
+    assert resolve(parse_run(staged(64, 1e15)), 1, 1600).giantdet.train.steps == 12 * 25
+    assert resolve(parse_run(staged(64, 1e-6)), 1, 1600).giantdet.train.steps == 12 * 100
+
+
+NOISE_SCALE = {"enabled": True, "rule": "noise_scale", "estimator": "all_splits"}
+
+
+def test_the_rule_noise_scale_starts_from_the_lr_of_the_reference_batch() -> None:
+    raw = raw_run({"betas": "beta2_power"})
+    raw["giantdet"]["agvm"] = NOISE_SCALE
+    run = resolve(parse_run(raw), 2)
+    assert run.giantdet.agvm.reference_batch == 16 and run.deepspeed["optimizer"]["params"]["lr"] == 1e-4
+    again = resolve(parse_run(json.loads(describe(run))), 2)
+    assert again.giantdet.agvm == run.giantdet.agvm, "although lr_scaling.reference_batch is now the batch"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "agvm", "optimizer", "message"),
+    [
+        ({"rule": "sqrt"}, {}, None, 'giantdet.lr_scaling.rule "sqrt": set the latter to "none"'),
+        ({"reference_batch": None}, {}, None, "giantdet.agvm.rule .* needs agvm.reference_batch"),
+        ({}, {"estimator": "half_split"}, None, 'needs agvm.estimator "all_splits"'),
+        ({}, {}, {"type": "Lamb", "params": {"lr": 0.1}}, "is for SGD, .* the optimizer is Lamb"),
+    ],
+)
+def test_the_rule_noise_scale_where_it_does_not_fit(
+    scaling: dict[str, Any], agvm: dict[str, Any], optimizer: dict[str, Any] | None, message: str
+) -> None:
+    raw = raw_run(scaling, **({"optimizer": optimizer} if optimizer else {}))
+    raw["giantdet"]["agvm"] = NOISE_SCALE | agvm
+    with pytest.raises(ConfigError, match=message):
         resolve(parse_run(raw), 2)
 
 

@@ -232,6 +232,7 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_do() -> None:
     _, out, _ = launch_ok(WORKER.with_name("worker_agvm_errors.py"), 1)[0]
     found = [line for line in out.splitlines() if line.startswith("REFUSED")]
     words = ["needs two ranks", 'take "all_splits"', "agvm.anchor 'backbone'", "name the groups"]
-    words += ["no pattern fits", "lower bound first"]
+    words += ["no pattern fits", "lower bound first", 'needs agvm.estimator "all_splits"']
+    words += ["needs agvm.reference_batch"]
     assert len(found) == len(words)
     assert all(word in line for word, line in zip(words, found, strict=True)), found

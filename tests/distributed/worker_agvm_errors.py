@@ -40,6 +40,8 @@ if __name__ == "__main__":
     refuse(2, named=False)
     refuse(2, modules={"one": ("0.*",)})
     refuse(2, clamp=(10.0, 0.5))
+    refuse(3, rule="noise_scale", reference_batch=1)
+    refuse(3, rule="noise_scale", estimator="all_splits")
     refuse(3, estimator="all_splits")  # fits
     refuse(2)  # fits
     comm.stop()
