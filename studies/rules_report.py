@@ -1,0 +1,188 @@
+"""The rows of studies/rules.csv, one an evaluation, and what studies/rules.py makes of them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REFERENCE = 8  # images per step that the LR is tuned for
+TUNE = "tune"  # runs at the reference batch that choose the LR
+BASE = "sqrt"  # the arm that the others are compared with
+SCORES = {"detection": ("box", "AP"), "semantic": ("semantic", "mIoU")}
+MODULES = ("backbone", "fpn", "rpn", "box_head", "semantic_head")
+COLUMNS: tuple[str, ...] = (
+    "task",
+    "optimizer",
+    "arm",
+    "batch",
+    "seed",
+    "lr",
+    "images",
+    "score",
+    "cpu_seconds",
+)
+COLUMNS += tuple(f"{module}_{value}" for module in MODULES for value in ("factor", "noise_scale"))
+TEXTS = ("task", "optimizer", "arm")
+Row = dict[str, Any]
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5% quantile of Student's distribution by degrees of freedom."""
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    task: str
+    optimizer: str
+    arm: str
+    batch: int
+    seed: int
+    lr: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.task}_{self.optimizer}_{self.arm}_batch{self.batch}_seed{self.seed}_lr{self.lr:g}"
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of the CSV, numbers as numbers; none where there is no file."""
+    if not path.exists():
+        return []
+    whole = ("batch", "seed", "images")
+    with path.open(newline="") as file:
+        return [
+            {k: v if k in TEXTS else int(v) if k in whole else float(v) for k, v in line.items() if v}
+            for line in csv.DictReader(file)
+        ]
+
+
+def label_of(row: Row) -> str:
+    return Job(**{key: row[key] for key in Job._fields}).label
+
+
+def select(rows: list[Row], task: str, optimizer: str, arm: str) -> list[Row]:
+    keys = (task, optimizer, arm)
+    return [row for row in rows if (row["task"], row["optimizer"], row["arm"]) == keys]
+
+
+def last_rows(rows: list[Row]) -> list[Row]:
+    """Return the last row of each run that did not diverge."""
+    runs: dict[str, Row] = {label_of(row): row for row in rows}
+    return [row for row in runs.values() if not math.isnan(row["score"])]
+
+
+# Tables
+
+
+def table(found: list[Row], names: dict[str, str], task: str, optimizer: str, share: float) -> str:
+    """Return a Markdown table of scores, differences to the base seed by seed, and images to the target.
+
+    names: of the arms. share: of the base's mean score that is the target.
+    """
+    runs = {arm: select(found, task, optimizer, arm) for arm in names}
+    finals = {arm: {row["seed"]: row["score"] for row in last_rows(rows)} for arm, rows in runs.items()}
+    tuning = sorted((row["lr"], row["score"]) for row in last_rows(select(found, task, optimizer, TUNE)))
+    lines = [f"{task}, {optimizer}; tuned at batch {REFERENCE}: "]
+    lines[0] += ", ".join(f"{lr:g}: {score:.3f}" for lr, score in tuning)
+    lines += ["", f"| | seeds | score | minus {names[BASE]} | images to the target | factors |"]
+    lines += ["|---" * 6 + "|"]
+    base = finals[BASE]
+    target = share * statistics.fmean(base.values()) if base else math.nan
+    for arm, rows in runs.items():
+        if not rows:
+            continue
+        scores, labels = finals[arm], {label_of(row) for row in rows}
+        pairs = [scores[seed] - base[seed] for seed in scores if seed in base]
+        lost = len(labels) - len(scores)
+        needed = [images_to(target, [r for r in rows if r["seed"] == seed]) for seed in scores]
+        reached = [images for images in needed if images is not None]
+        cells = [names[arm], str(len(scores)) + (f", {lost} diverged" if lost else "")]
+        cells.append(interval([*scores.values()], ".3f"))
+        cells.append("" if arm in (BASE, "reference") else interval(pairs, "+.3f"))
+        cells.append(
+            interval(reached, ".0f") if len(reached) == len(needed) else f"{len(reached)} reached it"
+        )
+        cells.append(factors(last_rows(rows)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, f"\nTarget: {target:.3f}. Intervals: 95%, Student's t over the seeds.\n"])
+
+
+def interval(values: list[float], form: str) -> str:
+    """Return the mean and half the width of its 95% interval."""
+    if not values:
+        return ""
+    mean = format(statistics.fmean(values), form)
+    if len(values) == 1:
+        return mean
+    half = STUDENT.get(len(values) - 1, 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {format(half, form.replace('+', ''))}"
+
+
+def images_to(target: float, rows: list[Row]) -> float | None:
+    """Return the images after which a run's score first reaches the target, between evaluations linearly."""
+    before = (0, 0.0)
+    for row in rows:
+        if row["score"] >= target:
+            share = (target - before[1]) / max(row["score"] - before[1], 1e-9)
+            return float(before[0] + share * (row["images"] - before[0]))
+        before = (row["images"], row["score"])
+    return None
+
+
+def factors(rows: list[Row]) -> str:
+    """Return each module's factor at the end, the mean of the seeds."""
+    found = {m: [row[f"{m}_factor"] for row in rows if f"{m}_factor" in row] for m in MODULES}
+    return ", ".join(f"{m} {statistics.fmean(values):.2f}" for m, values in found.items() if values)
+
+
+def plot(found: list[Row], names: dict[str, str], blocks: list[tuple[str, str]], path: Path) -> None:
+    """Draw scores and noise scales over the images seen, a column for each (task, optimizer)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, len(blocks), figsize=(4 * len(blocks), 7), squeeze=False, layout="constrained"
+    )
+    for column, (task, optimizer) in enumerate(blocks):
+        upper, lower = axes[:, column]
+        for number, (arm, name) in enumerate(names.items()):
+            curve(upper, select(found, task, optimizer, arm), "score", f"C{number}", name)
+        for number, module in enumerate(MODULES):
+            rows = select(found, task, optimizer, BASE)
+            curve(lower, rows, f"{module}_noise_scale", f"C{number}", module)
+        upper.set_title(f"{task}, {optimizer}")
+        upper.set_ylabel(" ".join(SCORES[task]))
+        lower.set(xlabel="images seen", ylabel="noise scale in images", yscale="log")
+        for batch in {row["batch"] for row in found}:
+            lower.axhline(batch, color="grey", linestyle=":")
+        for axis in (upper, lower):
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+def curve(axis: Any, rows: list[Row], key: str, color: str, label: str) -> None:
+    """Draw the mean of the runs over the images, and each run thinly."""
+    points: dict[int, list[float]] = {}
+    runs: dict[str, list[tuple[int, float]]] = {}
+    for row in (row for row in rows if key in row):
+        points.setdefault(row["images"], []).append(row[key])
+        runs.setdefault(label_of(row), []).append((row["images"], row[key]))
+    if not points:
+        return
+    for run_points in runs.values():
+        axis.plot(*zip(*run_points, strict=True), color=color, alpha=0.25, linewidth=0.7)
+    axis.plot(list(points), [statistics.fmean(v) for v in points.values()], color=color, label=label)
