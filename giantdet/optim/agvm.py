@@ -54,7 +54,7 @@ def ranks_of_shard(ranks: int, world: int, accumulation: int, estimator: str) ->
 
     all_splits: one group, unless that were the only shard; half_split does not count shards.
     """
-    is_enough = world // ranks * accumulation >= 2
+    is_enough = world % ranks == 0 and world // ranks * accumulation >= 2
     return ranks if estimator == "all_splits" and is_enough else 1
 
 
