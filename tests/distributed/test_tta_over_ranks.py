@@ -12,7 +12,7 @@ from giantdet import load_predictor
 from giantdet.data.demo import make_demo
 
 WORKER = Path(__file__).with_name("worker_train.py")
-VALIDATION = 3  # images: one rank has a batch that only fills up
+VALIDATION = 3  # images: one rank gets a batch of padding
 
 
 def test_ranks_find_what_one_process_finds(tmp_path: Path) -> None:

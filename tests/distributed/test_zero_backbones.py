@@ -1,4 +1,4 @@
-"""Converted and unusually built backbones under ZeRO-3 on two ranks, against plain PyTorch in one process."""
+"""Converted backbones and unusual layouts under ZeRO-3 on two ranks, against plain PyTorch in one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 
 def test_stage_3_equals_plain_pytorch(tmp_path: Path, demo_data: Path) -> None:
-    """The losses to 1e-5 and nearly all weights to a thousandth of the LR, as for every architecture."""
+    """Losses agree to 1e-5 and nearly all weights to a thousandth of the LR, as for every architecture."""
     cases: dict[str, Any] = {}
     for number, backbone in enumerate(BACKBONES.values()):
         own = {"kind": "mask_rcnn", "data": str(demo_data), "giantdet__model__backbone": backbone}
