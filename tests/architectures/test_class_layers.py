@@ -1,4 +1,4 @@
-"""Rows of class layers are transferred by name, for every architecture; compared with a loop over the rows."""
+"""Rows of class layers are transferred by name, for every architecture, against a loop over the rows."""
 
 from __future__ import annotations
 
