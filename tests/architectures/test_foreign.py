@@ -182,7 +182,7 @@ def test_mmsegmentation(golden: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_as_initial_weights(golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same file works as model.init_weights, with a warning about settings unlike those of the weights."""
+    """The same file works as model.init_weights, with a warning about settings that do not match it."""
     file = zoo_file(tmp_path / "w.pkl", padded_stem(load_weights(golden, "retinanet")))
     imported = import_weights(file, SMALL[:1], NAMES)
     raw = imported.config.model.model_dump() | {"init_weights": str(file)}

@@ -59,7 +59,7 @@ def test_norms_replace_biases() -> None:
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "retinanet", "semantic_fpn"])
 def test_group_norms_need_multiples_of_their_groups(kind: str) -> None:
-    """The message names the key that gives the number of channels; unused layers are no problem."""
+    """The message names the key that sets the number of channels; unused layers are not checked."""
     head = {"mask_rcnn": "box_head", "retinanet": "head"}.get(kind)
     sections = {"fpn": {"channels": 48, "norm": "group"}}
     (problem,) = _problems(kind, sections)
