@@ -1,4 +1,4 @@
-"""The shipped JSON Schema is current, accepts every recipe, and refuses what load_run refuses."""
+"""The shipped JSON Schema is up to date, accepts every recipe, and refuses what load_run refuses."""
 
 from __future__ import annotations
 
