@@ -1,4 +1,4 @@
-"""The JSON of a run: its bytes, what is changed in a good one by dotted path, or overrides."""
+"""The JSON of a run: its bytes, changes to a valid one by dotted path, or overrides."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def test_everything_read_counted_and_logged_is_cached(
 ) -> None:
     file = write(tmp_path / "a.json")
     monkeypatch.setenv("GIANTDET_CACHE", "")
-    plain, said = CocoDataset(file, tmp_path), caplog.messages[:]
-    assert not cache.exists() and len(said) >= 3 and len(plain.skipped) >= 2 and plain.noted
+    plain, messages = CocoDataset(file, tmp_path), caplog.messages[:]
+    assert not cache.exists() and len(messages) >= 3 and len(plain.skipped) >= 2 and plain.noted
     monkeypatch.setenv("GIANTDET_CACHE", str(cache))
     first = CocoDataset(file, tmp_path)
     monkeypatch.setattr(coco, "read_instances", fail_to_read)
@@ -77,7 +77,7 @@ def test_everything_read_counted_and_logged_is_cached(
     second = CocoDataset(file, tmp_path)
     assert state(plain) == state(first) == state(second)
     assert [type(v) for v in vars(plain).values()] == [type(vars(second)[name]) for name in vars(plain)]
-    assert caplog.messages == said and len(second.boxes_K4) and len(second.rle_bytes) and second.noted
+    assert caplog.messages == messages and len(second.boxes_K4) and len(second.rle_bytes) and second.noted
     assert second.summary() == plain.summary()
     for i in range(3):
         assert second.ignored(i) == plain.ignored(i)

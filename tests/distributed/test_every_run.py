@@ -104,12 +104,12 @@ def test_eval_scores_as_the_training_did(runs: Path, tmp_path: Path, kind: str, 
         )
         == 0
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     scores = json.loads((runs / kind / "scores.json").read_text())
     detector, _ = load_detector(runs / kind / "export")
     assert scores.keys() == set(detector.tasks)
     for numbers in scores.values():
-        assert all(f"  {name}" in said for name in numbers["per_class"])
+        assert all(f"  {name}" in printed for name in numbers["per_class"])
     mine = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     for path, content in mine.items():
         assert (runs / kind / path).read_bytes() == content, path

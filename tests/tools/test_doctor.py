@@ -117,7 +117,7 @@ def here() -> Facts:
 
 
 @pytest.mark.parametrize(
-    ("changes", "subject", "said"),
+    ("changes", "subject", "text"),
     [
         ({"disk": 5.0}, "free disk", "WARN 5.0 GiB for the output, on b"),
         ({"disk": 0.5}, "free disk", "BAD 0.5 GiB"),
@@ -131,20 +131,20 @@ def here() -> Facts:
         ({"gpus": 8, "device": "H100, 80 GiB"}, "accelerators", "torch sees no GPU on a"),
     ],
 )
-def test_assessment_of_different_hosts(here: Facts, changes: dict[str, Any], subject: str, said: str) -> None:
+def test_assessment_of_different_hosts(here: Facts, changes: dict[str, Any], subject: str, text: str) -> None:
     findings = {finding.subject: finding for finding in judge([here, replace(here, host="b", **changes)])}
     finding = findings.pop(subject)
-    assert said in f"{finding.status} {finding.found} {finding.advice}"
+    assert text in f"{finding.status} {finding.found} {finding.advice}"
     assert all(other.status == "OK" for name, other in findings.items() if name != "accelerators")
 
 
 def test_assessment_of_gpus(here: Facts) -> None:
     gpu = replace(here, gpus=2, device="H100, 80 GiB")
     other = replace(gpu, host="b", device="A100, 40 GiB")
-    for facts, status, said in (
+    for facts, status, text in (
         ([gpu, gpu], "OK", "2 ranks on 1 hosts: 2 x H100, 80 GiB"),
         ([gpu, gpu, other, other], "WARN", "2 x H100, 80 GiB, 2 x A100, 40 GiB The slowest"),
         ([gpu, gpu, replace(gpu, host="b")], "WARN", "b has more GPUs than ranks"),
     ):
         finding = judge(facts)[1]
-        assert finding.status == status and said in f"{finding.found} {finding.advice}"
+        assert finding.status == status and text in f"{finding.found} {finding.advice}"
