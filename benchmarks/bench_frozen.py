@@ -3,9 +3,9 @@
 deepspeed --num_accelerators 2 benchmarks/bench_frozen.py \
     ds_configs/mask_rcnn_vitdet_dinov3_7b_frozen_16_adamw.json --backbone frozen key=value ...
 
-Prints seconds per step, CPU seconds of a rank, which other processes on the machine change less, and the
-peak memory of a rank. Weights are random. The memory of a process on the CPU includes its libraries, whose
-part is printed too; so each setting is measured by processes of its own.
+Prints seconds per step, CPU seconds per rank, which other load on the machine affects less, and the peak
+memory per rank. Weights are random. The memory of a process on the CPU includes its libraries, whose part is
+printed too; therefore each setting is measured by its own processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("config", help="a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--backbone", choices=SETTINGS, required=True)
-    parser.add_argument("--steps", type=int, default=6, help="measured steps, after two others; default: 6")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after 2 warm-ups; default: 6")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     device = comm.start()

@@ -1,4 +1,4 @@
-"""Does a GPU give the CPU's answers: operators, batch norms, losses, a step without synchronisation."""
+"""A GPU gives the CPU's results: operators, batch norms, losses, a step without synchronisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from giantdet.structures import Batch
 
 
 def prepare(setting: Setting) -> None:
-    """Nothing to do ahead."""
+    """Nothing to prepare."""
 
 
 def checks(setting: Setting) -> Iterator[Row]:
@@ -68,7 +68,7 @@ def clustered_boxes(setting: Setting, groups: int, boxes: int, side: float) -> t
 
 
 def boxes(setting: Setting) -> Iterator[Row]:
-    """NMS and sampling choose the same boxes."""
+    """NMS and sampling select the same boxes."""
     device = setting.device
     count = setting.pick(2000, 200)
     found, scores = clustered_boxes(setting, 10, count, 1000.0)
@@ -161,7 +161,7 @@ def small(setting: Setting) -> tuple[Architecture, Batch]:
 
 
 def first_step(setting: Setting) -> Iterator[Row]:
-    """Losses and gradients of one step, float32, against the CPU's."""
+    """Losses and gradients of one step in float32, against the CPU's."""
     model, batch = small(setting)
     there = copy.deepcopy(model).to(setting.device)
     on_device = batch.to(setting.device)
@@ -191,7 +191,7 @@ def first_step(setting: Setting) -> Iterator[Row]:
 
 
 def evaluation(setting: Setting) -> Iterator[Row]:
-    """Detections of an untrained model in float32, by image and rank of score."""
+    """Detections of an untrained model in float32, by image and score rank."""
     model, batch = small(setting)
     there = copy.deepcopy(model).to(setting.device)
     with torch.no_grad():
@@ -209,7 +209,7 @@ def evaluation(setting: Setting) -> Iterator[Row]:
 
 
 def no_synchronisation(setting: Setting) -> Iterator[Row]:
-    """Forward, losses and backward in bf16 without one synchronisation with the host."""
+    """Forward, losses and backward in bf16 without a single synchronisation with the host."""
     model, batch = small(setting)
     model = model.to(setting.device, torch.bfloat16)
     batch = batch.to(setting.device)
