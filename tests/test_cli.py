@@ -122,7 +122,7 @@ def test_missing_or_broken_json_gives_one_line(tmp_path: Path, capsys: pytest.Ca
     _one_line(code, capsys.readouterr().err, "broken.json: line 1")
 
 
-def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(options: Any) -> None:
         int("not a number")
         raise AssertionError
@@ -132,7 +132,7 @@ def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         cli.main(["configs"])
 
 
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_giantdet_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ValueError raised in giantdet that is not one of its own error types."""
     source = compile("a, b = [1, 2, 3]", configs.__file__, "exec")
 
@@ -337,7 +337,7 @@ def test_errors_of_predict(tiny_export: Path, demo_data: Path, tmp_path: Path, c
     assert source.read_bytes() == before
 
 
-def test_eval_refuses_foreign_categories(
+def test_eval_refuses_unknown_categories(
     tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

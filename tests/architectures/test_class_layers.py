@@ -67,7 +67,7 @@ def test_rows_follow_the_names(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also for a model that is built for ZeRO-3, whose weights are not allocated yet."""
+    """Holds for a model built for ZeRO-3 too, whose weights are not allocated yet."""
     torch.manual_seed(0)
     old, _, about = model_of(kind, OLD)
     save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
@@ -111,8 +111,8 @@ def test_the_same_classes_in_another_order_print_nothing(
     old, _, about = model_of("mask_rcnn", OLD)
     save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(about.model_dump_json())
-    turned = Classes(objects=tuple(reversed(OLD.objects)))
-    new, config, exported = model_of("mask_rcnn", turned, init_weights=str(tmp_path))
+    reordered = Classes(objects=tuple(reversed(OLD.objects)))
+    new, config, exported = model_of("mask_rcnn", reordered, init_weights=str(tmp_path))
     with caplog.at_level(logging.WARNING, "giantdet"):
         load_weights(new, config, exported.classes)
     rows = new.state_dict()["box_head.classes.weight"]

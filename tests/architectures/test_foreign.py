@@ -256,7 +256,7 @@ def test_global_blocks_and_logits_are_read(golden: Path, monkeypatch: Any) -> No
     assert imported.model.model_dump()["rpn"]["objectness"] == "softmax" and imported.long_side == 1333
 
 
-def test_what_giantdet_does_not_have_is_refused(golden: Path, monkeypatch: Any) -> None:
+def test_unsupported_weights_are_refused(golden: Path, monkeypatch: Any) -> None:
     state = zoo_state(golden, "mmdet3_htc_r50_fpn_1x_coco")
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
     with pytest.raises(InputError, match=r"htc.pth: weights of mmdetection, but it is HTC"):

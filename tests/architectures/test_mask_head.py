@@ -24,7 +24,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("empty", [(), (0,), (0, 1)], ids=["full", "one empty", "all empty"])
-def test_losses_and_gradients_are_those_of_all_slots(
+def test_losses_and_gradients_equal_those_of_all_slots(
     dataset: CocoDataset,  # noqa: F811
     kind: str,
     empty: tuple[int, ...],
@@ -59,7 +59,7 @@ def test_batch_norm_keeps_all_slots(dataset: CocoDataset) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_predictor_is_a_convolution_and_a_choice(layout: torch.memory_format) -> None:
+def test_predictor_equals_convolution_and_class_selection(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     predictor = MaskPredictor(6, num_classes=5)
     assert predictor.bias is not None

@@ -158,7 +158,7 @@ def test_slots_with_a_graph_are_as_many_as_without_ohem(
     assert rows(ohem(kind, over)) == rows(random)
 
 
-def test_running_statistics_are_those_of_the_selected(scenes: CocoPanopticDataset) -> None:  # noqa: F811
+def test_running_statistics_come_from_the_selected_rois(scenes: CocoPanopticDataset) -> None:  # noqa: F811
     model, batch = ohem(convs=1, norm="batch"), load(scenes)
     (norm,) = [module for module in model.box_head.modules() if hasattr(module, "running_mean")]
     means: list[Tensor] = []

@@ -81,7 +81,7 @@ def test_outputs(model: PanopticFpn, golden: Path) -> None:
         assert difference.abs().max() <= 10
 
 
-def test_nothing_to_learn(model: PanopticFpn, golden: Path) -> None:
+def test_no_targets(model: PanopticFpn, golden: Path) -> None:
     """Every parameter has a finite gradient even without an object and a labelled pixel."""
     batch = without_targets(load(golden))
     model.train().zero_grad()

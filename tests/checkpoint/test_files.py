@@ -60,7 +60,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
     return shutil.copytree(good, tmp_path / "checkpoints")
 
 
-def test_a_whole_checkpoint_has_no_damage(folder: Path) -> None:
+def test_an_intact_checkpoint_has_no_damage(folder: Path) -> None:
     assert [path.name for path, _ in scan(folder)] == ["step_9", "step_10", "step_11"]
     assert damage(folder / "step_11") == []
     assert newest(folder).name == "step_11"
@@ -154,7 +154,7 @@ def test_slices_across_the_files_of_ranks(folder: Path) -> None:
         SavedTensors(folder / "step_10")
 
 
-def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_raises_an_oserror_that_names_the_file(tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "size=64k"):
         path = tmp_path / "small" / RANKS[0]
         with pytest.raises(OSError, match="No space left on device") as error:
@@ -162,7 +162,7 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
         assert error.value.filename == str(path)
 
 
-def test_a_limit_on_files_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
+def test_a_file_size_limit_raises_an_oserror_that_names_the_file(tmp_path: Path) -> None:
     """Like an exceeded quota, but needs no permission to mount."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))

@@ -292,7 +292,7 @@ def test_average_needs_the_weights_in_memory() -> None:
 
 
 @pytest.mark.parametrize("offload", [{"device": "nvme"}, {"device": "cpu", "ratio": 0.5}])
-def test_checkpoints_need_the_optimizer_in_one_memory(offload: dict[str, Any]) -> None:
+def test_checkpoints_need_the_optimizer_state_in_one_memory(offload: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="offload_optimizer: checkpoints need the optimizer's state in one"):
         resolve(make(zero_optimization={"stage": 3, "offload_optimizer": offload}), 2)
     resolve(make(zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}), 2)
@@ -375,5 +375,5 @@ def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
     assert stem_batch in ([], [run.deepspeed["train_batch_size"]])
 
 
-def test_there_are_recipes() -> None:
+def test_recipes_exist() -> None:
     assert len(RECIPES) >= 10

@@ -204,7 +204,7 @@ def test_files_that_cannot_be_used(demo: Path, what: str, caplog: pytest.LogCapt
 
 
 def test_a_segment_without_pixels(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its object cannot be trained on or scored; the other objects and the maps can."""
+    """The segment's object cannot be trained on or scored; the other objects and the maps can."""
     dataset = opened(demo, new_segment())
     whole = dataset.semantic_map(0)
     objects = dataset.objects(0)
@@ -233,7 +233,7 @@ def test_pixels_of_no_segment_are_void(demo: Path, caplog: pytest.LogCaptureFixt
     assert caplog.text.count(f"the id {lost}, of {share:.1f}% of the pixels, is that of no segment") == 1
 
 
-def test_crowds_are_in_the_maps_but_no_objects(demo: Path) -> None:
+def test_crowds_are_in_the_maps_but_are_not_objects(demo: Path) -> None:
     def crowd(content: dict[str, Any]) -> None:
         first(content)["segments_info"][0]["iscrowd"] = 1
 

@@ -162,7 +162,7 @@ def test_ids_that_clash_with_later_ones(files: tuple[Path, Path, Path], demo_dat
         assert len(truth.getAnnIds(imgIds=number)) == len(joined.objects(i))
 
 
-def test_a_list_of_one(files: tuple[Path, Path, Path], demo_data: Path) -> None:
+def test_a_list_of_one_data_set(files: tuple[Path, Path, Path], demo_data: Path) -> None:
     assert type(open_dataset((coco(files[0], demo_data / "val"),))).__name__ == "CocoDataset"
 
 

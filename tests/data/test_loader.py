@@ -71,7 +71,7 @@ def joined(batches: list[Batch]) -> list[Batch]:
     return [Batch(targets=targets, **whole)]
 
 
-def test_order_visits_each_image_once_an_epoch() -> None:
+def test_order_visits_each_image_once_per_epoch() -> None:
     order = [sample_index(k, 7, seed=3) for k in range(21)]
     epochs = [order[:7], order[7:14], order[14:]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)

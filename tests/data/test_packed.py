@@ -178,7 +178,7 @@ def open_slowly(file: Path, log: Path, results: Any) -> None:
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_the_first_process_reads_for_all(tmp_path: Path, cache: Path, usable: bool) -> None:
+def test_the_first_process_reads_for_all_processes(tmp_path: Path, cache: Path, usable: bool) -> None:
     file = write(tmp_path / "a.json")
     if not usable:
         file.write_text("[]")

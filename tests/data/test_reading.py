@@ -47,8 +47,8 @@ def test_boxes_in_another_form_are_refused(written: str, with_area: bool) -> Non
         read_records("a.json", content)
 
 
-def test_boxes_in_coco_s_form_pass() -> None:
-    """Also boxes that reach beyond the image, cover it, or are one pixel in its corner."""
+def test_boxes_in_cocos_form_are_accepted() -> None:
+    """Boxes may reach beyond the image, cover it, or be one pixel in its corner."""
     for box in ([5, 5, 38, 10], [0, 0, 40, 20], [0, 0, 1, 1], [1, 1, 39, 19]):
         records = read_records("a.json", content_of([box, *BOXES[1:]], area=None))
         assert len(records.annotations) == 3 and set(records.noted) <= {"box in 0 to 1"}
@@ -67,7 +67,7 @@ POINTS = [[5, 5], [15, 5], [15, 13], [5, 13]]
 
 
 @pytest.mark.parametrize("meant", [[POLYGON], POLYGON, POINTS, [POINTS], [POINTS, POLYGON]])
-def test_one_polygon_however_nested(meant: Any) -> None:
+def test_one_polygon_in_any_nesting(meant: Any) -> None:
     usable, _ = segment(meant, (20, 40))
     expected = mask_util.decode(mask_util.merge(mask_util.frPyObjects([POLYGON], 20, 40)))
     assert (mask_util.decode(mask_util.merge(mask_util.frPyObjects(usable, 20, 40))) == expected).all()
@@ -214,7 +214,7 @@ def test_a_folder_without_the_images(tmp_path: Path) -> None:
         ("../other/a.png", "a.png"),
     ],
 )
-def test_near_files(tmp_path: Path, stored: str, written: str) -> None:
+def test_suggested_files(tmp_path: Path, stored: str, written: str) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "unrelated.png").touch()

@@ -22,7 +22,7 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def test_a_good_file_is_what_pycocotools_reads(demo_data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_valid_file_is_read_as_by_pycocotools(demo_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs, ours = COCO(demo_data / "train.json"), ground_truth(demo_data / "train.json")
     assert ours.imgs == theirs.imgs and sorted(ours.cats) == sorted(theirs.cats)
     assert len(ours.anns) == len(theirs.anns) > 20 and not caplog.text

@@ -293,7 +293,7 @@ def test_one_png_for_two_images(demo: Path) -> None:
 
 
 def test_objects_in_a_separate_file(demo: Path) -> None:
-    """Its records are checked one by one, and masks are not read from the PNG files."""
+    """Records of that file are checked one by one, and masks are not read from the PNG files."""
     content = json.loads((demo / "train.json").read_text())
     content["annotations"][0] |= {"bbox": [1, 2, 0, 4]}
     content["annotations"][1] |= {"iscrowd": None}

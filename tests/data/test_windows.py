@@ -222,8 +222,8 @@ def pictured(folder: Path, maps: list[NDArray[np.uint8]]) -> SemanticPngDataset:
     )
 
 
-def test_image_and_map_are_cropped_alike(tmp_path: Path) -> None:
-    """Also if the crop is drawn again; `crop_class_share` changes only the crop."""
+def test_image_and_map_are_cropped_equally(tmp_path: Path) -> None:
+    """They agree even if the crop is drawn again; `crop_class_share` changes only the crop."""
     dataset = pictured(tmp_path, [class_map()])
     scale = AugmentConfig(scale=(1.0, 1.0))
     plain = DataConfig(size=(32, 32), short_side=40, augment=scale)

@@ -77,7 +77,7 @@ def test_weights_stream_from_shards_and_are_resampled(tmp_path: Path) -> None:
     assert found["wrong"] == [] and found["deferred"] > 30
 
 
-def test_trains_as_stage_2(tmp_path: Path, demo_data: Path) -> None:
+def test_trains_like_stage_2(tmp_path: Path, demo_data: Path) -> None:
     """Stages 2 and 3 start from the same weights: equal losses for three steps and equal final weights."""
     model = {**MODEL, "backbone": {"name": "resnet10t"}, "num_classes": 4}
     torch.manual_seed(2)

@@ -78,7 +78,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, kind: str) -> None
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_reloaded_model_answers_the_same(runs: Path, demo_data: Path, kind: str) -> None:
+def test_reloaded_model_predicts_the_same(runs: Path, demo_data: Path, kind: str) -> None:
     """The predictions equal those of a model that loads the exported weights with plain torch."""
     detector, config = load_detector(runs / kind / "export")
     again = build_model(config.model, config.size, config.norm).eval()
@@ -95,7 +95,7 @@ def test_reloaded_model_answers_the_same(runs: Path, demo_data: Path, kind: str)
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.usefixtures("one_process")
-def test_eval_scores_as_the_training_did(runs: Path, tmp_path: Path, kind: str, capsys: Any) -> None:
+def test_eval_gives_the_scores_of_the_training(runs: Path, tmp_path: Path, kind: str, capsys: Any) -> None:
     """Not only the table: all result files agree, bit for bit."""
     arguments = ["--config", str(runs / f"{kind}_{STEPS}.json"), "--workers", "0"]
     assert (

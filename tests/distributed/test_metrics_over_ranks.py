@@ -91,7 +91,7 @@ def test_ranks_score_as_one_process(results: Results, name: str, data: str) -> N
     assert 0.01 < expected["primary"] < 0.9, "nothing is found, or everything: the test is vacuous"
 
 
-def test_the_unreadable_image_matters(results: Results) -> None:
+def test_the_unreadable_image_changes_the_scores(results: Results) -> None:
     for name in CASES:
         for task, scores in results[1, name, "whole"]["scores"].items():
             assert numbers(results[1, name, "broken"]["scores"][task]) != numbers(scores), (name, task)

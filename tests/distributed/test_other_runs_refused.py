@@ -36,12 +36,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> tuple[Pat
     shutil.copytree(demo_data, data)
     for split in ("train", "val"):
         renamed(data / f"{split}.json", data / f"{split}_other.json", {"star": "comet"}, {})
-    renamed(data / "val.json", data / "val_turned.json", {}, PERMUTED)
+    renamed(data / "val.json", data / "val_permuted.json", {}, PERMUTED)
     other = {
         "giantdet__data__train__annotations": str(data / "train_other.json"),
         "giantdet__data__val__annotations": str(data / "val_other.json"),
     }
-    turned = {"giantdet__data__val__annotations": str(data / "val_turned.json")}
+    permuted = {"giantdet__data__val__annotations": str(data / "val_permuted.json")}
     unknown = {"giantdet__data__val__annotations": str(data / "val_other.json")}
     canvas = {"giantdet__data__size": [96, 96], "giantdet__train__steps": 3}
     init = {"giantdet__model__init_weights": str(folder / "a/export")}
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> tuple[Pat
         "first": ("a", {}),
         "other classes": ("a", other),
         "other model": ("a", {"giantdet__model__conventions": "torchvision"}),
-        "turned": ("b", turned),
+        "permuted": ("b", permuted),
         "names missing": ("c", unknown),
         "fine-tuned": ("d", {**other, **init}),
         "other canvas": ("d", {**other, **canvas}),
@@ -86,14 +86,14 @@ def test_another_canvas_is_reported(runs: tuple[Path, dict[str, str], str]) -> N
 def test_validation_classes_are_matched_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
     """The same images with permuted ids get the same scores, and results with their own ids."""
     folder, printed, err = runs
-    assert printed["turned"].split()[-1] == printed["first"].split()[-1]
+    assert printed["permuted"].split()[-1] == printed["first"].split()[-1]
     assert "are matched by name: circle 4 for 1" in err
     results = [json.loads((folder / run / "results.json").read_text()) for run in "ab"]
     assert [PERMUTED[r["category_id"]] for r in results[0]] == [r["category_id"] for r in results[1]]
     assert "'comet' (id 7) is not among the classes" in printed["names missing"]
 
 
-def test_class_layers_are_taken_over_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
+def test_class_layers_are_transferred_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
     _, printed, err = runs
     assert printed["fine-tuned"].startswith("TRAINED")
     assert "taken over: circle, rectangle, triangle; start afresh: comet" in err

@@ -147,7 +147,7 @@ HOPS = [(run, ranks, *hop) for ranks, hops in LAUNCHES for run, hop in hops.item
 
 
 @pytest.mark.parametrize("run", ["a", "b", "c", "d", "bf16", "cgbn"])
-def test_what_is_loaded_is_what_was_saved(runs: Path, run: str) -> None:
+def test_loaded_state_equals_saved_state(runs: Path, run: str) -> None:
     """Weights, moments, step counts, averages, running statistics: bit for bit, before any step."""
     saved = runs / run / "checkpoints"
     resumed = sorted(path.name for path, _ in scan(runs / run / "again"))

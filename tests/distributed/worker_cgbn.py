@@ -187,7 +187,7 @@ def numeric_gradients(rank: int, world: int) -> None:
 
 
 def sub_groups(rank: int, world: int) -> None:
-    """With bn_size 4 and 2 images per rank, ranks 0 and 1 form a group, and 2 and 3."""
+    """With bn_size 4 and 2 images per rank, ranks 0 and 1 form one group, ranks 2 and 3 another."""
     case = Case("pairs")
     pair = rank // 2 * 2
     norm = convert_batchnorm(make(case), cgbn_group(4, images_per_rank=2))

@@ -68,7 +68,7 @@ class Watch:
 
 
 def is_gathered(p: Any) -> bool:
-    """Whether a whole parameter is present, or being gathered, at ZeRO-3."""
+    """Return whether a whole parameter is present, or being gathered, at ZeRO-3."""
     return not hasattr(p, "ds_status") or p.ds_status.name != "NOT_AVAILABLE"
 
 

@@ -107,7 +107,7 @@ def test_soft_nms_equals_the_papers_pseudocode(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nms", "soft_nms", "wbf"])
-def test_nothing_and_boxes_without_area(kind) -> None:
+def test_no_boxes_and_boxes_without_area(kind) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert len(fuse(kind, torch.zeros(0, 4), torch.zeros(0), none, 0.5, 2).scores_D) == 0
     flat = torch.tensor([[5.0, 5, 5, 9], [5.0, 5, 5, 9]])

@@ -126,7 +126,7 @@ def test_animations_are_reported(tmp_path: Path, caplog: Any) -> None:
     assert not caplog.records
 
 
-def test_the_limit_of_pixels_is_a_setting(tmp_path: Path, tiny_export: Path, capsys: Any) -> None:
+def test_the_pixel_limit_can_be_changed(tmp_path: Path, tiny_export: Path, capsys: Any) -> None:
     default = Image.MAX_IMAGE_PIXELS
     assert default is not None
     Image.fromarray(PIXELS).save(tmp_path / "a.png")

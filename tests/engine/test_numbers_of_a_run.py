@@ -42,7 +42,7 @@ def run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_logged_lr_is_the_one_that_the_step_used(run: Path) -> None:
+def test_the_logged_lr_is_the_lr_of_the_step(run: Path) -> None:
     """The expected values: half the LR in step 1, three quarters in step 2, then (1 - progress) ** 0.9."""
     logged = [line["lr"] for line in read_metrics(run / "out/metrics.jsonl") if "loss" in line]
     # The warmup multiplies the decay, which does not start before the warmup ends.

@@ -45,7 +45,7 @@ def test_options_of_predict(tiny_export: Path, tmp_path: Path, capsys: Any) -> N
         assert words in capsys.readouterr().err
 
 
-def test_batches_are_the_same(tiny_export: Path) -> None:
+def test_batches_give_the_same_results(tiny_export: Path) -> None:
     """Images of several sizes, and tiles; sums in a batch may round differently."""
     predictor = load_predictor(tiny_export, "cpu")
     images = [PIXELS, PIXELS[:40, :30], PIXELS[::-1].copy()]

@@ -70,7 +70,7 @@ def by_hand(model: Architecture, pixels: np.ndarray, short_side: int, flip: bool
 
 
 CANVASES = [(64, 96), (64, 96), (64, 96), (96, 128), (96, 128), (96, 128)]
-"""Of the six views, three at a time: 40 x 56, 40 x 56, 64 x 90; 64 x 90, 86 x 120, 86 x 120."""
+"""The six views, three at a time: 40 x 56, 40 x 56, 64 x 90; 64 x 90, 86 x 120, 86 x 120."""
 
 
 @torch.no_grad()

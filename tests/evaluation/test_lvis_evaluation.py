@@ -394,7 +394,7 @@ def test_lvis_cannot_be_joined(lvis_data: LvisDatasetConfig) -> None:
         parse_giantdet(block | {"data": {"val": both}})
 
 
-def test_fewer_detections_than_lvis_scores_are_warned_of(
+def test_fewer_detections_than_lvis_scores_give_a_warning(
     lvis_data: LvisDatasetConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="giantdet"):

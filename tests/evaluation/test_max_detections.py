@@ -96,7 +96,7 @@ def test_limits_below_cocos_are_named() -> None:
     ],
 )
 @pytest.mark.parametrize("model", ["mask_rcnn", "retinanet"])
-def test_limits_that_hide_objects_are_warned_of(
+def test_limits_that_hide_objects_give_a_warning(
     tmp_path: Path, caplog: Any, objects: int, predicted: int, limit: int, words: str, model: str
 ) -> None:
     dataset = CocoDataset(crowded(tmp_path, objects), tmp_path)

@@ -135,7 +135,7 @@ def test_matching_by_sets(seed: int) -> None:
     assert match_segments(truth, answer, 3) == pytest.approx(by_sets(truth, answer, 3), abs=1e-12)
 
 
-def test_ids_that_no_segment_has() -> None:
+def test_unknown_ids() -> None:
     one = PanopticMap(np.ones((2, 2), np.int32), [Segment(1, 0)])
     with pytest.raises(ValueError, match="no segment has the id 1"):
         match_segments(one._replace(segments=[]), one, 1)
@@ -250,7 +250,7 @@ def test_png() -> None:
     assert (read_panoptic_png(BytesIO(panoptic_png(ids))) == ids).all()
 
 
-def test_it_is_one_of_the_metrics() -> None:
+def test_is_one_of_the_metrics() -> None:
     assert PanopticEvaluator in EVALUATORS
 
 

@@ -119,7 +119,7 @@ def test_scores_by_loops(limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert np.sum(saved["confusion"]) == sum((m != IGNORE).sum() for m in maps)
 
 
-def test_no_maps_no_scores() -> None:
+def test_without_maps_there_are_no_scores() -> None:
     judge = evaluator([None])
     judge.add(Outputs(semantic_BCHW=torch.zeros(1, COUNT, 6, 8)), batch_of([10], [SIZE]))
     judge.merge()
@@ -159,5 +159,5 @@ def test_classes_of_the_original_image(shared: Path, name: str) -> None:
         assert (found.numpy() == expected[f"sem_post.{i}.argmax"]).all()
 
 
-def test_it_is_one_of_the_metrics() -> None:
+def test_is_one_of_the_metrics() -> None:
     assert SemanticEvaluator in EVALUATORS

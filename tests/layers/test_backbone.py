@@ -162,7 +162,7 @@ def test_stride_in_1x1_needs_bottlenecks() -> None:
             build(name, (64, 64), stride_in_1x1=True)
 
 
-def test_frozen_stages_of_resnet_are_those_of_detectron2() -> None:
+def test_frozen_stages_of_resnet_equal_detectron2s() -> None:
     """FREEZE_AT=2 freezes stem and res2, including their BatchNorms."""
     prefixes = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
     for count in range(6):

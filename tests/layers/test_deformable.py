@@ -134,7 +134,7 @@ def test_stages_are_numbered_as_in_resnet() -> None:
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_pretrained_weights_load(tmp_path: Path, in_parts: bool) -> None:
-    """Also if large weights are created one by one, as at ZeRO-3: the offsets keep their zeros."""
+    """The offsets keep their zeros even if large weights are created one by one, as at ZeRO-3."""
     source = timm.create_model("resnet10t")
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     config = BackboneConfig(
@@ -202,7 +202,7 @@ def test_offsets_can_have_their_own_learning_rate() -> None:
     assert slow == {id(p) for name, p in backbone.named_parameters() if ".offset." in name} and len(slow) == 8
 
 
-def test_flops_are_those_of_the_convolution_and_its_offsets(demo_data: Path) -> None:
+def test_flops_include_the_convolution_and_its_offsets(demo_data: Path) -> None:
     """The plan's count for a forward and a backward pass."""
     found = {}
     for stages in ([], [5]):

@@ -153,9 +153,9 @@ def test_responses_to_lines_are_at_their_position_in_the_image(name: str) -> Non
     image = torch.zeros(1, 3, 64, length, dtype=torch.float64)
     image[..., at] = 1
     vertical, horizontal = maps_of(backbone, image), maps_of(backbone, image.mT)
-    for level, turned, stride in zip(vertical, horizontal, backbone.strides, strict=True):
-        assert level.shape[2:] == turned.mT.shape[2:] == (64 // stride, length // stride)
-        for line in (level.mean((0, 1, 2)), turned.mean((0, 1, 3))):
+    for level, rotated, stride in zip(vertical, horizontal, backbone.strides, strict=True):
+        assert level.shape[2:] == rotated.mT.shape[2:] == (64 // stride, length // stride)
+        for line in (level.mean((0, 1, 2)), rotated.mean((0, 1, 3))):
             seen = line[at // stride - 3 : at // stride + 4]
             centre = float((seen * torch.arange(-3, 4)).sum() / seen.sum())
             assert abs(centre) < 0.02 and seen.argmax() == 3, (stride, centre)
@@ -201,7 +201,7 @@ def test_families_do_not_overlap_and_exist() -> None:
 
 
 @pytest.mark.parametrize("family", ["ResNet", "Inception-v4", "DaViT"])
-def test_page_is_current(family: str) -> None:
+def test_page_is_up_to_date(family: str) -> None:
     text = (REPO / "docs/backbones.md").read_text()
     row = ROWS[family]
     assert PAGE.line(row, row.models[0]) in text, "run python scripts/backbones.py"

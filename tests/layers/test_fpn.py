@@ -38,7 +38,7 @@ def test_equals_torchvision(size: tuple[int, int]) -> None:
     assert levels[4].shape[-2:] == (-(-size[0] // 64), -(-size[1] // 64))
 
 
-def test_initialisation_is_detectron2s() -> None:
+def test_initialisation_equals_detectron2s() -> None:
     """`c2_xavier_fill`: uniform within sqrt(3 / fan_in), biases 0."""
     torch.manual_seed(0)
     fpn = FeaturePyramid(FpnConfig(channels=64), CHANNELS, (4, 8, 16, 32), Subsampled())

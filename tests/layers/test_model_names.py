@@ -139,7 +139,7 @@ def test_arguments_set_by_other_keys_are_refused(key: str, tmp_path: Path) -> No
     assert str(raised.value) == f"giantdet.model.backbone.timm_args.{key}: {OWNED[key]}"
 
 
-def test_a_window_size_of_the_user_is_kept() -> None:
+def test_a_window_size_set_by_the_user_is_kept() -> None:
     config = BackboneConfig(name="swinv2_cr_tiny_224", timm_args={"window_size": 2, "embed_dim": 24})
     backbone = build_backbone(config, SIZE)
     assert backbone.body.stages[0].blocks[0].window_size == (2, 2)

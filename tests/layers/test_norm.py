@@ -63,7 +63,7 @@ def test_frozen_model_equals_timm_frozen_and_plain_eval(name: str) -> None:
     assert not [n for n, _ in frozen.named_parameters() if "bn" in n]
 
 
-def test_frozen_gradient_is_that_of_eval_mode() -> None:
+def test_frozen_gradient_equals_eval_mode() -> None:
     norm = randomised(nn.BatchNorm2d(5)).eval()
     x = torch.randn(2, 5, 4, 4)
     grads = []
@@ -84,7 +84,7 @@ def test_frozen_copies_the_statistics() -> None:
     assert frozen.weight.max() < norm.weight.max()
 
 
-def test_frozen_of_norm_without_affine() -> None:
+def test_freezing_a_norm_without_affine() -> None:
     norm = nn.BatchNorm2d(3, affine=False).eval()
     norm.running_mean.fill_(2.0)
     x = torch.randn(1, 3, 2, 2)

@@ -64,7 +64,7 @@ def test_position_and_patch_embeddings_are_resampled_as_timm_does(
         assert torch.equal(value, reference[key]), key
 
 
-def test_pretrained_comes_through_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_are_loaded_by_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = classifier("resnet18")
     torch.save(state, tmp_path / "w.pth")
     original = timm.create_model

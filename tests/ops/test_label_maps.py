@@ -70,7 +70,7 @@ def test_equals_painting_the_largest_first(seed: int, boxes_alone: bool) -> None
     assert len(painted.unique()) > 4
 
 
-def test_nothing_is_background() -> None:
+def test_cells_without_objects_are_background() -> None:
     boxes, labels, valid, masks, frames = scene(0)
     none = torch.zeros_like(valid)
     painted = paint_objects(boxes, labels, none, masks, frames, GRID, STRIDE, BACKGROUND)

@@ -55,7 +55,7 @@ def test_decay_of_everything() -> None:
     assert sum(len(group["params"]) for group in groups) == len(trainable)
 
 
-def test_detector_each_trainable_parameter_once() -> None:
+def test_detector_has_each_trainable_parameter_once() -> None:
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_resnet", "frozen_stages": 2}}
     model = build_model(MaskRcnnConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     groups = parameter_groups(model, 0.05, 0.1)
@@ -77,7 +77,7 @@ def test_position_embeddings_of_a_vit_are_not_decayed() -> None:
     assert not any("pos_embed" in named[id(p)] for p in groups["backbone"]["params"])
 
 
-def test_table_counts_what_zero3_partitioned() -> None:
+def test_table_counts_parameters_partitioned_by_zero3() -> None:
     groups = parameter_groups(Whole(), 0.1, 0.01)
     lines = group_table(groups).splitlines()
     assert [line.split()[0] for line in lines] == ["group", "one/no_decay", "one", "two"]

@@ -238,7 +238,7 @@ def test_an_lr_of_zero_stays_zero(name: str) -> None:
         ("LRRangeTest", {}, "lr_range_test_min_lr"),
     ],
 )
-def test_an_lr_of_zero_beside_the_schedules_own_is_refused(
+def test_an_lr_of_zero_with_the_schedules_own_lr_is_refused(
     name: str, params: dict[str, Any], key: str
 ) -> None:
     raw = {
