@@ -214,7 +214,7 @@ def test_a_folder_without_the_images(tmp_path: Path) -> None:
         ("../other/a.png", "a.png"),
     ],
 )
-def test_suggested_files(tmp_path: Path, stored: str, written: str) -> None:
+def test_similar_files_are_found(tmp_path: Path, stored: str, written: str) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "unrelated.png").touch()

@@ -127,7 +127,7 @@ def test_stages_are_converted_from_outside(name: str, stages: list[int], count: 
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
 
 
-def test_stages_are_numbered_as_in_resnet() -> None:
+def test_stage_4_is_layer3_of_a_resnet() -> None:
     found = {n for n, m in build("resnet50", deformable_stages=[4]).body.named_modules() if "offset" in n}
     assert found == {f"layer3.{i}.conv2.offset" for i in range(6)}
 

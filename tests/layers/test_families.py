@@ -163,7 +163,7 @@ def test_responses_to_lines_are_at_their_position_in_the_image(name: str) -> Non
 
 @pytest.mark.parametrize("name", LATE)
 def test_padding_does_not_change_weights_or_inner_cells(name: str) -> None:
-    """An unpadded network sees the same in an image that starts c pixels earlier (c: the delay above)."""
+    """An unpadded network sees the same in an image that starts c pixels earlier (c: the delay in LATE)."""
     torch.manual_seed(0)
     ours = build_backbone(BackboneConfig(name=name), (192, 192)).eval()
     theirs = timm.create_model(name, num_classes=0).eval()
