@@ -35,7 +35,7 @@ SAME = {
 }
 MAX_LINES = 360
 
-# Each of these makes the host wait for the device, or a shape depend on data.
+# Each of these makes the host wait for the device, or makes a shape depend on data.
 BANNED = {
     "item",
     "tolist",

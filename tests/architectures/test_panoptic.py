@@ -53,7 +53,7 @@ def test_losses_and_gradients(model: PanopticFpn, golden: Path, empty: tuple[int
     assert counts["roi_positive"] == expected.counts["roi_head/num_fg_samples"]
     assert counts["labelled_pixels"] == float((batch.targets.semantic_BHW != IGNORE).sum() / 2)
     losses = as_golden(model.losses(predictions, batch), predictions.objects.rpn.valid_BR.shape[1])
-    # detectron2 gives the instance weight to all losses of the heads but loss_cls.
+    # detectron2 applies the instance weight to all losses of the heads except loss_cls.
     losses["loss_cls"] = losses["loss_cls"] / 0.8
     assert_same_step(model, losses, expected, parameter_rel=1e-3)
 

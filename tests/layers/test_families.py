@@ -1,4 +1,4 @@
-"""Families of timm models on a canvas that none was built for: training, evaluation, weights, alignment."""
+"""Families of timm models on a canvas other than their own: training, evaluation, weights, alignment."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def values_of(name: str) -> list[Tensor]:
 
 
 def parts_of(name: str, constant: float) -> Tensor:
-    """The ranks' rows as by `batch_norm_stats`; it gives a constant channel an invstd of 0 or inf."""
+    """The ranks' rows as from `batch_norm_stats`, whose invstd of a constant channel is 0 or inf."""
     rows = []
     for part in values_of(name):
         count, channels = part.shape
