@@ -5,7 +5,7 @@ python studies/challenge.py DATA --read    # prints the table only
 
 DATA holds dsb2018_nuclei/ (annotations/instances_{train,val}.json, images/) and weights/, see WEIGHTS. Every
 part is trained with the same seeds, images, order and number of steps as its base, on one thread. Runs go
-seed by seed and are not repeated, so that a study that is cut off has whole comparisons. Times are CPU
+seed by seed and are not repeated, so that an interrupted study has complete comparisons. Times are CPU
 seconds of the process, which depend less than elapsed time on what else the machine does.
 """
 
