@@ -102,8 +102,8 @@ class Checkpoints:
             names = comm.gather_objects(not_finite[:1])
             first = comm.broadcast_object(next((name for found in names for name in found), ""))
             raise DivergedError(
-                f"after step {step} the {first.replace('/', ' of ', 1)} is not finite: no checkpoint of it; "
-                "lower the learning rate, and resume from an earlier one"
+                f"after step {step} the {first.replace('/', ' of ', 1)} is not finite: no checkpoint is "
+                "written; lower the learning rate, and resume from an earlier checkpoint"
             )
 
     def finish(self, wait: bool = True) -> None:
@@ -237,10 +237,10 @@ class Checkpoints:
             if not problems:
                 return Path(path)
             if comm.is_main():
-                logger.warning("%s is left out: %s", path, "; ".join(problems))
+                logger.warning("%s is skipped: %s", path, "; ".join(problems))
         if found:
             raise InputError(
-                f"{self.folder}: none of its {len(found)} checkpoints is whole; restore one, or start "
+                f"{self.folder}: none of its {len(found)} checkpoints is complete; restore one, or start "
                 "from the beginning with train.resume=false"
             )
         return None

@@ -158,7 +158,7 @@ def _check(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> None:
             )
         if scaling.betas == "sde" and scaling.rule != "sqrt":
             raise ConfigError(
-                'giantdet.lr_scaling.betas "sde" is one rule together with the square root of the LR; set '
+                'giantdet.lr_scaling.betas "sde" belongs to the square-root rule of the LR; set '
                 'giantdet.lr_scaling.rule to "sqrt", or betas to "beta2_power"'
             )
         scheduler = deepspeed.get("scheduler", {})

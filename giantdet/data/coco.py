@@ -109,7 +109,7 @@ class CocoDataset:
         Records(annotations, skipped=self.skipped, noted=self.noted, examples=self._examples).warn()
         if 0 < self.without_mask < len(self.labels_K):
             logger.warning(
-                "%s: %d of %d objects have no mask; they are trained and scored as boxes alone",
+                "%s: %d of %d objects have no mask; they are trained and scored as boxes only",
                 annotations,
                 self.without_mask,
                 len(self.labels_K),

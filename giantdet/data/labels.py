@@ -119,7 +119,7 @@ class LabelTable:
         ]
         self.classes = [entry for entry in classes if entry not in left_out]
         if not self.classes or len(self.classes) > IGNORE:
-            raise DataError(f"{len(self.classes)} semantic classes are not possible, but 1 to {IGNORE}")
+            raise DataError(f"{len(self.classes)} semantic classes; 1 to {IGNORE} are possible")
         labels = dict.fromkeys([0] if reduce_zero_label else [], IGNORE)
         labels |= {label: IGNORE for label in ignore if isinstance(label, int)}
         labels |= {entry.label + shift: IGNORE for entry in left_out}
@@ -185,5 +185,5 @@ def _code(color: Color) -> int:
 
 def _claim(taken: dict[int, int], key: int, number: int, what: str) -> None:
     if key in taken:
-        raise DataError(f"{what} is {'ignored' if taken[key] == IGNORE else 'that of another class'} too")
+        raise DataError(f"{what} is also {'ignored' if taken[key] == IGNORE else 'that of another class'}")
     taken[key] = number

@@ -34,7 +34,7 @@ MAX_RESTARTS = 3
 _EXPLAIN = {
     "dropped_objects": "objects beyond max_objects, the smallest of each image, are left out",
     "tiny_objects": "objects narrower than a pixel after scaling are left out",
-    "replaced_images": "images that cannot be used were replaced by the next of the stream",
+    "replaced_images": "images that cannot be used were replaced by the next ones in the stream",
     "unreadable_images": "images that cannot be used are evaluated as images without detections",
     "worker_restarts": "workers that died were restarted",
 }
