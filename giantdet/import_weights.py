@@ -1,7 +1,7 @@
-"""Make an export of a file of weights of another project: find out what it is, and what the model must be.
+"""Convert a weights file of another project to an export: identify the project and the model.
 
-Structure is read from names and shapes (`architectures/foreign`); what they do not tell is the project's
-custom, is said in the report, and can be changed by overrides.
+Structure is read from names and shapes (`architectures/foreign`). What they do not say follows the project's
+defaults, is named in the report, and can be changed by overrides.
 """
 
 from __future__ import annotations

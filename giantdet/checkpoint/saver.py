@@ -2,7 +2,7 @@
 
 Each rank writes its own file into `step_N.partial`; when all are on the disk, the main rank adds the manifest
 and renames the folder (`files.py` has the layout, `state.py` the content). A run that is killed at any moment
-leaves only whole checkpoints, and perhaps a `.partial` folder that the next save removes.
+leaves only complete checkpoints, and perhaps a `.partial` folder that the next save removes.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Checkpoints:
     # Resuming
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint; return the number of steps done, 0 without a checkpoint.
+        """Load the newest complete checkpoint; return the number of steps done, 0 without a checkpoint.
 
         With another global batch that is the number of steps with as many images. LR, schedule and weight
         decay come from the run's JSON, not from the checkpoint.

@@ -34,8 +34,8 @@ def read_classes(source: str | tuple[str, ...]) -> list[LabelClass]:
     """Return the classes of a list of names, or of a file of them. Raises DataError.
 
     A JSON file holds a list, or an object with a list `categories`. The label of an entry is its `train_id`
-    or `trainId`, its `id`, or its position. A text file has a name a line, with or without `R G B` before it;
-    or it is ADE20K's table, whose first line begins with `Idx`.
+    or `trainId`, its `id`, or its position. A text file has one name per line, with or without `R G B` before
+    it; or it is ADE20K's table, whose first line begins with `Idx`.
     """
     if not isinstance(source, str):
         return [LabelClass(label, name) for label, name in enumerate(source)]
@@ -102,7 +102,7 @@ class LabelTable:
         ignore: labels as numbers in the files, and classes by name, that are not trained.
         reduce_zero_label: 0 is ignored, and every class has its label plus 1.
 
-    Raises DataError where two classes have one label or color, or no class has an ignored name.
+    Raises DataError where two classes have the same label or color, or no class has an ignored name.
     """
 
     def __init__(

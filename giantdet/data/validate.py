@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a data set holds, and what is wrong with it."""
+    """The summary of a data set, and its problems."""
 
     summary: Summary
     problems: list[Problem]
@@ -115,7 +115,7 @@ def found_problems(records: Records) -> Iterator[Problem]:
 
 
 def name_problems(categories: Iterable[tuple[int, str]], what: str) -> Iterator[Problem]:
-    """Yield the names that an earlier category has too; `what` is "category" or what else it is called."""
+    """Yield the names that an earlier category has too; `what` is "category" or another word for it."""
     names: set[str] = set()
     for number, name in categories:
         if name in names:
@@ -125,7 +125,7 @@ def name_problems(categories: Iterable[tuple[int, str]], what: str) -> Iterator[
 
 
 def class_problems(records: Records) -> Iterator[Problem]:
-    """Yield what concerns whole classes, whole images, or the whole file, of a file with objects."""
+    """Yield the problems of whole classes, whole images or the whole file, for a file with objects."""
     crowds = sum(bool(record.get("iscrowd")) for record in records.annotations)
     if crowds and crowds == len(records.annotations):
         text = f"all {crowds} annotations are crowd regions; if they are objects, set iscrowd to 0"

@@ -1,4 +1,4 @@
-"""What a run prints and writes before its first step."""
+"""The summary that a run prints and writes before its first step."""
 
 from __future__ import annotations
 

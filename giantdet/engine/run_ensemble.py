@@ -36,7 +36,7 @@ TASKS = ("box", "mask")
 
 
 class Choice(NamedTuple):
-    """How an ensemble is run: as `evaluate` and `Predictor` are, for every member."""
+    """Settings of an ensemble: those of `evaluate` and `Predictor`, for every member."""
 
     fuse: Fusion
     batch_size: int = 1

@@ -83,7 +83,7 @@ _HARMLESS: list[Any] = [
         )
     ),
 ]
-"""What training scripts, such as those of timm and Lightning, save beside the tensors; no reason to warn."""
+"""Objects that training scripts, such as timm's and Lightning's, save with the tensors: no warning."""
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank knows about its machine; sizes in GiB."""
+    """Facts about a rank's machine; sizes in GiB."""
 
     host: str
     versions: dict[str, str]
