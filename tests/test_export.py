@@ -123,7 +123,7 @@ def test_layers_of_other_classes_start_afresh(tiny_export: Path, caplog: pytest.
     for key, value in detector.state_dict().items():
         assert torch.equal(value, fresh[key] if key in changed else saved[key]), key
     assert all(key in caplog.text for key in changed)
-    assert "start afresh" in caplog.text
+    assert "start with new weights" in caplog.text
 
 
 def test_mismatch_is_reported_key_by_key(tiny_export: Path, tmp_path: Path) -> None:
@@ -168,11 +168,11 @@ def test_torchvision_file_as_init_weights(tmp_path: Path) -> None:
 
 
 def test_not_an_export_and_not_a_checkpoint(tmp_path: Path, tiny_export: Path) -> None:
-    with pytest.raises(ValueError, match=r"not an export of giantdet \(no config.json\)"):
+    with pytest.raises(ValueError, match=r"not a giantdet export \(no config.json\)"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"model": {}, "size": [64, 64]}')
     with pytest.raises(
-        ValueError, match=r"config.json: not of an export of giantdet \(short_side: Field required"
+        ValueError, match=r"config.json: not from a giantdet export \(short_side: Field required"
     ):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text("{")

@@ -62,7 +62,7 @@ class Estimate(NamedTuple):
 
     run: ResolvedRun
     flops: float
-    """FLOPs of forward and backward of a micro-batch."""
+    """FLOPs of the forward and backward pass of a micro-batch."""
     memory: float
     """GiB according to `giantdet plan`, without its reserve."""
 
@@ -132,7 +132,7 @@ def measured(setting: Setting, giant: Giant, rate: float) -> Iterator[Row]:
         None,
         f"{parameters / 1e6:.0f}M parameters, {images / each:.2f} images/s ({1e3 * each:.0f} ms for "
         f"{images}), {100 * share:.0f}% of the matrix rate, {estimate.flops / giant.images / 1e12:.2f} "
-        f"TFLOP an image; {peak:.1f} GiB, planned {estimate.memory:.1f}",
+        f"TFLOP per image; {peak:.1f} GiB, planned {estimate.memory:.1f}",
     )
     yield from profiled(setting, giant.title, step)
     step.engine.destroy()

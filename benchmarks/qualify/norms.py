@@ -1,4 +1,4 @@
-"""The cost of CGBN compared with SyncBatchNorm."""
+"""Measure what CGBN costs, compared with SyncBatchNorm."""
 
 from __future__ import annotations
 

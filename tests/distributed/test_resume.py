@@ -118,11 +118,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> Non
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_corrupted_checkpoint_is_named_and_left_out(runs: Path) -> None:
+def test_corrupted_checkpoint_is_named_and_skipped(runs: Path) -> None:
     """The run resumed from the checkpoint before it equals the straight run, see above."""
     err = (runs.parent / f"{SECOND_LAUNCH}.err").read_text()
-    problem = "step_3 is left out: rank_00001.safetensors has changed since it was written (checksum)"
-    assert err.count("is left out") == err.count(problem) == 1
+    problem = "step_3 is skipped: rank_00001.safetensors has changed since it was written (checksum)"
+    assert err.count("is skipped") == err.count(problem) == 1
     for stage in STAGES:
         assert sorted(p.name for p in (runs / f"stopped{stage}/checkpoints").iterdir()) == [
             "step_5",
