@@ -334,14 +334,10 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
             logger.warning("%s: classes of %s taken over under other names: %s", path, kind, names)
         if found.fresh:
             taken = ", ".join(found.taken) or "none"
-            afresh = ", ".join(found.fresh)
-            logger.warning(
-                "%s: classes of %s taken over: %s; start with new weights: %s", path, kind, taken, afresh
-            )
+            new = ", ".join(found.fresh)
+            logger.warning("%s: classes of %s taken over: %s; new weights for: %s", path, kind, taken, new)
     if fresh:
-        logger.warning(
-            "%s: trained on other classes; these layers start with new weights: %s", path, ", ".join(fresh)
-        )
+        logger.warning("%s: trained on other classes; new weights for: %s", path, ", ".join(fresh))
     load_strictly(model, state, str(path))
 
 
