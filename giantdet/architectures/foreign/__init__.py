@@ -13,8 +13,10 @@ from torch import Tensor
 from giantdet.architectures.base import Architecture
 from giantdet.architectures.foreign.classes import usual_classes
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
+from giantdet.architectures.foreign.eva02 import EVA02
 from giantdet.architectures.foreign.mmdetection import MMDETECTION
 from giantdet.architectures.foreign.mmsegmentation import MMSEGMENTATION
+from giantdet.architectures.foreign.pe import PE
 from giantdet.architectures.foreign.project import Converted, Project
 from giantdet.architectures.foreign.sections import section_of
 from giantdet.architectures.foreign.torchvision import TORCHVISION
@@ -27,7 +29,8 @@ __all__ = ["PROJECTS", "Converted", "Project", "classes_of", "from_project", "pr
 
 _log = logging.getLogger(__name__)
 
-PROJECTS: tuple[Project, ...] = (TORCHVISION, DETECTRON2, MMSEGMENTATION, MMDETECTION)
+# EVA-02's and PE's detectors have detectron2's heads: they are looked for before it.
+PROJECTS: tuple[Project, ...] = (TORCHVISION, EVA02, PE, DETECTRON2, MMSEGMENTATION, MMDETECTION)
 
 
 def project_of(keys: Collection[str]) -> Project | None:
@@ -52,7 +55,12 @@ def from_project(
     project = project_of(state)
     if project is None:
         return state
-    converted = project.convert(state)
+    try:
+        converted = project.convert(state)
+    except InputError as error:
+        raise InputError(f"{what}: weights of {project.title}, but {error}") from None
+    if problem := converted.settings.problem:
+        raise InputError(f"{what}: weights of {project.title}, but {problem}")
     if converted.left:
         _log.info("%s: left out %s", what, "; ".join(sorted(set(converted.left.values()))))
     if differs := _differences(converted, model, config):
