@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from giantdet.cli import COCO_IMAGES
+from giantdet.commands.arguments import COCO_IMAGES
 from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
