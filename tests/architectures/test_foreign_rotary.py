@@ -19,6 +19,7 @@ from torch import Tensor
 
 from giantdet.architectures import build_model
 from giantdet.config.architectures import SECTIONS
+from giantdet.config.classes import Classes
 from giantdet.errors import InputError
 from giantdet.export import load_weights as load_weights_of
 from giantdet.import_weights import import_weights
@@ -321,9 +322,7 @@ def test_every_tensor_has_its_place(golden: Path, name: str, monkeypatch: Any) -
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
     monkeypatch.setattr("giantdet.import_weights.real_parameters", lambda *_: ())
     kind, sizes, section = ZOO[name]
-    imported = import_weights(
-        "w.pth", classes="objects365_v2" if name.endswith("o365") and "_to_" in name else None
-    )
+    imported = import_weights("w.pth")
     tables = 2 * sizes.depth + 4
     assert f"{len(state)} tensors: {len(state) - tables} taken over, {tables} left out\n" in imported.report
     config = imported.config
@@ -389,3 +388,29 @@ def test_what_is_refused(golden: Path, tmp_path: Path) -> None:
     torch.save(sigmoid, tmp_path / "w.pth")
     with pytest.raises(InputError, match="1203 logits"):
         import_weights(tmp_path / "w.pth")
+
+
+def test_objects365_begins_coco(golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """EVA-02's file of Objects365 without masks, in a run of COCO's classes with masks and other windows."""
+    _, state = small(golden, "eva02", Sizes())
+    state = {key: value for key, value in state.items() if "mask_head" not in key}
+    for name, values in (("cls_score", 1), ("bbox_pred", 4)):
+        for kind in ("weight", "bias"):
+            key = f"roi_heads.box_predictor.{name}.{kind}"
+            rows = torch.arange(366.0 if values == 1 else 365.0).repeat_interleave(values)
+            state[key] = rows.view(-1, *[1] * (state[key].ndim - 1)) + torch.zeros(
+                len(rows), *state[key].shape[1:]
+            )
+    torch.save(state, tmp_path / "w.pth")
+    imported = import_weights(tmp_path / "w.pth").config
+    assert imported.categories[0] == (1, "Person") and len(imported.categories) == 365
+    raw = imported.model.model_dump() | {"num_classes": 2, "init_weights": str(tmp_path / "w.pth")}
+    raw |= {"mask_head": {}, "backbone": raw["backbone"] | {"window": 4, "global_blocks": (0, 3)}}
+    config = SECTIONS["mask_rcnn"].model_validate(raw)
+    model = build_model(config, (128, 128))
+    load_weights_of(model, config, Classes(objects=((1, "chair"), (2, "person"))))
+    assert model.box_head.classes.bias.tolist() == [2.0, 0.0, 365.0]
+    assert model.box_head.deltas.bias[::4].tolist() == [2.0, 0.0]
+    assert "has no mask_head, which starts untrained" in caplog.text
+    warned = "backbone.window 3, not 4; backbone.global_blocks [1, 3], not [0, 3]"
+    assert f"weights of EVA-02, trained with {warned}" in caplog.text

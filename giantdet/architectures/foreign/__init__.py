@@ -24,6 +24,7 @@ from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.classes import Classes
 from giantdet.errors import InputError
+from giantdet.layers.plain_vit import global_block_indices
 
 __all__ = ["PROJECTS", "Converted", "Project", "classes_of", "from_project", "project_of", "translate"]
 
@@ -92,7 +93,16 @@ def _differences(converted: Converted, model: Architecture, config: Architecture
         theirs, ours = backbone.get(key), [255 * value for value in own]
         if theirs is not None and max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 0.5:
             found.append(f"backbone.{key} {[*theirs]}, not {[round(value, 3) for value in ours]}")
-    strided = config.backbone.stride_in_1x1
-    if "stride_in_1x1" in backbone and backbone["stride_in_1x1"] != strided:
-        found.append(f"backbone.stride_in_1x1 {backbone['stride_in_1x1']}, not {strided}")
+    for key in ("stride_in_1x1", "window", "position_fit"):
+        mine = getattr(config.backbone, key)
+        if backbone.get(key, mine) != mine:
+            found.append(f"backbone.{key} {backbone[key]}, not {mine}")
+    if (chosen := backbone.get("global_blocks")) is not None:
+        depth = len(model.backbone.body.blocks)
+        theirs, mine = (
+            global_block_indices(depth, tuple(blocks) if isinstance(blocks, list) else blocks)
+            for blocks in (chosen, config.backbone.global_blocks)
+        )
+        if theirs != mine:
+            found.append(f"backbone.global_blocks {sorted(theirs)}, not {sorted(mine)}")
     return found
