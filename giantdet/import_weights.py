@@ -198,6 +198,14 @@ def _report(
         f"  conventions {model.conventions}, pixel_mean {_listed(mean)}, pixel_std {_listed(std)}"
         + (", first layer turned from blue-green-red to red-green-blue" if converted.settings.bgr else "")
     )
+    if converted.settings.canvas is not None:
+        chosen = model.backbone.global_blocks
+        blocks = str(chosen) if isinstance(chosen, int) else ", ".join(map(str, chosen))
+        lines.append(
+            f"  by its rotary tables: canvas {config.size[0]} x {config.size[1]}, windows of "
+            f"{model.backbone.window} patches, global blocks {blocks}"
+            + (" (evenly spaced)" if isinstance(chosen, int) else "")
+        )
     if converted.settings.assumed:
         lines.append(f"  assumed, as the file does not tell: {converted.settings.assumed}")
     if converted.settings.note:

@@ -249,6 +249,7 @@ def test_features(golden: Path, tmp_path: Path, kind: str, sizes: Sizes) -> None
     title = {"eva02": "EVA-02", "pe": "PE-Detection"}[kind]
     assert f"w.pth: {title}, mask_rcnn on " in imported.report
     assert f"{len(state)} tensors: {len(state) - 12} taken over, 12 left out\n" in imported.report
+    assert f"windows of {sizes.window} patches, global blocks " in imported.report
     assert "code, trained numbers were not (no published file was at hand)" in imported.report
 
     raw = imported.config.model.model_dump() | {"init_weights": str(tmp_path / "w.pth")}
