@@ -112,7 +112,9 @@ def test_init_weights_from_an_export(tiny_export: Path, as_folder: bool) -> None
     _assert_equal(detector.state_dict(), load_file(tiny_export / "model.safetensors"))
 
 
-def test_other_classes_start_afresh_and_say_so(tiny_export: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_classes_start_with_new_weights_and_say_so(
+    tiny_export: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     detector, config = _detector(init_weights=str(tiny_export), num_classes=7)
     fresh = {key: value.clone() for key, value in detector.state_dict().items()}
     with caplog.at_level(logging.WARNING, "giantdet"):
@@ -123,7 +125,7 @@ def test_other_classes_start_afresh_and_say_so(tiny_export: Path, caplog: pytest
     for key, value in detector.state_dict().items():
         assert torch.equal(value, fresh[key] if key in changed else saved[key]), key
     assert all(key in caplog.text for key in changed)
-    assert "start afresh" in caplog.text
+    assert "start with new weights" in caplog.text
 
 
 def test_a_model_without_masks_begins_one_with_masks(
@@ -136,7 +138,7 @@ def test_a_model_without_masks_begins_one_with_masks(
     detector, config = _detector(init_weights=str(tmp_path / "model.safetensors"))
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     load_weights(detector, config)
-    assert "model.safetensors has no mask_head, which starts untrained" in caplog.text
+    assert "model.safetensors has no mask_head, which starts with new weights" in caplog.text
     _assert_equal(detector.state_dict(), before | boxes)
     some = next(key for key in state if key.startswith("mask_head."))
     save_file({key: value for key, value in state.items() if key != some}, tmp_path / "model.safetensors")
@@ -186,11 +188,11 @@ def test_torchvision_file_as_init_weights(tmp_path: Path) -> None:
 
 
 def test_not_an_export_and_not_a_checkpoint(tmp_path: Path, tiny_export: Path) -> None:
-    with pytest.raises(ValueError, match=r"not an export of giantdet \(no config.json\)"):
+    with pytest.raises(ValueError, match=r"not a giantdet export \(no config.json\)"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"model": {}, "size": [64, 64]}')
     with pytest.raises(
-        ValueError, match=r"config.json: not of an export of giantdet \(short_side: Field required"
+        ValueError, match=r"config.json: not from a giantdet export \(short_side: Field required"
     ):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text("{")

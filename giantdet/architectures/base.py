@@ -34,7 +34,7 @@ class Architecture(nn.Module):
     OWN_STATE: ClassVar[frozenset[str]] = frozenset()
     """Names of buffers that other projects' models do not have."""
     OPTIONAL_PARTS: ClassVar[tuple[str, ...]] = ()
-    """Top-level modules that initial weights of a model without them may lack; they then start untrained."""
+    """Top-level modules that initial weights may lack altogether; they then start with new weights."""
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Architecture(nn.Module):
         return self.predict(batch) if self.training else self.answer(batch)
 
     def set_canvas(self, image_size: tuple[int, int]) -> None:
-        """Take images on another canvas from now on, for evaluation in several scales.
+        """Take images on another canvas from now on, for evaluation at several scales.
 
         Raises InputError for a backbone that is built for one size.
         """
