@@ -1,4 +1,4 @@
-"""Inputs of the benchmarks: random images and objects in the form of both sides, and the model's settings."""
+"""Inputs of the benchmarks: random images and objects in both sides' formats, and the model's settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_scene(size: int | tuple[int, int], batch: int, objects: int, seed: int 
 
 
 def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
-    """Return the scene as giantdet's loader would: `slots` objects an image, masks `frame` cells wide."""
+    """Return the scene as giantdet's loader would: `slots` objects per image, masks `frame` cells wide."""
     batch, objects = scene.labels_BN.shape
     height, width = scene.images_B3HW.shape[-2:]
     size = (height, width)
@@ -86,7 +86,7 @@ def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
 
 
 def torchvision_inputs(scene: Scene) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return the scene as torchvision's detectors take it: images in [0, 1], labels from 1."""
+    """Return the scene in the input format of torchvision's detectors: images in [0, 1], labels from 1."""
     targets = [
         {"boxes": boxes, "labels": labels + 1, "masks": masks}
         for boxes, labels, masks in zip(scene.boxes_BN4, scene.labels_BN, scene.bitmaps_BNHW, strict=True)

@@ -35,15 +35,7 @@ from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.distributed import comm
 from giantdet.errors import InputError
 from giantdet.layers.deferred import is_deferred, materialise
-from giantdet.layers.frozen import (
-    BESIDE,
-    PREFIX,
-    LeftOut,
-    fill_in,
-    left_out_of,
-    magnitude,
-    round_and_check,
-)
+from giantdet.layers.frozen import BESIDE, PREFIX, LeftOut, fill_in, left_out_of, magnitude, round_and_check
 from giantdet.layers.model_names import with_timm_name, without_source
 from giantdet.layers.weight_files import read_tensors
 from giantdet.layers.weight_names import model_tensors
@@ -251,17 +243,17 @@ def _gathered(parameters: list[Tensor]) -> Any:
 def read_export_config(folder: Path) -> ExportConfig:
     """Return the config.json of an export.
 
-    Raises InputError, a ValueError, that names the file, if it is missing or not an export of giantdet.
+    Raises InputError, a ValueError, that names the file, if it is missing or not a giantdet export.
     """
     file = folder / CONFIG
     if not file.is_file():
-        raise InputError(f"{folder}: not an export of giantdet (no {CONFIG})")
+        raise InputError(f"{folder}: not a giantdet export (no {CONFIG})")
     try:
         return ExportConfig.model_validate_json(file.read_text())
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-        raise InputError(f"{file}: not of an export of giantdet ({what})") from None
+        raise InputError(f"{file}: not from a giantdet export ({what})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: cannot be read ({error})") from None
 
@@ -293,9 +285,9 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
 
     `model.init_weights` is the folder of an export, its model.safetensors, or a file of another project
     (`architectures/foreign`), under any prefix (`layers/weight_names.py`). The rows of layers that belong to
-    classes are taken over by name from an export, and from another project's model of COCO's number of
-    classes: `classes` are those of the run. Without names on one of the sides, such a layer is taken over if
-    it has as many classes. What is taken over and what starts afresh is printed.
+    classes are taken over by name where both sides have names: `classes` are those of the run. Otherwise
+    such a layer is taken over if it has as many classes. A part such as the mask head may be missing. What
+    is taken over and what starts with new weights is printed.
     Raises InputError, a ValueError, that lists every key, for any other mismatch.
     """
     if config.init_weights is None:
@@ -308,8 +300,8 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     state = dict(from_project(tensors, model, config, str(path)))
     if not any(key in expected for key in state):
         raise InputError(
-            f"{path} has no tensor of {config.type} by name; if these are weights of a backbone, give them "
-            "in model.backbone.init_weights"
+            f"{path} has no tensor named as in {config.type}; if these are weights of a backbone, give "
+            "them in model.backbone.init_weights"
         )
     folder = path if path.is_dir() else path.parent
     known = classes_of(tensors)
@@ -334,10 +326,12 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
             logger.warning("%s: classes of %s taken over under other names: %s", path, kind, names)
         if found.fresh:
             taken = ", ".join(found.taken) or "none"
-            afresh = ", ".join(found.fresh)
-            logger.warning("%s: classes of %s taken over: %s; start afresh: %s", path, kind, taken, afresh)
+            new = ", ".join(found.fresh)
+            logger.warning("%s: classes of %s taken over: %s; new weights for: %s", path, kind, taken, new)
     if fresh:
-        logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
+        logger.warning("%s: trained on other classes; new weights for: %s", path, ", ".join(fresh))
+    if untrained := model.add_optional_parts(state):
+        logger.warning("%s has no %s; new weights for it", path, ", ".join(untrained))
     load_strictly(model, state, str(path))
 
 

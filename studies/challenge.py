@@ -1,11 +1,11 @@
 """Measure each part of MegDet's challenge system alone against the same detector without it: AP and time.
 
-python studies/challenge.py DATA           # trains what studies/challenge.csv does not have; prints the table
-python studies/challenge.py DATA --read    # prints the table only
+python studies/challenge.py DATA         # trains the parts that studies/challenge.csv lacks; prints the table
+python studies/challenge.py DATA --read  # prints the table only
 
 DATA holds dsb2018_nuclei/ (annotations/instances_{train,val}.json, images/) and weights/, see WEIGHTS. Every
 part is trained with the same seeds, images, order and number of steps as its base, on one thread. Runs go
-seed by seed and are not repeated, so that a study that is cut off has whole comparisons. Times are CPU
+seed by seed and are not repeated, so that an interrupted study has complete comparisons. Times are CPU
 seconds of the process, which depend less than elapsed time on what else the machine does.
 """
 
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, name: str, part: Part, seed: str) -> None:
-    """Add the row of a run to the CSV, unless it has it. The run is a process of its own."""
+    """Add the row of a run to the CSV, unless it is there already. The run gets its own process."""
     if any((row["part"], row["seed"]) == (name, seed) for row in rows(options.csv)):
         return
     print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}", file=sys.stderr, flush=True)
@@ -226,7 +226,7 @@ def scores(options: argparse.Namespace, results: Path, seconds: float) -> Row:
 
 
 def rows(path: Path) -> list[Row]:
-    """Return the rows of the CSV, numbers as floats; none where there is no file."""
+    """Return the rows of the CSV, numbers as floats; no rows if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -24,7 +24,7 @@ class AugmentConfig(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     short_sides: tuple[PositiveInt, ...] | None = None
-    """Multi-scale training: the short side, in pixels, is drawn from these. None: the `short_side` of the
+    """Multi-scale training: the short side, in pixels, is drawn from these. null: the `short_side` of the
     data block."""
     jitter: tuple[float, float] | None = None
     """Large-scale jitter (Ghiasi et al. 2021): range of the random scale, relative to the size that fills the
@@ -43,7 +43,7 @@ class SamplingConfig(Section):
     """How often each training image is seen (`data/sampling.py`)."""
 
     type: Literal["uniform", "repeat_factor"] = "uniform"
-    """uniform: once an epoch. repeat_factor: more often with rare classes (Gupta et al. 2019). An image has
+    """uniform: once per epoch. repeat_factor: more often with rare classes (Gupta et al. 2019). An image has
     the largest factor max(1, sqrt(threshold / f)) of its classes; f is the share of images with the class."""
     threshold: PositiveFloat = 0.001
     """Share of images below which a class is rare; LVIS: 0.001."""
@@ -53,18 +53,18 @@ class DataConfig(Section):
     """Data sets, canvas and loader."""
 
     train: DatasetConfigs | None = None
-    """A data set, or a list of them: the classes are those of the first, the others meet them by name."""
+    """A data set, or a list of them: the classes are those of the first; the others are matched by name."""
     val: DatasetConfigs | None = None
     """The same for evaluation."""
     classes: Classes | None = None
     """Names and ids of the classes that the model predicts. Training writes them here; if they are given,
-    training data with others are refused. None: those of the training data."""
+    training data with others are refused. null: those of the training data."""
     size: tuple[PositiveInt, PositiveInt] = (1024, 1024)
     """Canvas (height, width) of every batch in pixels; multiples of 32, or of 64 with P6 (see docs)."""
     short_side: PositiveInt = 800
     """Images are scaled to this short side in pixels, or less where they would not fit on the canvas."""
     long_side: PositiveInt | None = None
-    """Or less where the long side would be larger than this; None: the canvas alone is the limit."""
+    """Largest long side in pixels after scaling; null: only the canvas limits it."""
     augment: AugmentConfig = AugmentConfig()
     sampling: SamplingConfig = SamplingConfig()
     """How often each training image is seen."""
@@ -74,8 +74,8 @@ class DataConfig(Section):
     mask_frame: PositiveInt = 112
     """Side S of the bitmap of a target mask; objects of up to S pixels are stored exactly."""
     max_image_pixels: PositiveInt = 178_956_970
-    """Files of more pixels are left out unread, as small files may decompress to gigabytes. The default is
-    Pillow's own limit; a satellite image may need more."""
+    """Files with more pixels are skipped without being read, because small files may decompress to gigabytes.
+    The default is Pillow's own limit; a satellite image may need more."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank."""
     filter_empty: bool = True
@@ -92,7 +92,7 @@ class AgvmConfig(Section):
     its factors for all modules; inverse: 1 / its factors; noise_scale: from the LR of `reference_batch`, by
     the noise scale of each module (McCandlish et al. 2018; with Adam, Li et al. 2024)."""
     reference_batch: PositiveInt | None = None
-    """Rule noise_scale: batch that the LR was chosen for. None: `lr_scaling.reference_batch`."""
+    """Rule noise_scale: batch that the LR was chosen for. null: `lr_scaling.reference_batch`."""
     estimator: Literal["half_split", "all_splits"] = "half_split"
     """half_split: two halves of the batch, as in the paper; all_splits: the ratio of two
     expectations over all splits, 1 - E[G_1 G_2] / E|G_1|^2."""
@@ -109,13 +109,13 @@ class AgvmConfig(Section):
     """First step, counted from 0, in which variances are measured and LRs scaled. auto: 100 steps (at most a
     tenth of the run) after the warmup's end, as in the authors' code."""
     stop_step: Annotated[int, Field(ge=0)] | None = None
-    """Last such step; None: the last step of the run."""
+    """Last such step; null: the last step of the run."""
     clamp: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)
     """Bounds of the ratio of variances, before the square root. Rule noise_scale: bounds of the factor."""
     anchor: str = "backbone"
     """Module that the variances of the others are aligned with; its factor is 1."""
     modules: dict[str, tuple[str, ...]] | None = None
-    """Patterns of parameter names by module; the first match counts. None: the model's top-level parts."""
+    """Patterns of parameter names by module; the first match counts. null: the model's top-level parts."""
 
     def resolved(self, optimizer: str) -> AgvmConfig:
         """Return the configuration for an optimizer, given by name, with `preconditioned` "auto" replaced."""
@@ -167,7 +167,7 @@ class LrScalingConfig(Section):
     noise_scale: PositiveFloat | None = None
     """Noise scale B_s of the training in images: `train.epochs`, and what `train.clip_window` and schedule
     give in epochs or images, get (1 + batch / B_s) / (1 + reference_batch / B_s) times as long, for the same
-    progress (McCandlish et al. 2018). None: they stay."""
+    progress (McCandlish et al. 2018). null: they stay."""
 
 
 class ParamGroupsConfig(Section):
@@ -200,7 +200,7 @@ class TrainConfig(Section):
     steps: PositiveInt | None = None
     """Optimizer steps; give either epochs or steps."""
     clip_window: tuple[Length, Length] | Auto | None = None
-    """First and last step, counted from 0, in which gradients are clipped; None: all steps. auto: from 100
+    """First and last step, counted from 0, in which gradients are clipped; null: all steps. auto: from 100
     steps before to 100 steps after the warmup's end, as AGVM's authors do."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Seed of the initial weights, of the order and augmentation of images, and of all sampling."""
@@ -235,7 +235,7 @@ class TrainConfig(Section):
     after some minutes in the first step. At ZeRO-3: `model.backbone.compile_blocks`."""
     cuda_graph: bool = False
     """Capture the training pass as a CUDA graph, at ZeRO-0 to 2: the same results, and faster where a step is
-    too short for the host to start its kernels in time, as with two images a GPU."""
+    too short for the host to start its kernels in time, as with two images per GPU."""
     deterministic: bool = False
     """Use deterministic kernels, where PyTorch has them; slower on GPUs."""
 
@@ -253,7 +253,7 @@ class TtaConfig(Section):
     """How the boxes of all views are merged within each class. nms; soft_nms: scores decay with overlap
     (Bodla et al. 2017); wbf: weighted boxes fusion (Solovyev et al. 2021)."""
     iou: Fraction | None = None
-    """IoU above which boxes of a class are of one object. None: the model's own `nms_iou`, for wbf 0.55."""
+    """IoU above which boxes of a class belong to one object. null: the model's own `nms_iou`; wbf: 0.55."""
     views_at_a_time: PositiveInt = 3
     """Views of an image that the model takes at a time; they are padded to the largest of them."""
 
@@ -274,19 +274,19 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 1
     """Images per rank and step."""
     max_detections: PositiveInt | None = None
-    """Number of detections in an image that are scored, the best first: of each class by COCO's rules, of all
-    classes together by LVIS's. Data with more objects in an image need more, here and in the `detections` of
-    the model's box head. None: as the rules have it, 100 or 300."""
+    """Number of detections per image that are scored, the best first: per class by COCO's rules, over all
+    classes by LVIS's. Images with more objects need a larger number, here and in the `detections` of the
+    model's box head. null: the number of the rules, 100 or 300."""
     backend: Backend = "auto"
-    """The program that computes COCO's AP: the same numbers, many times as fast with hotcoco (`pip install
+    """The library that computes COCO's AP: the same numbers, many times as fast with hotcoco (`pip install
     hotcoco`). auto: hotcoco where it is installed, else pycocotools."""
     window_stride: PositiveInt | None = None
     """Semantic models: scale images to `short_side` whatever their other side is, and slide a window of the
-    canvas' size over them with this stride in pixels; logits are averaged where windows overlap. None: scale
+    canvas' size over them with this stride in pixels; logits are averaged where windows overlap. null: scale
     whole images to fit on the canvas."""
     tta: TtaConfig | None = None
-    """Multi-scale testing: show each image in several scales and mirrored, and merge what is found. None:
-    once, on the canvas. Images are then taken one by one, whatever `batch_size` is."""
+    """Multi-scale testing: show each image at several scales and mirrored, and merge the detections; images
+    are then processed one by one, whatever `batch_size` is. null: show it once, on the canvas."""
 
 
 class GiantdetConfig(Section):

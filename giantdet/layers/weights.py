@@ -23,7 +23,10 @@ from giantdet.layers.weight_files import first_line, flatten, read_tensors
 from giantdet.layers.weight_names import FOREIGN, model_tensors
 
 _log = logging.getLogger(__name__)
-_HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token", "decoder_")
+_HEADS = (
+    *("fc.", "head.", "head_dist.", "classifier.", "norm.", "fc_norm.", "attn_pool."),
+    *("mask_token", "decoder_"),
+)
 
 
 def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:
@@ -102,7 +105,7 @@ def report_mismatch(
         for k in found
         if k in expected and found[k].shape != expected[k].shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    kinds = {"missing": missing, "unexpected": unexpected, "with another shape": shapes}
     counts = {f"{len(keys)} {title}": keys for title, keys in kinds.items() if keys}
     if counts:
         parts = [f"  {title}:\n" + "\n".join(f"    {key}" for key in keys) for title, keys in counts.items()]

@@ -1,4 +1,4 @@
-"""Semantic and panoptic data: the architecture, and what is done to the demo set and to its section."""
+"""Semantic and panoptic data: the architecture, and changes to the demo set and to its section."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import edit_json
 from bad_inputs.cases import Case, Error, Replaced, Skipped, Works
 
 Change = Callable[[Path, dict[str, Any]], Any]
-"""Of the folder of the set, and the section `data.train`."""
+"""A change that gets the folder of the set and the section `data.train`."""
 
 
 def keys(**values: Any) -> Change:
@@ -21,7 +21,7 @@ def keys(**values: Any) -> Change:
 
 
 def classes(name: str, content: str) -> Change:
-    """A file of classes."""
+    """Write a file of classes."""
 
     def change(folder: Path, section: dict[str, Any]) -> None:
         (folder / name).write_text(content)
@@ -31,12 +31,12 @@ def classes(name: str, content: str) -> Change:
 
 
 def png(kind: str, change: Callable[[Path], Any]) -> Change:
-    """The PNG file of the first image, in the folder semantic_train or panoptic_train."""
+    """Change the PNG file of the first image, in the folder semantic_train or panoptic_train."""
     return lambda folder, section: change(folder / f"{kind}_train/000000.png")
 
 
 def pixel(value: int) -> Callable[[Path], Any]:
-    """One pixel of another value."""
+    """Set one pixel to another value."""
 
     def change(file: Path) -> None:
         pixels = np.array(Image.open(file))
@@ -47,7 +47,7 @@ def pixel(value: int) -> Callable[[Path], Any]:
 
 
 def panoptic(change: Callable[[dict[str, Any]], Any]) -> Change:
-    """The content of the panoptic JSON."""
+    """Change the content of the panoptic JSON."""
 
     def changed(folder: Path, section: dict[str, Any]) -> None:
         edit_json(folder / "panoptic_train.json", change)
@@ -70,7 +70,7 @@ def first(content: dict[str, Any]) -> Any:
 
 
 def segment(**fields: Any) -> Change:
-    """One more segment, which no pixel has."""
+    """Add a segment that no pixel has."""
     record = {"id": 77, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0} | fields
     return panoptic(lambda content: first(content)["segments_info"].append(record))
 
@@ -88,27 +88,27 @@ MAPS = [
     Case(
         "no folder of labels",
         (SEMANTIC, keys(labels="nowhere")),
-        Error("giantdet.data.train.labels: no folder nowhere"),
+        Error("giantdet.data.train.labels: folder nowhere does not exist"),
     ),
     Case(
         "no file of classes",
         (SEMANTIC, keys(classes="no.json")),
-        Error("giantdet.data.train.classes: no file no.json"),
+        Error("giantdet.data.train.classes: file no.json does not exist"),
     ),
     Case(
         "no classes",
         (SEMANTIC, keys(classes=[])),
-        Error("...: 0 semantic classes are not possible, but 1 to 255"),
+        Error("...: 0 semantic classes; 1 to 255 are possible"),
     ),
     Case(
-        "a file of classes that is no list",
+        "a file of classes that is not a list",
         (SEMANTIC, classes("c.json", '{"a": 1}')),
         Error("...c.json: it is neither a list nor an object with a list of categories"),
     ),
     Case(
-        "two classes of one label",
+        "two classes with the same label",
         (SEMANTIC, classes("c.json", '[{"name": "a", "id": 1}, {"name": "b", "id": 1}]')),
-        Error("...: the label of class 'b' is that of another class too"),
+        Error("...: the label of class 'b' is also that of another class"),
     ),
     Case(
         "a name to ignore that no class has",
@@ -135,7 +135,7 @@ MAPS = [
         Replaced("000000.jpg: the file is 64 x 64, its record says 32 x 64"),
     ),
     Case(
-        "labels that are colours, of classes without",
+        "labels that are colours, for classes without colours",
         (SEMANTIC, png("semantic", lambda file: Image.new("RGB", (64, 64)).save(file))),
         Replaced("000000.png: its labels are colours, and the classes have none"),
     ),
@@ -147,7 +147,7 @@ MAPS = [
     Case(
         "no folder of segments",
         (PANOPTIC, keys(segments="nowhere")),
-        Error("giantdet.data.train.segments: no folder nowhere"),
+        Error("giantdet.data.train.segments: folder nowhere does not exist"),
     ),
     Case("only stuff", (PANOPTIC, panoptic(stuff_only)), Error("...have no category with isthing 1")),
     Case(
@@ -166,14 +166,14 @@ MAPS = [
         Skipped("bad file name"),
     ),
     Case(
-        "two annotations of an image",
+        "two annotations for one image",
         (PANOPTIC, panoptic(lambda content: content["annotations"].append(first(content)))),
         Skipped("duplicate annotation"),
     ),
     Case("an unknown category of a segment", (PANOPTIC, segment(category_id=5)), Skipped("bad segment")),
-    Case("a segment of id 0", (PANOPTIC, segment(id=0, category_id=92)), Skipped("bad segment")),
+    Case("a segment with id 0", (PANOPTIC, segment(id=0, category_id=92)), Skipped("bad segment")),
     Case(
-        "an object that no pixel has",
+        "an object without a pixel",
         (PANOPTIC, segment()),
         Replaced("000000.png: no pixel has the id 77"),
     ),
@@ -188,7 +188,7 @@ MAPS = [
         Replaced("000000.png: it has (64, 32) pixels, its image (64, 64)"),
     ),
     Case(
-        "pixels of no segment",
+        "pixels that belong to no segment",
         (PANOPTIC, png("panoptic", pixel(99))),
         Works("they are void, and a warning names one of the ids"),
     ),

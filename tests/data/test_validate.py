@@ -1,4 +1,4 @@
-"""A table of bad records: each is reported with its id, and training data survive it."""
+"""A table of bad records: each is reported with its id, and training works without them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make(folder: Path, images: list[Any], annotations: list[Any], categories: li
 
 # kind, the annotation's changes, is it an error, is it left out of training
 ONLY_REPORTED = {
-    "box overhangs",
+    "box beyond the image",
     "empty mask",
     "crowd without RLE",
     "no area",
@@ -63,7 +63,7 @@ OBJECTS = [
     ("empty box", {"bbox": [1, 2, 5, -4]}, "error", True),
     ("box outside", {"bbox": [40, 2, 5, 4]}, "error", True),
     ("box outside", {"bbox": [2, -9, 5, 9]}, "error", True),
-    ("box overhangs", {"bbox": [30, 2, 15, 4], "segmentation": None}, "warning", False),
+    ("box beyond the image", {"bbox": [30, 2, 15, 4], "segmentation": None}, "warning", False),
     ("bad polygon", {"segmentation": [[1, 2, 3, 4]]}, "warning", False),
     ("bad polygon", {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "warning", False),
     ("bad polygon", {"segmentation": [["a"]]}, "warning", False),
@@ -97,7 +97,7 @@ def test_bad_object(tmp_path: Path, kind: str, change: dict[str, Any], level: st
     bad = GOOD | {"id": 17, "segmentation": [POLYGON]} | change
     path = make(tmp_path, [IMAGE], [GOOD | {"segmentation": [POLYGON]}, bad], [{"id": 1, "name": "x"}])
     problems = validate(path, tmp_path)
-    if problems[-1].kind == "objects without a mask":  # about the file, because the other object has one
+    if problems[-1].kind == "objects without a mask":  # of the file: the other object has a mask
         assert (
             problems.pop().text.startswith("1 of 2 objects") and CocoDataset(path, tmp_path).without_mask == 1
         )

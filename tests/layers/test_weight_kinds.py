@@ -1,4 +1,4 @@
-"""Files and folders that are no weights: each is named in one line that says what to do."""
+"""Files and folders that are not weights: each is identified in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "pointer": (
         "w.safetensors",
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-        "is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository",
+        "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository",
     ),
-    "text": ("w.pth", lambda: b"Not found", "is a text, not weights: it begins with 'Not found'"),
-    "JSON": ("config.json", lambda: b'{"a": 1}', "is a text, not weights: it begins with '{\"a\": 1}'"),
+    "text": ("w.pth", lambda: b"Not found", "is text, not weights: it begins with 'Not found'"),
+    "JSON": ("config.json", lambda: b'{"a": 1}', "is text, not weights: it begins with '{\"a\": 1}'"),
     "HDF5": ("w.h5", lambda: b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, of Keras for example: {NOT_PYTORCH}"),
     "ONNX": (
         "w.onnx",
@@ -97,7 +97,7 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "pickle of another object": (
         "model.pkl",
         lambda: pickle.dumps({"model": {"w": np.ones(2)}, "made": datetime.date(2020, 1, 1)}),
-        "is no plain file of tensors; other Python objects (datetime.date), which could run code, are not "
+        "is not a plain file of tensors; other Python objects (datetime.date), which could run code, are not "
         "loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')",
     ),
     "pickle cut off": (
@@ -105,19 +105,20 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: pickle.dumps({"model": {"w": np.ones(99)}})[:300],
         "cannot be read: pickle data was truncated",
     ),
-    "no tensors": ("w.pth", lambda: bytes_of({"epoch": 3}), f"holds no tensors by name; {SAVE}"),
-    "list": ("w.pth", lambda: bytes_of([torch.ones(1)]), f"holds no tensors by name; {SAVE}"),
+    "no tensors": ("w.pth", lambda: bytes_of({"epoch": 3}), f"has no named tensors; {SAVE}"),
+    "list": ("w.pth", lambda: bytes_of([torch.ones(1)]), f"has no named tensors; {SAVE}"),
     "whole model": (
         "w.pt",
         lambda: bytes_of({"model": torch.nn.Identity()}),
-        "is no plain file of tensors; other Python objects (torch.nn.modules.linear.Identity), which could "
-        "run code, are not loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')",
+        "is not a plain file of tensors; other Python objects (torch.nn.modules.linear.Identity), which "
+        "could run code, are not loaded: save only the weights with "
+        "torch.save(model.state_dict(), 'weights.pth')",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_other_kind_of_file_is_named(kind: str, tmp_path: Path) -> None:
+def test_every_other_kind_of_file_is_identified(kind: str, tmp_path: Path) -> None:
     name, content, message = KINDS[kind]
     (tmp_path / name).write_bytes(content())
     with pytest.raises(ValueError) as raised:
@@ -183,7 +184,7 @@ def test_other_places_give_a_hint(place: str, tmp_path: Path) -> None:
     assert str(raised.value) == message.format(tmp_path)
 
 
-def test_addresses_and_names_of_the_hub_are_no_files() -> None:
+def test_urls_and_hub_names_are_not_files() -> None:
     with pytest.raises(ValueError, match=r"not read from https:// addresses; download the file"):
         read_tensors("https://example.org/w.pth")
     with pytest.raises(ValueError, match=r"is a name for backbone\.name"):
@@ -192,7 +193,7 @@ def test_addresses_and_names_of_the_hub_are_no_files() -> None:
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_arrays_are_read(protocol: int, tmp_path: Path) -> None:
-    """As detectron2's zoo has them: arrays in nested dicts, beside texts, numbers and arrays of texts."""
+    """The layout of detectron2's zoo: arrays in nested dicts, beside strings, numbers and string arrays."""
     arrays = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.arange(3, dtype=">f8"),
@@ -221,7 +222,7 @@ def test_pickles_of_arrays_are_read(protocol: int, tmp_path: Path) -> None:
         b"cbuiltins\neval\n(S'1'\ntR.",
         b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
         b"cnumpy\nload\n(S'x'\ntR.",
-        # A dotted name below a harmless one, which protocol 4 allows.
+        # A dotted name under a harmless one, which protocol 4 allows.
         b"\x8c\x05numpy\x8c\x10ndarray.tofile.x\x93.",
     ],
     ids=["system", "eval", "encode", "load", "dotted"],
