@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    logging.basicConfig(level=logging.WARNING, format="giantdet: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Named("%(package)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if not getattr(options, "verbose", False):
         quieten()
     try:
@@ -52,6 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if "giantdet.distributed.comm" in sys.modules:
             sys.modules["giantdet.distributed.comm"].stop()
+
+
+class _Named(logging.Formatter):
+    """Begins a line with the package that has logged it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.package = record.name.partition(".")[0]
+        return super().format(record)
 
 
 def _say(message: str) -> None:
