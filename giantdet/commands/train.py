@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
         print_config(run)
         return
     from giantdet.distributed import comm
+    from giantdet.engine.announce import ending
     from giantdet.engine.faults import listen
     from giantdet.engine.train import train
     from giantdet.tools.plots import plot_run
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
         profile.close()
     if comm.is_main():
         plot_run(output / "metrics.jsonl", output)
+        print("\n" + ending(output), flush=True)
 
 
 def print_config(run: Any) -> None:

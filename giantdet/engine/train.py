@@ -29,7 +29,7 @@ from giantdet.data.images import limit_pixels
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.engine import faster, zero
-from giantdet.engine.announce import announce, write_summary
+from giantdet.engine.announce import announce, resume_line, write_summary
 from giantdet.engine.evaluate import check_windows, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
@@ -127,7 +127,7 @@ def _build(
         (output / "config.json").write_text(describe(run) + "\n")
         write_summary(dataset, validation, config.data, output / "data.json")
         if first_step:
-            print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
+            print(resume_line(first_step, config.train.steps, checkpoints.folder), flush=True)
     comm.barrier()
     pictures = validation_pictures(run, engine.monitor, validation, model)
     return Training(
