@@ -110,7 +110,7 @@ def _parse_json(text: str) -> Any:
             if key in result:
                 raise ConfigError(f"key {key} is given twice in the same object")
             if not key.isprintable() or (isinstance(value, str) and not _is_text(value)):
-                raise ConfigError(f"key {show(key)} or its value holds characters that are no text")
+                raise ConfigError(f"key {show(key)} or its value holds characters that are not text")
             result[key] = value
         return result
 
@@ -172,7 +172,7 @@ def _override_value(override: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"override {override[:60]!r}: {error}") from None
     if isinstance(value, str) and not _is_text(value):
-        raise ConfigError(f"override {override!r}: its value holds characters that are no text")
+        raise ConfigError(f"override {override!r}: its value holds characters that are not text")
     return value
 
 
