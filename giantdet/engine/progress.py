@@ -6,6 +6,7 @@ On a terminal this is a bar that is redrawn in place; in a file or a pipe it is 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ class Progress:
         self.written = -EVERY
         self.bar: tqdm | None = None
         self.stack = ExitStack()
-        if stream is not None and stream.isatty():
+        if stream is not None and is_terminal(stream):
             form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(
                 total=total_steps, initial=first_step, bar_format=form, dynamic_ncols=True, file=stream
@@ -91,15 +92,14 @@ class Progress:
         yield
         self.since = self.clock()
         self.eval_seconds, self.eval_begun = self.since - self.eval_begun, None
-        self._show("training", quietly=True)
+        self._show("training", in_log=False)
 
     def batches(self, loader: Loader) -> Iterator[Batch]:
         """Yield the batches of an evaluation, and show how many there were."""
         for number, batch in enumerate(loader, 1):
             yield batch
             self._show("evaluating", f"batch {number}/{loader.steps}")
-        if self.bar is not None:  # a log file has the line of the evaluation
-            self._show("scoring")
+        self._show("scoring", in_log=False)
 
     def exporting(self) -> None:
         """Show that the model is being exported."""
@@ -129,12 +129,14 @@ class Progress:
             self.bar.close()
         self.stream = None
 
-    def _show(self, phase: str, detail: str = "", quietly: bool = False) -> None:
-        """Show the phase if it is a new one, or the last output is old."""
+    def _show(self, phase: str, detail: str = "", in_log: bool = True) -> None:
+        """Show the phase if it is a new one, or the last output is old; `in_log`: also in a log file."""
         if self.stream is None:
             return
         is_new, self.phase, now = phase != self.phase, phase, self.clock()
-        if quietly or not (is_new or now - self.written >= (EVERY if self.bar is None else _REDRAWN)):
+        if self.bar is None and not in_log:
+            return
+        if not is_new and now - self.written < (EVERY if self.bar is None else _REDRAWN):
             return
         self.written = now
         name = f"{phase} {detail}".strip()
@@ -156,6 +158,14 @@ class Progress:
         return f"ETA {duration(self.seconds_left())}{more}"
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a bar can be drawn. Some terminals of containers have no columns."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:  # something else that stands for a terminal
+        return True
+
+
 def duration(seconds: float) -> str:
     """Return a duration as `1:02:03`, or `2 days, 1:02:03`."""
     return str(timedelta(seconds=round(seconds)))
@@ -167,7 +177,7 @@ def shown_batches(loader: Loader) -> Iterator[Batch]:
     if not comm.is_main():
         yield from loader
         return
-    if stream.isatty():
+    if is_terminal(stream):
         yield from tqdm(loader, "evaluating", loader.steps, unit="batch", dynamic_ncols=True)
         return
     begun = written = time.perf_counter()

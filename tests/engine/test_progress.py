@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
+import pty
+import struct
+import termios
 from collections.abc import Iterator
 
 import pytest
 
 from giantdet.engine import progress as module
-from giantdet.engine.progress import EVERY, Progress, duration, shown_batches
+from giantdet.engine.progress import EVERY, Progress, duration, is_terminal, shown_batches
 from giantdet.engine.train import is_due
 
 
@@ -123,13 +127,27 @@ def test_a_terminal_has_one_bar_with_the_phase() -> None:
     progress.show("loss 1.5")
     with progress.evaluating():
         seen = list(progress.batches(Batches([7, 8])))  # type: ignore[arg-type]
+    after = len(stream.getvalue())
+    clock.wait(5)
+    progress.bar.refresh()  # type: ignore[union-attr]
     progress.close()
     shown = stream.getvalue()
     assert seen == [7, 8]
+    assert "training:  75%|" in shown[after:] and "evaluat" not in shown[after:]
     assert "training:  75%|" in shown and "| 3/4, loss 1.5, ETA 0:00:05 + 1 evaluation" in shown
     assert shown.index("training:") < shown.index("evaluating:") < shown.index("scoring:")
     assert shown.count("\n") == 1, "the bar stays in its line"
     assert "done" not in shown, "the run was stopped"
+
+
+def test_a_terminal_without_columns_gets_lines() -> None:
+    """As some containers have one: a bar would have no room."""
+    _, terminal = pty.openpty()
+    with open(terminal, "w") as stream:
+        assert stream.isatty() and not is_terminal(stream)
+        size = struct.pack("HHHH", 24, 80, 0, 0)
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+        assert is_terminal(stream)
 
 
 def test_nothing_is_written_without_a_stream(capsys: pytest.CaptureFixture[str]) -> None:
