@@ -6,6 +6,7 @@ of images that the run has trained on, for pictures too.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from PIL import Image
 
 from giantdet.architectures import Architecture
 from giantdet.config.classes import Classes
+from giantdet.config.resolve import describe
 from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import Dataset
 from giantdet.data.records import logger
@@ -37,6 +39,8 @@ _SIDE = 1024  # pixels of the longer side, at most
 
 Show = Callable[[Any, str, Image.Image, int], None]
 """From a monitor of DeepSpeed, a name, a picture and its x."""
+Configure = Callable[[Any, dict[str, Any]], None]
+"""From a monitor of DeepSpeed and the resolved JSON."""
 
 
 def _to_tensorboard(monitor: Any, name: str, picture: Image.Image, x: int) -> None:
@@ -54,6 +58,21 @@ def _to_comet(monitor: Any, name: str, picture: Image.Image, x: int) -> None:
     monitor.experiment.log_image(picture, name=name, step=x)
 
 
+def _tensorboard_config(monitor: Any, config: dict[str, Any]) -> None:
+    lines = json.dumps(config, indent=2).splitlines()
+    monitor.summary_writer.add_text("giantdet/config", "\n".join(f"    {line}" for line in lines))  # Markdown
+
+
+def _wandb_config(monitor: Any, config: dict[str, Any]) -> None:
+    import wandb
+
+    wandb.config.update(config, allow_val_change=True)  # a W&B run that is continued has them already
+
+
+def _comet_config(monitor: Any, config: dict[str, Any]) -> None:
+    monitor.experiment.log_parameters(config)
+
+
 class Tracker(NamedTuple):
     """A monitor of DeepSpeed."""
 
@@ -63,14 +82,16 @@ class Tracker(NamedTuple):
     """The package that it needs."""
     show: Show | None = None
     """How it takes a picture; None: it shows none."""
+    configure: Configure | None = None
+    """How it takes the settings of the run."""
     folder: str | None = None
     """The environment variable with the folder of its files; None: DeepSpeed's JSON names it."""
 
 
 TRACKERS = {
-    "tensorboard": Tracker("tb_monitor", "tensorboard", _to_tensorboard),
-    "wandb": Tracker("wandb_monitor", "wandb", _to_wandb, "WANDB_DIR"),
-    "comet": Tracker("comet_monitor", "comet_ml", _to_comet, "COMET_OFFLINE_DIRECTORY"),
+    "tensorboard": Tracker("tb_monitor", "tensorboard", _to_tensorboard, _tensorboard_config),
+    "wandb": Tracker("wandb_monitor", "wandb", _to_wandb, _wandb_config, "WANDB_DIR"),
+    "comet": Tracker("comet_monitor", "comet_ml", _to_comet, _comet_config, "COMET_OFFLINE_DIRECTORY"),
     "csv_monitor": Tracker("csv_monitor"),
 }
 """By the name of their block in the JSON."""
@@ -89,6 +110,16 @@ def prepare_trackers(run: ResolvedRun) -> None:
             )
         if tracker.folder is not None:
             os.environ.setdefault(tracker.folder, run.giantdet.train.output)
+
+
+def write_config(run: ResolvedRun, monitor: Any) -> None:
+    """Give the trackers the resolved JSON, without Comet's block, which may have a key. Main rank only."""
+    config = json.loads(describe(run))
+    config.pop("comet", None)
+    for name in run.monitors:
+        tracker = TRACKERS[name]
+        if tracker.configure is not None:
+            tracker.configure(getattr(monitor, tracker.attribute), config)
 
 
 class ValidationPictures:

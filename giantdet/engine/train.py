@@ -34,7 +34,7 @@ from giantdet.engine.evaluate import check_windows, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
 from giantdet.engine.metrics import Metrics
-from giantdet.engine.trackers import prepare_trackers, validation_pictures
+from giantdet.engine.trackers import prepare_trackers, validation_pictures, write_config
 from giantdet.engine.training import Training
 from giantdet.engine.tta import check_tta
 from giantdet.errors import StoppedError
@@ -125,6 +125,7 @@ def _build(
     if comm.is_main():
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")
+        write_config(run, engine.monitor)
         write_summary(dataset, validation, config.data, output / "data.json")
         if first_step:
             print(resume_line(first_step, config.train.steps, checkpoints.folder), flush=True)

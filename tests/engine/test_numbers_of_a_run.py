@@ -122,6 +122,8 @@ def test_tensorboard_has_losses_scores_and_pictures_in_the_runs_folder(run: Path
     tags = found.Tags()
     assert "giantdet/box/APl" not in tags["scalars"], "no object is large: COCO's -1 is no AP"
     assert tags["images"] == PICTURES
+    (text,) = found.Tensors("giantdet/config/text_summary")
+    assert '"warmup_num_steps": 2' in text.tensor_proto.string_val[0].decode()
     for name in PICTURES:
         events = found.Images(name)
         assert [event.step for event in events] == EVALUATED
@@ -131,8 +133,10 @@ def test_tensorboard_has_losses_scores_and_pictures_in_the_runs_folder(run: Path
 def test_wandb_offline_has_them_too(run: Path) -> None:
     """W&B drops, with a warning, what has a smaller step than its last row."""
     (file,) = (run / "out/wandb").glob("offline-run-*/run-*.wandb")
-    rows = {}
+    rows, settings = {}, {}
     for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "config":
+            settings |= {item.key: json.loads(item.value_json) for item in record.config.update}
         if record.WhichOneof("record_type") == "history":
             row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             rows[record.history.step.num] = row
@@ -147,6 +151,8 @@ def test_wandb_offline_has_them_too(run: Path) -> None:
         assert ("giantdet/box/AP" in row) == (x in EVALUATED)
         for name in PICTURES:
             assert (f"{name}/path" in row) == (x in EVALUATED)
+    assert settings["scheduler"]["params"]["warmup_num_steps"] == 2
+    assert settings["giantdet"]["train"]["steps"] == STEPS
     picture = file.parent / "files" / json.loads(rows[EVALUATED[-1]][f"{PICTURES[0]}/path"])
     assert Image.open(picture).size == (512, 512)
     assert "Tried to log to step" not in (run / "err.txt").read_text()

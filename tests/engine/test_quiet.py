@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from giantdet import cli
 from giantdet.config.load import parse_run
 from giantdet.config.resolve import resolve
 from giantdet.engine.quiet import quieten
-from giantdet.engine.trackers import TRACKERS, prepare_trackers
+from giantdet.engine.trackers import TRACKERS, prepare_trackers, write_config
 from giantdet.errors import ConfigError
 
 DEPRECATED = "`torch.distributed.all_gather_into_tensor` is deprecated."
@@ -127,18 +128,23 @@ def test_trackers_write_to_the_runs_folder_unless_told_otherwise(
     assert given["csv_monitor"] == {"enabled": True, "output_path": "mine", "job_name": "job"}
 
 
-def test_comet_gets_a_picture_at_its_x() -> None:
-    """The call as comet_ml 3.58 declares it; an OfflineExperiment keeps such a picture as an upload."""
-    seen: list[tuple[Any, ...]] = []
+def test_comet_gets_pictures_at_their_x_and_settings_without_its_key(tmp_path: Path) -> None:
+    """The calls as comet_ml 3.58 declares them, with which an OfflineExperiment was tried."""
+    seen: list[Any] = []
 
     class Experiment:
         def log_image(self, image_data: Any, name: str | None = None, step: int | None = None) -> None:
             seen.append((image_data, name, step))
 
-    class Monitor:
-        experiment = Experiment()
+        def log_parameters(self, parameters: dict[str, Any]) -> None:
+            seen.append(parameters)
 
+    monitor = SimpleNamespace(experiment=Experiment())
     show = TRACKERS["comet"].show
     assert show is not None
-    show(Monitor(), "giantdet/val/1_cat", "picture", 32)  # type: ignore[arg-type]
-    assert seen == [("picture", "giantdet/val/1_cat", 32)]
+    show(monitor, "giantdet/val/1_cat", "picture", 32)  # type: ignore[arg-type]
+    comet = {"enabled": True, "api_key": "secret"}
+    run = resolve(parse_run(tiny_run(tmp_path, tmp_path, comet=comet)), 1, 10)
+    write_config(run, SimpleNamespace(comet_monitor=monitor))
+    assert seen[0] == ("picture", "giantdet/val/1_cat", 32)
+    assert seen[1]["optimizer"]["type"] == "AdamW" and "secret" not in str(seen[1])
