@@ -35,6 +35,7 @@ from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
 from giantdet.engine import faster, zero
 from giantdet.engine.announce import announce, write_summary
+from giantdet.engine.environment import record_start
 from giantdet.engine.evaluate import Evaluation, check_windows, evaluate, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
@@ -202,6 +203,7 @@ def _build(
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")
         write_summary(dataset, validation, config.data, output / "data.json")
+        record_start(run, device, first_step, output / "environment.json")
         if first_step:
             print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
     comm.barrier()

@@ -1,0 +1,138 @@
+"""Photographs with objects or maps drawn on them, as JPEG of the size that a page needs."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from giantdet.config.classes import Classes
+from giantdet.data.samples import Sample
+from giantdet.engine.draw import draw
+from giantdet.engine.found import Found
+from giantdet.evaluation.rle import Rle
+
+_SIDE = 640  # pixels of the longer side
+_QUALITY = 82
+_GAP = 8  # pixels between two pictures
+
+Color = tuple[int, int, int]
+
+
+class Photo(NamedTuple):
+    """A picture for the page."""
+
+    jpeg: bytes
+    size: tuple[int, int]  # width, height
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Photo:
+        """Return a picture."""
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "JPEG", quality=_QUALITY, optimize=True)
+        return cls(file.getvalue(), image.size)
+
+
+def drawn(image: NDArray[np.uint8], found: Found) -> Image.Image:
+    """Return the image with what was found on it, no larger than a page needs."""
+    picture = draw(image, found)
+    scale = _SIDE / max(picture.size)
+    if scale >= 1:
+        return picture
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Return two pictures beside each other, or below each other if they are wide."""
+    wide = left.width > 1.6 * left.height
+    size = (
+        max(left.width, right.width) if wide else left.width + _GAP + right.width,
+        left.height + _GAP + right.height if wide else max(left.height, right.height),
+    )
+    both = Image.new("RGB", size, (127, 127, 127))
+    both.paste(left, (0, 0))
+    both.paste(right, (0, left.height + _GAP) if wide else (left.width + _GAP, 0))
+    return both
+
+
+def objects_found(
+    boxes_N4: NDArray[np.float64],
+    labels_N: NDArray[np.int64],
+    scores_N: NDArray[np.float64],
+    rles: list[Rle] | None,
+    classes: Classes,
+    size_hw: tuple[int, int],
+) -> Found:
+    """Return objects for `draw`; boxes are left, top, width, height in pixels of the image."""
+    boxes = np.concatenate([boxes_N4[:, :2], boxes_N4[:, :2] + boxes_N4[:, 2:]], 1)
+    categories = [classes.objects[k] for k in labels_N.tolist()]
+    return Found(
+        torch.from_numpy(boxes).float(),
+        torch.from_numpy(scores_N).float(),
+        torch.from_numpy(labels_N),
+        [name for _, name in categories],
+        [number for number, _ in categories],
+        rles,
+        classes=classes,
+        size_hw=size_hw,
+    )
+
+
+def map_found(map_HW: NDArray[np.uint8], classes: Classes) -> Found:
+    """Return a semantic map for `draw`."""
+    none = torch.zeros(0)
+    return Found(
+        none.view(0, 4),
+        none,
+        none.long(),
+        [],
+        [],
+        semantic_HW=torch.from_numpy(map_HW.astype(np.int64)),
+        classes=classes,
+    )
+
+
+def sample_found(sample: Sample, classes: Classes) -> Found:
+    """Return the targets of a training sample for `draw`: its objects, or the semantic map without any.
+
+    Boxes and masks are those of the augmented image; a mask is its bitmap in its frame.
+    """
+    height, width = sample.image_hw3.shape[:2]
+    if not len(sample.labels_N) and sample.semantic_HW.size:
+        return map_found(sample.semantic_HW[:height, :width], classes)
+    boxes_N4 = sample.boxes_N4.astype(np.float64)
+    boxes_N4[:, 2:] -= boxes_N4[:, :2]
+    rles = None
+    if sample.masks_NSS.shape[-1]:
+        pairs = zip(sample.masks_NSS, sample.frames_N4, strict=True)
+        rles = [_mask(bitmap_SS, frame_4, (height, width)) for bitmap_SS, frame_4 in pairs]
+    return objects_found(
+        boxes_N4,
+        sample.labels_N.astype(np.int64),
+        np.ones(len(boxes_N4)),
+        rles,
+        classes,
+        (height, width),
+    )
+
+
+def _mask(bitmap_SS: NDArray[np.uint8], frame_4: NDArray[np.float32], size_hw: tuple[int, int]) -> Rle:
+    """Return the mask of a bitmap, at least half covered, that tiles its frame of the image."""
+    height, width = size_hw
+    side = len(bitmap_SS)
+    x0, y0, x1, y1 = (float(value) for value in frame_4)
+    mask_HW = np.zeros(size_hw, np.uint8)
+    if x1 > x0 and y1 > y0:
+        column_W = np.floor((np.arange(width) + 0.5 - x0) / (x1 - x0) * side).astype(int)
+        row_H = np.floor((np.arange(height) + 0.5 - y0) / (y1 - y0) * side).astype(int)
+        inside_W, inside_H = (column_W >= 0) & (column_W < side), (row_H >= 0) & (row_H < side)
+        part = bitmap_SS[np.ix_(row_H[inside_H], column_W[inside_W])] >= 128
+        mask_HW[np.ix_(inside_H, inside_W)] = part
+    rle: Rle = mask_util.encode(np.asfortranarray(mask_HW))
+    return rle | {"counts": rle["counts"].decode("ascii")}
