@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
     from giantdet.distributed import comm
     from giantdet.engine.faults import listen
     from giantdet.engine.train import train
+    from giantdet.report.build import report_of_finished
     from giantdet.tools.plots import plot_run
     from giantdet.tools.profile import Profile
 
@@ -59,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
         profile.close()
     if comm.is_main():
         plot_run(output / "metrics.jsonl", output)
+        if run.giantdet.train.report:
+            report_of_finished(output)
 
 
 def print_config(run: Any) -> None:

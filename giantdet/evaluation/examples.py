@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Example(NamedTuple):
 
 
 class Examples:
-    """Keeps the maps of the images with the highest and the lowest score, and of the first by a hash of the id.
+    """Keeps the maps of the images of the highest and lowest score, and of the first by a hash of the id.
 
     The hash depends on the id alone, so that all evaluations of a data set keep the same random images.
     """
@@ -35,7 +36,7 @@ class Examples:
         self.kept: dict[str, list[Example]] = {kind: [] for kind in _ORDERS}
 
     def add(self, image_id: int, score: float, map_HW: Tensor) -> None:
-        """Offer the map, int64 `[H, W]` with classes below 256, of an image; a score of NaN is not offered."""
+        """Offer the map, int64 `[H, W]` with classes below 256, of an image; NaN is no score."""
         if score != score:
             return
         example = Example(image_id, score, b"")
@@ -65,7 +66,7 @@ class Examples:
         return records
 
 
-_ORDERS = {
+_ORDERS: dict[str, Callable[[Example], Any]] = {
     "best": lambda example: (-example.score, example.image_id),
     "worst": lambda example: (example.score, example.image_id),
     "random": lambda example: random_order(example.image_id),

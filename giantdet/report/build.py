@@ -20,24 +20,24 @@ from giantdet.report.run import Missing, Run
 
 logger = logging.getLogger("giantdet")
 
-SECTIONS: tuple[tuple[str, str, Callable[[Run], Html]], ...] = (
-    ("training", "Losses and learning rate", section_training.training),
-    ("progress", "Scores over time", section_scores.progress),
-    ("scores", "Scores", section_scores.scores),
-    ("classes", "Scores by class and size", section_scores.classes),
-    ("recall", "Precision and recall", section_scores.recalls),
-    ("confusion", "Confusion matrix", section_detections.confusions),
-    ("pixels", "Confusion of pixels", section_maps.pixels),
-    ("calibration", "Calibration of the scores", section_detections.calibration),
-    ("validation", "Predictions beside the annotations", section_images.validation),
-    ("batches", "Training images as the model sees them", section_images.batches),
-    ("data", "Data", section_setup.data),
-    ("agvm", "AGVM", section_training.agvm),
-    ("speed", "Speed, memory and what was left out", section_training.speed),
-    ("settings", "Settings", section_setup.settings),
-    ("versions", "Versions and machines", section_setup.versions),
+SECTIONS: tuple[tuple[str, str, str, Callable[[Run], Html]], ...] = (
+    ("training", "Losses", "Losses and learning rate", section_training.training),
+    ("progress", "Over time", "Scores over time", section_scores.progress),
+    ("scores", "Scores", "Scores", section_scores.scores),
+    ("classes", "By class", "Scores by class and size", section_scores.classes),
+    ("recall", "Recall", "Precision and recall", section_scores.recalls),
+    ("confusion", "Confusion", "Confusion matrix", section_detections.confusions),
+    ("pixels", "Pixels", "Confusion of pixels", section_maps.pixels),
+    ("calibration", "Calibration", "Calibration of the scores", section_detections.calibration),
+    ("validation", "Predictions", "Predictions beside the annotations", section_images.validation),
+    ("batches", "Training images", "Training images as the model sees them", section_images.batches),
+    ("data", "Data", "Data", section_setup.data),
+    ("agvm", "AGVM", "AGVM", section_training.agvm),
+    ("speed", "Speed", "Speed, memory and what was left out", section_training.speed),
+    ("settings", "Settings", "Settings", section_setup.settings),
+    ("versions", "Versions", "Versions and machines", section_setup.versions),
 )
-"""Anchor, title and content of each section, in the order of the page."""
+"""Anchor, short title, title and content of each section, in the order of the page."""
 
 
 def write_report(folder: Path) -> Path:
@@ -49,9 +49,9 @@ def write_report(folder: Path) -> Path:
     run = Run(folder)
     run.pictures.mkdir(exist_ok=True)
     sections, left_out = [], []
-    for name, title, make in SECTIONS:
+    for name, link, title, make in SECTIONS:
         try:
-            sections.append(Section(name, title, make(run)))
+            sections.append(Section(name, title, link, make(run)))
         except Missing as reason:
             left_out.append((title, str(reason)))
         except Exception as error:

@@ -40,7 +40,7 @@ class Precision(NamedTuple):
     def curve(self, iou: float, k: int | None = None) -> NDArray[np.float64] | None:
         """Return the precision at each recall of a class, or the mean over classes; None without objects."""
         precision_RK = self._at(iou)[0, :, :, 0]
-        present_K = (precision_RK > -1).all(0)
+        present_K: NDArray[np.bool_] = np.all(precision_RK > -1, axis=0)
         if k is not None:
             return precision_RK[:, k] if present_K[k] else None
         mean_R: NDArray[np.float64] = precision_RK[:, present_K].mean(1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ class Chart:
         file: the PNG file that is written, in a folder that exists.
         rows: axes below each other with one x axis.
         size: width and height in inches.
+        heights: of the axes, relative to each other.
     """
 
     svg = ""
 
-    def __init__(self, file: Path, rows: int = 1, size: tuple[float, float] = _SIZE) -> None:
-        self.file, self.rows, self.size = file, rows, size
+    def __init__(
+        self,
+        file: Path,
+        rows: int = 1,
+        size: tuple[float, float] = _SIZE,
+        heights: Sequence[float] | None = None,
+    ) -> None:
+        self.file, self.rows, self.size, self.heights = file, rows, size, heights
 
     def __enter__(self) -> Chart:
         import matplotlib
@@ -53,10 +61,17 @@ class Chart:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        self._pyplot, self._style = pyplot, matplotlib.rc_context(_RC | {"svg.hashsalt": self.file.stem})
+        style: Any = _RC | {"svg.hashsalt": self.file.stem}  # one hash for one chart: pages can be compared
+        self._pyplot, self._style = pyplot, matplotlib.rc_context(style)
         self._style.__enter__()
         self.figure, axes = pyplot.subplots(
-            self.rows, 1, sharex=True, figsize=self.size, squeeze=False, layout="constrained"
+            self.rows,
+            1,
+            sharex=True,
+            figsize=self.size,
+            squeeze=False,
+            layout="constrained",
+            height_ratios=self.heights,
         )
         self.axes = list(axes[:, 0])
         self.axis = self.axes[0]
@@ -65,9 +80,12 @@ class Chart:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self.figure.savefig(self.file, dpi=110, facecolor="white")
-                text = io.StringIO()
-                self.figure.savefig(text, format="svg", transparent=True, metadata=_NO_METADATA)
+                with warnings.catch_warnings():
+                    # Of names in scripts that matplotlib's font lacks; the page uses the reader's fonts.
+                    warnings.filterwarnings("ignore", message="Glyph ")
+                    self.figure.savefig(self.file, dpi=110, facecolor="white")
+                    text = io.StringIO()
+                    self.figure.savefig(text, format="svg", transparent=True, metadata=_NO_METADATA)
                 self.svg = _inline(text.getvalue())
         finally:
             self._pyplot.close(self.figure)
@@ -101,11 +119,11 @@ def over_steps(
             axis.plot(steps, values, label=name, linewidth=width, marker="o" if few else None, markersize=4)
         finite = [v for _, values in curves.values() for v in values if math.isfinite(v)]
         if log and finite and min(finite) > 0:
-            axis.set_yscale("log")
+            _log(axis)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(label)
         if len(curves) > 1:
-            axis.legend(ncols=1 if len(curves) < 6 else 2)
+            chart.figure.legend(loc="outside lower center", ncols=3)
         if epoch_steps is not None:
             per = epoch_steps
             above = axis.secondary_xaxis("top", functions=(lambda s: s / per, lambda e: e * per))
@@ -162,7 +180,7 @@ def reliability_diagram(
     counts_Q: NDArray[np.int64],
 ) -> str:
     """Draw the precision of each bin of scores, and below how many detections it holds."""
-    with Chart(file, rows=2, size=(_SIZE[0], 3.6)) as chart:
+    with Chart(file, rows=2, size=(_SIZE[0], 3.4), heights=(4, 1)) as chart:
         upper, lower = chart.axes
         bins = len(counts_Q)
         centre_Q = (np.arange(bins) + 0.5) / bins
@@ -174,17 +192,16 @@ def reliability_diagram(
         upper.legend(loc="upper left")
         lower.bar(centre_Q, counts_Q, 0.9 / bins, color=COLORS[7])
         if counts_Q.max(initial=0) > 0:
-            lower.set_yscale("symlog")
+            _log(lower, bottom=0.8)
         lower.set_xlabel("score")
-        lower.set_ylabel("detections")
-        lower.set_box_aspect(0.18)
+        lower.set_ylabel("number")
     return chart.svg
 
 
 def matrix(
     file: Path, shares_KK: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], texts: bool
 ) -> str:
-    """Draw shares in [0, 1] as a matrix of true (rows) and predicted classes; with `texts`, as numbers too."""
+    """Draw shares in [0, 1] as a matrix of true (rows) and predicted classes; `texts`: as numbers too."""
     side = 0.34 if texts else 0.16
     labels = 0.075 * max(len(shortened(name)) for name in (*rows, *columns))
     size = (max(3.2, side * len(columns) + labels + 0.5), max(2.6, side * len(rows) + labels + 0.4))
@@ -210,7 +227,6 @@ def matrix(
 def panels(
     file: Path,
     groups: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
-    log: Callable[[str], bool] = lambda _: False,
 ) -> str:
     """Draw groups of curves below each other over the same steps, with one legend."""
     with Chart(file, rows=len(groups), size=(_SIZE[0] * 1.3, 1.7 * len(groups) + 0.5)) as chart:
@@ -218,8 +234,6 @@ def panels(
             for name, (steps, values) in curves.items():
                 axis.plot(steps, values, label=name, linewidth=1.2)
             axis.set_ylabel(label)
-            if log(label):
-                axis.set_yscale("log")
         handles, names = chart.axes[0].get_legend_handles_labels()
         if handles:
             chart.figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
@@ -228,8 +242,22 @@ def panels(
 
 
 def shortened(name: str, length: int = 22) -> str:
-    """Return a name that fits beside an axis."""
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """Return a name that fits beside an axis; matplotlib leaves names that begin with _ out of legends."""
+    cut = name if len(name) <= length else name[: length - 1] + "…"
+    return f"\u200b{cut}" if cut.startswith("_") else cut
+
+
+def _log(axis: Any, bottom: float | None = None) -> None:
+    """Make the y axis logarithmic, with numbers as they are written: matplotlib's are formulas."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    if bottom is not None:
+        axis.set_ylim(bottom=bottom)
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _unit(axis: Any, x: str, y: str) -> None:

@@ -135,6 +135,6 @@ def confusion(image: ImageBoxes, classes: int, iou: float = IOU) -> Ints:
             free_N[n] = free_G[g] = False
             counts_KK[image.labels_G[g], image.labels_N[n]] += 1
     covered_N = ((iou_NG >= iou) & same_NG & image.ignored_G).any(1)
-    np.add.at(counts_KK, (image.labels_G[free_G], classes), 1)
-    np.add.at(counts_KK, (classes, image.labels_N[free_N & ~covered_N]), 1)
+    counts_KK[:classes, classes] = np.bincount(image.labels_G[free_G], minlength=classes)
+    counts_KK[classes, :classes] = np.bincount(image.labels_N[free_N & ~covered_N], minlength=classes)
     return counts_KK

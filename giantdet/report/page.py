@@ -20,6 +20,8 @@ class Section(NamedTuple):
 
     name: str
     title: str
+    link: str
+    """A short title, for the navigation."""
     content: Html
 
 
@@ -67,23 +69,25 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], words: int =
     )
 
 
-def chart(svg: str, title: str, note: object = "", wide: bool = False) -> Html:
-    """Return a drawing of `figures.py` with its title, and what to look for in it."""
+def chart(svg: str, title: str, note: object = "", scrolls: bool = False, wide: bool = False) -> Html:
+    """Return a drawing of `figures.py` with its title, and what to look for in it.
+
+    One that scrolls keeps its size on a narrow screen; a wide one has no chart beside it.
+    """
     caption = tag("figcaption", tag("b", title), Html(" ") if note else "", note)
-    drawing = tag("div", Html(svg), class_="scroll" if wide else "drawing")
+    drawing = tag("div", Html(svg), class_="scroll" if scrolls else "drawing")
     return tag("figure", caption, drawing, class_="chart wide" if wide else "chart")
 
 
-def photo(jpeg: bytes, caption: object, size: tuple[int, int]) -> Html:
-    """Return a picture, which is part of the page; `size` is its width and height in pixels."""
-    source = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-    image = f'<img src="{source}" alt="{html.escape(html.unescape(str(caption)))}" loading="lazy"'
-    return tag(
-        "figure",
-        Html(f'{image} width="{size[0]}" height="{size[1]}">'),
-        tag("figcaption", caption),
-        class_="photo",
-    )
+def photos(photos: Sequence[tuple[bytes, tuple[int, int]]], caption: str) -> Html:
+    """Return JPEG files beside each other with a caption; with each, its width and height in pixels."""
+    images = []
+    for jpeg, (width, height) in photos:
+        source = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+        alt = html.escape(caption)
+        images.append(f'<img src="{source}" alt="{alt}" loading="lazy" width="{width}" height="{height}">')
+    row = tag("div", Html("".join(images)), class_="pair" if len(images) > 1 else None)
+    return tag("figure", row, tag("figcaption", caption), class_="photo")
 
 
 def grid(parts: Iterable[Html], kind: str = "charts") -> Html:
@@ -103,7 +107,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def page(title: str, head: Html, sections: Sequence[Section], left_out: Sequence[tuple[str, str]]) -> str:
     """Return the whole page; `left_out` are titles of sections that do not apply, and why."""
-    links = [tag("a", section.title, href=f"#{section.name}") for section in sections]
+    links = [tag("a", section.link, href=f"#{section.name}") for section in sections]
     parts = [
         tag("section", tag("h2", section.title), section.content, id=section.name) for section in sections
     ]

@@ -17,9 +17,8 @@ from giantdet.engine.draw import draw
 from giantdet.engine.found import Found
 from giantdet.evaluation.rle import Rle
 
-_SIDE = 640  # pixels of the longer side
-_QUALITY = 82
-_GAP = 8  # pixels between two pictures
+_SIDE = 600  # pixels of the longer side
+_QUALITY = 80
 
 Color = tuple[int, int, int]
 
@@ -46,19 +45,6 @@ def drawn(image: NDArray[np.uint8], found: Found) -> Image.Image:
         return picture
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Return two pictures beside each other, or below each other if they are wide."""
-    wide = left.width > 1.6 * left.height
-    size = (
-        max(left.width, right.width) if wide else left.width + _GAP + right.width,
-        left.height + _GAP + right.height if wide else max(left.height, right.height),
-    )
-    both = Image.new("RGB", size, (127, 127, 127))
-    both.paste(left, (0, 0))
-    both.paste(right, (0, left.height + _GAP) if wide else (left.width + _GAP, 0))
-    return both
 
 
 def objects_found(

@@ -1,4 +1,4 @@
-"""The folder of a run, as the sections of its report read it. What is costly is read once, when it is needed."""
+"""The folder of a run, as the sections of its report read it; what is costly is read once, when needed."""
 
 from __future__ import annotations
 

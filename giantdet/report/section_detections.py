@@ -25,9 +25,10 @@ def confusions(run: Run) -> Html:
     for image in found.images:
         counts_KK += confusion(image.above(threshold), len(names))
     rule = paragraph(
-        f"Detections with a score of at least {threshold:.2f}, the threshold of the best F1. A detection and an "
-        f"object are a pair from an IoU of {IOU} of their boxes, of whatever classes. The row “{BACKGROUND}” "
-        f"has detections where no object is, the column “{BACKGROUND}” objects that were not found."
+        f"Detections with a score of at least {threshold:.2f}, the threshold of the best F1. A detection and "
+        f"an object are a pair from an IoU of {IOU} of their boxes, of whatever classes. The row "
+        f"“{BACKGROUND}” has detections where no object is, the column “{BACKGROUND}” objects that were not "
+        "found."
     )
     return joined([rule, matrix_of(run, "confusion.png", counts_KK, [*names, BACKGROUND], "objects")])
 
@@ -60,12 +61,11 @@ def matrix_of(run: Run, file: str, counts_KX: np.ndarray, names: list[str], unit
         for r, c in pairs
         if other_KX[r, c]
     ]
-    return joined(
-        [
-            chart(svg, "Per cent of each row.", f"The diagonal is right.{note}", wide=True),
-            table(["True", "Predicted", unit, "of the row"], listed, words=2) if listed else Html(),
-        ]
-    )
+    few = len(chosen) <= 12
+    note = f"The diagonal is right.{note}"
+    picture = chart(svg, "Per cent of each row.", note, scrolls=True, wide=not few)
+    errors = table(["True", "Predicted", unit, "of the row"], listed, words=2) if listed else Html()
+    return grid([picture, errors])
 
 
 def calibration(run: Run) -> Html:

@@ -17,8 +17,9 @@ from giantdet.errors import DataError
 from giantdet.evaluation.examples import EACH, random_order
 from giantdet.evaluation.panoptic import match_segments
 from giantdet.report.matching import IOU, ImageBoxes, Judged
-from giantdet.report.page import Html, grid, joined, paragraph, photo
-from giantdet.report.photos import Photo, beside, drawn, map_found, objects_found, sample_found
+from giantdet.report.page import Html, grid, joined, paragraph, photos
+from giantdet.report.page import number as score_text
+from giantdet.report.photos import Photo, drawn, map_found, objects_found, sample_found
 from giantdet.report.run import RESULTS, Missing, Run
 
 _BATCH = 6
@@ -26,6 +27,7 @@ _BATCH = 6
 _SCORED_MAPS = 200
 """Panoptic maps that are compared to find the best and the worst."""
 KINDS = ("best", "worst", "random")
+LEFT = "Left (on a phone above) the annotations, right the predictions. "
 
 
 class Compared(NamedTuple):
@@ -57,12 +59,13 @@ def validation(run: Run) -> Html:
         except DataError as error:
             parts.append(paragraph(f"{name}: {error}"))
             continue
-        picture = Photo.of(beside(drawn(image, one.truth), drawn(image, one.found)))
-        (folder / f"{number:02d}_{one.kind}.jpg").write_bytes(picture.jpeg)
-        parts.append(photo(picture.jpeg, f"{one.kind}, {one.score:.2f} · {name}", picture.size))
+        pair = [Photo.of(drawn(image, part)) for part in (one.truth, one.found)]
+        for photo, what in zip(pair, ("annotated", "predicted"), strict=True):
+            (folder / f"{number:02d}_{one.kind}_{what}.jpg").write_bytes(photo.jpeg)
+        parts.append(photos(pair, f"{one.kind}, {score_text(one.score, 2)} · {name}"))
     if not parts:
         raise Missing("no validation image has a score")
-    return joined([paragraph(rule), grid(parts, "photos")])
+    return joined([paragraph(rule), grid(parts, "pairs")])
 
 
 def batches(run: Run) -> Html:
@@ -81,19 +84,19 @@ def batches(run: Run) -> Html:
         founds = [sample_found(sample, classes)]
         if len(sample.labels_N) and sample.semantic_HW.size:
             founds.append(map_found(sample.semantic_HW[:height, :width], classes))
-        pictures = [drawn(sample.image_hw3, found) for found in founds]
-        picture = Photo.of(pictures[0] if len(pictures) == 1 else beside(*pictures))
-        (folder / f"{k:02d}.jpg").write_bytes(picture.jpeg)
-        parts.append(
-            photo(picture.jpeg, f"{name} · {width} × {height}, {len(sample.labels_N)} objects", picture.size)
-        )
+        pictures = [Photo.of(drawn(sample.image_hw3, found)) for found in founds]
+        for number, picture in enumerate(pictures):
+            (folder / f"{k:02d}_{number}.jpg").write_bytes(picture.jpeg)
+        objects = f", {len(sample.labels_N)} objects" if "boxes" in stream.targets else ""
+        parts.append(photos(pictures, f"{name} · {width} × {height}{objects}"))
     height, width = config.data.size
     rule = paragraph(
-        f"The first {_BATCH} images of the run as the model sees them: scaled, cropped, flipped and changed in "
-        f"colour as data.augment says, before they are padded to {width} × {height} pixels. Boxes, masks and "
-        "maps are the targets of its losses: they must fit the objects."
+        f"The first {_BATCH} images of the run as the model sees them: scaled, cropped, flipped and changed "
+        f"in colour as data.augment says, before they are padded to {width} × {height} pixels. Boxes, masks "
+        "and maps are the targets of its losses: they must fit the objects."
     )
-    return joined([rule, grid(parts, "photos")])
+    both = {"boxes", "semantic"} <= stream.targets
+    return joined([rule, grid(parts, "pairs" if both else "photos")])
 
 
 def _objects(run: Run) -> tuple[str, Iterator[Compared]]:
@@ -105,9 +108,9 @@ def _objects(run: Run) -> tuple[str, Iterator[Compared]]:
     }
     images = {image.image_id: image for image in detections.images}
     rule = (
-        "Left the annotations, right the predictions. The number is the image's F1 at the threshold "
-        f"{threshold:.2f}, with boxes that overlap by an IoU of {IOU}: twice the right detections, divided by "
-        "detections and objects. Best and worst are those of the highest and the lowest F1; of equal ones, "
+        LEFT + "The number is the image's F1 at the threshold "
+        f"{threshold:.2f}, with boxes that overlap by an IoU of {IOU}: twice the right detections, divided "
+        "by detections and objects. Best and worst are those of the highest and the lowest F1; of equal ones, "
         "those with more objects."
     )
 
@@ -188,7 +191,7 @@ def _semantic(run: Run) -> tuple[str, Iterator[Compared]]:
             yield Compared(record["kind"], image_id, record["score"], *maps)
 
     rule = (
-        "Left the annotations, right the predictions. The number is the mean IoU of the classes that the "
+        LEFT + "The number is the mean IoU of the classes that the "
         "annotations of the image have. Best and worst are those of the highest and the lowest."
     )
     return rule, compared()
@@ -225,8 +228,8 @@ def _panoptic(run: Run) -> tuple[str, Iterator[Compared]]:
             yield Compared(kind, image_id, scores[image_id], *maps)
 
     rule = (
-        "Left the annotations, right the predictions. The number is the image's PQ: its mean over the classes "
-        f"that are in the annotations or were found. Best and worst are those of {len(scores)} images."
+        LEFT + "The number is the image's PQ: its mean over the classes that "
+        f" are in the annotations or were found. Best and worst are those of {len(scores)} images."
     )
     return rule, compared()
 

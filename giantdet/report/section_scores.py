@@ -13,7 +13,16 @@ from giantdet.report.run import Missing, Run
 
 SHOWN_CLASSES = 20
 """Classes in a chart: with more, half of them are the best and half the worst."""
+FEW = 12
+"""Evaluations that are listed without a click."""
 _TITLES = {"box": "Boxes", "mask": "Masks", "semantic": "Semantic maps", "panoptic": "Panoptic maps"}
+_LEGEND = {
+    "box": "AP is the mean over classes and IoUs of 0.50 to 0.95, AP50 that at an IoU of 0.50; s, m and l "
+    "are small, medium and large objects; AR10 is the recall with 10 detections in an image.",
+    "semantic": "mIoU and mACC are means of the classes that occur, pACC is the part of all pixels.",
+    "panoptic": "PQ = SQ · RQ: how well segments fit, and how many are found; th are objects, st is stuff.",
+}
+_LEGEND["mask"] = _LEGEND["box"]
 PRIMARY = {task: name for metric in EVALUATORS for task, name in metric.PRIMARY.items()}
 """The main number of each task."""
 
@@ -22,19 +31,26 @@ def progress(run: Run) -> Html:
     """Return the main number of each task over the evaluations of the run."""
     if not run.evaluated:
         raise Missing("the run was not evaluated (data.val, train.eval_every)")
+    tasks = _tasks(run.evaluated[-1]["scores"])
     curves = {}
-    for task in _tasks(run.evaluated[-1]["scores"]):
+    for task in tasks:
         points = [(line["step"], line["scores"].get(task, {}).get(PRIMARY[task])) for line in run.evaluated]
         points = [(step, value) for step, value in points if value is not None and value >= 0]
         curves[f"{task} {PRIMARY[task]}"] = ([step for step, _ in points], [value for _, value in points])
+    rows = [
+        (line["step"], *(number(line["scores"].get(task, {}).get(PRIMARY[task])) for task in tasks))
+        for line in run.evaluated[::-1]
+    ]
+    evaluations = table(["Step", *curves], rows, 0)
+    if len(rows) == 1:
+        return joined(
+            [evaluations, paragraph("One evaluation; train.eval_every sets how often there is one.")]
+        )
     svg = over_steps(run.pictures / "scores.png", curves, "score", run.epoch_steps, points=True)
-    rows = []
-    for line in run.evaluated[::-1]:
-        values = [line["scores"].get(task, {}).get(PRIMARY[task]) for task in _tasks(line["scores"])]
-        rows.append((line["step"], *map(number, values)))
-    head = ["Step", *(f"{task} {PRIMARY[task]}" for task in _tasks(run.evaluated[-1]["scores"]))]
     note = "Still rising at the end: a longer run may gain. Falling while the loss falls: overfitting."
-    return joined([grid([chart(svg, "By step", note)]), folded("All evaluations", table(head, rows, 0))])
+    few = len(rows) <= FEW
+    charts = [chart(svg, "By step", note), *([evaluations] if few else [])]
+    return joined([grid(charts), Html() if few else folded("All evaluations", evaluations)])
 
 
 def scores(run: Run) -> Html:
@@ -45,12 +61,7 @@ def scores(run: Run) -> Html:
     for task in _tasks(run.scores):
         numbers = {name: v for name, v in run.scores[task].items() if isinstance(v, (int, float))}
         parts.append(table([_TITLES.get(task, task), *numbers], [["", *map(number, numbers.values())]]))
-    return joined(
-        [
-            *parts,
-            paragraph("The names are those of the metric: see the page on evaluation. – : nothing to score."),
-        ]
-    )
+    return joined([*parts, paragraph(_LEGEND[_tasks(run.scores)[-1]], " –: nothing to score.")])
 
 
 def classes(run: Run) -> Html:
@@ -143,7 +154,8 @@ def _curves(run: Run, strict: bool = False) -> dict[str, Precision]:
     try:
         if run.validation.protocol != "coco":
             raise Missing(f"{run.validation.protocol.upper()} has rules of its own")
-        return run.remember("curves", lambda: _computed(run))
+        found: dict[str, Precision] = run.remember("curves", lambda: _computed(run))
+        return found
     except Missing:
         if strict:
             raise

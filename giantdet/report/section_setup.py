@@ -169,8 +169,8 @@ def data(run: Run) -> Html:
             half = SHOWN_CLASSES // 2
             note = f"The {half} most frequent and the {half} rarest of {len(ordered)} classes."
             ordered = ordered[:half] + ordered[-half:]
-        values = {name: [counts["train"].get(name, 0)] for name in ordered}
-        svg = bars(run.pictures / "classes_of_data.png", values, ["train"], "objects")
+        objects = {name: [counts["train"].get(name, 0)] for name in ordered}
+        svg = bars(run.pictures / "classes_of_data.png", objects, ["train"], "objects")
         parts.append(grid([chart(svg, "Training objects by class", note)]))
     return joined(parts)
 

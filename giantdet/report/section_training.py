@@ -55,7 +55,7 @@ def training(run: Run) -> Html:
 
 
 def speed(run: Run) -> Html:
-    """Return throughput, the share of time spent on data, peak memory, and the counters of what went wrong."""
+    """Return throughput, the time spent on data, peak memory, and counts of what was left out."""
     if not run.logged:
         raise Missing("metrics.jsonl has no lines yet")
     parts = []
@@ -100,7 +100,7 @@ def agvm(run: Run) -> Html:
                 "AGVM scales the learning rate of each module so that the variances of the gradients agree. "
                 "Factors that stay at a limit of agvm.clamp say that it cannot."
             ),
-            grid([chart(svg, "By module", wide=False)]),
+            grid([chart(svg, "By module")]),
             table(["Module, at the end", "variance", "factor", "learning rate"], last),
         ]
     )
