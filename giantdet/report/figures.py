@@ -84,6 +84,7 @@ class Chart:
                     # Of names in scripts that matplotlib's font lacks; the page uses the reader's fonts.
                     warnings.filterwarnings("ignore", message="Glyph ")
                     self.figure.savefig(self.file, dpi=110, facecolor="white")
+                    self.figure.set_layout_engine("none")  # the layout is done, and takes time
                     text = io.StringIO()
                     self.figure.savefig(text, format="svg", transparent=True, metadata=_NO_METADATA)
                 self.svg = _inline(text.getvalue())

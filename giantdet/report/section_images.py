@@ -110,8 +110,8 @@ def _objects(run: Run) -> tuple[str, Iterator[Compared]]:
     rule = (
         LEFT + "The number is the image's F1 at the threshold "
         f"{threshold:.2f}, with boxes that overlap by an IoU of {IOU}: twice the right detections, divided "
-        "by detections and objects. Best and worst are those of the highest and the lowest F1; of equal ones, "
-        "those with more objects."
+        "by detections and objects. Best and worst are those of the highest and the lowest F1; of equal "
+        "ones, those with more objects."
     )
 
     def compared() -> Iterator[Compared]:

@@ -133,7 +133,8 @@ def extremes(values: dict[str, list[float | None]], most: int = SHOWN_CLASSES) -
     """
     scored = {name: row for name, row in values.items() if row[-1] is not None and not math.isnan(row[-1])}
     ordered = sorted(scored, key=lambda name: -float(scored[name][-1] or 0))
-    note = "" if len(scored) == len(values) else f"{len(values) - len(scored)} classes have no object. "
+    others = len(values) - len(scored)
+    note = f"{others} more {'class has' if others == 1 else 'classes have'} no score. " if others else ""
     if len(ordered) > most:
         half = most // 2
         note += f"The best {half} and the worst {half} of {len(ordered)} classes."
