@@ -58,10 +58,13 @@ def run(options: argparse.Namespace) -> None:
     train(run, profile.step if profile is not None else lambda: None)
     if profile is not None:
         profile.close()
-    if comm.is_main():
+    is_main = comm.is_main()
+    comm.stop()  # the report takes a while, and no rank has to wait for it
+    if is_main:
         plot_run(output / "metrics.jsonl", output)
         if run.giantdet.train.report:
             report_of_finished(output)
+        print(f"model:  {output / 'export'}\nnext:   giantdet predict {output / 'export'} IMAGES", flush=True)
 
 
 def print_config(run: Any) -> None:

@@ -45,6 +45,16 @@ def announce(run: ResolvedRun, model: Architecture, device: torch.device) -> Non
     )
 
 
+def resumed(first_step: int, steps: int, checkpoints: Path) -> str:
+    """Return a line on where a run continues, or that it is finished already."""
+    if first_step < steps:
+        return f"resuming after step {first_step} from {checkpoints}"
+    return (
+        f"already finished: {checkpoints} has all {steps} steps, so the model is only exported again; to "
+        "train longer give more train.steps, to train again another train.output"
+    )
+
+
 def write_summary(dataset: Dataset, validation: Dataset | None, config: DataConfig, file: Path) -> None:
     """Print what the data sets hold and how they are sampled, and write the former to a JSON file."""
     opened = {"train": dataset} | ({} if validation is None else {"val": validation})

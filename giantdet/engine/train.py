@@ -34,7 +34,7 @@ from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
 from giantdet.engine import faster, zero
-from giantdet.engine.announce import announce, write_summary
+from giantdet.engine.announce import announce, resumed, write_summary
 from giantdet.engine.environment import record_start
 from giantdet.engine.evaluate import Evaluation, check_windows, evaluate, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
@@ -205,7 +205,7 @@ def _build(
         write_summary(dataset, validation, config.data, output / "data.json")
         record_start(run, device, first_step, output / "environment.json")
         if first_step:
-            print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
+            print(resumed(first_step, config.train.steps or 0, checkpoints.folder), flush=True)
     comm.barrier()
     return Training(
         run,
