@@ -203,7 +203,8 @@ def _build(
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")
         write_summary(dataset, validation, config.data, output / "data.json")
-        record_start(run, device, first_step, output / "environment.json")
+        if first_step < (config.train.steps or 0):
+            record_start(run, device, first_step, output / "environment.json")
         if first_step:
             print(resumed(first_step, config.train.steps or 0, checkpoints.folder), flush=True)
     comm.barrier()

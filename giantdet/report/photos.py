@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from giantdet.config.classes import Classes
 from giantdet.data.samples import Sample
 from giantdet.engine.draw import draw
 from giantdet.engine.found import Found
-from giantdet.evaluation.rle import Rle
+from giantdet.evaluation.rle import Rle, decode_mask
 
 _SIDE = 600  # pixels of the longer side
+_DRAWN_SIDE = 1200  # of a larger image when it is drawn on, before it gets its size on the page
+_MASK_PIXELS = 50_000_000
 _QUALITY = 80
 
 Color = tuple[int, int, int]
@@ -39,12 +41,45 @@ class Photo(NamedTuple):
 
 def drawn(image: NDArray[np.uint8], found: Found) -> Image.Image:
     """Return the image with what was found on it, no larger than a page needs."""
-    picture = draw(image, found)
+    picture = draw(*_shrunk(image, found))
     scale = _SIDE / max(picture.size)
     if scale >= 1:
         return picture
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _shrunk(image: NDArray[np.uint8], found: Found) -> tuple[NDArray[np.uint8], Found]:
+    """Return a large image at the size at which it is drawn, with what was found in it.
+
+    Objects of an image above `_MASK_PIXELS` lose their masks: hundreds of large bitmaps take minutes.
+    """
+    height, width = image.shape[:2]
+    scale = _DRAWN_SIDE / max(height, width)
+    if scale >= 1:
+        return image, found
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+
+    def small(map_HW: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(Image.fromarray(map_HW).resize(size, Image.Resampling.NEAREST))
+
+    if found.semantic_HW is not None:
+        found = found._replace(
+            semantic_HW=torch.from_numpy(small(found.semantic_HW.int().numpy()).copy()).long()
+        )
+    if found.panoptic is not None:
+        found = found._replace(panoptic=found.panoptic._replace(ids_HW=small(found.panoptic.ids_HW)))
+    if found.rles_D is not None:
+        few = height * width <= _MASK_PIXELS
+        rles = (
+            [_encoded(small(decode_mask(rle).numpy().astype(np.uint8))) for rle in found.rles_D]
+            if few
+            else None
+        )
+        found = found._replace(rles_D=rles)
+    sides_4 = torch.tensor([size[0] / width, size[1] / height] * 2)
+    found = found._replace(boxes_D4=found.boxes_D4 * sides_4, size_hw=(size[1], size[0]))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)), found
 
 
 def objects_found(
@@ -120,5 +155,9 @@ def _mask(bitmap_SS: NDArray[np.uint8], frame_4: NDArray[np.float32], size_hw: t
         inside_W, inside_H = (column_W >= 0) & (column_W < side), (row_H >= 0) & (row_H < side)
         part = bitmap_SS[np.ix_(row_H[inside_H], column_W[inside_W])] >= 128
         mask_HW[np.ix_(inside_H, inside_W)] = part
+    return _encoded(mask_HW)
+
+
+def _encoded(mask_HW: NDArray[np.uint8]) -> Rle:
     rle: Rle = mask_util.encode(np.asfortranarray(mask_HW))
     return rle | {"counts": rle["counts"].decode("ascii")}

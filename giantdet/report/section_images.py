@@ -16,7 +16,7 @@ from giantdet.engine.found import Found
 from giantdet.errors import DataError
 from giantdet.evaluation.examples import EACH, random_order
 from giantdet.evaluation.panoptic import match_segments
-from giantdet.report.matching import IOU, ImageBoxes, Judged
+from giantdet.report.matching import IOU, ImageBoxes, Judged, image_boxes
 from giantdet.report.page import Html, grid, joined, paragraph, photos
 from giantdet.report.page import number as score_text
 from giantdet.report.photos import Photo, drawn, map_found, objects_found, sample_found
@@ -24,6 +24,7 @@ from giantdet.report.run import RESULTS, Missing, Run
 
 _BATCH = 6
 """Training images that are shown."""
+_THRESHOLD = 0.5
 _SCORED_MAPS = 200
 """Panoptic maps that are compared to find the best and the worst."""
 KINDS = ("best", "worst", "random")
@@ -100,6 +101,8 @@ def batches(run: Run) -> Html:
 
 
 def _objects(run: Run) -> tuple[str, Iterator[Compared]]:
+    if run.validation.protocol != "coco":
+        return _without_scores(run)
     detections = run.detections
     threshold = detections.thresholds.best
     scores = {
@@ -119,6 +122,17 @@ def _objects(run: Run) -> tuple[str, Iterator[Compared]]:
             yield _with_objects(run, kind, scores[image_id], images[image_id].above(threshold))
 
     return rule, compared()
+
+
+def _without_scores(run: Run) -> tuple[str, Iterator[Compared]]:
+    images = {image.image_id: image for image in image_boxes(run.truth, run.results, run.max_detections)}
+    rule = (
+        LEFT + f"Random images, with the detections of a score of at least {_THRESHOLD}. Images of "
+        f"{run.validation.protocol.upper()} are not annotated with all classes, so none is best or worst."
+    )
+    nowhere = dict.fromkeys(images, float("nan"))
+    found = chosen(nowhere, lambda _: 0)
+    return rule, (_with_objects(run, kind, nowhere[i], images[i].above(_THRESHOLD)) for kind, i in found)
 
 
 def f1(image: ImageBoxes, judged: Judged, threshold: float) -> float:

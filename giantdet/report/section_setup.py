@@ -92,7 +92,9 @@ def _machine(run: Run) -> list[tuple[str, str]]:
     if seconds:
         wall = ""
         if run.sessions:
-            end = os.path.getmtime(run.folder / "metrics.jsonl")
+            # Not of other files: a finished run that is started again writes them again.
+            files = [*(run.folder / "checkpoints").glob("*"), run.folder / "metrics.jsonl"]
+            end = max(map(os.path.getmtime, files[:-1] or files))
             started = datetime.fromisoformat(run.sessions[0]["started"])
             passed = (datetime.fromtimestamp(end, UTC) - started).total_seconds()
             wall = f", {duration(passed)} since the first start"

@@ -217,6 +217,32 @@ def test_no_validation_set_and_data_that_is_gone(finished: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("quick")
+def test_lvis_has_no_numbers_of_images(finished: Path, tmp_path: Path) -> None:
+    """Its annotations are not exhaustive: no confusions, and no best and worst images."""
+    run = copied(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    section = config["giantdet"]["data"]["val"]
+    content = json.loads(Path(section["annotations"]).read_text())
+    for category in content["categories"]:
+        category["frequency"] = "f"
+    for image in content["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": [1]}
+    (tmp_path / "lvis.json").write_text(json.dumps(content))
+    section |= {"format": "lvis", "annotations": str(tmp_path / "lvis.json")}
+    (run / "config.json").write_text(json.dumps(config))
+    why = reasons(write_report(run))
+    assert set(why) == {
+        "Precision and recall",
+        "Confusion matrix",
+        "Confusion of pixels",
+        "Calibration of the scores",
+    }
+    assert "LVIS" in why["Confusion matrix"] and "LVIS" in why["Precision and recall"]
+    kinds = {path.name.split("_")[1] for path in (run / "report" / "validation").iterdir()}
+    assert kinds == {"random"}
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_broken_section_does_not_lose_the_page(finished: Path, tmp_path: Path, caplog: Any) -> None:
     run = copied(finished, tmp_path / "run")
     (run / "results.json").write_text('[{"image_id": 1}]')
