@@ -81,7 +81,7 @@ class SemanticEvaluator:
         self.examples.merge()
 
     def scores(self) -> Scores:
-        """mIoU, mACC, pACC and IoU by class; {} where no image has a semantic map."""
+        """Return mIoU, mACC, pACC and IoU by class; {} where no image has a semantic map."""
         if not self.confusion_CX.any():
             return {}
         return {"semantic": semantic_scores(self.confusion_CX, self.names)}
@@ -97,7 +97,7 @@ class SemanticEvaluator:
         folder.with_suffix(".json").write_text(json_text(content))
 
     def table(self, scores: Scores) -> str:
-        """The numbers and IoU by class as text."""
+        """Return the numbers and IoU by class as text."""
         return semantic_table(scores["semantic"]) if "semantic" in scores else ""
 
 
@@ -192,7 +192,7 @@ def confusion(truth_HW: Tensor, found_HW: Tensor, classes: int) -> Tensor:
 
 
 def semantic_scores(confusion_CX: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """mIoU, mACC, pACC and `per_class` IoU by name, in [0, 1].
+    """Return mIoU, mACC, pACC and `per_class` IoU by name, in [0, 1].
 
     As in detectron2's `SemSegEvaluator`, means are over the classes that occur in the truth; the IoU of the
     others is None. mmsegmentation counts a class that is found but nowhere true as 0.
@@ -222,7 +222,7 @@ def _iou(confusion_CX: Tensor) -> Tensor:
 
 
 def semantic_table(scores: Mapping[str, Any]) -> str:
-    """The numbers, and IoU by class, as text."""
+    """Return the numbers, and IoU by class, as text."""
     lines = [
         "          " + "".join(f"{name:>7}" for name in SEMANTIC_NUMBERS),
         "semantic  " + "".join(shown(scores[name]) for name in SEMANTIC_NUMBERS),
