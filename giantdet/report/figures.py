@@ -143,7 +143,7 @@ def bars(file: Path, values: Mapping[str, Sequence[float | None]], series: Seque
             offset = (number - (len(series) - 1) / 2) * height
             chart.axis.barh(place_N + offset, widths, height * 0.9, label=name)
         chart.axis.set_yticks(place_N, [shortened(name) for name in values])
-        chart.axis.invert_yaxis()
+        chart.axis.set_ylim(rows - 0.4, -0.6)  # the first on top
         chart.axis.grid(visible=False, axis="y")
         chart.axis.set_xlabel(label)
         if len(series) > 1:
@@ -256,7 +256,7 @@ def _log(axis: Any, bottom: float | None = None) -> None:
     if bottom is not None:
         axis.set_ylim(bottom=bottom)
     low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if bottom is None and high < 200 * low else (1,)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 

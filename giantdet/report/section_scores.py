@@ -84,16 +84,15 @@ def classes(run: Run) -> Html:
         charts.append(chart(svg, "By size of the objects", note))
     counts = run.summaries.get("val", {}).get("objects_per_class", {})
     trained = run.summaries.get("train", {}).get("objects_per_class", {})
-    head = ["Class", *(["train objects", "val objects"] if counts else []), *series]
-    head += [f"{kind} AP {size}" for kind in curves for size in SIZES]
+    head = ["Class", *series, *(f"{kind} AP {size}" for kind in curves for size in SIZES)]
+    head += ["train objects", "val objects"] if counts else []
     rows = []
     for name, values in by_class.items():
-        row: list[Any] = [name, *([trained.get(name, 0), counts.get(name, 0)] if counts else [])]
-        row += map(number, values)
+        row: list[Any] = [name, *map(number, values)]
         for kind in curves.values():
             k = kind.names_K.index(name) if name in kind.names_K else None
             row += [number(None if k is None else kind.ap(k, a)) for a in (1, 2, 3)]
-        rows.append(row)
+        rows.append([*row, *([trained.get(name, 0), counts.get(name, 0)] if counts else [])])
     listed = table(head, rows)
     return joined([grid(charts), listed if len(rows) <= SHOWN_CLASSES else folded("All classes", listed)])
 

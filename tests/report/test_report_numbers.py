@@ -21,6 +21,7 @@ from giantdet.report.curves import SIZES, precision
 from giantdet.report.differences import ABSENT, differences
 from giantdet.report.matching import ImageBoxes, confusion, image_boxes, judge, overlaps
 from giantdet.report.section_images import chosen, f1
+from giantdet.report.section_scores import extremes
 
 SEEDS = range(8)
 
@@ -227,6 +228,15 @@ def test_chosen_images_are_different_ones() -> None:
     assert by_kind["worst"] == [0, 1, 2]
     assert set(by_kind["random"]) <= {3, 4, 5, 20} and len(by_kind["random"]) == 3
     assert found == chosen(dict(reversed(scores.items())), lambda image: image)
+
+
+def test_extremes_of_many_classes() -> None:
+    values: dict[str, list[float | None]] = {str(n): [0.0, n / 100] for n in range(30)}
+    values |= {"absent": [0.0, None], "nan": [0.0, math.nan]}
+    shown, note = extremes(values, most=4)
+    assert list(shown) == ["29", "28", "1", "0"]
+    assert note == "2 more classes have no score. The best 2 and the worst 2 of 30 classes."
+    assert extremes({"b": [0.1], "a": [0.2]}) == ({"a": [0.2], "b": [0.1]}, "")
 
 
 def test_differences_name_the_keys() -> None:
