@@ -111,10 +111,11 @@ class Run:
         """The model without its weights, which knows its tasks and targets."""
         return meta_model(self.config)
 
-    @property
+    @cached_property
     def classes(self) -> Classes:
-        """The classes that the model predicts."""
-        return self.config.giantdet.data.classes or Classes()
+        """The classes that the model predicts; those of the training set for a run of version 0.1."""
+        config = self.config.giantdet
+        return config.data.classes or config.model.predicted(self.training.classes)
 
     def dataset(self, split: str) -> Dataset:
         """Return a data set of the run."""
@@ -129,7 +130,10 @@ class Run:
     def validation(self) -> Dataset:
         """The validation set, whose semantic maps are numbered as the model's classes."""
         dataset = self._open("val")
-        meet(dataset, self.classes, str(self.folder))
+        try:
+            meet(dataset, self.classes, str(self.folder))
+        except InputError as error:
+            raise Missing(str(error)) from None
         return dataset
 
     def _open(self, split: str) -> Dataset:

@@ -217,6 +217,18 @@ def test_no_validation_set_and_data_that_is_gone(finished: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_run_that_did_not_record_its_classes(finished: Path, tmp_path: Path) -> None:
+    """As those of version 0.1, which have no environment.json and data.json either."""
+    run = copied(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    del config["giantdet"]["data"]["classes"]
+    (run / "config.json").write_text(json.dumps(config))
+    for name in ("environment.json", "data.json"):
+        (run / name).unlink()
+    assert set(reasons(write_report(run))) == {"Confusion of pixels", "Data", "Versions and machines"}
+
+
+@pytest.mark.usefixtures("quick")
 def test_lvis_has_no_numbers_of_images(finished: Path, tmp_path: Path) -> None:
     """Its annotations are not exhaustive: no confusions, and no best and worst images."""
     run = copied(finished, tmp_path / "run")
