@@ -42,9 +42,12 @@ def record_start(run: RunConfig, device: torch.device, first_step: int, file: Pa
         "versions": versions(),
         "recipe": None,
     }
-    if run.path is not None and run.path.is_file():
-        text = run.path.read_text(encoding="utf-8-sig")
-        record["recipe"] = {"path": str(run.path), "content": json.loads(text)}
+    try:
+        if run.path is not None:
+            text = run.path.read_text(encoding="utf-8-sig")
+            record["recipe"] = {"path": str(run.path), "content": json.loads(text)}
+    except (OSError, ValueError):
+        pass  # edited since the run was read from it
     file.write_text(json_text([*before, record], indent=1) + "\n")
 
 

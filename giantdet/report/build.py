@@ -47,6 +47,9 @@ def write_report(folder: Path) -> Path:
     folder that is not a run.
     """
     run = Run(folder)
+    for old in run.pictures.rglob("*.*"):  # of an earlier report, which may have had other sections
+        if old.suffix in (".png", ".jpg"):
+            old.unlink()
     run.pictures.mkdir(exist_ok=True)
     sections, left_out = [], []
     for name, link, title, make in SECTIONS:

@@ -49,8 +49,6 @@ def validation(run: Run) -> Html:
     index = {int(image_id): i for i, image_id in enumerate(run.validation.image_ids)}
     folder = run.pictures / "validation"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.jpg"):
-        old.unlink()
     parts = []
     for number, one in enumerate(compared):
         i = index[one.image_id]
