@@ -45,6 +45,7 @@ python -m giantdet.cli eval "$run/export" --annotations "$data/val.json" --image
 echo
 echo "model      $run/export/model.safetensors"
 echo "overlay    $run/predictions/${first%.*}.png"
+echo "report     $run/report.html"
 echo "loss plot  $run/losses.png"
 echo "scores     $run/scores.json"
 echo "metrics    $run/metrics.jsonl"

@@ -27,6 +27,7 @@ ORDER = [
     "export",
     "engine",
     "tools",
+    "report",
     "cli",
 ]
 SAME = {

@@ -171,10 +171,21 @@ def test_script_in_one_process(demo_data: Path, tmp_path: Path) -> None:
     run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
     done = _run(SCRIPT, "--deepspeed_config", run, "--local_rank=0", "model.backbone.name=resnet51")
     _one_line(done.code, done.err, "unknown backbone 'resnet51'")
-    done = _run(SCRIPT, "--deepspeed", "--deepspeed_config", run, "--local-rank=0", "train.steps=1")
+    done = _run(
+        SCRIPT,
+        "--deepspeed",
+        "--deepspeed_config",
+        run,
+        "--local-rank=0",
+        "train.steps=1",
+        "train.report=true",
+    )
     assert done.code == 0, done.err
+    assert f"report: {tmp_path / 'out/report.html'}" in done.out
     assert (tmp_path / "out/export/model.safetensors").is_file()
     assert (tmp_path / "out/losses.png").is_file()
+    assert "could not be made" not in (tmp_path / "out/report.html").read_text()
+    assert done.out.endswith(f"giantdet predict {tmp_path / 'out/export'} IMAGES\n")
 
 
 def test_missing_rank_gives_one_line(demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

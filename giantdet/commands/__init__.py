@@ -14,6 +14,7 @@ from giantdet.commands import (
     plot,
     precise_bn,
     predict,
+    report,
     train,
     validate_data,
 )
@@ -24,6 +25,7 @@ COMMANDS = (  # in the order of the help text
     predict,
     export,
     precise_bn,
+    report,
     plot,
     plan,
     doctor,

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     from giantdet.engine.announce import ending
     from giantdet.engine.faults import listen
     from giantdet.engine.train import train
+    from giantdet.report.build import report_of_finished
     from giantdet.tools.plots import plot_run
     from giantdet.tools.profile import Profile
 
@@ -65,8 +66,12 @@ def run(options: argparse.Namespace) -> None:
     train(run, profile.step if profile is not None else lambda: None)
     if profile is not None:
         profile.close()
-    if comm.is_main():
+    is_main = comm.is_main()
+    comm.stop()  # the report takes a while, and no rank has to wait for it
+    if is_main:
         plot_run(output / "metrics.jsonl", output)
+        if run.giantdet.train.report:
+            report_of_finished(output)
         print("\n" + ending(output), flush=True)
 
 

@@ -30,6 +30,7 @@ from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
 from giantdet.engine import faster, zero
 from giantdet.engine.announce import announce, resume_line, write_summary
+from giantdet.engine.environment import record_start
 from giantdet.engine.evaluate import check_windows, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
@@ -127,6 +128,8 @@ def _build(
         (output / "config.json").write_text(describe(run) + "\n")
         write_config(run, engine.monitor)
         write_summary(dataset, validation, config.data, output / "data.json")
+        if first_step < (config.train.steps or 0):
+            record_start(run, device, first_step, output / "environment.json")
         if first_step:
             print(resume_line(first_step, config.train.steps, checkpoints.folder), flush=True)
     comm.barrier()
