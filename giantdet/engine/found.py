@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from giantdet.config.classes import Classes
+from giantdet.data.dataset import Dataset
 from giantdet.data.panoptic import PanopticMap
 from giantdet.evaluation.rle import Rle, decode_mask
 
@@ -57,3 +58,27 @@ class Found(NamedTuple):
                 result["segmentation"] = self.rles_D[d]
             results.append(result)
         return results
+
+
+def truth_of(dataset: Dataset, i: int) -> Found:
+    """Return the ground truth of image i, as if it had been found, with scores of 1.
+
+    Crowd regions and ignored objects are left out. An object without a mask in a data set with masks gets its
+    box as one. Raises DataError for a map that cannot be read.
+    """
+    objects, categories = dataset.objects(i), dataset.classes.objects
+    labels = objects.labels_N.tolist()
+    height, width = objects.size_hw
+    semantic_HW = dataset.semantic_map(i)
+    return Found(
+        boxes_D4=torch.tensor(objects.boxes_N4.tolist(), dtype=torch.float32).view(-1, 4),
+        scores_D=torch.ones(len(labels)),
+        labels_D=torch.tensor(labels, dtype=torch.int64),
+        names=[categories[label][1] for label in labels],
+        category_ids=[categories[label][0] for label in labels],
+        rles_D=[objects.rle(n) for n in range(len(labels))] if dataset.has_masks else None,
+        semantic_HW=None if semantic_HW is None else torch.from_numpy(semantic_HW.astype("int64")),
+        panoptic=dataset.panoptic_map(i),
+        classes=dataset.classes,
+        size_hw=(height, width),
+    )
