@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from giantdet.data.panoptic import PanopticMap
 from giantdet.engine.colors import Color, color_of, muted_color_of
 from giantdet.engine.found import Found
 from giantdet.engine.labels import (
+    Box,
     Label,
     Point,
     Region,
@@ -144,7 +146,7 @@ def _draw_objects(image: NDArray[np.uint8], found: Found, scores: bool) -> tuple
         box = (x0, y0, max(x0, x1), max(y0, y1))
         rings = [] if found.rles_D is None else _rings_of(found.rles_D[d], zoom)
         if rings:
-            shapes.append((_area(box), Shape(rings, (color, 0.4), (color, 1.0), width)))
+            shapes.append((_area(box), Shape(rings, (color, _opacity(box, picture)), (color, 1.0), width)))
         else:
             shapes.append((_area(box), Shape([rectangle(box)], None, (color, 1.0), width)))
         score = f"{found.scores_D[d]:.2f}" if scores else ""
@@ -161,8 +163,13 @@ def line_width(picture: Image.Image) -> float:
     return max(1.8, min(picture.size) / 270)
 
 
-def _area(box: tuple[float, float, float, float]) -> float:
+def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _opacity(box: Box, picture: Image.Image) -> float:
+    """Return the opacity of a mask: a large one would give the picture its colour."""
+    return 0.45 - 0.2 * math.sqrt(min(1.0, _area(box) / (picture.width * picture.height)))
 
 
 def _ends(rings: Sequence[NDArray[Any]]) -> tuple[Point, Point]:

@@ -16,7 +16,7 @@ from giantdet.engine.outlines import Shape, paint, rectangle
 Point = tuple[float, float]  # xy
 Box = tuple[float, float, float, float]
 _INK: Color = (30, 30, 30)
-_CROWDED = 0.2  # of the picture: if labels needed more, none is written
+_CROWDED = 0.16  # of the picture: if labels needed more, none is written
 _COVERED = 0.15  # of a label, by other labels: it is left out
 _LEGEND = 0.4  # of the picture's height, at most
 
