@@ -34,6 +34,7 @@ from giantdet.config.section import Section
 from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.distributed import comm
 from giantdet.errors import InputError
+from giantdet.export_folder import CONFIG, INDEX, WEIGHTS, export_folder
 from giantdet.layers.deferred import is_deferred, materialise
 from giantdet.layers.frozen import (
     BESIDE,
@@ -52,7 +53,6 @@ from giantdet.optim.fragments import local_share
 
 logger = logging.getLogger("giantdet")
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GIB = 2**30
 
 
@@ -271,11 +271,11 @@ def load_detector(
 ) -> tuple[Architecture, ExportConfig]:
     """Return the detector of an export, in evaluation mode and float32, and its config.json.
 
-    `backbone` is the file of the frozen backbone's weights, where the export leaves them out and timm's tag
-    is not to be asked. Raises InputError, a ValueError, where the folder is not an export or its weights do
-    not match.
+    `folder` is what `export_folder` takes. `backbone` is the file of the frozen backbone's weights, where the
+    export leaves them out and timm's tag is not to be asked. Raises InputError, a ValueError, where the
+    folder is not an export or its weights do not match.
     """
-    folder = Path(folder)
+    folder = export_folder(folder)
     config = read_export_config(folder)
     model = build_model(config.model, config.size, config.norm)
     state = read_tensors(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from pycocotools import mask as mask_util
 from giantdet.config.classes import Classes
 from giantdet.data.panoptic import PanopticMap
 from giantdet.engine.colors import Color, color_of, muted_color_of
-from giantdet.engine.found import Found
 from giantdet.engine.labels import (
     Box,
     Label,
@@ -28,6 +27,9 @@ from giantdet.engine.labels import (
     write_labels,
 )
 from giantdet.engine.outlines import Shape, outlines, paint, rectangle
+
+if TYPE_CHECKING:
+    from giantdet.engine.found import Found  # which draws itself
 
 _SMALLEST = 512  # pixels of the longer side; smaller pictures are enlarged, or labels would cover them
 _WHITE: Color = (255, 255, 255)
