@@ -31,7 +31,7 @@ ORDER = [
 ]
 SAME = {
     "commands": "cli",
-    **dict.fromkeys(("export_folder", "import_weights"), "export"),
+    **dict.fromkeys(("export_folder", "graph", "import_weights"), "export"),
 }
 MAX_LINES = 360
 
@@ -142,7 +142,7 @@ def test_parts_of_models_are_named_in_architectures_alone() -> None:
 
 # Imports inside functions keep `giantdet --help` fast; elsewhere they hide what a file depends on.
 LATE = {"cli.py", "__init__.py"}
-HEAVY = ("deepspeed", "timm", "torch", "matplotlib", "resource", "supervision")
+HEAVY = ("deepspeed", "timm", "torch", "matplotlib", "resource", "supervision", "onnx")
 
 
 def test_no_imports_inside_functions() -> None:
