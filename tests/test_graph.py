@@ -34,11 +34,14 @@ def run_onnx(file: Path, *inputs: torch.Tensor) -> list[np.ndarray]:
     return session.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
 
 
-def model_of(kind: str) -> Architecture:
+def section_of(kind: str) -> Any:
     section = SECTIONS[kind].model_validate(MODELS[kind])
-    section = section.model_copy(update=dict.fromkeys(section.class_keys, 4))
+    return section.model_copy(update=dict.fromkeys(section.class_keys, 4))
+
+
+def model_of(kind: str) -> Architecture:
     torch.manual_seed(0)
-    return build_model(section, (64, 64), NormConfig(type="local")).eval()
+    return build_model(section_of(kind), (64, 64), NormConfig(type="local")).eval()
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -100,7 +103,7 @@ def test_the_command_writes_both_kinds(tmp_path: Path, capsys: Any) -> None:
     model = model_of("semantic_fpn")
     names = ("sky", "road", "car", "tree")
     config = ExportConfig(
-        model=model.config,
+        model=section_of("semantic_fpn"),
         norm=NormConfig(type="local"),
         size=(64, 64),
         short_side=48,

@@ -15,6 +15,7 @@ from giantdet.commands import (
     plot,
     precise_bn,
     predict,
+    push,
     train,
     validate_data,
 )
@@ -33,4 +34,5 @@ COMMANDS = (  # in the order of the help text
     configs,
     make_demo_data,
     import_weights,
+    push,
 )
