@@ -39,7 +39,7 @@ def load_image(path: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.uint8]:
         with Image.open(source) as file:
             pixels_HW3 = np.array(to_rgb(ImageOps.exif_transpose(file)))
             if has_frames(file):
-                logger.warning("%s has several frames, of which the first is read", path)
+                logger.warning("%s has several frames, only the first is read", path)
             return pixels_HW3
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {bomb_text(error)}") from error

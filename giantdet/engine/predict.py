@@ -115,7 +115,7 @@ class Predictor:
                 `tile_overlap` of their side; for models that predict only objects (`docs/prediction.md`).
             batch_size: images, tiles or windows that the model takes at a time.
             progress: show a bar over the tiles, if stderr is a terminal.
-            tta: show the image in several scales and mirrored, and merge what is found; see `TtaConfig`.
+            tta: show the image at several scales and mirrored, and merge what is found; see `TtaConfig`.
         """
         if tta is not None:
             self.check_tta(tile)
@@ -125,7 +125,7 @@ class Predictor:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         images: Any = image if is_batch(image) else [image]
         if any(map(is_batch, images)):
-            raise InputError("a list of images has another list in it; give one list")
+            raise InputError("a list of images contains another list; give a flat list")
         if tile is None:
             found = list(self._found(map(pixels_of, images), threshold, batch_size, tta))
         else:
@@ -137,10 +137,10 @@ class Predictor:
         return found if is_batch(image) else found[0]
 
     def check_tta(self, tile: int | None = None) -> None:
-        """Raise InputError, a ValueError, for a model that cannot be shown images in several scales."""
+        """Raise InputError, a ValueError, for a model that cannot be shown images at several scales."""
         if tile is not None:
             raise InputError(
-                "tta (--tta) shows whole images in several scales, and tile (--tile) parts of them: "
+                "tta (--tta) shows whole images at several scales, and tile (--tile) parts of them: "
                 "give one of the two"
             )
         check_tta(self.detector, self.config.window_stride)
