@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import supervision
 import torch
 from PIL import Image
 from pycocotools import mask as mask_util
-from tiny import MODELS
+from tiny import MODELS, tiny_run
 
 from giantdet import cli, load_predictor
 from giantdet.architectures import build_model
@@ -50,6 +51,21 @@ def test_a_run_stands_for_its_export(
     shutil.rmtree(run_folder / "export")
     assert cli.main(arguments) == 2
     assert f"has no export yet; write one with: giantdet export {run_folder}" in capsys.readouterr().err
+
+
+def test_a_run_is_scored_on_its_own_validation_set(run_folder: Path, demo_data: Path, capsys: Any) -> None:
+    """`eval RUN` and `eval RUN/export` without data print what they print with --annotations and --images."""
+    tables = []
+    raw = tiny_run(demo_data, run_folder) | {"train_batch_size": 2}
+    (run_folder / "config.json").write_text(json.dumps(raw))
+    data = ["--annotations", str(demo_data / "val.json"), "--images", str(demo_data / "val")]
+    for arguments in ([str(run_folder)], [str(run_folder / "export")], [str(run_folder), *data]):
+        assert cli.main(["eval", *arguments, "--workers", "0"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] == tables[2] and "AP50" in tables[0]
+    shutil.move(run_folder / "export", run_folder.parent / "alone")
+    assert cli.main(["eval", str(run_folder.parent / "alone")]) == 2
+    assert "eval: give --annotations and --images" in capsys.readouterr().err
 
 
 def test_supervision_has_the_same_detections(tiny_export: Path) -> None:

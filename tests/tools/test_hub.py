@@ -27,7 +27,7 @@ for _ in range(2):  # the second time, the repository exists
     assert cli.main(["push", run, "me/shapes"]) == 0
 predictor = load_predictor("hf_hub:me/shapes@main", "cpu")
 numpy.save(boxes, predictor(numpy.load(pixels), threshold=0.0).boxes_D4.numpy())
-assert cli.main(["predict", "hf_hub:me/none", "docs/demo.png"]) == 2
+assert cli.main(["predict", "hf_hub:me/none", "docs/demo.jpg"]) == 2
 """
 
 
