@@ -272,8 +272,7 @@ def load_detector(
     """Return the detector of an export, in evaluation mode and float32, and its config.json.
 
     `folder` is what `export_folder` takes. `backbone` is the file of the frozen backbone's weights, where the
-    export leaves them out and timm's tag is not to be asked. Raises InputError, a ValueError, where the
-    folder is not an export or its weights do not match.
+    export leaves them out and timm's tag is not to be asked. Raises InputError, a ValueError, otherwise.
     """
     folder = export_folder(folder)
     config = read_export_config(folder)

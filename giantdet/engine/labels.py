@@ -17,7 +17,7 @@ Point = tuple[float, float]  # xy
 Box = tuple[float, float, float, float]
 _INK: Color = (30, 30, 30)
 _CROWDED = 0.16  # of the picture: if labels needed more, none is written
-_COVERED = 0.15  # of a label, by other labels: it is left out
+_COVERED = 0.05  # of a label, by other labels: it is left out
 _LEGEND = 0.4  # of the picture's height, at most
 
 
@@ -81,14 +81,19 @@ def write_labels(picture: Image.Image, labels: Sequence[Label | Region]) -> bool
 def plates_of(picture: tuple[int, int], size: int, labels: Sequence[Label | Region]) -> list[Plate]:
     """Return plates inside a picture of (width, height) that cover little, with letters of `size`.
 
-    The first labels come first. One that would cover others is left out, and all are if they would cover the
-    picture. A name that is wider than the picture is cut.
+    The first labels come first. One that would cover others is left out, and those of objects all are if they
+    would cover the picture. A name that is wider than the picture is cut, that of a region at a third of it.
     """
     pad_x, pad_y = _padding(size)
-    texts = [_fitting(label.name, label.score, size, picture[0] - 2 * pad_x) for label in labels]
+    room = picture[0] - 2 * pad_x
+    texts = [
+        _fitting(label.name, label.score, size, room // 3 if isinstance(label, Region) else room)
+        for label in labels
+    ]
     height = round(1.22 * size) + 2 * pad_y
     widths = [text.box[2] - min(0, text.box[0]) + 2 * pad_x for text in texts]
-    if len(labels) > 1 and sum(widths) * height > _CROWDED * picture[0] * picture[1]:
+    of_objects = [width for label, width in zip(labels, widths, strict=True) if isinstance(label, Label)]
+    if len(of_objects) > 1 and sum(of_objects) * height > _CROWDED * picture[0] * picture[1]:
         return []
     objects_N4 = np.array([label.box for label in labels if isinstance(label, Label)]).reshape(-1, 4)
     plates: list[Plate] = []
