@@ -128,7 +128,7 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
         named = model.named_parameters()
         config = _with_magnitude(config, (local_share(p) for name, p in named if name.startswith(PREFIX)))
         tensors = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
-    sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
+    sizes = {n: int(getattr(t, "ds_numel", t.numel())) * t.element_size() for n, t in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
     for names in shard_plan(sizes, int(shard * GIB)):
         partitioned = [tensors[name] for name in names if hasattr(tensors[name], "ds_id")]
@@ -236,10 +236,6 @@ class _ShardWriter:
         return self.folder / f"shard-{i}.safetensors.part"
 
 
-def _full_numel(tensor: Tensor) -> int:
-    return int(getattr(tensor, "ds_numel", tensor.numel()))
-
-
 def _gathered(parameters: list[Tensor]) -> Any:
     if not parameters:
         return nullcontext()
@@ -272,7 +268,8 @@ def load_detector(
     """Return the detector of an export, in evaluation mode and float32, and its config.json.
 
     `folder` is what `export_folder` takes. `backbone` is the file of the frozen backbone's weights, where the
-    export leaves them out and timm's tag is not to be asked. Raises InputError, a ValueError, otherwise.
+    export leaves them out and timm's tag is not to be asked. Raises InputError, a ValueError, where the
+    folder is not an export or its weights do not match.
     """
     folder = export_folder(folder)
     config = read_export_config(folder)
