@@ -1,4 +1,4 @@
-"""The images of `giantdet predict`, and what the predictor takes in Python."""
+"""The images of `giantdet predict`, and the inputs of the predictor in Python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def same(one: Found, other: Found) -> bool:
     return one.to_coco(1) == other.to_coco(1) and len(one.names) > 0
 
 
-def test_the_predictor_sees_the_same_picture_in_every_form(tiny_export: Path, tmp_path: Path) -> None:
+def test_the_predictor_accepts_a_picture_in_every_form(tiny_export: Path, tmp_path: Path) -> None:
     predictor = load_predictor(tiny_export, "cpu")
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     wanted = predictor(tmp_path / "a.png", threshold=0.0)
@@ -67,7 +67,7 @@ def test_masks_without_detections(tiny_export: Path) -> None:
 
 @pytest.fixture
 def shots(tmp_path: Path) -> Path:
-    """Pictures of many formats in sub-folders, two of one name, and other files."""
+    """Pictures of many formats in sub-folders, two of the same name, and other files."""
     names = ("a.gif", "b.jfif", "c.avif", "cam1/0.PNG", "cam2/0.png", "cam2/deep/d.webp")
     for name in names:
         path = tmp_path / "shots" / name
@@ -88,7 +88,7 @@ def test_folders_give_all_formats_and_sub_folders(shots: Path, caplog: Any) -> N
     assert [p.name for p in pictures] == ["a.png", "b.png", "c.png", "0.png", "0_2.png", "d.png"]
 
 
-def test_overlays_of_an_earlier_run_are_no_input(shots: Path, tiny_export: Path, capsys: Any) -> None:
+def test_overlays_of_an_earlier_run_are_not_inputs(shots: Path, tiny_export: Path, capsys: Any) -> None:
     arguments = ["predict", str(tiny_export), str(shots), "--output", str(shots / "predictions")]
     assert cli.main(arguments) == 0 == cli.main(arguments)
     assert len(list((shots / "predictions").glob("*.png"))) == 6
@@ -111,7 +111,7 @@ def test_a_list_of_images_gives_its_ids(shots: Path, tiny_export: Path, tmp_path
     assert ids == {(901, "0.png"), (17, "a.gif")}
 
 
-def test_animations_are_named(tmp_path: Path, caplog: Any) -> None:
+def test_animations_are_reported(tmp_path: Path, caplog: Any) -> None:
     frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (200, 10)]
     for name in ("a.gif", "b.webp", "c.tif", "d.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
@@ -124,7 +124,7 @@ def test_animations_are_named(tmp_path: Path, caplog: Any) -> None:
     assert not caplog.records
 
 
-def test_the_limit_of_pixels_is_a_setting(tmp_path: Path, tiny_export: Path, capsys: Any) -> None:
+def test_the_pixel_limit_can_be_changed(tmp_path: Path, tiny_export: Path, capsys: Any) -> None:
     default = Image.MAX_IMAGE_PIXELS
     assert default is not None
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
@@ -147,7 +147,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, tiny_export: Path, monkeypat
     assert load_image("~/a.png").shape == (48, 64, 3)
 
 
-def test_characters_of_no_font_are_numbers_and_said_once(monkeypatch: Any, caplog: Any) -> None:
+def test_characters_missing_in_all_fonts_are_numbers_and_reported_once(monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(fonts, "_system_fonts", lambda: ())
     monkeypatch.setattr(fonts, "_warned", False)
     fonts._font_of.cache_clear()
@@ -159,10 +159,10 @@ def test_characters_of_no_font_are_numbers_and_said_once(monkeypatch: Any, caplo
     assert caplog.text.count("no font of this system has the characters") == 1
 
 
-def test_a_font_of_the_system_is_taken_where_it_has_the_characters(monkeypatch: Any) -> None:
+def test_a_system_font_with_the_characters_is_used(monkeypatch: Any) -> None:
     default = fonts._default()
     monkeypatch.setattr(fonts, "_system_fonts", lambda: ("no such file", default))
-    monkeypatch.setattr(fonts, "_default", lambda: fonts.__file__)  # has no characters at all
+    monkeypatch.setattr(fonts, "_default", lambda: fonts.__file__)  # a file without any characters
     fonts._font_of.cache_clear()
     text, font = fonts.written("кошка", 12)
     fonts._font_of.cache_clear()
