@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check format, lint, types and tests. Arguments go to pytest.
+# Check format, lint, types, documentation and tests. Arguments go to pytest.
 #   scripts/test.sh                       everything
 #   scripts/test.sh tests/config -k auto  some of the tests
 #   GIANTDET_OLDEST=1 scripts/test.sh     the tests alone, with the oldest supported versions, in .venv-oldest
@@ -14,6 +14,7 @@ if [ -z "${GIANTDET_OLDEST:-}" ]; then
     echo "ruff check" && python -m ruff check .
     echo "ruff format" && python -m ruff format --check .
     echo "mypy" && python -m mypy
+    echo "mkdocs" && NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 fi
 # One process launches ranks, one launch after the other, and waits for them half of the time; the others run all
 # other files.

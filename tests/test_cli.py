@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from tiny import REPO, Ended, environment, free_port, launch, logs, run_together, set_path, tiny_run
 
-from giantdet import cli, commands, errors
+from giantdet import cli, errors
+from giantdet.commands import configs
 from giantdet.config.load import load_run, parse_run
 from giantdet.errors import LostContactError
 from giantdet.evaluation import backends
@@ -68,7 +69,7 @@ def test_ctrl_c_ends_a_command_with_one_line(monkeypatch: Any, capsys: Any) -> N
     def interrupted(options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "run_configs", interrupted)
+    monkeypatch.setattr(configs, "run", interrupted)
     assert cli.main(["configs"]) == 130
     assert capsys.readouterr().err == "giantdet: stopped: Ctrl-C\n"
 
@@ -126,19 +127,19 @@ def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         int("not a number")
         raise AssertionError
 
-    monkeypatch.setattr(commands, "run_configs", broken)
+    monkeypatch.setattr(configs, "run", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["configs"])
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ValueError whose last frame lies in giantdet, but which is none of its errors."""
-    source = compile("a, b = [1, 2, 3]", commands.__file__, "exec")
+    source = compile("a, b = [1, 2, 3]", configs.__file__, "exec")
 
     def broken(options: Any) -> None:
-        exec(source, {"__name__": "giantdet.commands"})
+        exec(source, {"__name__": "giantdet.commands.configs"})
 
-    monkeypatch.setattr(commands, "run_configs", broken)
+    monkeypatch.setattr(configs, "run", broken)
     with pytest.raises(ValueError, match="too many values to unpack"):
         cli.main(["configs"])
 
@@ -159,7 +160,7 @@ def test_errors_carry_their_exit_codes(
         def raising(options: Any, kind: type[errors.GiantdetError] = kind) -> None:
             raise kind("in one line")
 
-        monkeypatch.setattr(commands, "run_configs", raising)
+        monkeypatch.setattr(configs, "run", raising)
         assert cli.main(["configs"]) == code
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and err.endswith("in one line\n") and "Traceback" not in err

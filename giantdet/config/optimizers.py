@@ -40,7 +40,10 @@ class OptimizerConfig(Section):
     """deepspeed: from the JSON; timm, giantdet: by optim/optimizers.py, from a class of timm or DeepSpeed."""
 
     lr: NonNegative
+    """Learning rate, after the warmup and before scaling (`lr_scaling`, layer decay, AGVM)."""
     weight_decay: NonNegative = 0.0
+    """Weight decay of matrices and kernels; norms, biases and position embeddings have none unless
+    `param_groups.decay_norms_and_biases` is true."""
 
     @property
     def name(self) -> str:
@@ -58,13 +61,18 @@ class Adam(OptimizerConfig):
     MOMENTS = 2
 
     betas: Betas = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
     eps: NonNegative = 1e-8
+    """Added to the root of the second moment."""
     torch_adam: bool = False
     """Use torch.optim's implementation instead of DeepSpeed's, which is compiled at the first use. giantdet
     sets it to true unless the optimizer is offloaded on a machine with a GPU."""
     adam_w_mode: bool = True
+    """True: the weight decay is decoupled from the gradient (AdamW), for the type Adam too."""
     foreach: bool | None = None
+    """Update many tensors in one kernel; null: as torch.optim chooses."""
     fp32_optimizer_states: bool = True
+    """Keep the moments in float32 where the weights are bf16 or fp16 and offloaded to the CPU."""
 
 
 class AdamW(Adam):
@@ -75,8 +83,11 @@ class MomentumConfig(OptimizerConfig):
     """Base of the sections of optimizers with momentum."""
 
     momentum: NonNegative = 0.0
+    """Factor of the running sum of gradients; 0: none."""
     dampening: float = 0.0
+    """Share of the gradient that is left out of this sum."""
     nesterov: bool = False
+    """Nesterov momentum."""
 
     def problems(self) -> Iterator[str]:
         """See `OptimizerConfig.problems`."""
@@ -88,6 +99,7 @@ class SGD(MomentumConfig):
     """Stochastic gradient descent, torch.optim.SGD."""
 
     foreach: bool | None = None
+    """Update many tensors in one kernel; null: as torch.optim chooses."""
 
 
 class Lion(OptimizerConfig):
@@ -96,6 +108,7 @@ class Lion(OptimizerConfig):
     BUILT_BY = "timm"
 
     betas: Betas = (0.9, 0.99)
+    """Weight of the momentum in the update, and decay of the momentum."""
 
 
 class Lamb(OptimizerConfig):
@@ -106,12 +119,19 @@ class Lamb(OptimizerConfig):
     BUILT_BY = "timm"
 
     betas: Betas = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
     eps: NonNegative = 1e-6
+    """Added to the root of the second moment."""
     bias_correction: bool = True
+    """Correct the moments for their start from 0."""
     grad_averaging: bool = True
+    """Weight the gradient by 1 - beta1 in the first moment."""
     trust_clip: bool = False
+    """Bound the trust ratio by 1."""
     always_adapt: bool = False
+    """Scale parameters without weight decay by a trust ratio, too."""
     decoupled_decay: bool = False
+    """Decouple the weight decay from the gradient."""
 
 
 class Lars(MomentumConfig):
@@ -121,9 +141,13 @@ class Lars(MomentumConfig):
     BUILT_BY = "timm"
 
     trust_coeff: float = 0.001
+    """Factor of the trust ratio, norm of the weights over norm of the gradient."""
     eps: NonNegative = 1e-8
+    """Added to the denominator of the trust ratio."""
     trust_clip: bool = False
+    """Bound the scaled LR by the LR."""
     always_adapt: bool = False
+    """Scale parameters without weight decay by a trust ratio, too."""
 
 
 class Muon(OptimizerConfig):
@@ -133,10 +157,16 @@ class Muon(OptimizerConfig):
     BUILT_BY = "timm"
 
     momentum: NonNegative = 0.95
+    """Decay of the matrices' momentum."""
     nesterov: bool = False
+    """Nesterov momentum."""
     betas: Betas = (0.9, 0.95)
+    """AdamW's betas, for parameters that are not matrices."""
     ns_steps: Whole = 5
+    """Newton-Schulz iterations."""
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    """Scale of a matrix's LR. original: sqrt(max(1, rows / columns)); match_rms_adamw: 0.2 sqrt(max(rows,
+    columns)), so that AdamW's LRs and weight decays can be kept."""
 
 
 class DeepSpeedMuon(OptimizerConfig):
@@ -149,13 +179,16 @@ class DeepSpeedMuon(OptimizerConfig):
     BUILT_BY = "giantdet"
 
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the matrices' momentum."""
     ns_method: Literal["gram", "standard"] = "gram"
     """Newton-Schulz iteration. gram: on the Gram matrix, in float16 where there is hardware for it; standard:
     in bfloat16."""
     adam_lr: NonNegative | None = None
     """LR of AdamW's parameters; None: `lr`. Muon's is often 10 to 50 times as large."""
     betas: Betas = (0.9, 0.95)
+    """AdamW's betas."""
     eps: NonNegative = 1e-10
+    """AdamW's eps."""
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {

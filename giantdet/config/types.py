@@ -50,6 +50,8 @@ class SamplingConfig(Section):
 
 
 class DataConfig(Section):
+    """Data sets, canvas and loader."""
+
     train: DatasetConfigs | None = None
     """A data set, or a list of them: the classes are those of the first, the others meet them by name."""
     val: DatasetConfigs | None = None
@@ -84,6 +86,7 @@ class AgvmConfig(Section):
     """Adaptive gradient variance modulator (Xue et al., NeurIPS 2022); see `optim/agvm.py`."""
 
     enabled: bool = False
+    """Scale the LR of each module by its gradient variance."""
     estimator: Literal["half_split", "all_splits"] = "half_split"
     """half_split: two halves of the batch, as in the paper; all_splits: the ratio of two
     expectations over all splits, 1 - E[G_1 G_2] / E|G_1|^2."""
@@ -152,24 +155,30 @@ class EmaConfig(Section):
     """Exponential moving average of the weights; if it is enabled, it is evaluated and exported."""
 
     enabled: bool = False
+    """Keep the average."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9998
     """Decay per step. It is at most (1 + n) / (10 + n) in step n, so that the initial weights lose their
     influence quickly."""
 
 
 class TrainConfig(Section):
+    """Length, output and behaviour of the run."""
+
     epochs: PositiveFloat | None = None
+    """Length of the run in passes over the training images; give either epochs or steps."""
     steps: PositiveInt | None = None
     """Optimizer steps; give either epochs or steps."""
     clip_window: tuple[Length, Length] | Auto | None = None
     """First and last step, counted from 0, in which gradients are clipped; None: all steps. auto: from 100
     steps before to 100 steps after the warmup's end, as AGVM's authors do."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    """Seed of the initial weights, of the order and augmentation of images, and of all sampling."""
     output: PathText = "runs/run"
     """Folder of the run: checkpoints, metrics.jsonl, config.json, results."""
     resume: bool = True
     """Resume from the newest checkpoint in `output` if there is one."""
     log_every: PositiveInt = 20
+    """Steps between two lines of metrics.jsonl."""
     eval_every: Length = 0
     """Steps between evaluations, or a text like "1 epoch" or "90000 images"; 0: at the end only."""
     save_every: Length = 0
@@ -229,6 +238,8 @@ Backend = Literal["auto", "pycocotools", "hotcoco"]
 
 
 class EvalConfig(Section):
+    """Evaluation of `data.val`."""
+
     batch_size: PositiveInt = 1
     """Images per rank and step."""
     max_detections: PositiveInt | None = None

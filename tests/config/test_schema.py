@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,13 +14,22 @@ from giantdet.config.load import load_run
 from giantdet.config.resolve import describe, resolve
 from giantdet.config.schema import SCHEMA_PATH, render
 
-RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+REPO = Path(__file__).parents[2]
+RECIPES = sorted((REPO / "ds_configs").glob("*.json"))
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA_PATH.read_text()))
 
 
 def test_shipped_schema_is_current() -> None:
     assert SCHEMA_PATH.read_text() == render(), "run python -m giantdet.config.schema"
     jsonschema.Draft202012Validator.check_schema(json.loads(render()))
+
+
+def test_page_of_keys_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("keys", REPO / "scripts/keys.py")
+    assert spec is not None and spec.loader is not None
+    keys = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(keys)
+    assert (REPO / "docs/keys.md").read_text() == keys.render(), "run python scripts/keys.py"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)

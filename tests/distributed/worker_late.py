@@ -6,7 +6,8 @@ import argparse
 import sys
 import time
 
-from giantdet import cli, commands
+from giantdet import cli
+from giantdet.commands import configs
 from giantdet.distributed import comm
 
 
@@ -20,5 +21,5 @@ def _meet(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    commands.run_configs = _meet  # any command will do
+    configs.run = _meet  # any command will do
     sys.exit(cli.main(["configs"]))

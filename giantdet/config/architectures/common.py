@@ -129,6 +129,7 @@ class FpnConfig(Section):
     """Feature pyramid P2-P6 (Lin et al. 2017; for plain ViTs the simple pyramid of ViTDet)."""
 
     channels: PositiveInt = 256
+    """Channels of every level."""
     norm: NormName = "none"
     """Norm after each FPN convolution; `batch` is set by the `norm` block, `layer` is ViTDet's LayerNorm,
     `group` is GroupNorm of 32 groups."""
@@ -170,6 +171,7 @@ class RpnConfig(Section):
     post_nms_test: PositiveInt = 1000
     """The same, in evaluation."""
     nms_iou: Fraction = 0.7
+    """IoU above which NMS removes the proposal with the lower score."""
     smooth_l1_beta: NonNegative | None = None
     """Error at which the box loss changes from quadratic to linear; 0 is plain L1. None: that of
     `conventions`."""
@@ -207,10 +209,13 @@ class BaseBoxHeadConfig(Section):
     convs: Annotated[int, Field(ge=0)] = 0
     """Number of 3x3 convolutions before the fully connected layers (4 with fcs=1 is 4conv1fc)."""
     fcs: Annotated[int, Field(ge=1)] = 2
+    """Number of fully connected layers."""
     width: PositiveInt = 1024
+    """Outputs of each fully connected layer."""
     norm: NormName = "none"
     """Norm after each convolution, as in `fpn`."""
     resolution: PositiveInt = 7
+    """Side of RoIAlign's output."""
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
     """RoIAlign points per bin and axis. 0: adaptive, detectron2's default, slower (`ops/roi_align.py`)."""
     batch_per_image: PositiveInt = 512
@@ -224,7 +229,9 @@ class BaseBoxHeadConfig(Section):
     smooth_l1_beta: NonNegative | None = None
     """See `rpn.smooth_l1_beta`; for `"loss": "smooth_l1"`."""
     score_threshold: Fraction = 0.05
+    """Detections with a lower score are dropped."""
     nms_iou: Fraction = 0.5
+    """IoU above which NMS removes the detection with the lower score, within a class."""
     detections: PositiveInt = 100
     """Maximum number of detections per image."""
 
@@ -245,12 +252,15 @@ class MaskHeadConfig(Section):
     enabled: bool = True
     """False gives Faster R-CNN."""
     convs: PositiveInt = 4
+    """Number of 3x3 convolutions before the upsampling."""
     width: PositiveInt = 256
+    """Channels of the convolutions."""
     norm: NormName = "none"
     """Norm after each convolution, as in `fpn`."""
     resolution: PositiveInt = 14
     """Side of the RoIAlign output; the predicted mask has twice this side."""
     sampling_ratio: Annotated[int, Field(ge=0)] = 2
+    """As in `box_head`."""
     slots: PositiveInt = 64
     """Maximum number of sampled positive RoIs per image whose mask is trained; on a GPU unused slots are
     computed too. detectron2 trains the masks of all positives, at most 128."""
@@ -269,6 +279,7 @@ class SemanticHeadConfig(Section):
     """Classes of pixels from P2 to P5 (Semantic FPN, Kirillov et al. 2019)."""
 
     width: PositiveInt = 128
+    """Channels of the convolutions."""
     norm: Literal["none", "batch", "group"] = "group"
     """Norm layer after each convolution: `group` is GroupNorm of 32 groups, `batch` follows the `norm`
     block."""

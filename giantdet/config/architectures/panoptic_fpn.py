@@ -26,6 +26,7 @@ class PanopticFpnConfig(RcnnConfig):
     """Number of classes without objects (sky, road, ...), of which COCO has 53; auto: as in the training
     annotations."""
     semantic_loss_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the loss of pixel classes."""
     instance_loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the three losses of box and mask head, as in the paper; those of the RPN keep the weight 1.
     detectron2 leaves out loss_cls, too, which makes no difference at its default of 1."""

@@ -36,7 +36,9 @@ class RetinaHeadConfig(Section):
     """Anchors with at least this IoU with an object are positive, and so is the best anchor of each object.
     Anchors between the two thresholds are ignored."""
     focal_alpha: Fraction = 0.25
+    """Weight of objects in the focal loss; the background's is 1 minus it (Lin et al. 2017)."""
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    """Exponent of the focal loss; 0 is cross-entropy."""
     prior: Fraction = 0.01
     """Initial score of every class, set by the bias of the last layer."""
     smooth_l1_beta: Annotated[float, Field(ge=0)] = 0.0
@@ -44,7 +46,9 @@ class RetinaHeadConfig(Section):
     pre_nms: PositiveInt = 1000
     """Number of best (anchor, class) pairs of each level that enter NMS."""
     score_threshold: Fraction = 0.05
+    """Detections with a lower score are dropped."""
     nms_iou: Fraction = 0.5
+    """IoU above which NMS removes the detection with the lower score, within a class."""
     detections: PositiveInt = 100
     """Maximum number of detections per image."""
 

@@ -13,15 +13,18 @@ class SemanticBranchConfig(Section):
     """Classes of pixels at stride 8 as a second supervision of the pyramid (HTC, Chen et al. 2019)."""
 
     enabled: bool = False
+    """Train the branch."""
     source: Literal["masks", "boxes", "maps"] = "masks"
     """What pixels are labelled with. masks: the class of the smallest object whose mask covers them (its box,
     if it has no mask), or background; boxes: the same with boxes alone; maps: the data set's semantic maps,
     where all objects are one class (format `coco_panoptic`). Crowd regions and ignored objects are not
     trained on."""
     loss_weight: NonNegative = 0.2
+    """Weight of its loss."""
     convs: PositiveInt = 4
     """Number of 3x3 convolutions after the levels are summed at stride 8."""
     width: PositiveInt = 256
+    """Channels of its convolutions."""
     norm: NormName = "none"
     """Norm after each convolution, as in `fpn`."""
     embed: bool = False

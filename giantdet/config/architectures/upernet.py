@@ -30,7 +30,9 @@ class AuxiliaryHeadConfig(Section):
     """A second classifier, on C4, that is used in training only (Zhao et al. 2017)."""
 
     enabled: bool = True
+    """Train with a second classifier on C4, which prediction does not use."""
     width: PositiveInt = 256
+    """Channels of its convolutions."""
     convs: PositiveInt = 1
     """Number of 3x3 convolutions before the classifier."""
     norm: HeadNorm = "batch"
@@ -38,6 +40,7 @@ class AuxiliaryHeadConfig(Section):
     dropout: Dropout = 0.1
     """See `decode_head.dropout`."""
     loss_weight: NonNegative = 0.4
+    """Weight of its loss."""
 
 
 class UperNetConfig(ArchitectureConfig):

@@ -1,15 +1,15 @@
-"""The command `import-weights`, with its arguments; see commands.py."""
+"""The command `import-weights`: make an export of weights of other projects."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from giantdet.commands.arguments import as_path
 from giantdet.errors import InputError
 
 
-def add_import_weights(subparsers: Any) -> None:
+def add(subparsers: Any) -> None:
     """Add the command and its arguments."""
     parser = subparsers.add_parser(
         "import-weights",
@@ -17,8 +17,8 @@ def add_import_weights(subparsers: Any) -> None:
         description="Find out what a file of weights of another project is, print what matches and what does "
         "not, and write an export that predicts (docs/weights.md).",
     )
-    parser.add_argument("file", type=_path, help=".pth, .pkl or safetensors file of the other project")
-    parser.add_argument("output", type=_path, help="folder to write model.safetensors and config.json to")
+    parser.add_argument("file", type=as_path, help=".pth, .pkl or safetensors file of the other project")
+    parser.add_argument("output", type=as_path, help="folder to write model.safetensors and config.json to")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -35,14 +35,10 @@ def add_import_weights(subparsers: Any) -> None:
         choices=("rgb", "bgr"),
         help="order of the channels that the weights expect; default: the project's custom",
     )
-    parser.set_defaults(command=run_import_weights)
+    parser.set_defaults(command=run)
 
 
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def run_import_weights(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     from giantdet.export import CONFIG, export_model
     from giantdet.import_weights import import_weights
 

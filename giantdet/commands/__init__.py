@@ -1,0 +1,34 @@
+"""The commands of `giantdet`, a module each: `add` describes the arguments, `run` takes them parsed.
+
+Heavy imports are inside the functions, so that help texts and errors appear at once.
+"""
+
+from giantdet.commands import (
+    configs,
+    doctor,
+    evaluate,
+    export,
+    import_weights,
+    make_demo_data,
+    plan,
+    plot,
+    precise_bn,
+    predict,
+    train,
+    validate_data,
+)
+
+COMMANDS = (  # in the order of the help text
+    train,
+    evaluate,
+    predict,
+    export,
+    precise_bn,
+    plot,
+    plan,
+    doctor,
+    validate_data,
+    configs,
+    make_demo_data,
+    import_weights,
+)
