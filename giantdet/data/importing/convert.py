@@ -1,8 +1,8 @@
 """Make COCO instances JSONs of the pictures that a reader yields: one a split, with what was left out.
 
-A picture is kept if its file is there and has the size that its source states. Boxes are clipped to the image;
-those without area, and objects that are written twice, are left out. `area` is that of the mask, or of the
-box. Categories are numbered from 1: in the source's order where it lists them, else by name.
+A picture is kept if its file is there and has the size that its source states. Boxes are clipped to the
+image; those without area, and objects that are written twice, are left out. `area` is that of the mask, or of
+the box. Categories are numbered from 1: in the source's order where it lists them, else by name.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def convert(
     name: str,
     request: Request,
     output: Path,
-    split: Split = Split(),
+    split: Split = Split(),  # frozen
     copy: bool = False,
     overwrite: bool = False,
 ) -> Imported:
@@ -100,12 +100,12 @@ def convert(
     output.mkdir(parents=True, exist_ok=True)
     info = {"description": f"imported from {TITLES[name]}: {request.source}", "images": str(imported.images)}
     for part, chosen in splits.items():
-        content = {"info": info, **_content(chosen, categories, root)}
+        content = _content(chosen, categories, root)
         path = output / f"{part}.json"
         imported.summaries[part] = summarize(read_records(path, content))
         imported.files[part] = path
         temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps({"info": info, **content}))
         os.replace(temporary, path)
         for entry in chosen if copy else ():
             target = imported.images / entry.file.relative_to(root)
@@ -159,8 +159,8 @@ def _entries(pictures: Iterator[Picture], request: Request, notes: Notes) -> Ite
 def _size(file: Path, picture: Picture, notes: Notes) -> Size:
     """Return the size that a picture's coordinates are in. Raises DataError.
 
-    It is the stated one if the file has it as it is stored or as EXIF turns it. Without a statement it is that
-    of the turned file, as label tools and browsers show it.
+    It is the stated one if the file has it as it is stored or as EXIF turns it. Without a statement it is
+    that of the turned file, as label tools and browsers show it.
     """
     with named(file), Image.open(file) as image:
         stored = (image.height, image.width)
@@ -294,7 +294,8 @@ def _root(entries: list[_Entry], request: Request) -> Path:
 def _content(
     entries: list[_Entry], categories: dict[str, int], root: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, entry in enumerate(sorted(entries, key=lambda entry: entry.file), 1):
         height, width = entry.size
         name = entry.file.relative_to(root).as_posix()

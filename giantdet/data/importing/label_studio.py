@@ -31,6 +31,7 @@ from giantdet.data.importing.scene import (
 from giantdet.errors import DataError
 
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # the upload's key that Label Studio puts before a file's name
+_IMAGE = re.compile(r"\.(jpe?g|png|bmp|tiff?|webp|gif)($|\?)", re.IGNORECASE)
 _LABELS = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels", "labels")
 _GEOMETRY = ("x", "points", "rle")
 
@@ -115,7 +116,7 @@ def _shapes(regions: list[Any], where: str, notes: Notes) -> Iterator[Shape]:
         if region.get("type", "").startswith("keypoint"):
             notes.skip("keypoint, which is not an object", place)
             continue
-        labels = next((value[key] for key in _LABELS if value.get(key)), [])
+        labels: list[Any] = next((value[key] for key in _LABELS if value.get(key)), [])
         if not labels:  # regions and their labels in two results of one id
             same = [r for r in regions if isinstance(r, dict) and r.get("id") == region.get("id")]
             values = [r["value"] for r in same if isinstance(r.get("value"), dict)]
@@ -154,8 +155,8 @@ def brush_mask(code: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Return the mask of a brush, from the bytes of its run-length code. Raises ValueError.
 
     The code is a stream of bits, high ones first: the number of values (32 bits), the bits of a value less 1
-    (5), and four lengths less 1 (4 each). Runs follow: a bit that tells whether one value is repeated, two bits
-    that choose a length, the number of values less 1 in as many bits, and the value, or the values.
+    (5), and four lengths less 1 (4 each). Runs follow: a bit that tells whether one value is repeated, two
+    bits that choose a length, the number of values less 1 in as many bits, and the value, or the values.
     """
     if not isinstance(code, list) or not all(type(byte) is int and 0 <= byte < 256 for byte in code):
         raise ValueError("its rle is not a list of bytes")

@@ -1,8 +1,8 @@
 """Folders of masks, without classes: all objects are of one.
 
-Either one mask file an object, in SOURCE/ID/masks beside SOURCE/ID/images (Data Science Bowl 2018); or one PNG
-an image whose pixels are the numbers of objects, 0 the background (PennFudan, Cell Tracking Challenge), under
-the image's name, with or without `_mask` behind it.
+Either one mask file an object, in SOURCE/ID/masks beside SOURCE/ID/images (Data Science Bowl 2018); or one
+PNG an image whose pixels are the numbers of objects, 0 the background (PennFudan, Cell Tracking Challenge),
+under the image's name, with or without `_mask` behind it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from giantdet.errors import DataError
 
 _FOLDERS = ("masks", "PedMasks", "labels", "annotations", "gt", "instances")
 _ENDS = ("_masks", "_mask", "_instances", "_labels", "_label", "_gt")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".JPG")
 _MOST = 5000  # objects; an image with more numbers is a photograph
 
 
@@ -101,8 +102,10 @@ def _pixels(path: Path, where: str, notes: Notes) -> NDArray[np.integer] | None:
     try:
         with Image.open(path) as image:
             if image.mode in ("RGBA", "LA", "PA"):  # alpha is not a part of the number
-                image = image.convert("RGB" if image.mode != "LA" else "L")
-            return np.asarray(image)[..., :3] if image.mode == "RGB" else np.asarray(image).astype(np.int64)
+                pixels = np.asarray(image.convert("RGB" if image.mode != "LA" else "L"))
+            else:
+                pixels = np.asarray(image)
+            return pixels if image.mode == "RGB" else pixels.astype(np.int64)
     except Exception as error:  # PIL's plugins raise any exception on broken files
         notes.skip("unreadable file", where, f"{type(error).__name__} {error}")
         return None

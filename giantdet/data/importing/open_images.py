@@ -8,11 +8,12 @@ have all nine million. Format: https://storage.googleapis.com/openimages/web/dow
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from giantdet.data.importing.documents import name_in
-from giantdet.data.importing.scene import Notes, Picture, Request, Shape, images_in, number
+from giantdet.data.importing.scene import Notes, Picture, Request, Shape, images_in, number, split_name
 from giantdet.errors import DataError
 
 _NEEDED = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
@@ -30,11 +31,8 @@ def read_open_images(request: Request, notes: Notes) -> Iterator[Picture]:
         raise DataError(f"{request.images or request.folder} has no images; give their folder with --images")
     for path in tables:
         pictures: dict[str, Picture] = {}
-        lower = path.name.lower()
-        split = next(
-            (s for s in _SPLITS if lower.startswith(s) or f"-{s}-" in lower or f"_{s}_" in lower), None
-        )
-        split = {"validation": "val"}.get(split or "", split)
+        words = re.split(r"[^a-z]+", path.stem.lower())
+        split = split_name(next((name for name in _SPLITS if name in words), None))
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             for row in reader:

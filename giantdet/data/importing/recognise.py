@@ -9,13 +9,13 @@ import csv
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 _LOOKED_AT = 2000  # files of a folder
 _START = 4096  # bytes of an XML file
-_SUFFIXES = (".xml", ".json", ".yaml", ".yml", ".txt", ".csv")
+_SUFFIXES = (".yaml", ".yml", ".xml", ".json", ".csv", ".txt")  # in the order in which they decide
 _LARGEST = 64 * 2**20  # bytes of a JSON that is read for a look
 
 
@@ -28,13 +28,9 @@ def recognise(source: Path) -> str | None:
             return None
         if next(source.glob("*/masks/*"), None) and next(source.glob("*/images/*"), None):
             return "masks"
-        found = sorted(
-            _files(source), key=lambda path: _SUFFIXES.index(path.suffix.lower()) if _is(path) else 9
-        )
+        found = list(_files(source))
         names = {path.name for path in found}
-        # A data.yaml decides, before the images' text files; after it one file of each ending.
-        texts = [path for path in found if _is(path)]
-        for path in _some_of_each(texts):
+        for path in _some_of_each(found):
             if name := _of_file(path):
                 return name
         if names & {"classes.txt", "obj.names", "_darknet.labels"}:
@@ -54,10 +50,6 @@ def hint(path: str | Path) -> str:
     return f"; this looks like {TITLES[name]}: `{command}` makes a COCO JSON of it"
 
 
-def _is(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES
-
-
 def _files(folder: Path) -> Iterator[Path]:
     """Yield files of a folder and its sub-folders, at most `_LOOKED_AT` of each folder."""
     entries = sorted(itertools.islice(folder.iterdir(), _LOOKED_AT))
@@ -69,7 +61,7 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from (leaf for leaf in itertools.islice(child.iterdir(), 50) if leaf.is_file())
 
 
-def _some_of_each(paths: list[Path]) -> Iterator[Path]:
+def _some_of_each(paths: Iterable[Path]) -> Iterator[Path]:
     for suffix in _SUFFIXES:
         yield from [path for path in paths if path.suffix.lower() == suffix][:5]
 
@@ -93,16 +85,16 @@ def _of_json(path: Path) -> str | None:
         return None
     content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(content, list):
-        first = content[0] if content else None
-        is_task = isinstance(first, dict) and isinstance(first.get("data"), dict)
-        return "label-studio" if is_task and ("annotations" in first or "completions" in first) else None
+        task = content[0] if content and isinstance(content[0], dict) else {}
+        is_task = isinstance(task.get("data"), dict) and bool({"annotations", "completions"} & set(task))
+        return "label-studio" if is_task else None
     if not isinstance(content, dict):
         return None
     if isinstance(content.get("shapes"), list) and ("imagePath" in content or "imageData" in content):
         return "labelme"
     entries = content.get("_via_img_metadata", content)
     first = next(iter(entries.values()), None) if isinstance(entries, dict) else None
-    return "via" if isinstance(first, dict) and "regions" in first and "filename" in first else None
+    return "via" if isinstance(first, dict) and {"regions", "filename"} <= set(first) else None
 
 
 def _of_yaml(path: Path) -> str | None:

@@ -1,7 +1,8 @@
 """VGG Image Annotator, versions 1 and 2: one JSON file of all images, with regions in pixels.
 
-A project (`_via_img_metadata`) and an export of annotations are read. The class is an attribute of the region,
-whose name is the annotator's own. Format: https://www.robots.ox.ac.uk/~vgg/software/via/ (the JSON export).
+A project (`_via_img_metadata`) and an export of annotations are read. The class is an attribute of the
+region, whose name is the annotator's own. Format: https://www.robots.ox.ac.uk/~vgg/software/via/, the JSON
+export.
 """
 
 from __future__ import annotations
@@ -45,10 +46,8 @@ def entries_of(content: Any) -> list[dict[str, Any]] | None:
         raise DataError("a project of VIA 3 is not supported; VIA 1 and 2 are")
     entries = content.get("_via_img_metadata", content)
     values = list(entries.values()) if isinstance(entries, dict) else []
-    good = [
-        value for value in values if isinstance(value, dict) and "regions" in value and "filename" in value
-    ]
-    return good if good and len(good) == len(values) else None
+    are_good = all(isinstance(value, dict) and {"regions", "filename"} <= set(value) for value in values)
+    return values if values and are_good else None
 
 
 def _regions(regions: Any) -> list[Any]:
@@ -66,8 +65,8 @@ def _attribute(entries: list[dict[str, Any]], notes: Notes) -> str | None:
                 used.update(
                     key for key, value in region["region_attributes"].items() if value not in ("", {})
                 )
-    usual = [key for key in used if key.lower() in _USUAL]
-    chosen = next(iter(used)) if len(used) == 1 else next(iter(sorted(usual, key=lambda k: -used[k])), None)
+    usual = [key for key, _ in used.most_common() if key.lower() in _USUAL]
+    chosen = next(iter(used if len(used) == 1 else usual), None)
     if used and chosen is None:
         raise DataError(
             f"which region attribute is the class? Give --attribute, one of {', '.join(sorted(used))}"

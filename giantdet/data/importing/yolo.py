@@ -1,12 +1,13 @@
 """YOLO: one text file an image, a line an object, and a data.yaml with the names and splits.
 
-A line is `class x y w h` (a box by its centre) or `class x1 y1 x2 y2 ...` (a polygon of at least 3 points; the
-4 corners of an oriented box are one too); all in 0 to 1 of the image as a viewer shows it. With `kpt_shape` in
-data.yaml, keypoints follow a box. An image without a text file, or with an empty one, has no objects.
+A line is `class x y w h` (a box by its centre) or `class x1 y1 x2 y2 ...` (a polygon of at least 3 points;
+the 4 corners of an oriented box are one too); all in 0 to 1 of the image as a viewer shows it. With
+`kpt_shape` in data.yaml, keypoints follow a box. An image without a text file, or with an empty one, has no
+objects.
 Formats: https://docs.ultralytics.com/datasets/detect/, .../segment/, .../obb/, .../pose/.
 
-supervision's reader is not used: it rasterises polygons into full bitmaps that it keeps for all images, ends at
-the first bad line, and does not read splits. tests/data/test_importing_library.py compares with it.
+supervision's reader is not used: it rasterises polygons into full bitmaps that it keeps for all images, ends
+at the first bad line, and does not read splits. tests/data/test_importing_library.py compares with it.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _names(config: dict[str, Any], path: Path | None, request: Request) -> dict[
     if request.classes:
         return dict(enumerate(request.classes))
     raise DataError(
-        f"{request.source} has no data.yaml and no classes.txt; name the classes in their order with --classes"
+        f"{request.source} has no data.yaml and no classes.txt; give the classes in their order: --classes"
     )
 
 
@@ -195,7 +196,7 @@ def _shape(name: str, where: str, values: list[float]) -> Shape:
         low, high = min(values), max(values)
     else:
         raise ValueError(
-            f"{len(values) + 1} numbers are neither a box (class x y w h) nor a polygon (class x1 y1 x2 y2 ...)"
+            f"{len(values) + 1} numbers are neither a box (class x y w h) nor a polygon (class x1 y1 ...)"
         )
     if low < -_SLACK or high > 1 + _SLACK:
         raise ValueError(f"coordinates from {low:g} to {high:g} are not in 0 to 1 of the image")
