@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from giantdet.config.architectures.suited import SUITED, Facts, Suited, slots
 from giantdet.config.load import parse_run
@@ -24,7 +26,7 @@ from giantdet.data.dataset import check_files, nothing_to_train
 from giantdet.errors import ConfigError, DataError
 from giantdet.tools.costs import GIB
 from giantdet.tools.machines import MACHINES, Machine
-from giantdet.tools.plan import blocks_text, make_plan, quickest
+from giantdet.tools.plan import Choice, Plan, make_plan
 
 SIZES = {
     "small": "mask_rcnn_convnext_tiny_16_adamw",
@@ -68,7 +70,7 @@ class NewRun:
             root = self.raw if path.split(".")[0] in self.raw else self.raw["giantdet"]
             node: Any = root
             for key in path.split("."):
-                node = node[key]
+                node = node.get(key)
             lines.append(f"{path} = {json.dumps(node)}: {why}")
         return "\n".join(lines)
 
@@ -141,7 +143,7 @@ def _set_data(new: NewRun, wishes: Wishes, dataset: CocoDataset) -> None:
     for key in ("train", "val", "classes"):
         data.pop(key, None)
     counts = f"{summary.images} images, {summary.objects} objects, {len(summary.objects_per_class)} classes"
-    section = {"annotations": str(wishes.data.resolve()), "images": str(dataset.root.resolve())}
+    section = {"annotations": os.path.abspath(wishes.data), "images": os.path.abspath(dataset.root)}
     new.set("giantdet.data.train", Suited(section, counts))
     val = wishes.val
     if val is None:
@@ -156,7 +158,7 @@ def _set_data(new: NewRun, wishes: Wishes, dataset: CocoDataset) -> None:
     checked = _open(val, wishes.images if wishes.images is not None else _own_images(val, dataset.root))
     if unknown := [name for name in checked.class_names if name not in dataset.class_names]:
         raise DataError(f"{val}: the class {unknown[0]!r} is not among those of {wishes.data}")
-    section = {"annotations": str(val.resolve()), "images": str(checked.root.resolve())}
+    section = {"annotations": os.path.abspath(val), "images": os.path.abspath(checked.root)}
     new.set("giantdet.data.val", Suited(section, f"{len(checked)} images"))
 
 
@@ -170,40 +172,54 @@ def _own_images(annotations: Path, default: Path) -> Path | None:
         return default
 
 
+class Canvas(NamedTuple):
+    """The canvas of a data set and how its images come onto it."""
+
+    size: list[int]
+    """Height and width in pixels."""
+    short_side: int
+    scale: float
+    """Median factor of the images."""
+    why: str
+
+
+def canvas(sizes_hw: NDArray[np.integer], most_short: int, most_long: int) -> Canvas:
+    """Return the canvas of images of these sizes: theirs, from `LEAST_SIDE` to the recipe's two sides.
+
+    90% of the images fill the short side; the canvas is a square if some are wide and some are tall.
+    """
+    heights, widths = sizes_hw.T.astype(float)
+    shorts, longs = np.minimum(heights, widths), np.maximum(heights, widths)
+    ratios = longs / shorts
+    wanted = max(round(float(np.median(shorts)) / 32) * 32, LEAST_SIDE)
+    room = int(most_long / float(np.median(ratios))) // 32 * 32
+    short = max(32, min(wanted, most_short, room))
+    ratio = float(np.quantile(ratios, 0.9))
+    side, long = (min(math.ceil(value / STRIDE) * STRIDE, most_long) for value in (short, short * ratio))
+    wide = float((widths >= heights).mean())
+    shape = "wide" if wide >= 0.95 else "tall" if wide <= 0.05 else "wide and tall"
+    size = {"wide": [side, long], "tall": [long, side]}.get(shape, [long, long])
+    scales = np.minimum(short / shorts, np.minimum(size[0] / heights, size[1] / widths))
+    why = (
+        f"the images' median is {np.median(widths):.0f} x {np.median(heights):.0f}, they are {shape}, 90% "
+        f"have a ratio of sides up to {ratio:.2f}; multiples of {STRIDE}, at most {most_long}"
+    )
+    return Canvas(size, short, float(np.median(scales)), why)
+
+
 def _set_canvas(new: NewRun, dataset: CocoDataset) -> float:
     """Set the canvas and the short sides; return the median scale of the images on it."""
     data = new.raw["giantdet"]["data"]
-    most_short, most_long = int(data.get("short_side", 800)), max(data.get("size", [1024, 1024]))
-    heights, widths = dataset.sizes_hw.T.astype(float)
-    shorts, longs = np.minimum(heights, widths), np.maximum(heights, widths)
-    short = _multiple(float(np.median(shorts)), 32)
-    short = min(max(short, LEAST_SIDE), most_short, most_long)
-    ratio = float(np.quantile(longs / shorts, 0.9))
-    long = min(_multiple(short * ratio, STRIDE), max(most_long, _multiple(short, STRIDE)))
-    side = _multiple(short, STRIDE)
-    lying = float((widths >= heights).mean())
-    lies = "lie on their side" if lying >= 0.95 else "stand upright" if lying <= 0.05 else "lie and stand"
-    size = [side, long] if lying >= 0.95 else [long, side] if lying <= 0.05 else [long, long]
-    medians = f"{np.median(widths):.0f} x {np.median(heights):.0f}"
-    scales = np.minimum(short / shorts, np.minimum(size[0] / heights, size[1] / widths))
-    scale = float(np.median(scales))
-    why = f"the images' median is {medians}; they {lies}, 90% have a ratio of sides up to {ratio:.2f}"
-    new.set(
-        "giantdet.data.size", Suited(size, f"{why}; multiples of {STRIDE}, at most the recipe's {most_long}")
-    )
+    found = canvas(dataset.sizes_hw, int(data.get("short_side", 800)), max(data.get("size", [1024, 1024])))
+    scale, short = found.scale, found.short_side
+    new.set("giantdet.data.size", Suited(found.size, found.why))
     how = "enlarged" if scale > 1.05 else "reduced" if scale < 0.95 else "about as large as they are"
     new.set("giantdet.data.short_side", Suited(short, f"images are {how} (factor {scale:.2f})"))
-    augment = data.get("augment", {})
-    if "short_sides" in augment:
-        sides = sorted({_multiple(short * factor, 32) for factor in np.linspace(0.6, 1.0, 6)})
+    if "short_sides" in data.get("augment", {}):
+        sides = sorted({max(32, round(short * factor / 32) * 32) for factor in np.linspace(0.6, 1.0, 6)})
         text = "multi-scale training from 0.6 of the short side on, as the recipes"
         new.set("giantdet.data.augment.short_sides", Suited(sides, text))
     return scale
-
-
-def _multiple(value: float, of: int) -> int:
-    """Return the nearest multiple, at least one."""
-    return max(of, round(value / of) * of)
 
 
 def _facts(dataset: CocoDataset, scale: float) -> Facts:
@@ -230,8 +246,8 @@ def _set_weights(new: NewRun, wishes: Wishes) -> None:
     backbone = new.raw["giantdet"]["model"].setdefault("backbone", {})
     if wishes.weights is not None:
         backbone.pop("pretrained", None)
-        new.set("giantdet.model.backbone.init_weights", Suited(str(wishes.weights.resolve()), "as given"))
-    elif backbone.get("init_weights") is None and wishes.size != "demo":
+        new.set("giantdet.model.backbone.init_weights", Suited(os.path.abspath(wishes.weights), "as given"))
+    elif backbone.get("init_weights") is None:
         why = f"timm loads the weights of {backbone.get('name')} at the first start; offline: --weights FILE"
         new.set("giantdet.model.backbone.pretrained", Suited(True, why))
 
@@ -258,7 +274,7 @@ def _set_batch(new: NewRun, wishes: Wishes, images: int) -> int:
     plain["giantdet"]["model"]["backbone"]["pretrained"] = False
     plain["giantdet"]["model"]["backbone"].pop("init_weights", None)
     plan = make_plan(parse_run(plain), wishes.gpus, wishes.machine, BANDWIDTH, EFFICIENCY, images)
-    choice = plan.own if plan.own.fits(wishes.machine) else quickest(plan.choices, wishes.machine)
+    choice = _choice(plan, each)
     if choice is None:
         fewest = plan.fewest_gpus()
         advice = f"; --gpus {fewest} or more is enough" if fewest and not wishes.is_cpu else ""
@@ -270,7 +286,8 @@ def _set_batch(new: NewRun, wishes: Wishes, images: int) -> int:
     if choice is not plan.own:
         text = f"the quickest that fits on {where}"
         new.set("zero_optimization.stage", Suited(choice.stage, text))
-        blocks = Suited(choice.every, f"{text}: blocks {blocks_text(choice.every)}")
+        every: bool | int = choice.every if choice.every > 1 else bool(choice.every)
+        blocks = Suited(every, f"{text}: blocks {plan.blocks(choice)}")
         new.set("giantdet.model.backbone.checkpoint_blocks", blocks)
     micro = max(n for n in range(1, each + 1) if each % n == 0 and n <= max(1, choice.largest))
     batch = int(each * wishes.gpus)
@@ -281,6 +298,24 @@ def _set_batch(new: NewRun, wishes: Wishes, images: int) -> int:
     new.set("train_micro_batch_size_per_gpu", Suited(micro, f"{where}: {fits}"))
     new.raw["gradient_accumulation_steps"] = "auto"
     return batch
+
+
+def _choice(plan: Plan, images: int) -> Choice | None:
+    """Return the fastest ZeRO stage and recomputation with so many images in a micro-batch, or None.
+
+    ZeRO-0 is left to recipes that have it. If nothing has room for as many, it is among those that have room
+    for the most. Of those within 2% of its time it is the recipe's own, or that of the recipe's stage, or
+    else the one that needs the least memory.
+    """
+    known = [choice for choice in plan.choices if choice.stage >= min(1, plan.own.stage)]
+    most = min(images, max(choice.largest for choice in known))
+    if most < 1:
+        return None
+    fitting = [choice for choice in known if choice.largest >= most]
+    best = min(choice.seconds for choice in fitting)
+    near = [choice for choice in fitting if choice.seconds <= 1.02 * best]
+    own = plan.own
+    return min(near, key=lambda c: (c is not own, c.stage != own.stage, c.memory))
 
 
 def _set_length(
