@@ -20,8 +20,9 @@ from giantdet.config.resolve import resolve
 from giantdet.data.coco import CocoDataset
 from giantdet.engine.metrics import read_metrics
 from giantdet.errors import ConfigError, DataError
+from giantdet.tools.canvas import canvas
 from giantdet.tools.machines import MACHINES, Machine
-from giantdet.tools.new_run import SIZES, Wishes, canvas, new_run
+from giantdet.tools.new_run import SIZES, Wishes, new_run
 
 H100 = MACHINES["h100"]
 
