@@ -246,7 +246,7 @@ def main() -> None:
     print(describe_machine(args.device))
     print(
         f"setting: {args.backbone}, batch {args.batch}, {args.size}x{args.size}, "
-        f"{args.objects} objects an image, {args.dtype}, {args.device}"
+        f"{args.objects} objects per image, {args.dtype}, {args.device}"
     )
     scene = make_scene(args.size, args.batch, args.objects)
     sides: list[Side] = []
@@ -266,7 +266,7 @@ def main() -> None:
             steps[side.name].append(side.step())
             print(f"{pair + 1:>3}  " + line(side.name, steps[side.name][-1], args.batch), flush=True)
 
-    print("counts an image:")
+    print("counts per image:")
     for side in sides:
         print(f"  {side.name:<12} " + "  ".join(f"{k} {v:g}" for k, v in sorted(side.counts.items())))
     print("medians:")

@@ -91,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
     scene = make_scene(args.size, args.batch, args.objects, seed=comm.rank())
     batch = giantdet_batch(scene, args.max_objects, frame=112).to(device)
     if comm.is_main():
-        print(f"{comm.world_size()} ranks, ZeRO-{args.stage}, batch {args.batch} a rank, {args.size} pixels")
+        print(
+            f"{comm.world_size()} ranks, ZeRO-{args.stage}, batch {args.batch} per rank, {args.size} pixels"
+        )
         print(
             f"| estimator | step | measured step | ratio, least to most | at interval {INTERVAL} "
             "| memory of a measured step |"
@@ -122,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
             print(
                 f"| {name} | {medians[0]:.3f} s | {medians[1]:.3f} s | {statistics.median(ratios):.3f} "
                 f"({ratios[0]:.3f} to {ratios[-1]:.3f}) | {100 * cost:+.2f}% "
-                f"| {(peak - plain_peak) / parameters:+.1f} bytes a parameter |",
+                f"| {(peak - plain_peak) / parameters:+.1f} bytes per parameter |",
                 flush=True,
             )
         engine.destroy()

@@ -1,4 +1,4 @@
-"""Measure the time and memory that opening an instances JSON of COCO's size takes, beside pycocotools.
+"""Measure the time and memory that opening an instances JSON of COCO's size takes, compared with pycocotools.
 
 python benchmarks/bench_annotations.py                       # 118,000 images, 860,000 objects; 4 GiB
 python benchmarks/bench_annotations.py --share 0.1 --ranks 4
@@ -31,7 +31,7 @@ from giantdet.data.coco import CocoDataset
 
 IMAGES, OBJECTS = 118_000, 860_000
 CORNERS = (6, 44)
-"""Of the polygons; COCO's have 25 in the mean."""
+"""Number of points of the polygons; COCO's have 25 on average."""
 
 
 def make(file: TextIO, share: float) -> None:

@@ -1,4 +1,4 @@
-"""Measure how many images a second one loader process makes, compared with torchvision's v2 transforms.
+"""Measure how many images per second one loader process makes, compared with torchvision's v2 transforms.
 
 python benchmarks/bench_data.py ANNOTATIONS IMAGES               # a COCO instances JSON and its image folder
 python benchmarks/bench_data.py ANNOTATIONS IMAGES --profile     # and where giantdet's time goes
@@ -80,7 +80,7 @@ def torchvision_sample(
 
 
 def measure(dataset: CocoDataset, name: str, by_pillow: bool, rounds: int, images: int) -> None:
-    """Print images a second of both sides and the ratios of the rounds."""
+    """Print images per second of both sides and the ratios of the rounds."""
     config, transforms = SETTINGS[name]
     stream = TrainStream(dataset, config, seed=0)
     theirs = v2.Compose([*transforms, v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes()])

@@ -5,7 +5,7 @@ python benchmarks/bench_eval.py --images 5000 --backends hotcoco
 
 Detections are blurred ellipses in boxes of all sizes, in batches of one image; some of them are near the
 objects, which are polygons of 24 points. The backends take turns, and each ratio is of two neighbouring runs.
-Seconds are of processor time, which other processes on the machine disturb less than they do wall time.
+Seconds are of processor time, which depends less on other processes on the machine than wall time.
 """
 
 from __future__ import annotations

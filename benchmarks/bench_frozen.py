@@ -3,7 +3,7 @@
 deepspeed --num_accelerators 2 benchmarks/bench_frozen.py \
     ds_configs/mask_rcnn_vitdet_dinov3_7b_frozen_16_adamw.json --backbone frozen key=value ...
 
-Prints seconds per step, CPU seconds of a rank, which other processes on the machine change less, and the
+Prints seconds per step, CPU seconds per rank, which depend less on other processes on the machine, and the
 peak memory of a rank. Weights are random. The memory of a process on the CPU includes its libraries, whose
 part is printed too; so each setting is measured by processes of its own.
 """
@@ -71,8 +71,8 @@ def main() -> None:
         print(
             f"backbone {options.backbone}: {numbers[0]:,} parameters, {numbers[1]:,} trained, "
             f"{run.precision}, ZeRO-{run.stage}, {comm.world_size()} ranks x {images} images\n"
-            f"{wall:.2f} s a step (least {min(walls[2:]):.2f}), {cpu:.2f} CPU seconds of a rank, "
-            f"{peak:.2f} GiB a rank, {empty:.2f} of it before the model",
+            f"{wall:.2f} s per step (fastest {min(walls[2:]):.2f}), {cpu:.2f} CPU seconds per rank, "
+            f"{peak:.2f} GiB per rank, {empty:.2f} of it before the model",
             flush=True,
         )
     engine.destroy()

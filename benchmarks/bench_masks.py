@@ -2,7 +2,7 @@
 
 python benchmarks/bench_masks.py                               # 640 x 480, 100 detections, one thread
 
-Three ways take turns on the same masks and boxes, and each ratio is of two neighbouring images:
+Three methods take turns on the same masks and boxes, and each ratio is of two neighbouring images:
 
 - giantdet: `evaluation/pasting.py` computes where masks begin and end in each column, `rle.py` encodes that.
 - torchvision: `paste_masks_in_image` makes bitmaps of the image, pycocotools encodes them.

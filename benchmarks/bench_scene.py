@@ -53,7 +53,7 @@ def make_scene(size: int | tuple[int, int], batch: int, objects: int, seed: int 
 
 
 def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
-    """Return the scene as giantdet's loader would: `slots` objects an image, masks `frame` cells wide."""
+    """Return the scene as giantdet's loader would: `slots` objects per image, masks `frame` cells wide."""
     batch, objects = scene.labels_BN.shape
     height, width = scene.images_B3HW.shape[-2:]
     size = (height, width)

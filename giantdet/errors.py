@@ -41,6 +41,6 @@ class LostContactError(GiantdetError, RuntimeError):
 
 
 class StoppedError(GiantdetError, RuntimeError):
-    """The run was asked to stop; it has saved a checkpoint."""
+    """The run was stopped on request; it has saved a checkpoint."""
 
     exit_code = 5

@@ -251,17 +251,17 @@ def _gathered(parameters: list[Tensor]) -> Any:
 def read_export_config(folder: Path) -> ExportConfig:
     """Return the config.json of an export.
 
-    Raises InputError, a ValueError, that names the file, if it is missing or not an export of giantdet.
+    Raises InputError, a ValueError, that names the file, if it is missing or not a giantdet export.
     """
     file = folder / CONFIG
     if not file.is_file():
-        raise InputError(f"{folder}: not an export of giantdet (no {CONFIG})")
+        raise InputError(f"{folder}: not a giantdet export (no {CONFIG})")
     try:
         return ExportConfig.model_validate_json(file.read_text())
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-        raise InputError(f"{file}: not of an export of giantdet ({what})") from None
+        raise InputError(f"{file}: not from a giantdet export ({what})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: cannot be read ({error})") from None
 
@@ -295,7 +295,7 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     (`architectures/foreign`), under any prefix (`layers/weight_names.py`). The rows of layers that belong to
     classes are taken over by name from an export, and from another project's model of COCO's number of
     classes: `classes` are those of the run. Without names on one of the sides, such a layer is taken over if
-    it has as many classes. What is taken over and what starts afresh is printed.
+    it has as many classes. What is taken over and what starts with new weights is printed.
     Raises InputError, a ValueError, that lists every key, for any other mismatch.
     """
     if config.init_weights is None:
@@ -308,8 +308,8 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
     state = dict(from_project(tensors, model, config, str(path)))
     if not any(key in expected for key in state):
         raise InputError(
-            f"{path} has no tensor of {config.type} by name; if these are weights of a backbone, give them "
-            "in model.backbone.init_weights"
+            f"{path} has no tensor named as in {config.type}; if these are weights of a backbone, give "
+            "them in model.backbone.init_weights"
         )
     folder = path if path.is_dir() else path.parent
     known = classes_of(tensors)
@@ -335,9 +335,13 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
         if found.fresh:
             taken = ", ".join(found.taken) or "none"
             afresh = ", ".join(found.fresh)
-            logger.warning("%s: classes of %s taken over: %s; start afresh: %s", path, kind, taken, afresh)
+            logger.warning(
+                "%s: classes of %s taken over: %s; start with new weights: %s", path, kind, taken, afresh
+            )
     if fresh:
-        logger.warning("%s: trained on other classes; these layers start afresh: %s", path, ", ".join(fresh))
+        logger.warning(
+            "%s: trained on other classes; these layers start with new weights: %s", path, ", ".join(fresh)
+        )
     load_strictly(model, state, str(path))
 
 

@@ -1,7 +1,7 @@
-"""Make an export of a file of weights of another project: find out what it is, and what the model must be.
+"""Convert a weights file of another project to an export: identify the project and the model.
 
-Structure is read from names and shapes (`architectures/foreign`); what they do not tell is the project's
-custom, is said in the report, and can be changed by overrides.
+Structure is read from names and shapes (`architectures/foreign`). What they do not say follows the project's
+defaults, is named in the report, and can be changed by overrides.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _recognise(found: Mapping[str, Tensor], path: str | Path) -> tuple[Project, 
             return project, state
     titles = ", ".join(project.title for project in PROJECTS)
     raise InputError(
-        f"{path}: no detector of {titles} by the names of its tensors, such as {next(iter(found))}; name "
+        f"{path}: no detector of {titles} has tensors of these names, such as {next(iter(found))}; name "
         "weights of a backbone in model.backbone.init_weights"
     )
 
@@ -145,7 +145,7 @@ def _classes(given: str | None, config: ArchitectureConfig, path: str | Path) ->
         numbers = " and ".join(f"{key} {getattr(config, key)}" for key in config.class_keys)
         raise InputError(
             f"{path}: the model has {numbers}, which is not COCO's number: name the classes with --classes, "
-            "a COCO JSON, a file of names, or names with commas"
+            "a COCO JSON, a file of names, or comma-separated names"
         )
     return usual
 
@@ -191,7 +191,7 @@ def _report(
         + (", first layer turned from blue-green-red to red-green-blue" if converted.settings.bgr else "")
     )
     if converted.settings.assumed:
-        lines.append(f"  assumed, as the file does not tell: {converted.settings.assumed}")
+        lines.append(f"  assumed, because the file does not say: {converted.settings.assumed}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What flows between the parts: batches in, outputs out.
+"""The data passed between the parts: batches in, outputs out.
 
 Everything is a `NamedTuple` of tensors whose shapes depend on the configuration alone (B, M, N, R,
 D and the canvas H x W are settings, never counts of what an image happens to hold). Named tuples
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     image, number of the window and how many the image has. None: all of it."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; asynchronous from pinned memory."""
+        """Return the batch on `device`; asynchronous from pinned memory."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -93,14 +93,14 @@ class Detections(NamedTuple):
     masks_BDSS: Tensor | None  # float32 probabilities in the frame of the box
 
     def to(self, device: torch.device | str) -> Detections:
-        """The detections on `device`."""
+        """Return the detections on `device`."""
         moved = [None if tensor is None else tensor.to(device) for tensor in self]
         return Detections._make(moved)
 
 
 class Outputs(NamedTuple):
-    """What a model returns in evaluation; None for what it does not predict."""
+    """The outputs of a model in evaluation; None for what it does not predict."""
 
     detections: Detections | None = None
     semantic_BCHW: Tensor | None = None
-    """float32 logits of all classes at stride 4 of the canvas; who uses them resizes them."""
+    """float32 logits of all classes at stride 4 of the canvas; callers resize them."""

@@ -89,7 +89,7 @@ NOTES = """
    map of stride s is then centred at pixel s * i, as in a ResNet: at the centre of its anchors (to half a
    pixel), and less than half a cell from where RoIAlign assumes it. Near the border they see zeros where
    ImageNet training saw the image.
-2. The windows are 1/32 of the canvas, as timm has them for every image size; tables of relative positions are
+2. The windows are 1/32 of the canvas, as in timm for every image size; tables of relative positions are
    resampled when weights are loaded. Attention over larger windows needs more FLOPs per pixel.
 3. The attention of the last two stages is global: its cost grows with the square of the canvas. Tables of
    positions are resampled when weights are loaded (Hiera's by giantdet, the others by timm).
@@ -110,9 +110,9 @@ right and down than those of its other maps.
 `"deformable_stages": [3, 4, 5]` makes the 3x3 convolutions of the stages of C3, C4 and C5 deformable (DCNv2),
 from outside: timm's names and pretrained weights stay valid, and groups, stride and dilation are kept. Each
 gets a layer `offset` (18 offsets and 9 masks), initialised with zeros. The mask is 2 * sigmoid, so that a
-converted layer begins as the plain one. The paper, mmcv and detectron2 have sigmoid, which begins at half of
-it: their weights fit if the convolution's own weight is halved. The operator is torchvision's, in float32
-because it does not take bf16.
+converted layer starts out equal to the plain one. The paper, mmcv and detectron2 have sigmoid, which starts
+at half of it: their weights fit if the convolution's own weight is halved. The operator is torchvision's, in
+float32 because it does not take bf16.
 
 The paper trains offsets with a tenth of the learning rate: make them a module of their own, with
 `"agvm": {"modules": {"offsets": ["*.offset.*"], "rest": ["*"]}}` (it need not be enabled) and

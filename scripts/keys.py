@@ -6,6 +6,7 @@ A test checks that the page is current.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def _description(value: dict[str, Any], sections: dict[str, Any]) -> str:
     """Return what the key does, for a table; a section is described by the first sentence of its own."""
     text = value.get("description", "")
     if not text and "$ref" in value:
-        text = sections[value["$ref"].removeprefix(REF)].get("description", "").split(". ")[0]
+        text = sections[value["$ref"].removeprefix(REF)].get("description", "")
+        text = re.split(r"(?<!et al)\. ", text)[0]
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from giantdet.cli import COCO_IMAGES
+from giantdet.commands.arguments import COCO_IMAGES
 from giantdet.config.classes import Classes
 from giantdet.config.load import RunConfig, load_run
 from giantdet.config.resolve import resolve
@@ -32,9 +32,10 @@ giantdet plot --schedule ds_configs/X.json                  # draws the learning
 **Which one?** Look for your number of GPUs, or a larger one: on fewer GPUs a recipe keeps its batch by
 gradient accumulation and trains the same, only slower (`tests/distributed/test_optim.py` compares the losses
 of 4, 2 and 1 ranks to 1e-5). Only batch norms differ: with `"norm": "cgbn"` fewer ranks normalise fewer
-images together, as each accumulated micro-batch is normalised separately; a run says at its start how many.
-Any number of GPUs works whose product with the images of a micro-batch divides the batch. If you override the
-batch, the learning rate follows where a recipe has `lr_scaling`, and lengths in epochs stay the same.
+images together, because each accumulated micro-batch is normalised separately; a run prints how many when
+it starts.
+Any number of GPUs works if its product with the micro-batch divides the batch. If you override the batch, the
+learning rate follows in recipes with `lr_scaling`, and lengths in epochs stay the same.
 
 **What is proven?** The demo and the fine-tuning recipe were run, on CPUs. The others were not: their expected
 results are those of the work that they follow, and "memory not measured" means that you may have to lower the

@@ -34,10 +34,12 @@ def main() -> int:
         "--hostfile", type=Path, required=True, help="file with one line `name slots=8` per host"
     )
     parser.add_argument("--min_nodes", type=int, default=1, help="give up if fewer hosts answer; default: 1")
-    parser.add_argument("--max_restarts", type=int, default=10, help="give up after as many; default: 10")
+    parser.add_argument(
+        "--max_restarts", type=int, default=10, help="give up after this many restarts; default: 10"
+    )
     parser.add_argument("--ssh_port", type=int, help="ssh port of all hosts; default: ssh's")
     parser.add_argument(
-        "--answer_seconds", type=int, default=10, help="wait so long for a host to answer; default: 10"
+        "--answer_seconds", type=int, default=10, help="how long to wait for a host to answer; default: 10"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="[-- launcher options] script [arguments]")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
 """Measure each part of MegDet's challenge system alone against the same detector without it: AP and time.
 
-python studies/challenge.py DATA           # trains what studies/challenge.csv does not have; prints the table
-python studies/challenge.py DATA --read    # prints the table only
+python studies/challenge.py DATA         # trains the parts that studies/challenge.csv lacks; prints the table
+python studies/challenge.py DATA --read  # prints the table only
 
 DATA holds dsb2018_nuclei/ (annotations/instances_{train,val}.json, images/) and weights/, see WEIGHTS. Every
 part is trained with the same seeds, images, order and number of steps as its base, on one thread. Runs go
-seed by seed and are not repeated, so that a study that is cut off has whole comparisons. Times are CPU
+seed by seed and are not repeated, so that an interrupted study has complete comparisons. Times are CPU
 seconds of the process, which depend less than elapsed time on what else the machine does.
 """
 

@@ -4,9 +4,9 @@
         --annotations instances_train.json --images train/ --output runs/giant [key=value ...]
 
 Every command is one that users would run. Starts from random weights (no downloads) with a short warmup, and
-writes report.json: losses, images a second, FLOPs a second as a share of the rate of matrix products of the
-same precision on this machine, peak memory. FLOPs are those of forward and backward without recomputation. On
-a CPU reduce the width: model.backbone.timm_args='{"embed_dim": 64, "num_heads": 4}'.
+writes report.json: losses, images per second, FLOPs per second as a share of the rate of matrix products of
+the same precision on this machine, peak memory. FLOPs are those of forward and backward, not recomputed.
+On a CPU reduce the width: model.backbone.timm_args='{"embed_dim": 64, "num_heads": 4}'.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def arguments() -> argparse.Namespace:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the FLOPs a second of one large matrix product, the best of 8 measurements."""
+    """Return the FLOPs per second of one large matrix product, the best of 8 measurements."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = 0.0

@@ -22,7 +22,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions"
 sys.dont_write_bytecode, sys.pycache_prefix = False, str(REPO / "runs/bytecode")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
-# Always this environment's ninja: another version hashes commands differently and compiles all anew.
+# Always this environment's ninja: another version hashes commands differently and compiles everything again.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 

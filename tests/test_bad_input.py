@@ -183,7 +183,7 @@ def test_annotations_that_work_mean_what_they_say(data: Path) -> None:
     ids, counts = seen(crowded)
     assert counts["dropped_objects"] == ids.count(1) * (10_000 - DATA.max_objects)
     assert dataset("a category without a name").class_names == ["cell", "dust", "3"]
-    file = dataset("two categories of one name").annotations
+    file = dataset("two categories with the same name").annotations
     scores = evaluate_results(file, perfect(good_content()), masks=False)["box"]["per_class"]
     assert list(scores) == ["cell", "dust", "cell (3)"]
     assert dataset("no id").labels_K.tolist() == [0, 0, 0, 0]
@@ -298,7 +298,7 @@ def test_command(case: Case, data: Path, tiny_export: Path, tmp_path: Path, caps
     places = {"export": tiny_export, "data": data, "empty": tmp_path / "empty"}
     ends_with(case.outcome, [argument.format(**places) for argument in case.make], capsys)
     limit_pixels(DATA.max_image_pixels)  # of the whole process
-    if case.what == "predict: one of the images is none":
+    if case.what == "predict: one of the files is not an image":
         assert len(list((tmp_path / "empty/out").glob("*.png"))) == 3
         assert (tmp_path / "empty/out/results.json").is_file()
 
@@ -355,30 +355,31 @@ def told(outcome: Error | Skipped | Noted | Replaced | Works) -> str:
 DOCUMENT_HEAD = """\
 # Bad input
 
-What giantdet does with input that is wrong. Each row is a case of `tests/test_bad_input.py`, which writes
+Look up what giantdet does with wrong input. Each row is a case of `tests/test_bad_input.py`, which writes
 this page.
 
 - **error**: the command ends with exit code 2 and one line, `giantdet: error: ...`; here `...` stands for
-  names and places. Where many ranks end for the same reason, the main rank prints the line.
+  names and places. When several ranks end for the same reason, the main rank prints the line.
 - **skipped**: the record is left out of training and evaluation, and a warning at the start gives the number
   of each kind with an example. `giantdet validate-data` lists every one.
-- **used, counted as**: the record is read as it is meant, or without its broken part, in training and in
+- **used, counted as**: the record is read as it was meant, or without its broken part, in training and in
   evaluation alike. A warning at the start gives the number of each kind with an example.
 - **image left out**: found when the image is read. In training the next image takes its place, a warning
   names it, and `replaced_images` in each line of `metrics.jsonl` is the sum over all ranks so far; 50 such
-  images in a row are an error. In evaluation nothing is found in it, and a warning names it.
+  images in a row are an error. In evaluation it counts as an image without detections, and a warning
+  names it.
   `giantdet predict` names it, continues with the others and ends with exit code 2.
 - **works**: listed because it may look like a mistake.
 
 Symbolic links, of image folders and of images, are followed wherever they lead: data sets often consist of
-them, and only the owner of the disk can make one. A `file_name` that leads out of the folder is skipped.
+them, and only the owner of the disk can create one. A `file_name` that leads out of the folder is skipped.
 Only tensors are read from `.pth` and `.pt` files, and nothing in them can run code. The checkpoints of a run
-hold more: resume runs only from folders that you trust.
+contain more than tensors: resume runs only from folders that you trust.
 """
 
 
 def test_the_document_is_current() -> None:
-    assert DOCUMENT.read_text() == document(), "python tests/test_bad_input.py writes it anew"
+    assert DOCUMENT.read_text() == document(), "python tests/test_bad_input.py writes it again"
 
 
 def test_the_table_has_enough_and_no_case_twice() -> None:

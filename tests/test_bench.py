@@ -89,6 +89,6 @@ def test_bench_of_a_frozen_backbone_trains_the_rest() -> None:
         (ended,) = run_together([(command, environment())], fresh=False)
         assert ended.code == 0, ended.err
         counts.append([int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:param|train)", ended.out)])
-        assert "CPU seconds of a rank" in ended.out and f"backbone {setting}: " in ended.out
+        assert "CPU seconds per rank" in ended.out and f"backbone {setting}: " in ended.out
     (every, trained), (same, all_of_it) = counts
     assert every == same == all_of_it > trained > 0

@@ -325,7 +325,7 @@ def test_predict_says_what_is_wrong(tiny_export: Path, demo_data: Path, tmp_path
     out = ["--output", str(tmp_path / "out")]
     for arguments, part in (
         ([str(tiny_export), str(tmp_path / "no.jpg")], "no.jpg: no such image"),
-        ([str(tmp_path), str(demo_data / "val")], "not an export of giantdet"),
+        ([str(tmp_path), str(demo_data / "val")], "not a giantdet export"),
         ([str(tiny_export), str(demo_data / "val.json")], "not a readable image"),
         ([str(tiny_export), str(tmp_path)], "no image in this folder"),
     ):

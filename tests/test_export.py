@@ -112,7 +112,9 @@ def test_init_weights_from_an_export(tiny_export: Path, as_folder: bool) -> None
     _assert_equal(detector.state_dict(), load_file(tiny_export / "model.safetensors"))
 
 
-def test_other_classes_start_afresh_and_say_so(tiny_export: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_classes_start_with_new_weights_and_say_so(
+    tiny_export: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     detector, config = _detector(init_weights=str(tiny_export), num_classes=7)
     fresh = {key: value.clone() for key, value in detector.state_dict().items()}
     with caplog.at_level(logging.WARNING, "giantdet"):
@@ -123,7 +125,7 @@ def test_other_classes_start_afresh_and_say_so(tiny_export: Path, caplog: pytest
     for key, value in detector.state_dict().items():
         assert torch.equal(value, fresh[key] if key in changed else saved[key]), key
     assert all(key in caplog.text for key in changed)
-    assert "start afresh" in caplog.text
+    assert "start with new weights" in caplog.text
 
 
 def test_mismatch_is_reported_key_by_key(tiny_export: Path, tmp_path: Path) -> None:
@@ -168,11 +170,11 @@ def test_torchvision_file_as_init_weights(tmp_path: Path) -> None:
 
 
 def test_not_an_export_and_not_a_checkpoint(tmp_path: Path, tiny_export: Path) -> None:
-    with pytest.raises(ValueError, match=r"not an export of giantdet \(no config.json\)"):
+    with pytest.raises(ValueError, match=r"not a giantdet export \(no config.json\)"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"model": {}, "size": [64, 64]}')
     with pytest.raises(
-        ValueError, match=r"config.json: not of an export of giantdet \(short_side: Field required"
+        ValueError, match=r"config.json: not from a giantdet export \(short_side: Field required"
     ):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text("{")

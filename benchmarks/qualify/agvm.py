@@ -1,4 +1,4 @@
-"""What AGVM costs in a training step under DeepSpeed."""
+"""Measure what AGVM costs in a training step under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERVAL = 10
 
 
 def prepare(setting: Setting) -> None:
-    """Nothing to do ahead."""
+    """Do nothing: there is nothing to prepare."""
 
 
 def checks(setting: Setting) -> Iterator[Row]:
@@ -33,7 +33,7 @@ def checks(setting: Setting) -> Iterator[Row]:
 
 
 def agvm(setting: Setting, stage: int, estimator: str) -> Row:
-    """A step with a measurement beside a step without AGVM, on the same engine."""
+    """Compare a step with a measurement and a step without AGVM, on the same engine."""
     overrides = [f"zero_optimization.stage={stage}", "norm.type=frozen"]
     if setting.toy:
         overrides += ["model.backbone.name=resnet18", *TOY]

@@ -1,4 +1,4 @@
-"""What the checks of `scripts/qualify_gpu.py` share: settings, rows, timing, a model and its inputs."""
+"""Parts that the checks of `scripts/qualify_gpu.py` share: settings, rows, timing, a model and its inputs."""
 
 from __future__ import annotations
 

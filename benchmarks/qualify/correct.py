@@ -1,4 +1,4 @@
-"""Does a GPU give the CPU's answers: operators, batch norms, losses, a step without synchronisation."""
+"""Check the GPU against the CPU: operators, batch norms, losses, a step without synchronisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from giantdet.structures import Batch
 
 
 def prepare(setting: Setting) -> None:
-    """Nothing to do ahead."""
+    """Do nothing: there is nothing to prepare."""
 
 
 def checks(setting: Setting) -> Iterator[Row]:
@@ -68,7 +68,7 @@ def clustered_boxes(setting: Setting, groups: int, boxes: int, side: float) -> t
 
 
 def boxes(setting: Setting) -> Iterator[Row]:
-    """NMS and sampling choose the same boxes."""
+    """Check that NMS and sampling choose the CPU's boxes."""
     device = setting.device
     count = setting.pick(2000, 200)
     found, scores = clustered_boxes(setting, 10, count, 1000.0)
@@ -97,7 +97,7 @@ def boxes(setting: Setting) -> Iterator[Row]:
 
 
 def roi_align(setting: Setting) -> Iterator[Row]:
-    """Pooled features and their gradients, against the CPU's in float32."""
+    """Compare pooled features and their gradients with the CPU's in float32."""
     generator = torch.Generator().manual_seed(0)
     sides = setting.pick((200, 100, 50, 25), (32, 16, 8, 4))
     levels = [torch.randn(2, 64, side, side, generator=generator) for side in sides]
@@ -122,7 +122,7 @@ def roi_align(setting: Setting) -> Iterator[Row]:
 
 
 def batch_norms(setting: Setting) -> Iterator[Row]:
-    """CGBN on a group of one rank, through its collectives, against BatchNorm in float64 on the CPU."""
+    """Compare CGBN on a group of one rank, through its collectives, with BatchNorm in float64 on the CPU."""
     comm.start()
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -161,7 +161,7 @@ def small(setting: Setting) -> tuple[Architecture, Batch]:
 
 
 def first_step(setting: Setting) -> Iterator[Row]:
-    """Losses and gradients of one step, float32, against the CPU's."""
+    """Compare losses and gradients of one step in float32 with the CPU's."""
     model, batch = small(setting)
     there = copy.deepcopy(model).to(setting.device)
     on_device = batch.to(setting.device)
@@ -191,7 +191,7 @@ def first_step(setting: Setting) -> Iterator[Row]:
 
 
 def evaluation(setting: Setting) -> Iterator[Row]:
-    """Detections of an untrained model in float32, by image and rank of score."""
+    """Compare detections of an untrained model in float32, by image and rank of score."""
     model, batch = small(setting)
     there = copy.deepcopy(model).to(setting.device)
     with torch.no_grad():
@@ -209,7 +209,7 @@ def evaluation(setting: Setting) -> Iterator[Row]:
 
 
 def no_synchronisation(setting: Setting) -> Iterator[Row]:
-    """Forward, losses and backward in bf16 without one synchronisation with the host."""
+    """Check that forward, losses and backward in bf16 never synchronise with the host."""
     model, batch = small(setting)
     model = model.to(setting.device, torch.bfloat16)
     batch = batch.to(setting.device)
@@ -228,7 +228,7 @@ def no_synchronisation(setting: Setting) -> Iterator[Row]:
 
 
 def graph(setting: Setting) -> Iterator[Row]:
-    """Forward and backward captured as a CUDA graph and replayed on another batch, against eager."""
+    """Compare forward and backward, captured as a CUDA graph and replayed on another batch, with eager."""
     if setting.device.type != "cuda":
         yield Row("CUDA graph", None, "needs a GPU")
         return
@@ -252,7 +252,7 @@ def graph(setting: Setting) -> Iterator[Row]:
 
 
 def losses(setting: Setting) -> Iterator[Row]:
-    """Losses of 20 steps of SGD in float32 on two images, against the CPU's."""
+    """Compare the losses of 20 steps of SGD in float32 on two images with the CPU's."""
     steps = setting.pick(20, 5)
     size = setting.pick((256, 256), (64, 64))
     rois = {"batch_per_image": setting.pick(256, 32)}

@@ -1,4 +1,4 @@
-"""Images/s, share of the matrix rate and memory of ViTDet in bf16 under DeepSpeed, beside the plan."""
+"""Images/s, share of the matrix rate and memory of ViTDet in bf16 under DeepSpeed, compared with the plan."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Estimate(NamedTuple):
 
     run: ResolvedRun
     flops: float
-    """Of forward and backward of a micro-batch."""
+    """FLOPs of the forward and backward pass of a micro-batch."""
     memory: float
     """GiB that `giantdet plan` gives, without its reserve."""
 
@@ -132,7 +132,7 @@ def measured(setting: Setting, giant: Giant, rate: float) -> Iterator[Row]:
         None,
         f"{parameters / 1e6:.0f}M parameters, {images / each:.2f} images/s ({1e3 * each:.0f} ms for "
         f"{images}), {100 * share:.0f}% of the matrix rate, {estimate.flops / giant.images / 1e12:.2f} "
-        f"TFLOP an image; {peak:.1f} GiB, planned {estimate.memory:.1f}",
+        f"TFLOP per image; {peak:.1f} GiB, planned {estimate.memory:.1f}",
     )
     yield from profiled(setting, giant.title, step)
     step.engine.destroy()

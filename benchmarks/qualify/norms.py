@@ -1,4 +1,4 @@
-"""What CGBN costs beside SyncBatchNorm."""
+"""Measure what CGBN costs, compared with SyncBatchNorm."""
 
 from __future__ import annotations
 

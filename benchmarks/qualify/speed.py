@@ -1,4 +1,4 @@
-"""Images/s of Mask R-CNN R50 in bf16, in training: eager, compiled, as a CUDA graph, beside torchvision's."""
+"""Images/s of Mask R-CNN R50 in bf16, in training: eager, compiled, as a CUDA graph; and torchvision's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Inputs:
     compiled: Architecture
     batch: Batch
     flops: float
-    """Of forward and backward of one image."""
+    """FLOPs of the forward and backward pass of one image."""
 
 
 def prepare(setting: Setting) -> None:

@@ -37,7 +37,7 @@ def checks(setting: Setting) -> Iterator[Row]:
 
 
 def demo(setting: Setting) -> Iterator[Row]:
-    """ds_configs/demo.json as a user trains it: its first steps in all ways, then whole as a CUDA graph."""
+    """Train ds_configs/demo.json as a user does: its first steps in all modes, then everything as a graph."""
     ways: dict[str, list[str]] = {"eager": []}
     if setting.device.type == "cuda":
         ways |= {"CUDA graph": ["train.cuda_graph=true"], "compiled": ["train.compile=true"]}
@@ -47,7 +47,7 @@ def demo(setting: Setting) -> Iterator[Row]:
 
 
 def first_steps(setting: Setting, ways: dict[str, list[str]]) -> Iterator[Row]:
-    """Losses of a few steps in all ways, beside eager's."""
+    """Compare the losses of a few steps in all modes with eager's."""
     steps = setting.pick(20, 2)
     # At once: the numbers of interest are losses, not seconds.
     short = ["train.log_every=1", f"train.steps={steps}", "data.val=null"]

@@ -70,7 +70,7 @@ class Architecture(nn.Module):
         return self.predict(batch) if self.training else self.answer(batch)
 
     def set_canvas(self, image_size: tuple[int, int]) -> None:
-        """Take images on another canvas from now on, for evaluation in several scales.
+        """Take images on another canvas from now on, for evaluation at several scales.
 
         Raises InputError for a backbone that is built for one size.
         """

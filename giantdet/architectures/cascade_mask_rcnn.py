@@ -60,7 +60,7 @@ from giantdet.structures import Batch, Detections, Outputs, Targets
 
 
 class Predictions(NamedTuple):
-    """What is trained, with its targets."""
+    """The predictions that are trained, with their targets."""
 
     rpn: RpnPredictions
     stages: tuple[BoxPredictions, ...]
@@ -125,7 +125,7 @@ class CascadeMaskRcnn(Architecture):
         return ("box", "mask") if self.mask_head is not None else ("box",)
 
     def pyramid(self, batch: Batch) -> list[Tensor]:
-        """P2 to P6 of a batch."""
+        """Return P2 to P6 of a batch."""
         levels: list[Tensor] = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
         return levels
 
@@ -249,7 +249,7 @@ class CascadeMaskRcnn(Architecture):
         return cascade_losses(predictions, self.conventions, self.config, self.loss_weights)
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:
-        """Positive anchors, positive RoIs of each stage, mask slots in use and labelled cells."""
+        """Return numbers of positive anchors, positive RoIs by stage, used mask slots and labelled cells."""
         masks = {"rpn_positive": predictions.rpn.positive_BR}
         for number, stage in enumerate(predictions.stages):
             masks[f"roi_positive_stage{number}"] = stage.positive_BR
@@ -278,7 +278,7 @@ class CascadeMaskRcnn(Architecture):
 def refined_rois(
     boxes_BR4: Tensor, valid_BR: Tensor, sizes_B2: Tensor, image_BR: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A stage's boxes as RoIs of the next one: clipped, without gradient, invalid where no area is left.
+    """Return a stage's boxes as RoIs of the next one: clipped, without gradient, invalid without an area.
 
     `image_BR` is the image of each box; None: the row.
     """

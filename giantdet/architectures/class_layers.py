@@ -15,16 +15,16 @@ class ClassLayer(NamedTuple):
     """A weight and a bias of `blocks` x (`before` + classes x `values` + `after`) rows."""
 
     prefix: str
-    """Of the names of both parameters."""
+    """Prefix of the names of both parameters."""
     kind: ClassKind = "objects"
     values: int = 1
-    """Rows of a class, which follow each other."""
+    """Number of consecutive rows of a class."""
     before: int = 0
-    """Rows before those of the classes: the class "things"."""
+    """Number of rows before those of the classes: the class "things"."""
     after: int = 0
-    """Rows after those of the classes: the background."""
+    """Number of rows after those of the classes: the background."""
     blocks: int = 1
-    """Repetitions of all this: the anchors of a cell."""
+    """Number of repetitions of all this: the anchors of a cell."""
 
 
 class Transfer(NamedTuple):
@@ -33,7 +33,7 @@ class Transfer(NamedTuple):
     taken: tuple[str, ...]
     fresh: tuple[str, ...]
     others: tuple[int | None, ...]
-    """By class of the model, the other's class of the same name."""
+    """For each class of the model, the other's class of the same name."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Names of classes that the other model has under a second name, and that name."""
 

@@ -114,7 +114,7 @@ class MaskRcnn(Architecture):
         return self.predict_objects(self.pyramid(batch), batch)
 
     def predict_objects(self, levels: list[Tensor], batch: Batch) -> Predictions:
-        """Predictions at sampled anchors, RoIs and masks."""
+        """Return predictions at sampled anchors, RoIs and masks."""
         targets = batch.targets
         proposals, rpn = self.rpn(levels, batch.sizes_B2, targets, batch.seeds_B)
         assert rpn is not None
@@ -152,7 +152,7 @@ class MaskRcnn(Architecture):
         return Outputs(self.detect(self.pyramid(batch), batch))
 
     def detect(self, levels: list[Tensor], batch: Batch) -> Detections:
-        """Objects, with masks where there is a mask head."""
+        """Return the objects, with masks where there is a mask head."""
         proposals, _ = self.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         config = self.config.box_head
         maps = roi_maps(self.semantic_branch, levels)

@@ -25,7 +25,7 @@ INSTANCE_LOSSES = ("loss_cls", "loss_box_reg", "loss_mask")
 
 
 class Predictions(NamedTuple):
-    """What is trained, with its targets."""
+    """The predictions that are trained, with their targets."""
 
     objects: mask_rcnn.Predictions
     semantic: SemanticPredictions
@@ -60,7 +60,7 @@ class PanopticFpn(MaskRcnn):
         return (*super().tasks, "semantic", "panoptic")
 
     def predict(self, batch: Batch) -> Predictions:  # type: ignore[override]
-        """Predictions of all heads; see `Architecture.predict`."""
+        """Return the predictions of all heads; see `Architecture.predict`."""
         levels = self.pyramid(batch)
         logits_BChw = self.semantic_head(levels[:ROI_LEVELS])
         return Predictions(
@@ -69,19 +69,19 @@ class PanopticFpn(MaskRcnn):
         )
 
     def answer(self, batch: Batch) -> Outputs:
-        """Detections with masks, and logits at stride 4; see `Architecture.answer`."""
+        """Return detections with masks, and logits at stride 4; see `Architecture.answer`."""
         levels = self.pyramid(batch)
         return Outputs(self.detect(levels, batch), self.semantic_head(levels[:ROI_LEVELS]))
 
     def losses(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
-        """Mask R-CNN's losses and the semantic one, weighted."""
+        """Return Mask R-CNN's losses and the semantic one, weighted."""
         losses = super().losses(predictions.objects, batch)
         losses |= {name: self.instance_weight * losses[name] for name in INSTANCE_LOSSES}
         semantic = semantic_loss(predictions.semantic, self.loss_divisor)
         return losses | {name: self.semantic_weight * loss for name, loss in semantic.items()}
 
     def counts(self, predictions: Predictions) -> dict[str, Tensor]:  # type: ignore[override]
-        """Mask R-CNN's counts, and the pixels that have a class."""
+        """Return Mask R-CNN's counts, and the number of pixels that have a class."""
         pixels_BX = labelled(predictions.semantic.labels_BHW).flatten(1)
         return super().counts(predictions.objects) | mean_counts({"labelled_pixels": pixels_BX})
 

@@ -48,17 +48,17 @@ class SemanticFpn(Architecture):
         return ("semantic",)
 
     def logits(self, batch: Batch) -> Tensor:
-        """float32 `[B, C, h, w]` at stride 4."""
+        """Return the logits, float32 `[B, C, h, w]` at stride 4."""
         levels = self.fpn(self.backbone(self.normalise(batch.images_B3HW, batch.sizes_B2)))
         logits_BChw: Tensor = self.semantic_head(levels[:LEVELS])
         return logits_BChw
 
     def predict(self, batch: Batch) -> SemanticPredictions:
-        """Logits and the classes of all pixels; see `Architecture.predict`."""
+        """Return the logits and the classes of all pixels; see `Architecture.predict`."""
         return SemanticPredictions(self.logits(batch), batch.targets.semantic_BHW)
 
     def answer(self, batch: Batch) -> Outputs:
-        """Logits at stride 4; see `Architecture.answer`."""
+        """Return logits at stride 4; see `Architecture.answer`."""
         return Outputs(semantic_BCHW=self.logits(batch))
 
     def losses(self, predictions: SemanticPredictions, batch: Batch) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class SemanticFpn(Architecture):
         return semantic_loss(predictions, self.loss_divisor)
 
     def counts(self, predictions: SemanticPredictions) -> dict[str, Tensor]:
-        """Pixels that have a class."""
+        """Return the number of pixels that have a class."""
         return mean_counts({"labelled_pixels": labelled(predictions.labels_BHW).flatten(1)})
 
     def class_layers(self) -> tuple[ClassLayer, ...]:

@@ -161,7 +161,7 @@ def newest(folder: Path) -> Path:
         if not (found := damage(path)):
             return Path(path)
         problems.append(f"{path.name}: {', '.join(found)}")
-    raise InputError(f"{folder}: no whole checkpoint here; {'; '.join(problems) or 'none at all'}")
+    raise InputError(f"{folder}: no complete checkpoint here: {'; '.join(problems) or 'no step_N folder'}")
 
 
 class SavedTensors:
@@ -172,7 +172,7 @@ class SavedTensors:
         self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
         if self.state["format"] != FORMAT:
             raise InputError(
-                f"{folder}: is of format {self.state['format']}, giantdet {__version__} reads {FORMAT} only"
+                f"{folder}: has format {self.state['format']}; giantdet {__version__} reads only {FORMAT}"
             )
         self._pieces: dict[str, list[tuple[int, Any]]] = {}
         for name in sorted(read_manifest(folder)["files"]):

@@ -2,7 +2,7 @@
 
 Each rank writes its own file into `step_N.partial`; when all are on the disk, the main rank adds the manifest
 and renames the folder (`files.py` has the layout, `state.py` the content). A run that is killed at any moment
-leaves only whole checkpoints, and perhaps a `.partial` folder that the next save removes.
+leaves only complete checkpoints, and perhaps a `.partial` folder that the next save removes.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Checkpoints:
             names = comm.gather_objects(not_finite[:1])
             first = comm.broadcast_object(next((name for found in names for name in found), ""))
             raise DivergedError(
-                f"after step {step} the {first.replace('/', ' of ', 1)} is not finite: no checkpoint of it; "
-                "lower the learning rate, and resume from an earlier one"
+                f"after step {step} the {first.replace('/', ' of ', 1)} is not finite: no checkpoint is "
+                "written; lower the learning rate, and resume from an earlier checkpoint"
             )
 
     def finish(self, wait: bool = True) -> None:
@@ -211,7 +211,7 @@ class Checkpoints:
     # Resuming
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint; return the number of steps done, 0 without a checkpoint.
+        """Load the newest complete checkpoint; return the number of steps done, 0 without a checkpoint.
 
         With another global batch that is the number of steps with as many images. LR, schedule and weight
         decay come from the run's JSON, not from the checkpoint.
@@ -237,10 +237,10 @@ class Checkpoints:
             if not problems:
                 return Path(path)
             if comm.is_main():
-                logger.warning("%s is left out: %s", path, "; ".join(problems))
+                logger.warning("%s is skipped: %s", path, "; ".join(problems))
         if found:
             raise InputError(
-                f"{self.folder}: none of its {len(found)} checkpoints is whole; restore one, or start "
+                f"{self.folder}: none of its {len(found)} checkpoints is complete; restore one, or start "
                 "from the beginning with train.resume=false"
             )
         return None

@@ -122,7 +122,7 @@ def check_fit(engine: Engine, saved: SavedTensors, identity: dict[str, Any]) -> 
     if different := sorted(groups ^ set(saved.state["groups"])):
         where = "the run" if different[0] in groups else "the checkpoint"
         raise InputError(
-            f"{saved.folder}: saved with other parameter groups: {different[0]} is in {where} alone; "
+            f"{saved.folder}: saved with other parameter groups: {different[0]} is only in {where}; "
             f"{len(different)} groups differ"
         )
     here = {name: list(_shape(p)) for name, p in engine.module.named_parameters()}

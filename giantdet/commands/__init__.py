@@ -1,4 +1,4 @@
-"""The commands of `giantdet`, a module each: `add` describes the arguments, `run` takes them parsed.
+"""The commands of `giantdet`, one module each: `add` describes the arguments, `run` takes them parsed.
 
 Heavy imports are inside the functions, so that help texts and errors appear at once.
 """

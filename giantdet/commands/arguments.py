@@ -68,7 +68,7 @@ def add_tta(parser: argparse.ArgumentParser) -> None:
         "multi-scale testing",
         "each of these options turns it on; defaults: eval.tta of the export, or 400 to 1200",
     )
-    group.add_argument("--tta", action="store_true", help="show images in several scales, and mirrored")
+    group.add_argument("--tta", action="store_true", help="show images at several scales, and mirrored")
     group.add_argument(
         "--tta-sides", type=at_least(1), nargs="+", metavar="PIXELS", help="short sides of the scaled images"
     )
@@ -106,12 +106,12 @@ def add_fuse(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fuse-iou",
         type=float,
-        help="IoU from which boxes are of one object; default: 0.55 for wbf, else 0.5",
+        help="IoU above which boxes count as one object; default: 0.55 for wbf, else 0.5",
     )
 
 
 def fuse_iou(options: argparse.Namespace) -> float | None:
     if options.fuse_iou is not None and not 0 <= options.fuse_iou < 1:
-        raise InputError(f"--fuse-iou is an IoU in [0, 1), not {options.fuse_iou:g}")
+        raise InputError(f"--fuse-iou must be at least 0 and less than 1, got {options.fuse_iou:g}")
     iou: float | None = options.fuse_iou
     return iou

@@ -35,7 +35,7 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--images", type=as_path, help="folder of its images")
     parser.add_argument(
-        "--config", type=as_path, help="instead of both: a run's JSON, whose data.val is of any format"
+        "--config", type=as_path, help="instead of both: a run's JSON, whose data.val may have any format"
     )
     parser.add_argument("--batch-size", type=at_least(1), default=1, help="images at a time; default: 1")
     parser.add_argument("--workers", type=at_least(0), default=2, help="loader processes; default: 2")
@@ -96,7 +96,7 @@ def _eval_ensemble(options: argparse.Namespace) -> None:
     from giantdet.engine.run_ensemble import Choice, evaluate_ensemble
 
     if options.fuse is None or not options.members:
-        raise InputError("eval: an ensemble is several models and --fuse, which says how they are fused")
+        raise InputError("eval: an ensemble needs several models, and --fuse to say how to fuse them")
     device = comm.start()
     dataset, run_config = _validation_set(options)
     max_detections, max_image_pixels = _limits(options, run_config)

@@ -13,7 +13,7 @@ def add(subparsers: Any) -> None:
     """Add the command and its arguments."""
     parser = subparsers.add_parser(
         "import-weights",
-        help="make an export of weights of torchvision, detectron2, mmdetection or mmsegmentation",
+        help="convert weights of torchvision, detectron2, mmdetection or mmsegmentation to an export",
         description="Find out what a file of weights of another project is, print what matches and what does "
         "not, and write an export that predicts (docs/weights.md).",
     )
@@ -27,13 +27,13 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--classes",
-        help="COCO JSON with the categories, file with a name in each line, names with commas, or lvis_v1 or "
-        "objects365_v2; default: COCO's, where the model has as many",
+        help="COCO JSON with the categories, file with one name per line, comma-separated names, lvis_v1 or "
+        "objects365_v2; default: COCO's, if the model has as many classes",
     )
     parser.add_argument(
         "--channels",
         choices=("rgb", "bgr"),
-        help="order of the channels that the weights expect; default: the project's custom",
+        help="order of the channels that the weights expect; default: the project's default",
     )
     parser.set_defaults(command=run)
 

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         images = [InputImage(number, path) for number, path in enumerate(files)]
     else:
         if len(options.images) != 1:
-            raise InputError("predict: with --annotations, give one folder, that of its images")
+            raise InputError("predict: with --annotations, give one folder: that of its images")
         images = listed_images(options.annotations, options.images[0])
     pictures = picture_names([image.path for image in images], options.output, options.overlays)
     if options.fuse is not None:

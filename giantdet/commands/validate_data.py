@@ -21,7 +21,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--config",
         type=as_path,
-        help="instead of both: a run's JSON, whose data.train and data.val are of any format",
+        help="instead of both: a run's JSON, whose data.train and data.val may have any format",
     )
     add_pixel_limit(parser)
     parser.set_defaults(command=run)

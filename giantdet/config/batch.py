@@ -1,4 +1,4 @@
-"""The three batch sizes of DeepSpeed's JSON, any of which may be open."""
+"""The three batch sizes of DeepSpeed's JSON, any of which may be missing."""
 
 from __future__ import annotations
 

@@ -61,9 +61,9 @@ def timescale_weight_decay(weight_decay: float, kappa: float, lr_scale: float) -
     """Return weight_decay x kappa / lr_scale: LR x weight decay per image then stays the same.
 
     Decoupled decay averages the updates over 1 / (LR x weight decay) steps, a number of epochs that Wang and
-    Aitchison 2024 (arXiv 2405.13698) find to be best kept. A step has kappa times the images, so LR x weight
-    decay grows by kappa, and the LR has brought `lr_scale` of it. That the rule may be combined with any
-    scaling of the LR is derived here, not from the paper.
+    Aitchison 2024 (arXiv 2405.13698) find best to keep constant. A step has kappa times the images, so LR x
+    weight decay grows by kappa, and the LR has brought `lr_scale` of it. That the rule may be combined with
+    any scaling of the LR is derived here, not from the paper.
     """
     return weight_decay * kappa / lr_scale
 
@@ -158,7 +158,7 @@ def _check(giantdet: GiantdetConfig, deepspeed: dict[str, Any]) -> None:
             )
         if scaling.betas == "sde" and scaling.rule != "sqrt":
             raise ConfigError(
-                'giantdet.lr_scaling.betas "sde" is one rule together with the square root of the LR; set '
+                'giantdet.lr_scaling.betas "sde" belongs to the square-root rule of the LR; set '
                 'giantdet.lr_scaling.rule to "sqrt", or betas to "beta2_power"'
             )
         scheduler = deepspeed.get("scheduler", {})

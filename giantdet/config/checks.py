@@ -301,14 +301,13 @@ def _check_giantdet(config: GiantdetConfig) -> None:
     validation = [] if data.val is None else sections(data.val)
     require(
         len(validation) < 2 or all(section.format != "lvis" for _, section in validation),
-        'giantdet.data.val has a data set of "format": "lvis" in a list; LVIS\'s scores are of one data set: '
-        "give it alone, and evaluate the others with `giantdet eval`",
+        'giantdet.data.val has a data set of "format": "lvis" in a list; LVIS\'s scores are for one data '
+        "set: give it alone, and evaluate the others with `giantdet eval`",
     )
     _check_weights(data)
     require(
         train.export_backbone or model.backbone.frozen,
-        "giantdet.train.export_backbone false is for a backbone that stays as it is: set "
-        "giantdet.model.backbone.frozen",
+        "giantdet.train.export_backbone false needs a frozen backbone: set giantdet.model.backbone.frozen",
     )
     if model.backbone.frozen:
         _check_frozen_backbone(config)
@@ -330,7 +329,7 @@ def _check_weights(data: DataConfig) -> None:
             without = next(place for place, _ in found if place not in given)
             raise ConfigError(
                 f"giantdet.data.{split}{given[0]}.weight is given, and giantdet.data.{split}{without} has "
-                "none: give all of them one"
+                "none: give all of them a weight"
             )
 
 

@@ -83,7 +83,8 @@ def same_classes(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
     """Return, for each of the names `new`, the position in `old` of the name of the same class, or None.
 
     The same name comes first, then a line of `SYNONYMS`, then a name that differs in case, blanks and
-    punctuation. But for equal names, a position is given once, and names that are not distinct are left out.
+    punctuation. Except for equal names, a position is given once, and names that are not distinct are left
+    out.
     """
     by_name = {name: n for n, name in enumerate(old)}
     found = [by_name.get(name) for name in new]

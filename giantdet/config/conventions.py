@@ -55,7 +55,7 @@ class Conventions:
     """Added to sqrt(area) / 224 of a RoI before the logarithm that gives its pyramid level."""
     retina_running_mean: bool = True
     """RetinaNet's losses are divided by a running mean of the number of positive anchors; if False, by the
-    number itself, at least 1 an image."""
+    number itself, at least 1 per image."""
     retina_mean_of_images: bool = False
     """Without the running mean: each image's losses are divided by its own number of positive anchors, and
     averaged; if False, their sum is divided by the sum of the numbers."""

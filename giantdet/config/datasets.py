@@ -27,7 +27,7 @@ class BaseDatasetConfig(Section):
     """Folder of the images."""
     weight: PositiveFloat | None = None
     """In a list of `data.train`: share of the training samples from this data set, relative to the weights of
-    the others. Give all of them one, or none: then each image is seen once an epoch."""
+    the others. Give all of them a weight, or none: then each image is seen once per epoch."""
 
     def sources(self) -> Iterator[Source]:
         """Yield the files and folders that must exist."""
@@ -70,7 +70,7 @@ class CocoPanopticDatasetConfig(BaseDatasetConfig):
     images: PathText
     """Folder that the file names of the images are relative to."""
     segments: PathText | None = None
-    """Folder of the PNG files of segments. None: the path of `annotations` without .json, as COCO has it."""
+    """Folder of the PNG files of segments. None: the path of `annotations` without .json, as in COCO."""
     instances: PathText | None = None
     """A JSON file in COCO's instances format with the objects of the same images. Unlike segments, its masks
     may overlap. None: the objects are the segments of things."""
@@ -102,12 +102,12 @@ class SemanticPngDatasetConfig(BaseDatasetConfig):
     """Folder of the PNG files of labels."""
     classes: PathText | tuple[str, ...]
     """Names of the classes, by label from 0, or a file of them: a JSON list of names, or of objects with
-    `name` and `id` (`train_id`, `trainId`) or `color`; or a text file of one name a line, of `R G B name` a
-    line (CamVid), or ADE20K's objectInfo150.txt."""
+    `name` and `id` (`train_id`, `trainId`) or `color`; or a text file with one name per line, with `R G B
+    name` per line (CamVid), or ADE20K's objectInfo150.txt."""
     image_suffix: str = ""
-    """What ends the names of images before the extension, where labels have another: "_leftImg8bit"."""
+    """Ending of image names before the extension that names of labels do not have: "_leftImg8bit"."""
     label_suffix: str = ""
-    """The same for the names of labels: "_gtFine_labelTrainIds"."""
+    """The same for names of labels: "_gtFine_labelTrainIds"."""
     reduce_zero_label: bool = False
     """Label 0 means "no label", and the classes are numbered from 1 (ADE20K)."""
     ignore: tuple[int | str, ...] = (255,)

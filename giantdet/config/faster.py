@@ -1,4 +1,4 @@
-"""What `train.compile` and `train.cuda_graph` do not work with."""
+"""Checks of the settings that `train.compile` and `train.cuda_graph` do not work with."""
 
 from __future__ import annotations
 

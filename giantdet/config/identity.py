@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to. A run resumes only where it agrees, or says what has changed."""
+"""The identity of a run. A checkpoint with another identity is refused, or the changes are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed's Muon does not compute correctly, and is refused: measured with DeepSpeed 0.19.8.
+"""Refuse what DeepSpeed's Muon does not compute correctly, as measured with DeepSpeed 0.19.8.
 
 docs/schedules.md has the measurements by stage and precision. Convolutions are not among the refusals:
 DeepSpeed fails on them, so `optim/optimizers.py` gives them to AdamW.

@@ -318,6 +318,6 @@ def _resolve_milestones(params: dict[str, Any], batch: int, images: int | None) 
     found = [to_steps(value, batch, images) for value in params["milestones"]]
     if all(isinstance(step, int) for step in found) and found != sorted(set(found)):
         raise ConfigError(
-            f"scheduler.params.milestones must rise, got {params['milestones']} ({found} steps)"
+            f"scheduler.params.milestones must increase, got {params['milestones']} ({found} steps)"
         )
     params["milestones"] = found

@@ -43,7 +43,7 @@ class SamplingConfig(Section):
     """How often each training image is seen (`data/sampling.py`)."""
 
     type: Literal["uniform", "repeat_factor"] = "uniform"
-    """uniform: once an epoch. repeat_factor: more often with rare classes (Gupta et al. 2019). An image has
+    """uniform: once per epoch. repeat_factor: more often with rare classes (Gupta et al. 2019). An image has
     the largest factor max(1, sqrt(threshold / f)) of its classes; f is the share of images with the class."""
     threshold: PositiveFloat = 0.001
     """Share of images below which a class is rare; LVIS: 0.001."""
@@ -53,7 +53,7 @@ class DataConfig(Section):
     """Data sets, canvas and loader."""
 
     train: DatasetConfigs | None = None
-    """A data set, or a list of them: the classes are those of the first, the others meet them by name."""
+    """A data set, or a list of them: the classes are those of the first; the others are matched by name."""
     val: DatasetConfigs | None = None
     """The same for evaluation."""
     classes: Classes | None = None
@@ -64,7 +64,7 @@ class DataConfig(Section):
     short_side: PositiveInt = 800
     """Images are scaled to this short side in pixels, or less where they would not fit on the canvas."""
     long_side: PositiveInt | None = None
-    """Or less where the long side would be larger than this; None: the canvas alone is the limit."""
+    """Largest long side in pixels after scaling; None: only the canvas limits it."""
     augment: AugmentConfig = AugmentConfig()
     sampling: SamplingConfig = SamplingConfig()
     """How often each training image is seen."""
@@ -74,8 +74,8 @@ class DataConfig(Section):
     mask_frame: PositiveInt = 112
     """Side S of the bitmap of a target mask; objects of up to S pixels are stored exactly."""
     max_image_pixels: PositiveInt = 178_956_970
-    """Files of more pixels are left out unread, as small files may decompress to gigabytes. The default is
-    Pillow's own limit; a satellite image may need more."""
+    """Files with more pixels are skipped without being read, because small files may decompress to gigabytes.
+    The default is Pillow's own limit; a satellite image may need more."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank."""
     filter_empty: bool = True
@@ -204,7 +204,7 @@ class TrainConfig(Section):
     after some minutes in the first step. At ZeRO-3: `model.backbone.compile_blocks`."""
     cuda_graph: bool = False
     """Capture the training pass as a CUDA graph, at ZeRO-0 to 2: the same results, and faster where a step is
-    too short for the host to start its kernels in time, as with two images a GPU."""
+    too short for the host to start its kernels in time, as with two images per GPU."""
     deterministic: bool = False
     """Use deterministic kernels, where PyTorch has them; slower on GPUs."""
 
@@ -222,7 +222,7 @@ class TtaConfig(Section):
     """How the boxes of all views are merged within each class. nms; soft_nms: scores decay with overlap
     (Bodla et al. 2017); wbf: weighted boxes fusion (Solovyev et al. 2021)."""
     iou: Fraction | None = None
-    """IoU above which boxes of a class are of one object. None: the model's own `nms_iou`, for wbf 0.55."""
+    """IoU above which boxes of a class belong to one object. None: the model's own `nms_iou`; wbf: 0.55."""
     views_at_a_time: PositiveInt = 3
     """Views of an image that the model takes at a time; they are padded to the largest of them."""
 
@@ -243,19 +243,19 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 1
     """Images per rank and step."""
     max_detections: PositiveInt | None = None
-    """Number of detections in an image that are scored, the best first: of each class by COCO's rules, of all
-    classes together by LVIS's. Data with more objects in an image need more, here and in the `detections` of
-    the model's box head. None: as the rules have it, 100 or 300."""
+    """Number of detections per image that are scored, the best first: per class by COCO's rules, over all
+    classes by LVIS's. Images with more objects need a larger number, here and in the `detections` of the
+    model's box head. None: the number of the rules, 100 or 300."""
     backend: Backend = "auto"
-    """The program that computes COCO's AP: the same numbers, many times as fast with hotcoco (`pip install
+    """The library that computes COCO's AP: the same numbers, many times as fast with hotcoco (`pip install
     hotcoco`). auto: hotcoco where it is installed, else pycocotools."""
     window_stride: PositiveInt | None = None
     """Semantic models: scale images to `short_side` whatever their other side is, and slide a window of the
     canvas' size over them with this stride in pixels; logits are averaged where windows overlap. None: scale
     whole images to fit on the canvas."""
     tta: TtaConfig | None = None
-    """Multi-scale testing: show each image in several scales and mirrored, and merge what is found. None:
-    once, on the canvas. Images are then taken one by one, whatever `batch_size` is."""
+    """Multi-scale testing: show each image at several scales and mirrored, and merge the detections; images
+    are then processed one by one, whatever `batch_size` is. None: show it once, on the canvas."""
 
 
 class GiantdetConfig(Section):

@@ -36,7 +36,7 @@ _VALUES = (
     *("has_list", "annotated", "has_masks", "without_mask", "crowd_objects", "skipped", "noted"),
     *("_examples", "_usable"),
 )
-"""What is kept beside arrays, categories and the summary."""
+"""Values that are kept in addition to arrays, categories and the summary."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class CocoDataset:
         Records(annotations, skipped=self.skipped, noted=self.noted, examples=self._examples).warn()
         if 0 < self.without_mask < len(self.labels_K):
             logger.warning(
-                "%s: %d of %d objects have no mask; they are trained and scored as boxes alone",
+                "%s: %d of %d objects have no mask; they are trained and scored as boxes only",
                 annotations,
                 self.without_mask,
                 len(self.labels_K),
@@ -230,7 +230,7 @@ class CocoDataset:
         self.ignored_start = np.searchsorted(images, np.arange(len(sizes) + 1))
 
     def __len__(self) -> int:
-        """Number of images, with or without objects."""
+        """Return the number of images, with or without objects."""
         return len(self.image_ids)
 
     @property
@@ -271,7 +271,7 @@ class CocoDataset:
         return None
 
     def panoptic_map(self, i: int) -> PanopticMap | None:
-        """None: an instances JSON has no segments."""
+        """Return None: an instances JSON has no segments."""
         return None
 
     def number_as(self, semantic: tuple[Category, ...]) -> None:

@@ -184,7 +184,7 @@ class CocoPanopticDataset(CocoDataset):
         unknown_HW = ids[np.searchsorted(ids, ids_HW).clip(max=len(ids) - 1)] != ids_HW
         if unknown_HW.any():
             if not self.warned:
-                text = "%s: the id %d, of %.1f%% of the pixels, is that of no segment; such pixels are void"
+                text = "%s: the id %d (%.1f%% of the pixels) belongs to no segment; such pixels are void"
                 logger.warning(text, path, ids_HW[unknown_HW][0], 100 * unknown_HW.mean())
             self.warned = True
             ids_HW = np.where(unknown_HW, np.int32(VOID), ids_HW)

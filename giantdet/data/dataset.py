@@ -76,11 +76,11 @@ class Dataset(Protocol):
 
     @property
     def protocol(self) -> str:
-        """By whose rules detections are scored: "coco" or "lvis"; see `Evaluator.PROTOCOL`."""
+        """The rules by which detections are scored: "coco" or "lvis"; see `Evaluator.PROTOCOL`."""
         ...
 
     classes: Classes
-    """Those of objects, and those of semantic maps; either may be empty."""
+    """Classes of objects and of semantic maps; either may be empty."""
     root: Path
     """The folder of the images."""
     image_ids: NDArray[np.int64]
@@ -163,15 +163,15 @@ READERS: dict[str, Callable[[Any], Dataset]] = {
     "coco_panoptic": _coco_panoptic,
     "semantic_png": SemanticPngDataset,
 }
-"""How a data set of each format is opened; config/datasets.py has their sections."""
+"""The function that opens a data set of each format; config/datasets.py has the sections."""
 CHECKS: dict[str, Callable[[Any], Report]] = {
     "coco": check_coco,
     "lvis": check_lvis,
     "coco_panoptic": check_coco_panoptic,
     "semantic_png": check_semantic_png,
 }
-"""How `giantdet validate-data` checks a data set of each format. Each raises DataError where it cannot be
-used as a whole."""
+"""The function that checks a data set of each format for `giantdet validate-data`. It raises DataError if the
+data set cannot be used as a whole."""
 
 
 def open_dataset(config: DatasetConfigs) -> Dataset:

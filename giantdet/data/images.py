@@ -95,15 +95,15 @@ def _name_once(path: Path) -> None:
     if not _named_frames:
         _named_frames = True
         logger.warning(
-            "%s has several frames, of which the first is read; others like it are not named", path
+            "%s has several frames, only the first is read; further files of this kind are not named", path
         )
 
 
 def bomb_text(error: Image.DecompressionBombError) -> str:
     """Return Pillow's refusal of a large image, and how to allow it."""
     return (
-        f"{str(error).rstrip('.')}; if you trust the file, raise data.max_image_pixels of the JSON, "
-        "--max-image-pixels of a command, or the max_image_pixels of load_predictor"
+        f"{str(error).rstrip('.')}; if you trust the file, raise data.max_image_pixels in the JSON, "
+        "--max-image-pixels of the command, or the max_image_pixels of load_predictor"
     )
 
 

@@ -52,7 +52,7 @@ class JoinedDataset:
         # Data without objects have no ids of their own, so that nobody looks for them in results.
         if renumbered and self.classes.objects:
             logger.warning(
-                "%s: %d image ids occur in an earlier part; renumbered", self.annotations, renumbered
+                "%s: %d image ids occur in an earlier data set; renumbered", self.annotations, renumbered
             )
         self.labels = [_labels(p.classes, m) for p, m in zip(parts, matched, strict=True)]
         self.categories = [_categories(self.classes, m) for m in matched]
@@ -117,7 +117,7 @@ class JoinedDataset:
         if without and self.has_masks:
             logger.warning(
                 "%s: %d of %d objects have no mask, all those of %s among them; they are trained and scored "
-                "as boxes alone",
+                "as boxes only",
                 *(self.annotations, self.summary().without_mask, self.summary().objects),
                 without[0].annotations,
             )

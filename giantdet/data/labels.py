@@ -34,8 +34,8 @@ def read_classes(source: str | tuple[str, ...]) -> list[LabelClass]:
     """Return the classes of a list of names, or of a file of them. Raises DataError.
 
     A JSON file holds a list, or an object with a list `categories`. The label of an entry is its `train_id`
-    or `trainId`, its `id`, or its position. A text file has a name a line, with or without `R G B` before it;
-    or it is ADE20K's table, whose first line begins with `Idx`.
+    or `trainId`, its `id`, or its position. A text file has one name per line, with or without `R G B` before
+    it; or it is ADE20K's table, whose first line begins with `Idx`.
     """
     if not isinstance(source, str):
         return [LabelClass(label, name) for label, name in enumerate(source)]
@@ -102,7 +102,7 @@ class LabelTable:
         ignore: labels as numbers in the files, and classes by name, that are not trained.
         reduce_zero_label: 0 is ignored, and every class has its label plus 1.
 
-    Raises DataError where two classes have one label or color, or no class has an ignored name.
+    Raises DataError where two classes have the same label or color, or no class has an ignored name.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LabelTable:
         ]
         self.classes = [entry for entry in classes if entry not in left_out]
         if not self.classes or len(self.classes) > IGNORE:
-            raise DataError(f"{len(self.classes)} semantic classes are not possible, but 1 to {IGNORE}")
+            raise DataError(f"{len(self.classes)} semantic classes; 1 to {IGNORE} are possible")
         labels = dict.fromkeys([0] if reduce_zero_label else [], IGNORE)
         labels |= {label: IGNORE for label in ignore if isinstance(label, int)}
         labels |= {entry.label + shift: IGNORE for entry in left_out}
@@ -185,5 +185,5 @@ def _code(color: Color) -> int:
 
 def _claim(taken: dict[int, int], key: int, number: int, what: str) -> None:
     if key in taken:
-        raise DataError(f"{what} is {'ignored' if taken[key] == IGNORE else 'that of another class'} too")
+        raise DataError(f"{what} is also {'ignored' if taken[key] == IGNORE else 'that of another class'}")
     taken[key] = number

@@ -1,7 +1,7 @@
 """Load images into batches of fixed shape, in an order that a run can resume at any step.
 
 The training stream is an endless sequence of samples k = 0, 1, 2, ... Sample k is a pure function of
-(seed, k): which image, how it is scaled and flipped. Micro-step t of rank r of W with B images a
+(seed, k): which image, how it is scaled and flipped. Micro-step t of rank r of W with B images per
 micro-batch holds the samples [(t W + r) B, (t W + r) B + B). So the stream is the same for any number of
 workers, ranks of equal W x B see the same global batches, and seeking is free.
 
@@ -34,7 +34,7 @@ MAX_RESTARTS = 3
 _EXPLAIN = {
     "dropped_objects": "objects beyond max_objects, the smallest of each image, are left out",
     "tiny_objects": "objects narrower than a pixel after scaling are left out",
-    "replaced_images": "images that cannot be used were replaced by the next of the stream",
+    "replaced_images": "images that cannot be used were replaced by the next ones in the stream",
     "unreadable_images": "images that cannot be used are evaluated as images without detections",
     "worker_restarts": "workers that died were restarted",
 }

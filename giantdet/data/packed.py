@@ -33,7 +33,7 @@ _RULES = ("coco.py", "lvis.py", "reading.py", "records.py", "segments.py", "summ
 
 
 class Pack(NamedTuple):
-    """What was read: values that JSON can hold, and arrays. Those of the cache are mapped copy-on-write."""
+    """Annotations as read: JSON values, and arrays. Arrays of the cache are mapped copy-on-write."""
 
     values: dict[str, Any]
     arrays: Mapping[str, NDArray[Any]]
@@ -70,7 +70,7 @@ class Cached:
 def cached(annotations: Path, protocol: str = "coco") -> Iterator[Cached]:
     """Yield the cached pack of a file of annotations; if there is none, other processes wait until the end.
 
-    A process that has waited in vain, because the first found the file unusable, reads it itself. `protocol`
+    If the first process finds the file unusable, those that have waited read it themselves. `protocol`
     is `Dataset.protocol`: a file has one pack for each protocol that it is read by.
     """
     path = _path_of(annotations, protocol)

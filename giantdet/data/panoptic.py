@@ -21,7 +21,7 @@ class Segment(NamedTuple):
     """One object, or all of a stuff class."""
 
     id: int  # in the map
-    category: int  # the data set's id of the class, or the number of a class; see who makes it
+    category: int  # the data set's id of the class, or the number of a class; see the function that makes it
     is_crowd: bool = False
 
 
@@ -33,14 +33,14 @@ class PanopticMap(NamedTuple):
 
 
 def read_panoptic_png(source: str | Path | BytesIO) -> NDArray[np.int32]:
-    """The id of each pixel, [H, W]."""
+    """Return the id of each pixel, [H, W]."""
     with Image.open(source) as image:
         pixels_HW3 = np.asarray(image.convert("RGB"), np.int32)
     return pixels_HW3 @ np.array([1, 256, 256**2], np.int32)
 
 
 def panoptic_png(ids_HW: NDArray[np.int32]) -> bytes:
-    """The content of a PNG file of these ids."""
+    """Return the content of a PNG file of these ids."""
     pixels_HW3 = np.stack([ids_HW >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
     file = BytesIO()
     Image.fromarray(pixels_HW3).save(file, "PNG")

@@ -19,7 +19,7 @@ Image = NDArray[np.uint8]
 Channel = NDArray[np.float32]
 
 PROBABILITY = 0.5
-"""Of each of the four changes, independently."""
+"""Probability of each of the four changes, independently."""
 BRIGHTNESS = 32.0
 """Largest change of brightness, in levels of 0 to 255."""
 FACTORS = (0.5, 1.5)

@@ -1,4 +1,4 @@
-"""Turn what users hold as an image (array, tensor, PIL image) into RGB bytes, as meant or not at all.
+"""Convert an image (array, tensor, PIL image) to RGB bytes, or refuse it if its meaning is uncertain.
 
 Shapes: h, w pixels · c channels: 1 is grey, 3 RGB, 4 RGBA, whose alpha is dropped.
 """

@@ -32,7 +32,7 @@ _ROOT_OF = ("none", "", None)  # supercategories of an exporter's root category
 
 
 class Finding(NamedTuple):
-    """What was found in a record: left out because of it, or used, but not as it is written."""
+    """A finding in a record, which is left out because of it or used, but not as it is written."""
 
     kind: str
     text: str
@@ -52,9 +52,9 @@ class Records:
     """Integer ids, a box, `iscrowd` and `ignore` of 0 or 1 or missing, and a `segmentation` that is an RLE, a
     list of polygons, or empty."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many records were left out, by kind."""
+    """Number of records that were left out, by kind."""
     noted: Counter[str] = field(default_factory=Counter)
-    """How many were used, but not as they are written, by kind."""
+    """Number of records that were used, but not as they are written, by kind."""
     findings: list[Finding] | None = None
     """All findings, if they are wanted."""
     examples: dict[str, str] = field(default_factory=dict)
@@ -219,7 +219,7 @@ class _BoxForm(NamedTuple):
     relative: bool
     corners: bool
     only_corners: bool
-    """It does not fit the image or its `area` as x, y, width, height."""
+    """True if the box does not fit the image or its `area` as x, y, width, height."""
 
 
 def _box_form(record: Mapping[str, Any], size: Size) -> _BoxForm:

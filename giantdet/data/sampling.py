@@ -86,7 +86,7 @@ class Repeats:
 
 
 def repeat_factors(dataset: Dataset, indices: NDArray[np.int64], config: DataConfig) -> Factors | None:
-    """Return the repeat factors of the training images `indices`; None: each is seen once an epoch.
+    """Return the repeat factors of the training images `indices`; None: each is seen once per epoch.
 
     Raises DataError for classes' factors without objects, and for a data set with a weight and no image.
     """
@@ -114,13 +114,13 @@ def repeat_factors(dataset: Dataset, indices: NDArray[np.int64], config: DataCon
 
 
 def sampling_text(dataset: Dataset, config: DataConfig) -> str:
-    """Return how often images are seen, as lines with line breaks; empty where it is once an epoch."""
+    """Return how often images are seen, as lines with line breaks; empty where it is once per epoch."""
     indices = dataset.training_indices(config.filter_empty)
     factors = repeat_factors(dataset, indices, config)
     if factors is None:
         return ""
     lines = [
-        f"sampling: an image is seen {factors.min():.3g} to {factors.max():.3g} times an epoch, on average "
+        f"sampling: an image is seen {factors.min():.3g} to {factors.max():.3g} times per epoch, on average "
         f"{factors.mean():.3g}; {np.count_nonzero(factors > 1):,} of {len(factors):,} images more than once\n"
     ]
     if isinstance(dataset, JoinedDataset):

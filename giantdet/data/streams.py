@@ -28,7 +28,7 @@ _AUGMENT = 1  # second word of the augmentation's seeds; the permutations use 0,
 
 
 class Delivery(NamedTuple):
-    """What workers send. An error is sent as text, since torch wraps a worker's exceptions in a traceback."""
+    """The message of a worker. An error is sent as text: torch wraps a worker's exceptions in a traceback."""
 
     batch: Batch | None
     counts: dict[str, int]

@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers: printed at the start of a run and by `giantdet validate-data`."""
+"""The summary of a data set in numbers, printed at the start of a run and by `giantdet validate-data`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Summary:
     used_otherwise: dict[str, int] = field(default_factory=dict)
     """Records that were used, but not as they are written, by kind."""
     images_by_part: tuple[tuple[str, int], ...] = ()
-    """Of several data sets as one: the file or folder of each, and its number of images."""
+    """For several data sets as one: the file or folder of each, and its number of images."""
 
     @property
     def empty_classes(self) -> list[str]:

@@ -142,7 +142,7 @@ def scaled_crop(image_hw3: NDArray[np.uint8], geometry: Geometry, exact: bool) -
 
     `exact`, in evaluation and prediction, is Pillow's filter, as in detectron2. Otherwise torch's vectorised
     filter for bytes does the same work in a fifth of the time. Its weights have 16 bits, so that values
-    differ from Pillow's by at most 2 of 255, by less than 0.1 in the mean (tested).
+    differ from Pillow's by at most 2 of 255, by less than 0.1 on average (tested).
     """
     (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
     if geometry.resized_hw == geometry.source_hw:

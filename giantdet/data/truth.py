@@ -31,10 +31,10 @@ def ground_truth(annotations: str | Path, content: Instances | None = None) -> C
 
     `content` are the lists of the file; None: they are read from it.
 
-    Annotations are renumbered from 1, as pycocotools keeps only the last annotation of an id and treats id 0
-    as none; a missing `area` is computed from the mask or box, a missing segmentation is the box. Objects to
-    ignore have the key `NEUTRAL`, those without a mask `BOX_ONLY`. Categories of the same name get their ids
-    appended. A warning counts what is left out. Raises `DataError`.
+    Annotations are renumbered from 1, as pycocotools keeps only the last annotation with an id and treats id
+    0 as none; a missing `area` is computed from the mask or box, a missing segmentation is the box. Objects
+    to ignore have the key `NEUTRAL`, those without a mask `BOX_ONLY`. Categories of the same name get their
+    ids appended. A warning counts what is left out. Raises `DataError`.
     """
     content = read_instances(annotations) if content is None else content
     records = read_records(annotations, content)

@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a data set holds, and what is wrong with it."""
+    """The summary of a data set, and its problems."""
 
     summary: Summary
     problems: list[Problem]
@@ -115,17 +115,17 @@ def found_problems(records: Records) -> Iterator[Problem]:
 
 
 def name_problems(categories: Iterable[tuple[int, str]], what: str) -> Iterator[Problem]:
-    """Yield the names that an earlier category has too; `what` is "category" or what else it is called."""
+    """Yield the names that an earlier category has too; `what` is "category" or another word for it."""
     names: set[str] = set()
     for number, name in categories:
         if name in names:
-            fault = (f"duplicate {what} name", f"an earlier {what} is called {name!r}, too")
+            fault = (f"duplicate {what} name", f"an earlier {what} has the name {name!r}, too")
             yield problem_of(fault, what, number, "warning")
         names.add(name)
 
 
 def class_problems(records: Records) -> Iterator[Problem]:
-    """Yield what concerns whole classes, whole images, or the whole file, of a file with objects."""
+    """Yield the problems of whole classes, whole images or the whole file, for a file with objects."""
     crowds = sum(bool(record.get("iscrowd")) for record in records.annotations)
     if crowds and crowds == len(records.annotations):
         text = f"all {crowds} annotations are crowd regions; if they are objects, set iscrowd to 0"
@@ -133,12 +133,12 @@ def class_problems(records: Records) -> Iterator[Problem]:
     objects = [r for r in records.annotations if not r.get("iscrowd") and not r.get("ignore")]
     bare = sum(not record.get("segmentation") for record in objects)
     if 0 < bare < len(objects):
-        text = f"{bare} of {len(objects)} objects have no mask; they are trained and scored as boxes alone"
+        text = f"{bare} of {len(objects)} objects have no mask; they are trained and scored as boxes only"
         yield Problem("objects without a mask", None, text, "warning")
     used = {record["category_id"] for record in records.annotations}
     for number, name in records.categories.items():
         if used and number not in used:
-            text = f"category {number}: no annotation is of the class {name!r}"
+            text = f"category {number}: no annotation has the class {name!r}"
             yield Problem("class without objects", number, text, "info")
     with_objects = {record["image_id"] for record in records.annotations}
     for image_id in records.images:
@@ -181,7 +181,7 @@ def file_problems(record: dict[str, Any], folder: Path) -> Iterator[Problem]:
         yield found("unreadable file", f": {type(error).__name__} {error}")
     else:
         if several:
-            yield found("several frames", " has several frames, of which the first is read", "warning")
+            yield found("several frames", " has several frames, only the first is read", "warning")
         if turned:
             rotated = oriented is not file
             how = "is applied" if rotated else f"is ignored: only the stored {stored[1]} x {stored[0]} fits"
@@ -211,7 +211,7 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
         )
     elif name in seen:
         yield found(
-            "duplicate annotation id", "pycocotools keeps only the last annotation of an id", "warning"
+            "duplicate annotation id", "pycocotools keeps only the last annotation with an id", "warning"
         )
     else:
         seen.add(name)
@@ -223,7 +223,7 @@ def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iter
     x, y, w, h = record["bbox"]
     if x < -_OVERHANG or y < -_OVERHANG or x + w > size[1] + _OVERHANG or y + h > size[0] + _OVERHANG:
         yield found(
-            "box overhangs",
+            "box beyond the image",
             f"bbox {record['bbox']} extends beyond the {size[1]} x {size[0]} image; it is clipped",
             "warning",
         )

@@ -41,7 +41,7 @@ def check_semantic_png(section: SemanticPngDatasetConfig) -> Report:
         problems += _pair_problems(section, table, image, label, pixels_C)
     for (number, name), pixels in zip(table.categories, pixels_C.tolist(), strict=False):
         if not pixels:
-            text = f"class {number}: no pixel is of the class {name!r}"
+            text = f"class {number}: no pixel has the class {name!r}"
             problems.append(Problem("class without pixels", number, text, "info"))
     return Report(Summary(images=len(found.pairs)), problems)
 

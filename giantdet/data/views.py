@@ -1,4 +1,4 @@
-"""Batches of one image for prediction: on the canvas, in windows, or in several scales and mirrored.
+"""Batches of one image for prediction: on the canvas, in windows, or at several scales and mirrored.
 
 Scales and flips are those of multi-scale testing, as in detectron2's `DatasetMapperTTA`: for each short side
 a view and its mirror image, resized with Pillow's bilinear filter. As in `GeneralizedRCNNWithTTA`, a few

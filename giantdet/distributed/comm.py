@@ -102,9 +102,9 @@ def describe_lost_contact(error: BaseException) -> str:
     """Return one line about an error that `is_lost_contact`: the rank, the reason, and what to do."""
     who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}"
     return (
-        f"{who} lost contact to another rank ({reason(error)}): its process, its host or the network between "
-        "is gone, or it is later than train.timeout_minutes; see its last output. Start the run again: it "
-        "resumes from its newest checkpoint"
+        f"{who} lost contact with another rank ({reason(error)}): its process or host has stopped, the "
+        "network has failed, or it is later than train.timeout_minutes; see its last output. Start the run "
+        "again: it resumes from its newest checkpoint"
     )
 
 

@@ -15,7 +15,7 @@ class Schedule(Protocol):
 
 
 class Engine(Protocol):
-    """What `deepspeed.initialize` returns.
+    """The engine that `deepspeed.initialize` returns.
 
     The optimizer that the run asks for is `basic_optimizer`. `optimizer` is DeepSpeed's wrapper of it, one
     class for each ZeRO stage and precision, or `basic_optimizer` itself at stage 0 in float32; what is read

@@ -1,4 +1,4 @@
-"""What a run prints and writes before its first step."""
+"""The summary that a run prints and writes before its first step."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def schedule_line(run: ResolvedRun) -> str:
         if isinstance(peak, int) and config.train.steps is not None and peak >= config.train.steps:
             reached = lr_function(scheduler, optimizer.lr)(config.train.steps - 1)
             logger.warning(
-                "the warmup of %d steps is not shorter than the run of %d: the LR reaches %.4g of %.4g",
+                "the warmup of %d steps does not end within the run of %d: the LR only reaches %.4g of %.4g",
                 *(peak, config.train.steps, reached, optimizer.lr),
             )
     if run.clipping:
@@ -112,7 +112,7 @@ def norm_table(model: Architecture, micro_batch: int, accumulation: int) -> str:
     ]
     if accumulation > 1 and any("images" in line for line in lines):
         lines.append(
-            f"  accumulation adds no image to these: each of the {accumulation} micro-steps is normalised "
+            f"  accumulation does not enlarge these: each of the {accumulation} micro-steps is normalised "
             "separately and updates the running statistics\n"
         )
     return "batch norms\n" + "".join(lines)

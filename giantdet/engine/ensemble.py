@@ -32,7 +32,7 @@ Sizes = Mapping[int, tuple[int, int]]
 
 
 class Member(NamedTuple):
-    """What one model or program has found in all images."""
+    """The detections of one model or program in all images."""
 
     name: str
     knows: frozenset[int]  # category ids
@@ -121,7 +121,7 @@ def fuse_members(
     """Return the fused detections, image by image, best first, with masks if any member has some.
 
     `iou` None: 0.55 for weighted boxes, else 0.5. A class is fused over the members that know it. An image
-    has at most as many detections as the member that found most in it.
+    has at most as many detections as the member with the most detections in it.
     """
     iou = DEFAULT_IOU[kind] if iou is None else iou
     has_masks = any(result.get("segmentation") for member in members for result in member.results)

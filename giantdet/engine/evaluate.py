@@ -114,7 +114,7 @@ def evaluate(
             if results is not None:
                 evaluator.save(results)
     if not dataset.annotated:
-        where = "" if results is None else f"; what was found is in {results}"
+        where = "" if results is None else f"; the detections are in {results}"
         tables = [f"{dataset.annotations}: no annotations, so there are no scores{where}"]
     scores = comm.broadcast_object(scores)
     return Evaluation(scores, primary_score(scores, tasks, numbers), "\n".join(tables))

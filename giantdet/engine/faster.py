@@ -72,7 +72,7 @@ class _Flat(nn.Module):
         self.predict: Callable[[Batch], Any] = model.predict
         self.input_spec = tree_flatten(_without_windows(batch))[1]
         self.output_spec: TreeSpec = self.input_spec
-        self.trained: list[bool | None] = []  # by leaf of the predictions; None: a head that there is not
+        self.trained: list[bool | None] = []  # by leaf of the predictions; None: a head that does not exist
 
     def tensors_of(self, batch: Batch) -> tuple[Tensor, ...]:
         return tuple(tree_flatten(_without_windows(batch))[0])

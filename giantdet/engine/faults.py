@@ -42,7 +42,7 @@ def listen() -> None:
         if launched:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):
-        logger.debug("not on Linux: the launcher's death is not noticed")
+        logger.debug("not on Linux: the death of the launcher is not detected")
 
     def ask(number: int, _: object) -> None:
         _asked.append(signal.Signals(number).name)
@@ -141,11 +141,11 @@ class StepGuard:
         what = f"the loss is {bad[0][0]}" if bad else "a gradient is not finite"
         images = sorted({i for _, ids in bad or found for i in ids})
         shown = ", ".join(map(str, images[:_SHOWN])) + (", ..." if len(images) > _SHOWN else "")
-        text = comm.broadcast_object(f"step {self.engine.global_steps} is left out: {what} (images {shown})")
+        text = comm.broadcast_object(f"step {self.engine.global_steps} is skipped: {what} (images {shown})")
         if comm.is_main():
             logger.warning("%s; %d in a row, %d in all", text, self.in_a_row, self.skipped)
         if self.in_a_row >= self.limit:
             raise DivergedError(
-                f"{self.in_a_row} steps in a row were left out, the last: {text}: lower the learning rate, "
+                f"{self.in_a_row} steps in a row were skipped, the last: {text}: lower the learning rate, "
                 "warm up longer, or look at these images; earlier checkpoints are intact"
             )

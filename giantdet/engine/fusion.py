@@ -20,7 +20,7 @@ from torchvision.ops import batched_nms
 
 Fusion = Literal["nms", "soft_nms", "wbf"]
 SIGMA = 0.5
-"""Of soft-NMS: the paper's value."""
+"""Sigma of soft-NMS: the paper's value."""
 LOWEST = 1e-3
 """Boxes whose score soft-NMS has brought below this are dropped, as in the authors' code."""
 
@@ -46,7 +46,7 @@ def fuse(
 ) -> Fused:
     """Return the fused boxes of all `members`, models or views, that looked at an image.
 
-    Boxes are xyxy; those of a class with an IoU above `iou` are of one object. Soft-NMS needs no threshold
+    Boxes are xyxy; those of a class with an IoU above `iou` belong to one object. Soft-NMS needs no threshold
     for its scores; `iou` then only says which boxes a fused one stands for.
     """
     boxes, labels = boxes_N4.double().cpu(), labels_N.cpu()

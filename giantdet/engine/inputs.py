@@ -89,7 +89,7 @@ def image_files(paths: Sequence[Path], output: Path | None = None) -> list[Path]
         raise InputError(f"{paths[0]}: no image in this folder (looked for {kinds}, also in sub-folders)")
     if others:
         kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
-        logger.warning("%d files are not taken for images: %s", others.total(), kinds)
+        logger.warning("%d files are not read as images: %s", others.total(), kinds)
     return files
 
 

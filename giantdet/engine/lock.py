@@ -107,7 +107,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_alive(found: dict[str, Any], path: Path) -> bool:
     if found["host"] == socket.gethostname():
         return found["started"] is not None and _start_of(int(found["pid"])) == found["started"]
-    logger.warning("%s: locked by %s; looking for %g s whether it still runs", path, found["host"], WATCH)
+    logger.warning(
+        "%s: locked by %s; looking for %g s whether it is still running", path, found["host"], WATCH
+    )
     until = time.monotonic() + WATCH
     while time.monotonic() < until:
         time.sleep(1.0)

@@ -119,7 +119,7 @@ class Predictor:
                 `tile_overlap` of their side; for models that predict only objects (`docs/prediction.md`).
             batch_size: images, tiles or windows that the model takes at a time.
             progress: show a bar over the tiles, if stderr is a terminal.
-            tta: show the image in several scales and mirrored, and merge what is found; see `TtaConfig`.
+            tta: show the image at several scales and mirrored, and merge what is found; see `TtaConfig`.
         """
         if tta is not None:
             self.check_tta(tile)
@@ -129,7 +129,7 @@ class Predictor:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         images: Any = image if is_batch(image) else [image]
         if any(map(is_batch, images)):
-            raise InputError("a list of images has another list in it; give one list")
+            raise InputError("a list of images contains another list; give a flat list")
         if tile is None:
             found = list(self._found(map(_pixels, images), threshold, batch_size, tta))
         else:
@@ -140,10 +140,10 @@ class Predictor:
         return found if is_batch(image) else found[0]
 
     def check_tta(self, tile: int | None = None) -> None:
-        """Raise InputError, a ValueError, for a model that cannot be shown images in several scales."""
+        """Raise InputError, a ValueError, for a model that cannot be shown images at several scales."""
         if tile is not None:
             raise InputError(
-                "tta (--tta) shows whole images in several scales, and tile (--tile) parts of them: "
+                "tta (--tta) shows whole images at several scales, and tile (--tile) parts of them: "
                 "give one of the two"
             )
         check_tta(self.detector, self.config.window_stride)
@@ -308,7 +308,7 @@ def load_image(path: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.uint8]:
         with Image.open(source) as file:
             pixels_HW3 = np.array(to_rgb(ImageOps.exif_transpose(file)))
             if has_frames(file):
-                logger.warning("%s has several frames, of which the first is read", path)
+                logger.warning("%s has several frames, only the first is read", path)
             return pixels_HW3
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {bomb_text(error)}") from error

@@ -36,7 +36,7 @@ TASKS = ("box", "mask")
 
 
 class Choice(NamedTuple):
-    """How an ensemble is run: as `evaluate` and `Predictor` are, for every member."""
+    """Settings of an ensemble: those of `evaluate` and `Predictor`, for every member."""
 
     fuse: Fusion
     batch_size: int = 1
@@ -106,7 +106,7 @@ def evaluate_ensemble(
     if file is not None:
         file.write_text(json_text(fused))
     if not dataset.annotated:
-        return f"{dataset.annotations}: no annotations, so there are no scores; what was found is in {file}"
+        return f"{dataset.annotations}: no annotations, so there are no scores; the detections are in {file}"
     masks = dataset.has_masks and any("segmentation" in result for result in fused)
     metric = detection_metric(dataset)
     return metric.table(metric.score(dataset, CocoResults.of(fused), masks, max_detections, backend))

@@ -44,9 +44,11 @@ def tiles_of(size_hw: tuple[int, int], side: int, overlap: float) -> list[Tile]:
     below 1 or an overlap outside of [0, 1).
     """
     if side < 1:
-        raise InputError(f"a tile has at least 1 pixel, not {side}")
+        raise InputError(f"a tile must have a side of at least 1 pixel, got {side}")
     if not 0 <= overlap < 1:
-        raise InputError(f"the overlap of tiles is a part of their side in [0, 1), not {overlap:g}")
+        raise InputError(
+            f"the overlap of tiles must be at least 0 and less than 1 of their side, got {overlap:g}"
+        )
     return [
         Tile(top, left, bottom, right, inner_top, inner_left, inner_bottom, inner_right)
         for top, bottom, inner_top, inner_bottom in _spans(size_hw[0], side, overlap)

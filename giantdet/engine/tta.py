@@ -35,15 +35,15 @@ WBF_IOU = 0.55
 
 
 def check_tta(architecture: Architecture, window_stride: int | None) -> None:
-    """Raise ConfigError for a model that cannot be shown images in several scales, or not with windows."""
+    """Raise ConfigError for a model that cannot be shown images at several scales, or not with windows."""
     if window_stride is not None:
         raise ConfigError(
-            "giantdet.eval.tta (--tta) shows whole images in several scales, and "
+            "giantdet.eval.tta (--tta) shows whole images at several scales, and "
             f"giantdet.eval.window_stride is {window_stride}: leave out one of the two"
         )
     if architecture.backbone.one_size:
         raise ConfigError(
-            "giantdet.eval.tta (--tta) shows images in several sizes, and "
+            "giantdet.eval.tta (--tta) shows images at several sizes, and "
             f"{architecture.backbone.one_size} is built for one: leave it out"
         )
 

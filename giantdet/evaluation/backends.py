@@ -50,7 +50,7 @@ class Curves(NamedTuple):
 
 
 def check_backend(backend: Backend) -> None:
-    """Raise ConfigError if a backend is asked for that is not installed."""
+    """Raise ConfigError if the requested backend is not installed."""
     if backend == "hotcoco" and _hotcoco is None:
         raise ConfigError(
             'giantdet.eval.backend is "hotcoco", which is not installed, or older than 1.3: '
@@ -80,10 +80,10 @@ def coco_curves(
 def _objects(truth: COCO, iou_type: IouType) -> list[dict[str, Any]]:
     """Return the annotations as COCOeval is to see them, which knows only crowds and ranges of areas.
 
-    - An object with `NEUTRAL` is neither found nor missed, and a detection of it is no false positive, as for
-      objects outside a range of areas: its area is outside all ranges. COCOeval overwrites `ignore`.
+    - An object with `NEUTRAL` is neither found nor missed, and a detection of it is not a false positive, as
+      for objects outside a range of areas: its area is outside all ranges. COCOeval overwrites `ignore`.
     - An object without a mask counts for boxes as any other. For masks it is a crowd region of its box's
-      size: it is not missed, and detections inside its box are no false positives.
+      size: it is not missed, and detections inside its box are not false positives.
     """
     objects = []
     for annotation in truth.dataset["annotations"]:

@@ -36,7 +36,7 @@ DEFAULT_CONVENTIONS = CONVENTIONS["detectron2"]
 
 
 Rules = Callable[[COCO, CocoResults, IouType, int, Backend], dict[str, Any]]
-"""From a truth, results, their kind, the number of detections and the backend to numbers by name."""
+"""Function from a truth, results, their kind, the number of detections and the backend to numbers by name."""
 
 
 class CocoEvaluator:
@@ -48,7 +48,7 @@ class CocoEvaluator:
     MAX_DETECTIONS: ClassVar[int] = 100
     """Number of detections that are scored where `eval.max_detections` is None."""
     PER_CLASS: ClassVar[bool] = True
-    """Whether that is the number of each class in an image, or of all classes together."""
+    """True if that is the number per class in an image, False if it is over all classes."""
 
     def __init__(
         self,

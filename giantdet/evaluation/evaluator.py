@@ -22,7 +22,7 @@ class Evaluator(Protocol):
     PRIMARY: ClassVar[Mapping[str, str]]
     """The main number of each of its tasks: {"box": "AP", "mask": "AP"}."""
     WINDOWS: ClassVar[bool]
-    """Whether it joins what was predicted in several windows of an image."""
+    """True if it joins what was predicted in several windows of an image."""
     PROTOCOL: ClassVar[str | None]
     """`Dataset.protocol` of the data sets that it scores; None: all."""
 

@@ -6,7 +6,7 @@ https://www.lvisdataset.org/dataset). What is known of an image is in its record
 - The categories of its objects are present, those of `neg_category_ids` are absent. Detections of any other
   category are not scored.
 - Of those in `not_exhaustive_category_ids` not all objects are annotated: a detection that matches none of
-  them is no false positive.
+  them is not a false positive.
 - The 300 best detections of an image count, over all categories.
 
 All else is as in COCO's scores, so the same programs compute them (`federated`). The reference is lvis-api

@@ -68,7 +68,7 @@ def merge(
     num_classes: int,
     rule: PanopticMergeConfig = DETECTRON2,
 ) -> Merged:
-    """Objects by falling score, each on the pixels that are free, then stuff on what is left.
+    """Merge objects by falling score, each on the pixels that are free, and then stuff on what is left.
 
     The `category` of an object is its label, in [0, num_classes), that of stuff num_classes - 1 + its class.
     """
@@ -97,11 +97,11 @@ def merge(
 
 
 def match_segments(truth: PanopticMap, found: PanopticMap, classes: int) -> NDArray[np.float64]:
-    """IoU sum, true positives, false positives and false negatives that an image adds to each class, [K, 4].
+    """Return the IoU sum, true positives, false positives and false negatives of an image by class, [K, 4].
 
     Two segments of a class match where their IoU exceeds 0.5, void pixels of the truth left out of the union.
-    Crowds are not missed; a segment that matches nothing is no false positive if more than half of it lies in
-    void or in the crowd of its class. Raises ValueError for an id of a map that no segment has.
+    Crowds are not missed; a segment that matches nothing is not a false positive if more than half of it lies
+    in void or in the crowd of its class. Raises ValueError for an id of a map that no segment has.
     """
     overlap_TF = _overlaps(truth, found)  # row and column 0 are void
     true_T, found_F = overlap_TF.sum(1), overlap_TF.sum(0)
@@ -134,7 +134,7 @@ def match_segments(truth: PanopticMap, found: PanopticMap, classes: int) -> NDAr
 
 
 def _overlaps(truth: PanopticMap, found: PanopticMap) -> NDArray[np.int64]:
-    """Common pixels of segments by their numbers from 1 on, [T + 1, F + 1]; 0 is void."""
+    """Return the common pixels of segments by their numbers from 1 on, [T + 1, F + 1]; 0 is void."""
     numbers = []
     for ids_HW, segments in (truth, found):
         ids, at = np.unique(ids_HW, return_inverse=True)
@@ -148,7 +148,7 @@ def _overlaps(truth: PanopticMap, found: PanopticMap) -> NDArray[np.int64]:
 
 
 def panoptic_scores(counts_K4: NDArray[np.float64], names: Sequence[str], things: int) -> dict[str, Any]:
-    """PQ, SQ and RQ in [0, 1] of all classes, of objects (`PQ_th`, ...) and of stuff (`PQ_st`, ...).
+    """Return PQ, SQ and RQ in [0, 1] of all classes, of objects (`PQ_th`, ...) and of stuff (`PQ_st`, ...).
 
     Means over the classes that are in the truth or were found; `per_class` has their PQ, None for the others.
     The first `things` classes are those of objects.
@@ -171,7 +171,7 @@ def panoptic_scores(counts_K4: NDArray[np.float64], names: Sequence[str], things
 
 
 def panoptic_table(scores: Mapping[str, Any]) -> str:
-    """PQ, SQ and RQ of all classes, things and stuff, and PQ by class, as text."""
+    """Return PQ, SQ and RQ of all classes, things and stuff, and PQ by class, as text."""
     lines = ["          " + "".join(f"{name:>7}" for name in PANOPTIC_NUMBERS)]
     for ending, kind in _KINDS.items():
         lines.append(f"{kind:<10}" + "".join(shown(scores[name + ending]) for name in PANOPTIC_NUMBERS))
@@ -278,7 +278,7 @@ class PanopticEvaluator:
         self.results = [result for part in comm.gather_objects(self.results) for result in part]
 
     def scores(self) -> Scores:
-        """PQ, SQ and RQ, see `panoptic_scores`; {} where no image has panoptic annotations."""
+        """Return PQ, SQ and RQ, see `panoptic_scores`; {} where no image has panoptic annotations."""
         if not self.counts_K4.any():
             return {}
         return {"panoptic": panoptic_scores(self.counts_K4.numpy(), self.names, self.things)}
@@ -301,7 +301,7 @@ def panoptic_map(
     conventions: Conventions,
     rule: PanopticMergeConfig = DETECTRON2,
 ) -> PanopticMap:
-    """The segments of image b at its original size; classes that the data set does not have are left out."""
+    """Return the segments of image b at its original size, without classes that the data set lacks."""
     detections = outputs.detections
     assert detections is not None and outputs.semantic_BCHW is not None
     # Masks are large: those that cannot enter are not made.

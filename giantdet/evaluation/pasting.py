@@ -26,7 +26,7 @@ _COLUMNS = 1 << 13  # at a time; the values of a mask's rows in them take 1 MB
 
 
 class _Axis(NamedTuple):
-    """How pixels of the image lie among the K values: at (pixel + 0.5 - start) * cells / extent + shift."""
+    """Positions of the image's pixels among the K values: (pixel + 0.5 - start) * cells / extent + shift."""
 
     start_D: Floats
     extent_D: Floats

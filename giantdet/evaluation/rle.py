@@ -105,7 +105,7 @@ def _encoded(changes_N: Ints, mask_N: Ints, masks: int, size_hw: tuple[int, int]
     # Rounding must not bring an end before its beginning.
     np.maximum.accumulate(place_N, out=place_N)
     first_N = np.flatnonzero(np.diff(place_N, prepend=-1))
-    # Of changes at one place each two cancel.
+    # Changes at the same place cancel in pairs.
     kept_N = first_N[np.diff(first_N, append=len(place_N)) % 2 == 1]
     place_N, mask_N = place_N[kept_N], mask_N[kept_N]
 

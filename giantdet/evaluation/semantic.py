@@ -76,7 +76,7 @@ class SemanticEvaluator:
         comm.sum_on_cpus_(self.confusion_CX)
 
     def scores(self) -> Scores:
-        """mIoU, mACC, pACC and IoU by class; {} where no image has a semantic map."""
+        """Return mIoU, mACC, pACC and IoU by class; {} where no image has a semantic map."""
         if not self.confusion_CX.any():
             return {}
         return {"semantic": semantic_scores(self.confusion_CX, self.names)}
@@ -87,7 +87,7 @@ class SemanticEvaluator:
         file.with_name(f"{file.stem}_semantic.json").write_text(json_text(content))
 
     def table(self, scores: Scores) -> str:
-        """The numbers and IoU by class as text."""
+        """Return the numbers and IoU by class as text."""
         return semantic_table(scores["semantic"]) if "semantic" in scores else ""
 
 
@@ -182,7 +182,7 @@ def confusion(truth_HW: Tensor, found_HW: Tensor, classes: int) -> Tensor:
 
 
 def semantic_scores(confusion_CX: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """mIoU, mACC, pACC and `per_class` IoU by name, in [0, 1].
+    """Return mIoU, mACC, pACC and `per_class` IoU by name, in [0, 1].
 
     As in detectron2's `SemSegEvaluator`, means are over the classes that occur in the truth; the IoU of the
     others is None. mmsegmentation counts a class that is found but nowhere true as 0.
@@ -205,7 +205,7 @@ def semantic_scores(confusion_CX: Tensor, names: Sequence[str]) -> dict[str, Any
 
 
 def semantic_table(scores: Mapping[str, Any]) -> str:
-    """The numbers, and IoU by class, as text."""
+    """Return the numbers, and IoU by class, as text."""
     lines = [
         "          " + "".join(f"{name:>7}" for name in SEMANTIC_NUMBERS),
         "semantic  " + "".join(shown(scores[name]) for name in SEMANTIC_NUMBERS),

@@ -40,7 +40,7 @@ class Backbone(nn.Module):
     """Keys of the body that timm's model does not have; checkpoints may lack them."""
 
     one_size: str = ""
-    """What makes the model take images of one size only; empty if it can take others (`set_canvas`)."""
+    """The reason why the model takes images of one size only; empty if it takes others (`set_canvas`)."""
     frozen: bool = False
     """True after `freeze_all`."""
 

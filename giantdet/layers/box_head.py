@@ -1,6 +1,6 @@
 """Box head: classification and box regression of regions of interest (Fast R-CNN, Girshick 2015).
 
-Shapes: B images · R RoIs · C classes, index C is background · N proposals · D detections · G boxes a RoI,
+Shapes: B images · R RoIs · C classes, index C is background · N proposals · D detections · G boxes per RoI,
 one for each class, or 1 for all of them.
 Reference: detectron2's `FastRCNNConvFCHead` and `FastRCNNOutputLayers`.
 """
@@ -54,7 +54,7 @@ class BoxPredictions(NamedTuple):
 class BoxHead(nn.Module):
     """RoI features `[K, channels, 7, 7]` to class logits `[K, C + 1]` and deltas `[K, G, 4]`, float32.
 
-    With `class_agnostic` a RoI has one box (G is 1), otherwise one a class (G is C).
+    With `class_agnostic` a RoI has one box (G is 1), otherwise one per class (G is C).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""CGBN's passes on a GPU: PyTorch's kernels of SyncBatchNorm, and one of ours between them.
+"""CGBN's passes on a GPU: PyTorch's kernels of SyncBatchNorm, and one of giantdet's own between them.
 
 The arithmetic is that of `layers/cgbn.py`, with a third of the kernels: their launches, not the passes over
 the activations, are what batch norms cost on a fast GPU.

@@ -87,7 +87,7 @@ def box_distance(deltas: Tensor, targets: Tensor, beta: float) -> Tensor:
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """`x` as it is, with its gradient times `scale`."""
+    """Return `x` unchanged; its gradient is multiplied by `scale`."""
     scaled: Tensor = _ScaleGradient.apply(x, scale)
     return scaled
 

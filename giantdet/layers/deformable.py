@@ -26,8 +26,8 @@ class DeformableConv2d(nn.Conv2d):
     9 mask logits per output cell, in the order of mmcv's and detectron2's modulated convolution.
 
     The mask is 2 * sigmoid, where the paper, mmcv and detectron2 have sigmoid: zero logits then give 1 and
-    not 0.5, so that a converted layer begins as the plain convolution that its weights were trained for, and
-    frozen batch norms after it stay valid. With weights of twice the size theirs is the same function.
+    not 0.5, so that a converted layer starts out as the plain convolution that its weights were trained for,
+    and frozen batch norms after it stay valid. With weights of twice the size theirs is the same function.
 
     Computed in float32, because torchvision's operator does not take bf16.
     """
@@ -64,7 +64,7 @@ class DeformableConv2d(nn.Conv2d):
 def make_deformable(body: nn.Module, parameters: Iterable[str], what: str) -> None:
     """Convert the 3x3 convolutions whose weights are among the names `parameters`, in place.
 
-    Raises InputError, which names the stage by `what`, where there is none, or one that is no plain
+    Raises InputError, which names the stage by `what`, where there is none, or one that is not a plain
     `nn.Conv2d` (with standardised weights, or padding that depends on the input).
     """
     names = set(parameters)

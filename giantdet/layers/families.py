@@ -1,4 +1,4 @@
-"""What some families of timm models need: a table by timm's modules, so that no other code names a family.
+"""Table of what some families of timm models need, by timm's modules; no other code names a family.
 
 A family that is not listed is built as it is, for a canvas of multiples of 32.
 """

@@ -27,7 +27,7 @@ from giantdet.layers.weights import load_backbone_weights
 _log = logging.getLogger("giantdet")
 
 PREFIX = "backbone.body."
-"""Begin of the names of the tensors that are left out; norms after the body stay in the export."""
+"""Prefix of the names of the tensors that are left out; norms after the body stay in the export."""
 BESIDE = "backbone.safetensors"
 """Name of the file, or of the link to it, in the folder of an export that leaves out its backbone."""
 

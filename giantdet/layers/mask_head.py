@@ -80,9 +80,10 @@ def mask_training_predictions(
     targets: Targets,
     conventions: Conventions,
 ) -> MaskPredictions:
-    """Masks of the first P RoIs: positives come first, in the order of sampling (random, or hardest first).
+    """Return the masks of the first P RoIs: positives come first, in the order of sampling.
 
-    Objects without a mask are unused. Where shapes may vary, unused slots are not computed, and hold zeros.
+    That order is random, or hardest first. Objects without a mask are unused. Where shapes may vary, unused
+    slots are not computed, and hold zeros.
     """
     config = head.config
     slots = min(config.slots, rois.positive_BR.shape[1])
@@ -92,7 +93,7 @@ def mask_training_predictions(
     # The slots of the micro-batch in one row, and its objects in another: a slot's object may be in another
     # image than its row.
     valid_1K = valid_BP.flatten()[None]
-    # Adaptive sampling takes a point a cell: an unused slot's box of any size would cost time.
+    # Adaptive sampling takes one point per cell: an unused slot's box of any size would cost time.
     boxes_1K4 = rois.boxes_BR4[:, :slots].flatten(0, 1)[None].where(valid_1K[..., None], 0.0)
     label_1K = rois.labels_BR[:, :slots].flatten()[None].where(valid_1K, 0)
     image_1K = image_BP.flatten()[None]
@@ -129,7 +130,7 @@ def mask_training_predictions(
 
 
 def with_masks(head: MaskHead, pool: RoiPool, maps: RoiMaps, found: Detections) -> Detections:
-    """The detections with mask probabilities of their classes."""
+    """Return the detections with mask probabilities of their classes."""
     config = head.config
     features = pool(maps, found.boxes_BD4, config.resolution, config.sampling_ratio)
     masks = head(features, found.labels_BD.flatten()).sigmoid()

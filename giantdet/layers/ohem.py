@@ -1,6 +1,6 @@
 """Online hard example mining: RoIs are chosen by their losses (Shrivastava et al. 2016).
 
-Shapes: B images · N candidates an image · R RoIs an image.
+Shapes: B images · N candidates per image · R RoIs per image.
 All candidates pass through the head once without a graph; their losses are the keys of a `topk`. The chosen
 RoIs pass a second time, in as many slots as with random sampling. References: Megvii's light_head_rcnn
 (`sum_ohem_loss`) and mmdetection's `OHEMSampler`. In the former all candidates have a graph, and the losses
@@ -40,7 +40,7 @@ def hard_rois(
     smooth_l1_beta: float,
     num_classes: int,
 ) -> SampledRois:
-    """Choose the RoIs of the largest losses, of the candidates' predictions.
+    """Choose the RoIs with the largest losses among the candidates.
 
     Over the batch (Megvii): the B x R candidates of the largest classification + box loss, whatever their
     image and label. Over each image (mmdetection): the positives and the negatives of the largest

@@ -61,7 +61,7 @@ class SemanticBranch(nn.Module):
 
     @property
     def targets(self) -> frozenset[str]:
-        """What the labels are made of, beside boxes; see `Architecture.targets`."""
+        """The targets that labels are made of, in addition to boxes; see `Architecture.targets`."""
         return frozenset({"maps": {"semantic"}, "masks": {"masks", "ignored"}}.get(self.source, {"ignored"}))
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor | None]:

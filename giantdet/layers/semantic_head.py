@@ -18,7 +18,7 @@ from giantdet.layers.common import ConvBlock
 from giantdet.structures import IGNORE
 
 STRIDE = 4
-"""Of the logits."""
+"""Stride of the logits."""
 
 
 class SemanticPredictions(NamedTuple):
@@ -65,7 +65,7 @@ def channel_dropout(probability: float) -> nn.Module:
 
 
 def _level(config: SemanticHeadConfig, channels: int, stride: int) -> nn.Sequential:
-    """From `stride` to stride 4; there, one convolution alone."""
+    """Return the layers from `stride` to stride 4; for stride 4, a single convolution."""
     doublings = int(math.log2(stride / STRIDE))
     parts: list[nn.Module] = []
     for i in range(max(1, doublings)):
@@ -77,12 +77,12 @@ def _level(config: SemanticHeadConfig, channels: int, stride: int) -> nn.Sequent
 
 
 def to_canvas(logits_BChw: Tensor, stride: int = STRIDE) -> Tensor:
-    """Logits at `stride` to logits of every pixel of the canvas, bilinear: `[B, C, H, W]`."""
+    """Return the logits of every pixel of the canvas, bilinear, from logits at `stride`: `[B, C, H, W]`."""
     return F.interpolate(logits_BChw, scale_factor=float(stride), mode="bilinear", align_corners=False)
 
 
 def labelled(labels_BHW: Tensor) -> Tensor:
-    """bool `[B, H, W]`: the pixel has a class."""
+    """Return which pixels have a class, bool `[B, H, W]`."""
     return labels_BHW != IGNORE
 
 

@@ -18,8 +18,8 @@ from giantdet.layers.semantic_head import channel_dropout, pixel_classifier
 class PoolingPyramid(nn.Module):
     """Context of the whole image at several scales (PSPNet, Zhao et al. 2017): C5 to `[B, W, h_c5, w_c5]`.
 
-    C5 is averaged to grids of `scales` cells a side, however large the map is; a map smaller than the grid is
-    read with overlapping cells. Scale 1 leaves one value per channel and image, so its batch norm needs a
+    C5 is averaged to grids of `scales` cells per side, however large the map is; a map smaller than the grid
+    is read with overlapping cells. Scale 1 leaves one value per channel and image, so its batch norm needs a
     large batch: with one image per rank, use `cgbn` or `group`.
     """
 

@@ -33,7 +33,7 @@ _NOT_PYTORCH = (
 _KINDS: tuple[tuple[bytes, str], ...] = (
     (
         b"version https://git-lfs",
-        "is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository",
+        "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository",
     ),
     (b"\x89HDF", f"is an HDF5 file, of Keras for example: {_NOT_PYTORCH}"),
     (b"\x93NUMPY", f"is a NumPy array: {_NOT_PYTORCH}"),
@@ -83,7 +83,7 @@ _HARMLESS: list[Any] = [
         )
     ),
 ]
-"""What training scripts, such as those of timm and Lightning, save beside the tensors; no reason to warn."""
+"""Objects that training scripts, such as timm's and Lightning's, save with the tensors: no warning."""
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -185,9 +185,9 @@ def _shards(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         shards = [index.parent / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is no index of safetensors: {first_line(error)}") from error
+        raise InputError(f"{index} is not a safetensors index: {first_line(error)}") from error
     if missing := [shard for shard in shards if not shard.is_file()]:
-        raise InputError(f"{index.parent}: {missing[0].name} is missing, which {index.name} names")
+        raise InputError(f"{index.parent}: {missing[0].name} is missing, but {index.name} names it")
     return shards
 
 
@@ -202,7 +202,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         tensors = _read_safetensors(file) if _is_safetensors(file, head) else _read_torch(file, head)
     if not tensors:
         raise InputError(
-            f"weights file {file} holds no tensors by name; save those of the model: "
+            f"weights file {file} has no named tensors; save those of the model: "
             "torch.save(model.state_dict(), 'weights.pth')"
         )
     return tensors
@@ -242,7 +242,7 @@ def _not_weights(file: Path, head: bytes) -> str | None:
         shown = text.decode()[:40]
     except UnicodeDecodeError:
         return None
-    return f"is a text, not weights: it begins with {shown!r}" if shown.isprintable() else None
+    return f"is text, not weights: it begins with {shown!r}" if shown.isprintable() else None
 
 
 def _is_safetensors(file: Path, head: bytes) -> bool:
@@ -300,7 +300,7 @@ def _read_torch(file: Path, head: bytes) -> dict[str, Tensor]:
         raise InputError(_refusal(file, foreign))
     if foreign:
         _log.warning(
-            "%s: left out objects that are no tensors, without running code: %s", file, _listed(foreign)
+            "%s: left out objects that are not tensors, without running code: %s", file, _listed(foreign)
         )
     return tensors
 
@@ -308,8 +308,8 @@ def _read_torch(file: Path, head: bytes) -> dict[str, Tensor]:
 def _refusal(file: Path, foreign: set[str]) -> str:
     what = f" ({_listed(foreign)})" if foreign else ""
     return (
-        f"weights file {file} is no plain file of tensors; other Python objects{what}, which could run code, "
-        "are not loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')"
+        f"weights file {file} is not a plain file of tensors; other Python objects{what}, which could run "
+        "code, are not loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')"
     )
 
 

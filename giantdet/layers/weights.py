@@ -102,7 +102,7 @@ def report_mismatch(
         for k in found
         if k in expected and found[k].shape != expected[k].shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    kinds = {"missing": missing, "unexpected": unexpected, "with another shape": shapes}
     counts = {f"{len(keys)} {title}": keys for title, keys in kinds.items() if keys}
     if counts:
         parts = [f"  {title}:\n" + "\n".join(f"    {key}" for key in keys) for title, keys in counts.items()]

@@ -23,7 +23,7 @@ def base_anchors(
 ) -> Tensor:
     """Return anchors around (0, 0) with the areas of squares of `sizes` pixels, `[K, 4]` float32 xyxy.
 
-    K = sizes x ratios, in that order, or in the other one with `by_ratio`, as mmdetection has it. `ratios`
+    K = sizes x ratios, in that order, or in the other one with `by_ratio`, as in mmdetection. `ratios`
     are height / width. `rounded` rounds the coordinates to whole pixels, as torchvision does.
     """
     pairs = [(size, ratio) for size in sizes for ratio in ratios]

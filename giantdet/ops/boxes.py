@@ -95,7 +95,7 @@ def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Weights, both_sides:
 
 
 def iou_loss(boxes: Tensor, targets: Tensor, kind: Literal["giou", "diou", "ciou"]) -> Tensor:
-    """GIoU, DIoU or CIoU loss of `[..., 4]` boxes against `[..., 4]` targets: `[...]`, with gradient.
+    """Return the GIoU, DIoU or CIoU loss of boxes against targets, both `[..., 4]`: `[...]`, with gradient.
 
     GIoU (Rezatofighi et al. 2019) is 1 - IoU + the share of the enclosing box outside the union; DIoU (Zheng
     et al. 2020) is 1 - IoU + the squared distance of the centres over that of the enclosing box's corners;

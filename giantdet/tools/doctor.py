@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank knows about its machine; sizes in GiB."""
+    """Facts about a rank's machine; sizes in GiB."""
 
     host: str
     versions: dict[str, str]
@@ -136,7 +136,7 @@ def judge(facts: Sequence[Facts]) -> list[Finding]:
     """Return the findings from the facts of all ranks, given in rank order."""
     findings = [_versions(facts), _accelerators(facts)]
     host, disk = min(((fact.host, fact.disk) for fact in facts), key=lambda pair: pair[1])
-    advice = "a checkpoint takes 12 to 18 bytes a parameter, times train.keep: free space, or set keep to 1"
+    advice = "a checkpoint takes 12 to 18 bytes per parameter, times train.keep: free space, or set keep to 1"
     findings.append(_at_least("free disk", disk, LEAST_DISK, f"{disk:.1f} GiB for the output", host, advice))
     memories = [(fact.host, fact.shared_memory) for fact in facts if fact.shared_memory is not None]
     if memories:
@@ -227,7 +227,7 @@ def reach(device: torch.device, mebibytes: int) -> list[Finding]:
         # Each rank sends and receives this multiple of the tensor in a ring.
         bandwidth = 2 * (ranks - 1) / ranks * tensor.nbytes / seconds / 1e9
         found = f"barrier {barrier * 1e3:.2g} ms, " if backend == "gloo" else ""
-        found += f"all-reduce of {mebibytes} MiB in {seconds * 1e3:.3g} ms, {bandwidth:.3g} GB/s a rank"
+        found += f"all-reduce of {mebibytes} MiB in {seconds * 1e3:.3g} ms, {bandwidth:.3g} GB/s per rank"
         if not bool((tensor == ranks).all()):
             advice = "The sum is wrong: memory or network is faulty; leave out hosts until it is right."
             findings.append(Finding(backend, found, "BAD", advice))

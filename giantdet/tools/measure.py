@@ -56,7 +56,7 @@ def measure(
     def fits(images: int) -> bool:
         tried = start(path, overrides, ranks, memory, images)
         found = f"{tried.memory / GIB:.2f} GiB" if tried.fits else "out of memory"
-        say(f"  {images} image{'s' * (images > 1)} a rank: {found}")
+        say(f"  {images} image{'s' * (images > 1)} per rank: {found}")
         return tried.fits
 
     return largest(fits)

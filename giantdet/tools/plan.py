@@ -259,7 +259,7 @@ def report(plan: Plan) -> str:
         f"{one.memory / GIB:.2f} GiB",
         "",
         f"{'ZeRO':<6}{'blocks':<14}{'states':>9}{'memory':>9}{'largest':>9}{'computation':>13}{'communication':>15}",
-        f"{'':<6}{'':<14}{'GiB':>9}{'GiB':>9}{'batch':>9}{'s a step':>13}{'s a step':>15}",
+        f"{'':<6}{'':<14}{'GiB':>9}{'GiB':>9}{'batch':>9}{'s/step':>13}{'s/step':>15}",
     ]
     for choice in plan.choices:
         lines.append(_row(plan, choice))
@@ -301,7 +301,7 @@ def _verdict(plan: Plan, steps: int | None, batch: int) -> list[str]:
         if fewest is not None:
             lines.append(
                 f"Nothing fits on {plan.gpus} GPUs; ZeRO-3 with {'frozen' if plan.frozen else 'recomputed'} "
-                f"blocks fits from {fewest} on."
+                f"blocks fits on {fewest} or more."
             )
         else:
             largest = max(choice.largest for choice in plan.choices)
@@ -311,10 +311,10 @@ def _verdict(plan: Plan, steps: int | None, batch: int) -> list[str]:
             )
         return lines
     if best is own:
-        lines.append("The recipe is the quickest that fits.")
+        lines.append("The recipe is the fastest that fits.")
     else:
         lines.append(
-            f"Take ZeRO-{best.stage} with blocks {plan.blocks(best)}: the quickest that fits, with the "
+            f"Take ZeRO-{best.stage} with blocks {plan.blocks(best)}: the fastest that fits, with the "
             "least memory."
         )
     low, high = max(best.computation, best.communication), best.seconds

@@ -108,7 +108,7 @@ ANNOTATIONS = [
         Error("annotations ... are not valid JSON: 'utf-8' codec"),
     ),
     Case(
-        "100,000 lists in one another",
+        "100,000 nested lists",
         b"[" * 100_000,
         Error("annotations ... are not valid JSON: maximum recursion"),
     ),
@@ -138,7 +138,7 @@ ANNOTATIONS = [
     Case("an image's id as text", image(id="9"), Skipped("bad image id")),
     Case("true for an image's id", image(id=True), Skipped("bad image id")),
     Case("an image's id beyond 64 bits", image(id=2**70), Skipped("bad image id")),
-    Case("two images of one id", image(id=1), Skipped("duplicate image id")),
+    Case("two images with the same id", image(id=1), Skipped("duplicate image id")),
     Case("an image of negative width", image(width=-40), Skipped("bad image size")),
     Case("an image's size and id as 40.0", image(id=9.0, width=40.0, height=20.0), Works("40.0 is 40")),
     Case(
@@ -156,10 +156,12 @@ ANNOTATIONS = [
     Case("an image without a file name", image(file_name=None), Skipped("bad file name")),
     Case("a file name with NUL in it", image(file_name="a\0.png"), Skipped("bad file name")),
     Case("a file name of 100,000 letters", image(file_name="a" * 100_000), Skipped("bad file name")),
-    Case("a path outside by ..", image(file_name="x/../../a.png"), Skipped("path outside")),
-    Case("a path outside from the root", image(file_name="/etc/hostname"), Skipped("path outside")),
     Case(
-        "two categories of one id",
+        "a path that leads out of the folder by ..", image(file_name="x/../../a.png"), Skipped("path outside")
+    ),
+    Case("an absolute path out of the folder", image(file_name="/etc/hostname"), Skipped("path outside")),
+    Case(
+        "two categories with the same id",
         added("categories", {"id": 1, "name": "x"}),
         Skipped("duplicate category id"),
     ),
@@ -167,11 +169,11 @@ ANNOTATIONS = [
         "a category's id as text", added("categories", {"id": "3", "name": "x"}), Skipped("bad category id")
     ),
     Case(
-        "two categories of one name",
+        "two categories with the same name",
         added("categories", {"id": 3, "name": "cell"}),
-        Works("scores name both, one with its id"),
+        Works("both are in the scores, one of them named with its id"),
     ),
-    Case("a category without a name", added("categories", {"id": 3}), Works("called by its id")),
+    Case("a category without a name", added("categories", {"id": 3}), Works("its id is its name")),
     Case("null for an annotation", added("annotations", None), Skipped("bad annotation")),
     Case("an unknown image", more(image_id=99), Skipped("unknown image")),
     Case("an unknown category", more(category_id=7), Skipped("unknown category")),
@@ -182,7 +184,7 @@ ANNOTATIONS = [
     Case("a box with text", more(bbox=[1, 2, "3", 4]), Skipped("bad box")),
     Case("a box of negative height", more(bbox=[1, 2, 3, -4]), Skipped("empty box")),
     Case("a box outside the image", more(bbox=[41, 5, 10, 8]), Skipped("box outside")),
-    Case("a box that overhangs", more(bbox=[35, 5, 30, 8]), Works("clipped for training")),
+    Case("a box that extends beyond the image", more(bbox=[35, 5, 30, 8]), Works("clipped for training")),
     Case("a polygon of 2 points", more(segmentation=[[1, 2, 3, 4]]), Noted("bad polygon", KEPT)),
     Case("a polygon of 7 numbers", more(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), Noted("bad polygon", KEPT)),
     Case(
@@ -211,26 +213,28 @@ ANNOTATIONS = [
         Noted("bad polygon", "the good one is the mask"),
     ),
     Case(
-        "RLE of another size",
+        "RLE with another size",
         more(segmentation=_RLE | {"size": list(SIZE)}),
         Noted("RLE of wrong size", KEPT),
     ),
-    Case("RLE of too few pixels", more(segmentation=_RLE | {"counts": [700]}), Noted("bad RLE", KEPT)),
+    Case("RLE with too few pixels", more(segmentation=_RLE | {"counts": [700]}), Noted("bad RLE", KEPT)),
     Case(
-        "an RLE string cut in a number", more(segmentation=_RLE | {"counts": "T3o"}), Noted("bad RLE", KEPT)
+        "an RLE string cut off inside a number",
+        more(segmentation=_RLE | {"counts": "T3o"}),
+        Noted("bad RLE", KEPT),
     ),
     Case(
-        "an RLE string of other letters",
+        "an RLE string with invalid characters",
         more(segmentation=_RLE | {"counts": "T\0 z"}),
         Noted("bad RLE", KEPT),
     ),
     Case(
-        "an RLE string of too few pixels",
+        "an RLE string with too few pixels",
         more(segmentation=_RLE | {"counts": "44"}),
         Noted("bad RLE", KEPT),
     ),
     *[
-        Case(f"{text!r} for iscrowd", more(iscrowd=text), Noted("iscrowd as text", "no crowd"))
+        Case(f"{text!r} for iscrowd", more(iscrowd=text), Noted("iscrowd as text", "not a crowd"))
         for text in ("0", "false")
     ],
     Case("'true' for iscrowd", more(iscrowd="true"), Noted("iscrowd as text", "a crowd")),
@@ -251,14 +255,14 @@ ANNOTATIONS = [
         Error("...: the 3 boxes are corners x1, y1, x2, y2, e.g. ..."),
     ),
     Case(
-        "a root category above all others",
+        "a root category that is the parent of all others",
         under_root,
         Noted("root category", "it is not a class"),
     ),
-    Case("no id", more(id=None), Works("numbered")),
-    Case("two annotations of one id", more(id=1), Works("both are used")),
-    Case("an annotation's id beyond 64 bits", more(id=10**30), Works("numbered anew")),
-    Case("no area", more(area=None), Works("that of the mask")),
+    Case("no id", more(id=None), Works("gets a number")),
+    Case("two annotations with the same id", more(id=1), Works("both are used")),
+    Case("an annotation's id beyond 64 bits", more(id=10**30), Works("gets a number")),
+    Case("no area", more(area=None), Works("the mask's area is used")),
     Case("no iscrowd", more(iscrowd=None), Works("not a crowd")),
     Case(
         "a crowd without a mask",
@@ -268,6 +272,6 @@ ANNOTATIONS = [
     Case(
         "10,000 objects in an image",
         objects_10000,
-        Works("the largest `max_objects` are kept, the rest is counted as dropped_objects"),
+        Works("the largest `max_objects` are kept, the others are counted as dropped_objects"),
     ),
 ]

@@ -14,17 +14,17 @@ COMMANDS = [
         Error("...: no image in this folder (looked for ...)"),
     ),
     Case(
-        "predict: an overlay in place of its image",
+        "predict: an overlay that would replace its image",
         ["predict", "{export}", "{data}/images/a.png", "--output", "{data}/images"],
         Error("...a.png: its overlay would replace it; choose another --output"),
     ),
     Case(
-        "predict: one of the images is none",
+        "predict: one of the files is not an image",
         ["predict", "{export}", "{data}/images", "{data}/train.json", "--output", "{empty}/out"],
         Error("1 of 4 images are left out, the first: ...train.json: not a readable image ..."),
     ),
     Case(
-        "predict: a JSON of images with files in the place of their folder",
+        "predict: a JSON of images, with files instead of their folder",
         [
             "predict",
             "{export}",
@@ -33,13 +33,13 @@ COMMANDS = [
             "--annotations",
             "{data}/train.json",
         ],
-        Error("predict: with --annotations, give one folder, that of its images"),
+        Error("predict: with --annotations, give one folder: that of its images"),
     ),
     Case(
-        "predict: tiles in several scales",
+        "predict: tiles together with multi-scale testing",
         ["predict", "{export}", "{data}/images", "--tta", "--tile", "64", "--output", "{empty}/out"],
         Error(
-            "tta (--tta) shows whole images in several scales, and tile (--tile) parts of them: give one of "
+            "tta (--tta) shows whole images at several scales, and tile (--tile) parts of them: give one of "
             "the two"
         ),
     ),
@@ -49,9 +49,9 @@ COMMANDS = [
         Error("predict: with --fuse, give several models or results files, then the images"),
     ),
     Case(
-        "eval: several models, and no way to fuse them",
+        "eval: several models without --fuse",
         ["eval", "{export}", "{export}", "--annotations", "{data}/train.json", "--images", "{data}/images"],
-        Error("eval: an ensemble is several models and --fuse, which says how they are fused"),
+        Error("eval: an ensemble needs several models, and --fuse to say how to fuse them"),
     ),
     Case(
         "predict: a JSON without a list of images",
@@ -61,7 +61,7 @@ COMMANDS = [
     Case(
         "predict: an image of more pixels than the limit",
         ["predict", "{export}", "{data}/images/a.png", "--max-image-pixels", "100"],
-        Error("1 of 1 images are left out, the first: ...raise data.max_image_pixels of the JSON, ..."),
+        Error("1 of 1 images are left out, the first: ...raise data.max_image_pixels in the JSON, ..."),
     ),
     Case(
         "validate-data: annotations without a folder of images",
@@ -103,19 +103,19 @@ COMMANDS = [
         ["eval", "{export}", "--annotations", "{data}/train.json", "--images", "{data}/no"],
         Error("the image folder ... does not exist"),
     ),
-    Case("export: a folder that is no run", ["export", "{empty}"], Error("config.json: no such file")),
+    Case("export: a folder that is not a run", ["export", "{empty}"], Error("config.json: no such file")),
     Case(
         "export: a run without a checkpoint",
         ["export", "{data}/run"],
-        Error("...checkpoints: no whole checkpoint here; none at all"),
+        Error("...checkpoints: no complete checkpoint here: no step_N folder"),
     ),
     Case(
-        "export: a checkpoint that is none",
+        "export: a folder that is not a checkpoint",
         ["export", "{data}/run", "--checkpoint", "step_7"],
         Error("...step_7: manifest.json is missing"),
     ),
     Case(
-        "plot: a folder that is no run",
+        "plot: a folder that is not a run",
         ["plot", "{empty}"],
         Error("...: no metrics.jsonl here; name the folder of a run"),
     ),

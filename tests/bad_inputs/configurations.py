@@ -23,7 +23,7 @@ CONFIGURATIONS = [
         b"\xef\xbb\xbf" + _WHOLE.encode(),
         Works("read as if the mark were not there"),
     ),
-    Case("100,000 lists in one another", b"[" * 100_000, Error("run.json: maximum recursion depth exceeded")),
+    Case("100,000 nested lists", b"[" * 100_000, Error("run.json: maximum recursion depth exceeded")),
     Case(
         "a number of 5,000 digits",
         b'{"steps_per_print": %s}' % (b"1" * 5000),
@@ -44,7 +44,7 @@ CONFIGURATIONS = [
     Case(
         "a key with a line break",
         {"bf\n16": {}},
-        Error('key "bf\\n16" or its value holds characters that are no text'),
+        Error('key "bf\\n16" or its value holds characters that are not text'),
     ),
     Case(
         "half of a surrogate pair",
@@ -71,7 +71,7 @@ CONFIGURATIONS = [
     ),
     Case("no giantdet block", b'{"train_batch_size": 2}', Error('the "giantdet" block is missing: ...')),
     Case(
-        "a text for a number",
+        "text for a number",
         {"giantdet.train.steps": "ten"},
         Error('train.steps must be an integer, got "ten"'),
     ),
@@ -119,7 +119,7 @@ CONFIGURATIONS = [
         Error("optimizer.params.betas must be two numbers ..."),
     ),
     Case(
-        "Nesterov's momentum without one",
+        "Nesterov momentum without a momentum",
         {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0, "nesterov": True}}},
         Error("optimizer.params.nesterov needs a momentum, and no dampening"),
     ),
@@ -129,12 +129,12 @@ CONFIGURATIONS = [
         Error("scheduler.params.total_num_steps must be at least 1 step, got 0"),
     ),
     Case(
-        "milestones that fall",
+        "milestones that decrease",
         {"scheduler": {"type": "WarmupMultiStepLR", "params": {"milestones": [9, 5]}}},
-        Error("scheduler.params.milestones must rise, got [9, 5] ([9, 5] steps)"),
+        Error("scheduler.params.milestones must increase, got [9, 5] ([9, 5] steps)"),
     ),
     Case(
-        "a learning rate of 0 beside a schedule with its own",
+        "a learning rate of 0 with a schedule that has its own",
         {
             "optimizer.params.lr": 0,
             "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 0.1}},
@@ -157,7 +157,7 @@ CONFIGURATIONS = [
         Error("giantdet.train.save_every must be a number of steps, or a text like ..."),
     ),
     Case(
-        "no detections to score",
+        "a limit of 0 detections",
         {"giantdet.eval.max_detections": 0},
         Error("giantdet.eval.max_detections must be ..., got 0"),
     ),
@@ -227,12 +227,12 @@ CONFIGURATIONS = [
         Error("giantdet.agvm.anchor is the backbone, which has no gradients ...: set agvm.anchor to ..."),
     ),
     Case(
-        "an export without a backbone that is trained",
+        "an export that leaves out a trained backbone",
         {"giantdet.train.export_backbone": False},
-        Error("export_backbone false is for a backbone that stays as it is: set ...backbone.frozen"),
+        Error("export_backbone false needs a frozen backbone: set ...backbone.frozen"),
     ),
     Case(
-        "a list of data sets with a name in it",
+        "a path in a list of data sets",
         {"giantdet.data.train": ["train.json"]},
         Error('giantdet.data.train.0 must be an object, got "train.json"'),
     ),
@@ -252,7 +252,7 @@ CONFIGURATIONS = [
         Error("unknown key tarin.steps; did you mean giantdet.train.steps?"),
     ),
     Case(
-        "what another trainer calls it",
+        "the name of a key in another trainer",
         ["max_iters=3"],
         Error("unknown key max_iters; did you mean giantdet.train.steps?"),
     ),
@@ -267,7 +267,7 @@ CONFIGURATIONS = [
     Case(
         "an override that is not UTF-8",
         ["train.output=\udcff"],
-        Error("override 'train.output=\\udcff': its value holds characters that are no text"),
+        Error("override 'train.output=\\udcff': its value holds characters that are not text"),
     ),
     Case(
         "no such annotations",
@@ -290,12 +290,12 @@ CONFIGURATIONS = [
         Error("giantdet.data.val.images: no folder nowhere"),
     ),
     Case(
-        "a validation set that is no JSON",
+        "a validation set that is not JSON",
         {"giantdet.data.val.annotations": __file__},
         Error("annotations ... are not valid JSON"),
     ),
     Case(
-        "an output folder below a file",
+        "an output folder inside a file",
         {"giantdet.train.output": "/dev/null/run"},
         Error("/dev/null...: Not a directory"),
     ),

@@ -75,7 +75,7 @@ _WRONG_BYTE = _PNG[:_START] + b"\xff" + _PNG[_START + 1 :]
 IMAGES = [
     Case("no file", lambda path: None, Replaced("No such file or directory")),
     Case("0 bytes", file(b""), Replaced("cannot identify image file")),
-    Case("a text called .png", file(b"hello"), Replaced("cannot identify image file")),
+    Case("a text file named .png", file(b"hello"), Replaced("cannot identify image file")),
     Case("a JPEG cut off", file(encoded("JPEG", _LOUD)[:-300]), Replaced("image file is truncated")),
     Case("a PNG cut off", file(encoded("PNG", _LOUD)[:1500]), Replaced("truncated")),
     Case("a PNG with a wrong byte", file(_WRONG_BYTE), Replaced("broken data stream")),
@@ -83,23 +83,31 @@ IMAGES = [
         "30,000 x 30,000 pixels in 110 kB", file(bomb()), Replaced("could be decompression bomb DOS attack")
     ),
     Case(
-        "another size than the JSON says",
+        "a size other than the JSON says",
         file(encoded("PNG", _LOUD.crop((0, 0, 39, 20)))),
         Replaced("the file is 39 x 20, its record says 40 x 20"),
     ),
-    Case("a folder called .png", lambda path: path.mkdir(), Replaced("Is a directory")),
+    Case("a folder named .png", lambda path: path.mkdir(), Replaced("Is a directory")),
     Case("a broken symbolic link", link("nowhere.png"), Replaced("No such file or directory")),
     Case("a symbolic link to itself", link("c.png"), Replaced("Too many levels of symbolic links")),
-    Case("a name that UTF-8 cannot hold", lambda path: "\ud800.png", Replaced("surrogates not allowed")),
-    Case("a symbolic link out of the folder", link_outside, Works("followed: who owns the disk made it")),
-    Case("a name of other bytes than UTF-8", undecodable_name, Works("named by JSON's \\udc80 to \\udcff")),
-    Case("a JPEG called .png", file(encoded("JPEG")), Works("read by its content")),
+    Case("a name that UTF-8 cannot encode", lambda path: "\ud800.png", Replaced("surrogates not allowed")),
+    Case(
+        "a symbolic link out of the folder",
+        link_outside,
+        Works("followed: only the owner of the disk can create it"),
+    ),
+    Case(
+        "a name with bytes that are not UTF-8",
+        undecodable_name,
+        Works("the JSON writes them as \\udc80 to \\udcff"),
+    ),
+    Case("a JPEG named .png", file(encoded("JPEG")), Works("read by its content")),
     Case("CMYK", file(encoded("JPEG", pixels().convert("CMYK"))), Works("becomes RGB")),
     Case("16 bits of grey", file(encoded("PNG", _DEEP)), Works("becomes 8 bits")),
     Case("a TIFF of grey floats, 0 to 1", file(encoded("TIFF", _UNIT)), Works("becomes 8 bits")),
     Case("a TIFF of grey bytes in 32 bits", file(encoded("TIFF", _BYTES_IN_32_BITS)), Works("read as bytes")),
     Case(
-        "a TIFF of floats that are no grey levels",
+        "a TIFF of floats that are not grey levels",
         file(encoded("TIFF", _HEIGHTS)),
         Replaced("grey of 32-bit floats (mode F): ..., which is neither 0 to 1 nor 0 to 255: ..."),
     ),
@@ -108,7 +116,7 @@ IMAGES = [
     Case(
         "an animation",
         file(encoded("GIF", save_all=True, append_images=[_LOUD])),
-        Works("its first picture, and a warning says so"),
+        Works("its first frame is used, and a warning says so"),
     ),
     Case(
         "EXIF rotation by a half turn",
@@ -118,6 +126,6 @@ IMAGES = [
     Case(
         "EXIF rotation that does not fit",
         file(encoded("PNG", exif=_exif(6))),
-        Works("left out, as the JSON says the stored size"),
+        Works("ignored, because the JSON gives the stored size"),
     ),
 ]

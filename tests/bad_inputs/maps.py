@@ -98,17 +98,17 @@ MAPS = [
     Case(
         "no classes",
         (SEMANTIC, keys(classes=[])),
-        Error("...: 0 semantic classes are not possible, but 1 to 255"),
+        Error("...: 0 semantic classes; 1 to 255 are possible"),
     ),
     Case(
-        "a file of classes that is no list",
+        "a file of classes that is not a list",
         (SEMANTIC, classes("c.json", '{"a": 1}')),
         Error("...c.json: it is neither a list nor an object with a list of categories"),
     ),
     Case(
-        "two classes of one label",
+        "two classes with the same label",
         (SEMANTIC, classes("c.json", '[{"name": "a", "id": 1}, {"name": "b", "id": 1}]')),
-        Error("...: the label of class 'b' is that of another class too"),
+        Error("...: the label of class 'b' is also that of another class"),
     ),
     Case(
         "a name to ignore that no class has",
@@ -135,7 +135,7 @@ MAPS = [
         Replaced("000000.jpg: the file is 64 x 64, its record says 32 x 64"),
     ),
     Case(
-        "labels that are colours, of classes without",
+        "labels that are colours, for classes without colours",
         (SEMANTIC, png("semantic", lambda file: Image.new("RGB", (64, 64)).save(file))),
         Replaced("000000.png: its labels are colours, and the classes have none"),
     ),
@@ -166,14 +166,14 @@ MAPS = [
         Skipped("bad file name"),
     ),
     Case(
-        "two annotations of an image",
+        "two annotations for one image",
         (PANOPTIC, panoptic(lambda content: content["annotations"].append(first(content)))),
         Skipped("duplicate annotation"),
     ),
     Case("an unknown category of a segment", (PANOPTIC, segment(category_id=5)), Skipped("bad segment")),
-    Case("a segment of id 0", (PANOPTIC, segment(id=0, category_id=92)), Skipped("bad segment")),
+    Case("a segment with id 0", (PANOPTIC, segment(id=0, category_id=92)), Skipped("bad segment")),
     Case(
-        "an object that no pixel has",
+        "an object without a pixel",
         (PANOPTIC, segment()),
         Replaced("000000.png: no pixel has the id 77"),
     ),
@@ -188,7 +188,7 @@ MAPS = [
         Replaced("000000.png: it has (64, 32) pixels, its image (64, 64)"),
     ),
     Case(
-        "pixels of no segment",
+        "pixels that belong to no segment",
         (PANOPTIC, png("panoptic", pixel(99))),
         Works("they are void, and a warning names one of the ids"),
     ),

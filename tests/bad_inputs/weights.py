@@ -81,21 +81,21 @@ def tensors(**changes: Any) -> Callable[[Path, Path], Path]:
     return make
 
 
-_PLAIN = "weights file ... is no plain file of tensors; other Python objects (...), which could run code, ..."
+_PLAIN = (
+    "weights file ... is not a plain file of tensors; other Python objects (...), which could run code, ..."
+)
 WEIGHTS = [
     Case("no file", lambda folder, export: folder / "no.pth", Error("weights file ...no.pth does not exist")),
     Case("0 bytes", cut(0), Error("weights file ... is empty: copy or download it again")),
     Case(
-        "a web page called .pth",
+        "a web page named .pth",
         lambda f, e: _written(f / "w.pth", b"<!DOCTYPE html><html>"),
         Error("weights file ... is a web page, not weights: download the file itself, perhaps after a login"),
     ),
     Case(
-        "a pointer of Git LFS",
+        "a Git LFS pointer",
         lambda f, e: _written(f / "w.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
-        Error(
-            "weights file ... is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository"
-        ),
+        Error("weights file ... is a Git LFS pointer, not the weights: run `git lfs pull` in its repository"),
     ),
     Case(
         "the folder of a run",
@@ -103,14 +103,14 @@ WEIGHTS = [
         Error("... is the folder of a run: name .../export"),
     ),
     Case(
-        "weights of a backbone as those of a detector",
+        "weights of a backbone given as those of a detector",
         saved(lambda f, e: {"layer1.0.conv1.weight": torch.ones(1)}),
-        Error("... has no tensor of mask_rcnn by name; ... give them in model.backbone.init_weights"),
+        Error("... has no tensor named as in mask_rcnn; ... give them in model.backbone.init_weights"),
     ),
     Case(
-        "a text called .safetensors",
+        "a text file named .safetensors",
         lambda f, e: _written(f / "w.safetensors", b"hello" * 9),
-        Error("weights file ... is a text, not weights: it begins with ..."),
+        Error("weights file ... is text, not weights: it begins with ..."),
     ),
     Case("safetensors cut in the header", cut(1000), Error("weights file ... cannot be read: ...")),
     Case(
@@ -135,14 +135,14 @@ WEIGHTS = [
         Error(_PLAIN),
     ),
     Case(
-        "a list, or other things",
+        "a list, or other objects",
         saved(lambda f, e: [1, 2]),
-        Error("weights file ... holds no tensors by name; save those of the model: ..."),
+        Error("weights file ... has no named tensors; save those of the model: ..."),
     ),
     Case(
         "a wrong shape",
         tensors(fpn__outputs__0__0__weight=torch.ones(3)),
-        Error("cannot load ...w.safetensors: 1 of another shape"),
+        Error("cannot load ...w.safetensors: 1 with another shape"),
     ),
     Case(
         "a missing tensor",
@@ -150,7 +150,9 @@ WEIGHTS = [
         Error("cannot load ...w.safetensors: 1 missing"),
     ),
     Case(
-        "a tensor too many", tensors(other=torch.ones(3)), Error("cannot load ...w.safetensors: 1 unexpected")
+        "an additional tensor",
+        tensors(other=torch.ones(3)),
+        Error("cannot load ...w.safetensors: 1 unexpected"),
     ),
     Case(
         "a folder without weights",
@@ -158,31 +160,31 @@ WEIGHTS = [
         Error("...: no weights here (looked for *.safetensors, *.bin, *.pth, *.pt, *.ckpt, *.pth.tar)"),
     ),
     Case(
-        "an index that is no JSON",
+        "an index that is not JSON",
         export_with("model.safetensors.index.json", b"{"),
-        Error("... is no index of safetensors: ..."),
+        Error("... is not a safetensors index: ..."),
     ),
     Case(
-        "an index of a missing shard",
+        "an index that names a missing shard",
         export_with("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
-        Error("b.safetensors is missing, which model.safetensors.index.json names"),
+        Error("b.safetensors is missing, but model.safetensors.index.json names it"),
     ),
 ]
 EXPORTS = [
     Case(
         "no config.json",
         lambda folder, export: folder,
-        Error("...: not an export of giantdet (no config.json)"),
+        Error("...: not a giantdet export (no config.json)"),
     ),
     Case(
         "a config.json of 0 bytes",
         export_with("config.json", b""),
-        Error("config.json: not of an export of giantdet (Invalid JSON: ..."),
+        Error("config.json: not from a giantdet export (Invalid JSON: ..."),
     ),
     Case(
         "a config.json of Hugging Face",
         export_with("config.json", b'{"model_type": "vit"}'),
-        Error("config.json: not of an export of giantdet (model: Field required)"),
+        Error("config.json: not from a giantdet export (model: Field required)"),
     ),
     Case(
         "a config.json in UTF-16",
@@ -197,6 +199,6 @@ EXPORTS = [
     Case(
         "a missing shard",
         export_with("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
-        Error("b.safetensors is missing, which model.safetensors.index.json names"),
+        Error("b.safetensors is missing, but model.safetensors.index.json names it"),
     ),
 ]

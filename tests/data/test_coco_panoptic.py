@@ -230,7 +230,7 @@ def test_pixels_of_no_segment_are_void(demo: Path, caplog: pytest.LogCaptureFixt
     assert (ids == np.where(intact.ids_HW == lost, 0, intact.ids_HW)).all()
     assert (dataset.semantic_map(0)[intact.ids_HW == lost] == IGNORE).all()
     share = 100 * (intact.ids_HW == lost).mean()
-    assert caplog.text.count(f"the id {lost}, of {share:.1f}% of the pixels, is that of no segment") == 1
+    assert caplog.text.count(f"the id {lost} ({share:.1f}% of the pixels) belongs to no segment") == 1
 
 
 def test_crowds_are_in_the_maps_but_no_objects(demo: Path) -> None:

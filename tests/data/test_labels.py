@@ -181,16 +181,16 @@ def test_classes_of_one_name() -> None:
 @pytest.mark.parametrize(
     ("classes", "ignore", "message"),
     [
-        ([(0, "a"), (0, "b")], (255,), "the label of class 'b' is that of another class too"),
+        ([(0, "a"), (0, "b")], (255,), "the label of class 'b' is also that of another class"),
         (
             [(0, "a", (1, 1, 1)), (1, "b", (1, 1, 1))],
             (),
-            "the color of class 'b' is that of another class too",
+            "the color of class 'b' is also that of another class",
         ),
         ([(0, "a", (1, 1, 1)), (1, "b", (1, 1, 1))], ("a",), "the color of class 'b' is ignored too"),
         ([(0, "a"), (1, "b")], ("c",), "ignore: no class is called 'c'"),
-        ([(0, "a")], ("a",), "0 semantic classes are not possible, but 1 to 255"),
-        ([(n, str(n)) for n in range(256)], (), "256 semantic classes are not possible"),
+        ([(0, "a")], ("a",), "0 semantic classes; 1 to 255 are possible"),
+        ([(n, str(n)) for n in range(256)], (), "256 semantic classes; 1 to"),
     ],
 )
 def test_tables_that_cannot_be(classes: Any, ignore: tuple[int | str, ...], message: str) -> None:

@@ -295,7 +295,7 @@ def test_workers_ignore_stop_signals_and_their_death_is_an_error(folder: Path) -
         list(loader)
 
 
-def test_killed_workers_are_started_anew(dataset: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_workers_are_started_again(dataset: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
     """Whenever they die, the stream is what it would have been."""
     expected = take(train_loader(dataset, CONFIG, 2, seed=5), 9)
     loader = train_loader(dataset, CONFIG.model_copy(update={"workers": 2}), 2, seed=5)

@@ -39,7 +39,7 @@ def make(folder: Path, images: list[Any], annotations: list[Any], categories: li
 
 # kind, the annotation's changes, is it an error, is it left out of training
 ONLY_REPORTED = {
-    "box overhangs",
+    "box beyond the image",
     "empty mask",
     "crowd without RLE",
     "no area",
@@ -63,7 +63,7 @@ OBJECTS = [
     ("empty box", {"bbox": [1, 2, 5, -4]}, "error", True),
     ("box outside", {"bbox": [40, 2, 5, 4]}, "error", True),
     ("box outside", {"bbox": [2, -9, 5, 9]}, "error", True),
-    ("box overhangs", {"bbox": [30, 2, 15, 4], "segmentation": None}, "warning", False),
+    ("box beyond the image", {"bbox": [30, 2, 15, 4], "segmentation": None}, "warning", False),
     ("bad polygon", {"segmentation": [[1, 2, 3, 4]]}, "warning", False),
     ("bad polygon", {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "warning", False),
     ("bad polygon", {"segmentation": [["a"]]}, "warning", False),

@@ -130,7 +130,7 @@ def test_too_many_in_a_row_end_the_run(spoilt: Spoilt) -> None:
     ends = spoilt.ends
     assert [end.code for end in ends] == [3, 3], logs(ends)
     said = [line for end in ends for line in end.err.splitlines() if "giantdet: stopped" in line]
-    assert len(said) == 1 and "3 steps in a row were left out, the last: step 5 " in said[0]
+    assert len(said) == 1 and "3 steps in a row were skipped, the last: step 5 " in said[0]
     assert "Traceback" not in ends[0].err + ends[1].err
     assert checkpoints(spoilt.folder / "endless")[-1].name == "step_4"
 
@@ -146,7 +146,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, demo_data: Pa
     )
     (ended,) = launch(WORKER, 1, f"{path}:nan:9:9")
     assert ended.code == 3, logs([ended])
-    assert "after step 1 the weight of " in ended.err and "is not finite: no checkpoint of it" in ended.err
+    assert (
+        "after step 1 the weight of " in ended.err and "is not finite: no checkpoint is written" in ended.err
+    )
     assert checkpoints(tmp_path / "ruined") == []
 
 

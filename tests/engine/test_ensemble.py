@@ -200,10 +200,10 @@ def test_commands_fuse_models_and_results(tiny_export: Path, tmp_path: Path, cap
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
     capsys.readouterr()
     for bad, words in (
-        (["eval", *arguments, *data, *images], "--fuse, which says how"),
+        (["eval", *arguments, *data, *images], "--fuse to say how"),
         (["predict", str(tiny_export), images[1], "--fuse", "nms"], "give several models"),
         ([*command, "--tile", "32"], "--tile and --fuse exclude"),
-        ([*command, "--fuse-iou", "1.5", "--output", str(tmp_path / "out")], "an IoU in [0, 1), not 1.5"),
+        ([*command, "--fuse-iou", "1.5", "--output", str(tmp_path / "out")], "less than 1, got 1.5"),
         (
             ["predict", arguments[1], arguments[0], images[1], "--fuse", "nms"],
             "first member must be an export",

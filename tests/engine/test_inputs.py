@@ -51,7 +51,7 @@ def test_the_predictor_sees_the_same_picture_in_every_form(tiny_export: Path, tm
         assert len(found) == 2 and all(same(one, wanted) for one in found)
     assert predictor([]) == []
     for wrong, words in (
-        ([[PIXELS]], "give one list"),
+        ([[PIXELS]], "give a flat list"),
         ([PIXELS, None], "NoneType"),
         (tensor - 3.0, "values"),
     ):
@@ -85,7 +85,7 @@ def test_folders_give_all_formats_and_sub_folders(shots: Path, caplog: Any) -> N
         files = image_files([shots])
     names = [str(path.relative_to(shots)) for path in files]
     assert names == ["a.gif", "b.jfif", "c.avif", "cam1/0.PNG", "cam2/0.png", "cam2/deep/d.webp"]
-    assert "1 files are not taken for images: 1 .mp4" in caplog.text
+    assert "1 files are not read as images: 1 .mp4" in caplog.text
     pictures = picture_names(files, shots.parent / "out")
     assert [p.name for p in pictures] == ["a.png", "b.png", "c.png", "0.png", "0_2.png", "d.png"]
 
@@ -119,7 +119,7 @@ def test_animations_are_named(tmp_path: Path, caplog: Any) -> None:
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         with caplog.at_level(logging.WARNING, logger="giantdet"):
             assert (load_image(tmp_path / name) == 200).all(), "the first frame"
-        assert f"{name} has several frames, of which the first is read" in caplog.text
+        assert f"{name} has several frames, only the first is read" in caplog.text
     caplog.clear()
     frames[0].save(tmp_path / "e.png")
     load_image(tmp_path / "e.png")

@@ -63,7 +63,7 @@ def test_a_warmup_that_the_run_does_not_complete_is_named(
     demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = {"warmup_num_steps": 4, "warmup_min_ratio": 0.5}
-    for steps, said in ((5, []), (3, ["the LR reaches 0.0015 of 0.002"])):
+    for steps, said in ((5, []), (3, ["the LR only reaches 0.0015 of 0.002"])):
         raw = tiny_run(demo_data, tmp_path, scheduler={"type": "WarmupPolyLR", "params": dict(params)})
         raw["giantdet"]["train"]["steps"] = steps
         caplog.clear()

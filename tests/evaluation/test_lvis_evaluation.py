@@ -390,7 +390,7 @@ def test_lvis_is_scored_alone(lvis_data: LvisDatasetConfig) -> None:
     both = [lvis_data.model_dump(), {"annotations": "a.json", "images": "b"}]
     block = {"train": {"steps": 1}, "data": {"train": both, "val": both[0]}}
     parse_giantdet(block)
-    with pytest.raises(ConfigError, match=r"giantdet\.data\.val has .* of one data set: give it alone"):
+    with pytest.raises(ConfigError, match=r"giantdet\.data\.val has .* for one data set: give it alone"):
         parse_giantdet(block | {"data": {"val": both}})
 
 

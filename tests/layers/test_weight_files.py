@@ -252,7 +252,7 @@ def test_no_code_of_a_file_runs(function: str, beside: bool, new: bool, tmp_path
         assert same(loaded(file).body, weights())
     else:
         with pytest.raises(
-            ValueError, match=r"is no plain file of tensors; other Python objects .*could run code"
+            ValueError, match=r"is not a plain file of tensors; other Python objects .*could run code"
         ):
             loaded(file)
     assert not marker.exists()

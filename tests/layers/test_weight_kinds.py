@@ -59,10 +59,10 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "pointer": (
         "w.safetensors",
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-        "is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository",
+        "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository",
     ),
-    "text": ("w.pth", lambda: b"Not found", "is a text, not weights: it begins with 'Not found'"),
-    "JSON": ("config.json", lambda: b'{"a": 1}', "is a text, not weights: it begins with '{\"a\": 1}'"),
+    "text": ("w.pth", lambda: b"Not found", "is text, not weights: it begins with 'Not found'"),
+    "JSON": ("config.json", lambda: b'{"a": 1}', "is text, not weights: it begins with '{\"a\": 1}'"),
     "HDF5": ("w.h5", lambda: b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, of Keras for example: {NOT_PYTORCH}"),
     "ONNX": (
         "w.onnx",
@@ -97,7 +97,7 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "pickle of another object": (
         "model.pkl",
         lambda: pickle.dumps({"model": {"w": np.ones(2)}, "made": datetime.date(2020, 1, 1)}),
-        "is no plain file of tensors; other Python objects (datetime.date), which could run code, are not "
+        "is not a plain file of tensors; other Python objects (datetime.date), which could run code, are not "
         "loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')",
     ),
     "pickle cut off": (
@@ -105,13 +105,14 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: pickle.dumps({"model": {"w": np.ones(99)}})[:300],
         "cannot be read: pickle data was truncated",
     ),
-    "no tensors": ("w.pth", lambda: bytes_of({"epoch": 3}), f"holds no tensors by name; {SAVE}"),
-    "list": ("w.pth", lambda: bytes_of([torch.ones(1)]), f"holds no tensors by name; {SAVE}"),
+    "no tensors": ("w.pth", lambda: bytes_of({"epoch": 3}), f"has no named tensors; {SAVE}"),
+    "list": ("w.pth", lambda: bytes_of([torch.ones(1)]), f"has no named tensors; {SAVE}"),
     "whole model": (
         "w.pt",
         lambda: bytes_of({"model": torch.nn.Identity()}),
-        "is no plain file of tensors; other Python objects (torch.nn.modules.linear.Identity), which could "
-        "run code, are not loaded: save only the weights with torch.save(model.state_dict(), 'weights.pth')",
+        "is not a plain file of tensors; other Python objects (torch.nn.modules.linear.Identity), which "
+        "could run code, are not loaded: save only the weights with "
+        "torch.save(model.state_dict(), 'weights.pth')",
     ),
 }
 

@@ -117,7 +117,7 @@ def test_mismatch_lists_every_key_and_loads_nothing(tmp_path: Path) -> None:
         "layer1.0.conv1.weight",
         "1 unexpected:",
         "fpn.weight",
-        "1 of another shape:",
+        "1 with another shape:",
         "layer2.0.bn1.weight: 3 in the weights, 128 in the model",
     ]
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())

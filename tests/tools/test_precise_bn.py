@@ -63,7 +63,7 @@ def test_command(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     raw = tiny_run(demo_data, tmp_path / "run", gradient_accumulation_steps=2, giantdet__norm=norm)
     (tmp_path / "run.json").write_text(json.dumps(raw))
     _, out, _ = launch_ok(WORKER, 2, tmp_path / "run.json")[0]
-    assert "over 4 images (2 ranks x 2)" in out and "accumulation adds no image" in out
+    assert "over 4 images (2 ranks x 2)" in out and "accumulation does not enlarge" in out
     assert cli.main(["precise-bn", str(tmp_path / "run"), "--batches", "5"]) == 0
     assert "over 20 images, 4 at a time" in capsys.readouterr().out
     before = load_file(tmp_path / "run/export/model.safetensors")

@@ -54,7 +54,7 @@ def _resnet(state: State) -> dict[str, Any]:
     bottleneck = f"{BODY}layer1.0.conv3.weight" in state
     number = _RESNETS.get((depths, bottleneck))
     if number is None:
-        raise InputError(f"its ResNet has {depths} blocks: timm has none such")
+        raise InputError(f"its ResNet has {depths} blocks: timm has no such ResNet")
     last = "conv3" if bottleneck else "conv2"
     widths = [len(state[f"{BODY}layer{i}.0.{last}.weight"]) // (4 if bottleneck else 1) for i in range(1, 5)]
     middle = state[f"{BODY}layer1.0.conv2.weight"]
@@ -102,7 +102,7 @@ def _vit(state: State) -> dict[str, Any]:
     depth = len(numbers(state, rf"{BODY}blocks\.(\d+)\."))
     sides = [_side(state, index) for index in range(depth)]
     if None in sides:
-        raise InputError("its plain ViT has no relative positions, which tell the windows of ViTDet's")
+        raise InputError("its plain ViT has no relative positions, from which ViTDet's windows are read")
     window = min(side for side in sides if side is not None)
     last = [index for index, side in enumerate(sides) if side != window]
     is_even = last == sorted(global_block_indices(depth, max(len(last), 1)))

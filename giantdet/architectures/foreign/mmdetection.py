@@ -112,7 +112,7 @@ def _values(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _settings(state: State) -> Settings:
     if any(".conv_res." in key or key.startswith("roi_head.semantic_head.") for key in state):
-        raise InputError("it is HTC, whose mask heads feed each other: giantdet does not have it")
+        raise InputError("it is HTC, whose mask heads feed each other: giantdet does not support it")
     section: dict[str, Any] = {
         "conventions": "mmdetection",
         "backbone": {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD},

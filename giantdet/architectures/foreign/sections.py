@@ -25,7 +25,7 @@ def section_of(state: State, affine_norm: Literal["group", "layer"]) -> dict[str
         return found.two_stages()
     if "semantic_head.classes.weight" in state:
         return found.semantic()
-    raise InputError("it is a model that giantdet does not have")
+    raise InputError("it is a model that giantdet does not support")
 
 
 class _Shapes:
@@ -56,7 +56,7 @@ class _Shapes:
     def retinanet(self) -> dict[str, Any]:
         anchors = self.shape("head.deltas")[0] // 4
         if anchors != 9:
-            raise InputError(f"its RetinaNet has {anchors} anchors a cell; only 9 are read")
+            raise InputError(f"its RetinaNet has {anchors} anchors per cell; only 9 are read")
         section = self.common("retinanet") | {"fpn": self.pyramid()}
         section["num_classes"] = self.shape("head.classes")[0] // anchors
         convs = self.count(r"head\.class_convs\.(\d+)\.")
@@ -74,7 +74,7 @@ class _Shapes:
         agnostic = self.shape(f"{box_head}.deltas")[0] == 4
         if agnostic != bool(stages) and classes > 1:
             kind = "class-agnostic boxes" if agnostic else "a cascade with boxes for each class"
-            raise InputError(f"it has {kind}, which giantdet does not have")
+            raise InputError(f"it has {kind}, which giantdet does not support")
         is_panoptic = "semantic_head.classes.weight" in self.state
         kind = "cascade_mask_rcnn" if stages else "panoptic_fpn" if is_panoptic else "mask_rcnn"
         section = self.common(kind) | {"num_classes": classes, "fpn": self.pyramid()}
@@ -96,7 +96,7 @@ class _Shapes:
     def rpn(self) -> dict[str, Any]:
         anchors, logits = self.shape("rpn.head.deltas")[0] // 4, self.shape("rpn.head.objectness")[0]
         if anchors != 3:
-            raise InputError(f"its RPN has {anchors} anchors a cell; only 3 are read")
+            raise InputError(f"its RPN has {anchors} anchors per cell; only 3 are read")
         section: dict[str, Any] = {"convs": 1 + self.count(r"rpn\.head\.further_convs\.(\d+)\.")}
         return section if logits == anchors else section | {"objectness": "softmax"}
 

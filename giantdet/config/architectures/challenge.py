@@ -54,7 +54,7 @@ class SamplingConfig(Section):
     """Which RoIs the box head is trained on."""
 
     type: Literal["random", "ohem"] = "random"
-    """random: `positive_fraction` of them positive, as in Fast R-CNN; ohem: those of the largest losses
+    """random: `positive_fraction` of them positive, as in Fast R-CNN; ohem: those with the largest losses
     (`layers/ohem.py`), for which all proposals pass through the head once more, without a graph."""
     over: Literal["batch", "image"] = "batch"
     """ohem: batch takes the largest classification + box losses of the whole micro-batch, without a quota

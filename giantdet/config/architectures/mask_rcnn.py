@@ -25,7 +25,7 @@ StuffClasses = Annotated[int, Field(gt=0, le=254)] | Auto
 
 
 class TwoStageConfig(ArchitectureConfig):
-    """What the two-stage detectors have in common, whatever their box head."""
+    """Keys that all two-stage detectors have, whatever their box head."""
 
     fpn: FpnConfig = FpnConfig()
     rpn: RpnConfig = RpnConfig()
