@@ -9,14 +9,14 @@ from typing import Any
 from giantdet.commands.arguments import as_path
 from giantdet.errors import InputError
 
-FORMATS = ("voc", "yolo", "labelme", "via", "cvat", "label-studio", "open-images", "masks")
+FORMATS = ("voc", "yolo", "labelme", "via", "cvat", "label-studio", "open-images", "masks", "coco")
 
 
 def add(subparsers: Any) -> None:
     """Add the command and its arguments."""
     parser = subparsers.add_parser(
         "import-data",
-        help="make COCO JSONs of VOC, YOLO, labelme, VIA, CVAT, Label Studio, Open Images, or masks",
+        help="make COCO JSONs of VOC, YOLO, labelme, VIA, CVAT, Label Studio, Open Images or masks",
         description="Read annotations in another format, write OUT/train.json, and OUT/val.json if there "
         "is a validation set, with a summary of what they hold and what was left out (docs/own-data.md).",
     )

@@ -13,11 +13,14 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from giantdet.commands.import_data import FORMATS as COMMAND_FORMATS
 from giantdet.data.importing.convert import Imported, Split, convert
 from giantdet.data.importing.formats import FORMATS
 from giantdet.data.importing.label_studio import brush_mask
-from giantdet.data.importing.recognise import TITLES, recognise
+from giantdet.data.importing.recognise import TITLES, hint, recognise
 from giantdet.data.importing.scene import Request
+from giantdet.data.validate import validate
+from giantdet.errors import InputError
 
 WIDTH, HEIGHT = 40, 30
 NO_SPLIT = Split()
@@ -494,12 +497,63 @@ def test_split(tmp_path: Path) -> None:
     assert len(chosen(0) & first) >= 4
 
 
+def test_coco(tmp_path: Path) -> None:
+    """An exporter's folders: a JSON beside the images of each split; crowds and ignored objects stay so."""
+    source = tmp_path / "export"
+    rle = {"size": [HEIGHT, WIDTH], "counts": [5, 3, HEIGHT * WIDTH - 8]}
+    base = {"image_id": 7, "category_id": 3, "area": 1}
+    for split in ("train", "valid"):
+        image(source / f"{split}/{split}.jpg")
+        image_record = {"id": 7, "file_name": f"{split}.jpg", "width": WIDTH, "height": HEIGHT}
+        annotations = [
+            base | {"id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 0},
+            base | {"id": 2, "bbox": [0, 5, 1, 3], "iscrowd": 1, "segmentation": rle},
+            base | {"id": 3, "bbox": [9, 9, 5, 5], "iscrowd": 0, "ignore": 1},
+            base | {"id": 4, "bbox": [9, 9, 0, 5], "iscrowd": 0},
+        ]
+        categories = [{"id": 3, "name": "dog", "supercategory": "none"}]
+        content = {"images": [image_record], "annotations": annotations, "categories": categories}
+        write(source / f"{split}/_annotations.coco.json", content)
+    result, content = imported(source)
+    assert objects(content["val"]) == {
+        "valid/valid.jpg": [("dog", [1, 2, 3, 4]), ("dog", [0, 5, 1, 3]), ("dog", [9, 9, 5, 5])]
+    }
+    records = content["train"]["annotations"]
+    assert [record["iscrowd"] for record in records] == [0, 1, 0]
+    assert [record.get("ignore", 0) for record in records] == [0, 0, 1]
+    assert pixels(records[1]).sum() == 3
+    assert result.notes.left_out == {"empty box": 2}
+
+
+def test_boxes_without_a_stated_size(tmp_path: Path) -> None:
+    """An image that EXIF turns counts as it is shown, unless its source states the stored size."""
+    source = tmp_path / "data"
+    image(source / "a.jpg", orientation=6)
+    write(source / "a.xml", voc("a.jpg", voc_object("x", (1, 1, 9, 9))))
+    _, content = imported(source)
+    assert (content["train"]["images"][0]["width"], content["train"]["images"][0]["height"]) == (40, 30)
+    write(source / "a.xml", voc("a.jpg", voc_object("x", (1, 1, 9, 9)), size=(0, 0)))
+    _, content = imported(source)
+    assert (content["train"]["images"][0]["width"], content["train"]["images"][0]["height"]) == (30, 40)
+
+
+def test_copied_images_and_an_earlier_import(tmp_path: Path) -> None:
+    source = tmp_path / "data"
+    image(source / "sub/a.jpg")
+    write(source / "sub/a.xml", voc("a.jpg", voc_object("x", (1, 1, 9, 9))))
+    result = convert("voc", Request(source), tmp_path / "out", copy=True)
+    assert result.images == tmp_path / "out/images"
+    assert (result.images / "a.jpg").read_bytes() == (source / "sub/a.jpg").read_bytes()
+    assert validate(result.files["train"], result.images) == []
+    with pytest.raises(InputError, match=r"has train\.json already"):
+        convert("voc", Request(source), tmp_path / "out")
+
+
 def test_formats_have_titles() -> None:
-    assert list(FORMATS) == list(TITLES)
+    assert list(FORMATS) == list(TITLES) == list(COMMAND_FORMATS)
 
 
 def test_coco_is_not_another_format(tmp_path: Path) -> None:
     write(tmp_path / "train.json", {"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]})
-    assert recognise(tmp_path / "train.json") is None
-    assert recognise(tmp_path) is None
+    assert recognise(tmp_path / "train.json") == "coco" and hint(tmp_path / "train.json") == ""
     assert recognise(tmp_path / "missing") is None

@@ -88,6 +88,8 @@ def convert(
     existing = sorted(path.name for path in output.glob("*.json")) if output.is_dir() else []
     if existing and not overwrite:
         raise InputError(f"{output} has {existing[0]} already; name a new folder, or add --overwrite")
+    if name == "coco" and output.absolute() in (request.source.absolute(), request.source.absolute().parent):
+        raise InputError(f"{output} has the source {request.source} in it; name another folder")
     notes = Notes()
     entries = list(_entries(FORMATS[name](request, notes), request, notes))
     if not entries:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from giantdet.data.importing.coco import read_coco
 from giantdet.data.importing.cvat import read_cvat
 from giantdet.data.importing.label_studio import read_label_studio
 from giantdet.data.importing.labelme import read_labelme
@@ -23,5 +24,6 @@ FORMATS: dict[str, Callable[[Request, Notes], Iterator[Picture]]] = {
     "label-studio": read_label_studio,
     "open-images": read_open_images,
     "masks": read_masks,
+    "coco": read_coco,
 }
 """How each format is read; `recognise.py` has how it is recognised and called."""

@@ -44,8 +44,9 @@ def recognise(source: Path) -> str | None:
 def hint(path: str | Path) -> str:
     """Return the end of a message about annotations that are not in COCO's format, or ""."""
     name = recognise(Path(path))
-    if name is None:
+    if name in (None, "coco"):
         return ""
+    assert name is not None
     command = f"giantdet import-data {name} {shlex.quote(str(path))} OUT"
     return f"; this looks like {TITLES[name]}: `{command}` makes a COCO JSON of it"
 
@@ -92,6 +93,8 @@ def _of_json(path: Path) -> str | None:
         return None
     if isinstance(content.get("shapes"), list) and ("imagePath" in content or "imageData" in content):
         return "labelme"
+    if all(isinstance(content.get(key), list) for key in ("images", "annotations", "categories")):
+        return "coco"
     entries = content.get("_via_img_metadata", content)
     first = next(iter(entries.values()), None) if isinstance(entries, dict) else None
     return "via" if isinstance(first, dict) and {"regions", "filename"} <= set(first) else None
@@ -132,5 +135,6 @@ TITLES = {
     "label-studio": "Label Studio JSON",
     "open-images": "Open Images CSV",
     "masks": "a folder of masks",
+    "coco": "COCO JSON",
 }
 """The formats of `giantdet import-data`, as they are called in messages."""

@@ -208,6 +208,13 @@ def encode(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
+def compressed(rle: dict[str, Any]) -> dict[str, Any]:
+    """Return COCO's RLE with its counts as a string, for JSON."""
+    if isinstance(rle["counts"], str):
+        return rle
+    return {"size": rle["size"], "counts": mask_util.frPyObjects(rle, *rle["size"])["counts"].decode()}
+
+
 def in_window(window_hw: NDArray[np.bool_], left: int, top: int, size: Size) -> NDArray[np.bool_]:
     """Return a mask over the whole image of one in a window. Raises ValueError if it leaves the image."""
     height, width = window_hw.shape
