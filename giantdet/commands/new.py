@@ -27,6 +27,12 @@ def add(subparsers: Any) -> None:
         "--size", default="small", help="small, base, large, giant, or the name of a recipe; default: small"
     )
     parser.add_argument("--weights", type=as_path, help="file of the backbone's weights; default: timm's")
+    parser.add_argument(
+        "--side",
+        type=at_least(64),
+        metavar="PIXELS",
+        help="largest side of the canvas; default: the recipe's",
+    )
     parser.add_argument("--gpus", type=at_least(1), help="number of GPUs; default: this machine's, or 1")
     parser.add_argument(
         "--gpu", help=f"cpu, or a GPU type: {', '.join(MACHINES)}; default: that of this machine, or cpu"
@@ -55,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
         val=options.val,
         size=options.size,
         weights=options.weights,
+        side=options.side,
         gpus=gpus,
         machine=machine,
         is_cpu=is_cpu,

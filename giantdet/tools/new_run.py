@@ -23,7 +23,7 @@ from giantdet.config.recipes import recipe_path
 from giantdet.data.coco import CocoDataset
 from giantdet.data.dataset import check_files, nothing_to_train
 from giantdet.errors import ConfigError, DataError
-from giantdet.tools.canvas import canvas
+from giantdet.tools.canvas import STRIDE, canvas
 from giantdet.tools.costs import GIB
 from giantdet.tools.machines import MACHINES, Machine
 from giantdet.tools.plan import Choice, Plan, make_plan
@@ -84,6 +84,8 @@ class Wishes:
     """One of `SIZES`, the name of a recipe, or a JSON."""
     weights: Path | None = None
     """A local file of the backbone's weights; None: timm's tag, as the recipe has it."""
+    side: int | None = None
+    """Largest side of the canvas in pixels; None: the recipe's."""
     gpus: int = 1
     machine: Machine = MACHINES["h100"]
     is_cpu: bool = False
@@ -102,7 +104,7 @@ def new_run(wishes: Wishes) -> NewRun:
     if model not in SUITED:
         raise ConfigError(f"{recipe.stem}: {model} is not a model of objects alone; use {', '.join(SUITED)}")
     _set_data(new, wishes, dataset)
-    scale = _set_canvas(new, dataset)
+    scale = _set_canvas(new, dataset, wishes.side)
     facts = _facts(dataset, scale)
     for path, suited in SUITED[model](facts).items():
         new.set(f"giantdet.model.{path}", suited)
@@ -170,10 +172,13 @@ def _own_images(annotations: Path, default: Path) -> Path | None:
         return default
 
 
-def _set_canvas(new: NewRun, dataset: CocoDataset) -> float:
+def _set_canvas(new: NewRun, dataset: CocoDataset, most: int | None) -> float:
     """Set the canvas and the short sides; return the median scale of the images on it."""
     data = new.raw["giantdet"]["data"]
-    found = canvas(dataset.sizes_hw, int(data.get("short_side", 800)), max(data.get("size", [1024, 1024])))
+    limits = (int(data.get("short_side", 800)), max(data.get("size", [1024, 1024])))
+    if most is not None:
+        limits = (most, max(most // STRIDE, 1) * STRIDE)
+    found = canvas(dataset.sizes_hw, *limits)
     scale, short = found.scale, found.short_side
     new.set("giantdet.data.size", Suited(found.size, found.why))
     how = "enlarged" if scale > 1.05 else "reduced" if scale < 0.95 else "about as large as they are"

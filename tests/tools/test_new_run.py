@@ -116,7 +116,8 @@ def test_data_without_masks_and_with_many_objects(tmp_path: Path, recipe: Path) 
     assert raw["giantdet"]["data"]["max_objects"] == 200
     assert raw["giantdet"]["model"]["box_head"]["detections"] == 200
     assert raw["giantdet"]["eval"]["max_detections"] == 200
-    few = made(data_set(tmp_path / "few"), recipe)["giantdet"]
+    few = made(data_set(tmp_path / "few"), recipe, side=300)["giantdet"]
+    assert few["data"]["size"] == [192, 256] and few["data"]["short_side"] == 192
     assert "enabled" not in few["model"]["mask_head"] and "max_detections" not in few.get("eval", {})
 
 
