@@ -31,7 +31,7 @@ def add(subparsers: Any) -> None:
         "--side",
         type=at_least(64),
         metavar="PIXELS",
-        help="largest side of the canvas; default: the recipe's",
+        help="longest side of the canvas; default: as the recipe",
     )
     parser.add_argument("--gpus", type=at_least(1), help="number of GPUs; default: this machine's, or 1")
     parser.add_argument(

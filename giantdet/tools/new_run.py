@@ -185,7 +185,7 @@ def _set_canvas(new: NewRun, dataset: CocoDataset, most: int | None) -> float:
     new.set("giantdet.data.short_side", Suited(short, f"images are {how} (factor {scale:.2f})"))
     if "short_sides" in data.get("augment", {}):
         sides = sorted({max(32, round(short * factor / 32) * 32) for factor in np.linspace(0.6, 1.0, 6)})
-        text = "multi-scale training from 0.6 of the short side on, as the recipes"
+        text = "multi-scale training from 0.6 of the short side on, as in the recipes"
         new.set("giantdet.data.augment.short_sides", Suited(sides, text))
     return scale
 
@@ -261,7 +261,8 @@ def _set_batch(new: NewRun, wishes: Wishes, images: int) -> int:
     batch = int(each * wishes.gpus)
     few = f"about {STEPS_AN_EPOCH} steps an epoch, but at least {LEAST_BATCH} images"
     few = few if wanted < reference else "the recipe's"
-    new.set("train_batch_size", Suited(batch, f"{few}; a multiple of {wishes.gpus}"))
+    multiple = f"; a multiple of {wishes.gpus}" if wishes.gpus > 1 else ""
+    new.set("train_batch_size", Suited(batch, f"{few}{multiple}"))
     fits = f"up to {choice.largest} images fit in {wishes.machine.memory / 1e9:.0f} GB (estimated, see plan)"
     new.set("train_micro_batch_size_per_gpu", Suited(micro, f"{where}: {fits}"))
     new.raw["gradient_accumulation_steps"] = "auto"

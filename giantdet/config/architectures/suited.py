@@ -36,10 +36,7 @@ def anchors(facts: Facts) -> Suited:
     """
     if facts.side < SMALL_SIDE:
         return Suited(_SMALL_ANCHORS, f"half of the objects are under {SMALL_SIDE:g} pixels on the canvas")
-    why = (
-        f"the objects' median side is {facts.side:.0f} pixels on the canvas; 16-pixel anchors would match few"
-    )
-    return Suited(_ANCHORS, why)
+    return Suited(_ANCHORS, f"the objects' median side is {facts.side:.0f} pixels on the canvas")
 
 
 def detections(facts: Facts) -> Suited | None:
