@@ -394,7 +394,10 @@ def test_label_studio(tmp_path: Path) -> None:
         region("rectanglelabels", x=10, y=20, width=50, height=40, rotation=0, rectanglelabels=["cat"]),
         # A box of 16 x 6 pixels at (20, 3), turned by 90 degrees about that corner: 6 x 16 to its left.
         region("rectanglelabels", x=50, y=10, width=40, height=20, rotation=90, rectanglelabels=["dog"]),
-        region("polygonlabels", points=[[10, 10], [60, 10], [60, 90]], polygonlabels=["dog"]),
+        # A region and its label as two results of one id.
+        region("polygon", points=[[10, 10], [60, 10], [60, 90]]) | {"id": "p"},
+        region("labels", points=[[10, 10], [60, 10], [60, 90]], labels=["dog"]) | {"id": "p"},
+        region("polygon", points=[[1, 1], [2, 1], [2, 2]]),
         region("brushlabels", format="rle", rle=rle_pack(mask.reshape(-1).tolist()), brushlabels=["cat"]),
         region("keypointlabels", x=1, y=1, width=1, keypointlabels=["cat"]),
         {"type": "choices", "value": {"choices": ["good"]}},
@@ -418,6 +421,8 @@ def test_label_studio(tmp_path: Path) -> None:
     assert found["a.jpg"][3] == ("cat", [7, 3, 5, 3])
     assert result.notes.left_out == {
         "keypoint, which is not an object": 1,
+        "object that is written twice": 1,
+        "object without a class": 1,
         "result that is not an object": 1,
         "missing image": 1,
     }

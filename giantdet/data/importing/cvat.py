@@ -23,6 +23,7 @@ from giantdet.data.importing.scene import (
     in_window,
     locate,
     number,
+    size_of,
     split_name,
     turned_box,
 )
@@ -54,10 +55,7 @@ def read_cvat(request: Request, notes: Notes) -> Iterator[Picture]:
 
 
 def _size(element: Element) -> tuple[int, int] | None:
-    try:
-        return int(number(element.get("height"))), int(number(element.get("width")))
-    except ValueError:
-        return None
+    return size_of(element.get("height"), element.get("width"))
 
 
 def _shapes(image: Element, where: str, size: tuple[int, int] | None, notes: Notes) -> Iterator[Shape]:
@@ -68,7 +66,7 @@ def _shapes(image: Element, where: str, size: tuple[int, int] | None, notes: Not
             continue
         try:
             yield _shape(element, element.get("label", "").strip(), place, size)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             notes.skip("bad shape", place, str(error))
 
 

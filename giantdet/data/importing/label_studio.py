@@ -26,6 +26,7 @@ from giantdet.data.importing.scene import (
     locate,
     number,
     points,
+    size_of,
     turned_box,
 )
 from giantdet.errors import DataError
@@ -102,8 +103,7 @@ def _regions(task: dict[str, Any], where: str, notes: Notes) -> list[Any]:
 def _size(region: Any) -> tuple[int, int] | None:
     if not isinstance(region, dict):
         return None
-    height, width = region.get("original_height"), region.get("original_width")
-    return (height, width) if type(height) is int and type(width) is int else None
+    return size_of(region.get("original_height"), region.get("original_width"))
 
 
 def _shapes(regions: list[Any], where: str, notes: Notes) -> Iterator[Shape]:
@@ -113,20 +113,29 @@ def _shapes(regions: list[Any], where: str, notes: Notes) -> Iterator[Shape]:
         if not isinstance(value, dict) or not any(key in value for key in _GEOMETRY):
             notes.skip("result that is not an object", place, str(region.get("type")) if value else "")
             continue
-        if region.get("type", "").startswith("keypoint"):
+        if str(region.get("type")).startswith("keypoint"):
             notes.skip("keypoint, which is not an object", place)
             continue
-        labels: list[Any] = next((value[key] for key in _LABELS if value.get(key)), [])
-        if not labels:  # regions and their labels in two results of one id
-            same = [r for r in regions if isinstance(r, dict) and r.get("id") == region.get("id")]
-            values = [r["value"] for r in same if isinstance(r.get("value"), dict)]
-            labels = next((v[key] for v in values for key in _LABELS if v.get(key)), [])
+        labels = _labels(value) or _labels_of_id(region.get("id"), regions)
         if len(labels) > 1:
             notes.note("region with several labels, of which the first is read", place, ", ".join(labels))
         try:
-            yield _shape(value, str(labels[0]).strip() if labels else "", place, _size(region))
+            yield _shape(value, labels[0].strip() if labels else "", place, _size(region))
         except (KeyError, ValueError) as error:
             notes.skip("bad region", place, f"no {error}" if isinstance(error, KeyError) else str(error))
+
+
+def _labels(value: Any) -> list[str]:
+    """Return the labels of a region's value."""
+    values = value if isinstance(value, dict) else {}
+    given: Any = next((values[key] for key in _LABELS if values.get(key)), [])
+    return [label for label in given if isinstance(label, str)] if isinstance(given, list) else []
+
+
+def _labels_of_id(name: Any, regions: list[Any]) -> list[str]:
+    """Return the labels of a region that has them in another result of its id."""
+    same = [r for r in regions if isinstance(r, dict) and r.get("id") == name and name is not None]
+    return next((found for r in same if (found := _labels(r.get("value")))), [])
 
 
 def _shape(value: dict[str, Any], name: str, where: str, size: tuple[int, int] | None) -> Shape:
@@ -175,7 +184,7 @@ def brush_mask(code: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
         return value
 
     total, word = take(32), take(5) + 1
-    if total != 4 * height * width:
+    if total != 4 * height * width or len(code) < total // 2**17:  # a run has at most 2**16 values
         raise ValueError(f"its rle has {total} values, not 4 for each of {width} x {height} pixels")
     lengths = [take(4) + 1 for _ in range(4)]
     values, done = np.zeros(total, np.uint8), 0

@@ -28,6 +28,7 @@ from giantdet.data.importing.scene import (
     in_window,
     locate,
     points,
+    size_of,
 )
 
 
@@ -49,12 +50,11 @@ def read_labelme(request: Request, notes: Notes) -> Iterator[Picture]:
 
 
 def _size(content: dict[str, Any]) -> tuple[int, int] | None:
-    height, width = content.get("imageHeight"), content.get("imageWidth")
-    return (height, width) if type(height) is int and type(width) is int else None
+    return size_of(content.get("imageHeight"), content.get("imageWidth"))
 
 
 def _shapes(records: list[Any], where: str, size: tuple[int, int] | None, notes: Notes) -> Iterator[Shape]:
-    groups: dict[tuple[str, Any], Shape] = {}
+    groups: dict[tuple[str, str], Shape] = {}
     for n, record in enumerate(records, 1):
         place = f"{where} shape {n}"
         try:
@@ -67,7 +67,7 @@ def _shapes(records: list[Any], where: str, size: tuple[int, int] | None, notes:
         if shape is None:
             notes.skip(f"{record.get('shape_type')} shape, which is not an object", place)
             continue
-        key = (shape.name, record.get("group_id"))
+        key = (shape.name, str(record.get("group_id")))
         known = groups.get(key) if record.get("group_id") is not None else None
         if known is not None and known.polygons and shape.polygons:
             known.polygons += shape.polygons

@@ -25,6 +25,8 @@ from giantdet.errors import DataError
 Points = list[float]
 """x, y, x, y, ..."""
 _EXAMPLES = 3
+_LONGEST_NAME = 255  # bytes, on Linux; a longer one is an error of the system
+_MOST_PIXELS = 2**29
 _SPLITS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 _CORNERS = 72  # of a polygon that stands for an ellipse
 
@@ -148,8 +150,10 @@ def locate(name: str, folders: Iterable[Path], notes: Notes, where: str) -> Path
 
     A file under a similar name, in a sub-folder or a neighbouring folder is found too, and noted.
     """
-    places = list(dict.fromkeys(folders))
     plain = name.replace("\\", "/")
+    if "\0" in plain or max(map(len, plain.split("/"))) > _LONGEST_NAME:
+        return None
+    places = list(dict.fromkeys(folders))
     for folder in places:
         if plain and (folder / plain).is_file():
             return folder / plain
@@ -168,11 +172,22 @@ def number(text: Any) -> float:
         raise ValueError(f"{text!r} is not a number")
     try:
         value = float(text)
+    except OverflowError:
+        raise ValueError("a number is too large") from None
     except TypeError:
         raise ValueError(f"{text!r} is not a number") from None
     if not math.isfinite(value):
         raise ValueError(f"{text!r} is not finite")
     return value
+
+
+def size_of(height: Any, width: Any) -> Size | None:
+    """Return the size that a source states, or None if it states none: some tools write 0."""
+    try:
+        size = int(number(height)), int(number(width))
+    except ValueError:
+        return None
+    return size if min(size) > 0 and max(size) < 2**31 else None
 
 
 def points(values: Any) -> Points:
@@ -218,6 +233,8 @@ def compressed(rle: dict[str, Any]) -> dict[str, Any]:
 def in_window(window_hw: NDArray[np.bool_], left: int, top: int, size: Size) -> NDArray[np.bool_]:
     """Return a mask over the whole image of one in a window. Raises ValueError if it leaves the image."""
     height, width = window_hw.shape
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise ValueError(f"an image of {size[1]:.3g} x {size[0]:.3g} pixels is too large")
     if left < 0 or top < 0 or left + width > size[1] or top + height > size[0]:
         place = f"{width} x {height} at {left}, {top}"
         raise ValueError(f"its mask of {place} leaves the {size[1]} x {size[0]} image")

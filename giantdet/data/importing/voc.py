@@ -18,7 +18,17 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from giantdet.data.importing.documents import name_in, read_xml, roots
-from giantdet.data.importing.scene import Notes, Picture, Points, Request, Shape, is_image, locate, number
+from giantdet.data.importing.scene import (
+    Notes,
+    Picture,
+    Points,
+    Request,
+    Shape,
+    is_image,
+    locate,
+    number,
+    size_of,
+)
 from giantdet.errors import DataError
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -85,11 +95,7 @@ def _beside(xml: Path, folders: list[Path]) -> Path | None:
 
 
 def _size(root: Element) -> tuple[int, int] | None:
-    try:
-        height, width = (int(number(root.findtext(f"size/{side}"))) for side in ("height", "width"))
-    except ValueError:
-        return None
-    return (height, width) if height > 0 and width > 0 else None  # some tools write 0
+    return size_of(root.findtext("size/height"), root.findtext("size/width"))
 
 
 def _shapes(root: Element, where: str, request: Request, notes: Notes) -> Iterator[Shape]:
