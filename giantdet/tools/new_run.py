@@ -211,11 +211,12 @@ def _set_augmentation(new: NewRun, dataset: CocoDataset, facts: Facts) -> None:
 
 
 def _set_weights(new: NewRun, wishes: Wishes) -> None:
-    backbone = new.raw["giantdet"]["model"].setdefault("backbone", {})
+    model = new.raw["giantdet"]["model"]
+    backbone = model.setdefault("backbone", {})
     if wishes.weights is not None:
         backbone.pop("pretrained", None)
         new.set("giantdet.model.backbone.init_weights", Suited(os.path.abspath(wishes.weights), "as given"))
-    elif backbone.get("init_weights") is None:
+    elif backbone.get("init_weights") is None and model.get("init_weights") is None:
         why = f"timm loads the weights of {backbone.get('name')} at the first start; offline: --weights FILE"
         new.set("giantdet.model.backbone.pretrained", Suited(True, why))
 

@@ -421,7 +421,6 @@ def test_label_studio(tmp_path: Path) -> None:
     assert found["a.jpg"][3] == ("cat", [7, 3, 5, 3])
     assert result.notes.left_out == {
         "keypoint, which is not an object": 1,
-        "object that is written twice": 1,
         "object without a class": 1,
         "result that is not an object": 1,
         "missing image": 1,

@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from pycocotools import mask as mask_util
+from tqdm import tqdm
 
 from giantdet.data.images import named
 from giantdet.data.importing.formats import FORMATS
@@ -91,7 +92,8 @@ def convert(
     if name == "coco" and output.absolute() in (request.source.absolute(), request.source.absolute().parent):
         raise InputError(f"{output} has the source {request.source} in it; name another folder")
     notes = Notes()
-    entries = list(_entries(FORMATS[name](request, notes), request, notes))
+    pictures = tqdm(FORMATS[name](request, notes), unit="image", disable=None, leave=False)  # on terminals
+    entries = list(_entries(pictures, request, notes))
     if not entries:
         example = next((texts[0] for texts in notes.examples.values()), "it has no pictures")
         raise DataError(f"{request.source}: no image can be used as {TITLES[name]}, e.g. {example}")
@@ -127,7 +129,7 @@ def _format(name: str, source: Path) -> str:
     return found
 
 
-def _entries(pictures: Iterator[Picture], request: Request, notes: Notes) -> Iterator[_Entry]:
+def _entries(pictures: Iterable[Picture], request: Request, notes: Notes) -> Iterator[_Entry]:
     """Yield the pictures whose file can be used, each once."""
     used: set[Path] = set()
     for picture in pictures:

@@ -107,6 +107,7 @@ def _size(region: Any) -> tuple[int, int] | None:
 
 
 def _shapes(regions: list[Any], where: str, notes: Notes) -> Iterator[Shape]:
+    used: set[str] = set()
     for n, region in enumerate(regions, 1):
         place = f"{where} region {n}"
         value = region.get("value") if isinstance(region, dict) else None
@@ -116,6 +117,10 @@ def _shapes(regions: list[Any], where: str, notes: Notes) -> Iterator[Shape]:
         if str(region.get("type")).startswith("keypoint"):
             notes.skip("keypoint, which is not an object", place)
             continue
+        if (name := region.get("id")) is not None:
+            if str(name) in used:  # the region and its label are two results of one id
+                continue
+            used.add(str(name))
         labels = _labels(value) or _labels_of_id(region.get("id"), regions)
         if len(labels) > 1:
             notes.note("region with several labels, of which the first is read", place, ", ".join(labels))
