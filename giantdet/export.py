@@ -35,15 +35,7 @@ from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.distributed import comm
 from giantdet.errors import InputError
 from giantdet.layers.deferred import is_deferred, materialise
-from giantdet.layers.frozen import (
-    BESIDE,
-    PREFIX,
-    LeftOut,
-    fill_in,
-    left_out_of,
-    magnitude,
-    round_and_check,
-)
+from giantdet.layers.frozen import BESIDE, PREFIX, LeftOut, fill_in, left_out_of, magnitude, round_and_check
 from giantdet.layers.model_names import with_timm_name, without_source
 from giantdet.layers.weight_files import read_tensors
 from giantdet.layers.weight_names import model_tensors
@@ -293,9 +285,9 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
 
     `model.init_weights` is the folder of an export, its model.safetensors, or a file of another project
     (`architectures/foreign`), under any prefix (`layers/weight_names.py`). The rows of layers that belong to
-    classes are taken over by name from an export, and from another project's model of COCO's number of
-    classes: `classes` are those of the run. Without names on one of the sides, such a layer is taken over if
-    it has as many classes. What is taken over and what starts with new weights is printed.
+    classes are taken over by name where both sides have names: `classes` are those of the run. Otherwise
+    such a layer is taken over if it has as many classes. A part such as the mask head may be missing. What
+    is taken over and what starts with new weights is printed.
     Raises InputError, a ValueError, that lists every key, for any other mismatch.
     """
     if config.init_weights is None:
@@ -334,14 +326,12 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
             logger.warning("%s: classes of %s taken over under other names: %s", path, kind, names)
         if found.fresh:
             taken = ", ".join(found.taken) or "none"
-            afresh = ", ".join(found.fresh)
-            logger.warning(
-                "%s: classes of %s taken over: %s; start with new weights: %s", path, kind, taken, afresh
-            )
+            new = ", ".join(found.fresh)
+            logger.warning("%s: classes of %s taken over: %s; new weights for: %s", path, kind, taken, new)
     if fresh:
-        logger.warning(
-            "%s: trained on other classes; these layers start with new weights: %s", path, ", ".join(fresh)
-        )
+        logger.warning("%s: trained on other classes; new weights for: %s", path, ", ".join(fresh))
+    if untrained := model.add_optional_parts(state):
+        logger.warning("%s has no %s; new weights for it", path, ", ".join(untrained))
     load_strictly(model, state, str(path))
 
 

@@ -17,9 +17,9 @@ fi
 
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     processes=2
-    # Two processes share the cores, with the loader's workers beside them.
+    # Two processes and the loader's workers share the cores.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > 1 ? $(nproc) / 2 : 1))}"
-    # glibc keeps the memory of a step for the next one, instead of asking the system for zeroed pages again.
+    # glibc keeps the memory of a step for the next one, instead of requesting zeroed pages from the system again.
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 else
     gpus=$(nvidia-smi -L | wc -l)

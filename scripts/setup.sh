@@ -73,8 +73,8 @@ _setup() {
         _say "using $_venv"
     fi
 
-    # An environment that forbids bytecode, as those of containers do, makes every process compile torch, timm
-    # and DeepSpeed again, which takes seconds. It goes to a folder beside no sources.
+    # An environment that forbids bytecode, as containers often do, makes every process compile torch, timm and
+    # DeepSpeed again, which takes seconds. Bytecode goes to a separate folder instead.
     if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
         unset PYTHONDONTWRITEBYTECODE
         export PYTHONPYCACHEPREFIX="${PYTHONPYCACHEPREFIX:-$_root/runs/bytecode}"

@@ -109,7 +109,7 @@ def _parse_json(text: str) -> Any:
             if key in result:
                 raise ConfigError(f"key {key} is given twice in the same object")
             if not key.isprintable() or (isinstance(value, str) and not _is_text(value)):
-                raise ConfigError(f"key {show(key)} or its value holds characters that are not text")
+                raise ConfigError(f"key {show(key)} or its value contains characters that are not text")
             result[key] = value
         return result
 
@@ -147,7 +147,7 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"override {override[:60]!r}: {error}") from None
         if isinstance(value, str) and not _is_text(value):
-            raise ConfigError(f"override {override!r}: its value holds characters that are not text")
+            raise ConfigError(f"override {override!r}: its value contains characters that are not text")
         node = raw
         for depth, part in enumerate(parts[:-1], start=1):
             node[part] = {} if node.get(part) is None else node[part]

@@ -130,12 +130,14 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
         for place, source in found:
             where = f"giantdet.data.{split}{place}.{source.key}"
             if source.is_folder and not source.path.is_dir():
-                raise ConfigError(f"{where}: no folder {source.path}")
+                raise ConfigError(f"{where}: folder {source.path} does not exist")
             # A folder for a file is left to the reader, which knows what other formats look like.
             if not source.is_folder and not source.path.exists():
                 folder = source.path.parent
                 beside = [p.name for p in folder.glob(f"*{source.path.suffix}")] if folder.is_dir() else []
-                raise ConfigError(f"{where}: no file {source.path}{nearest(source.path.name, beside)}")
+                raise ConfigError(
+                    f"{where}: file {source.path} does not exist{nearest(source.path.name, beside)}"
+                )
 
 
 def _with_classes(model: ArchitectureConfig, classes: Classes) -> ArchitectureConfig:

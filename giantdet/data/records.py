@@ -47,9 +47,9 @@ def read_instances(path: str | Path, kind: str = "instances", images_only: bool 
                 f"a COCO {kind} file has images, annotations and categories{hint(path)}"
             )
     if not content["images"]:
-        raise DataError(f"annotations {path} name no images")
+        raise DataError(f"annotations {path} contain no images")
     if not content["categories"]:
-        raise DataError(f"annotations {path} name no categories")
+        raise DataError(f"annotations {path} contain no categories")
     return {key: content[key] for key in _KEYS if key in content}
 
 

@@ -23,7 +23,10 @@ from giantdet.layers.weight_files import first_line, flatten, read_tensors
 from giantdet.layers.weight_names import FOREIGN, model_tensors
 
 _log = logging.getLogger(__name__)
-_HEADS = ("fc.", "head.", "head_dist.", "classifier.", "fc_norm.", "attn_pool.", "mask_token", "decoder_")
+_HEADS = (
+    *("fc.", "head.", "head_dist.", "classifier.", "norm.", "fc_norm.", "attn_pool."),
+    *("mask_token", "decoder_"),
+)
 
 
 def load_backbone_weights(backbone: Backbone, config: BackboneConfig) -> None:

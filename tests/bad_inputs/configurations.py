@@ -1,4 +1,4 @@
-"""The JSON of a run: its bytes, what is changed in a good one by dotted path, or overrides."""
+"""The JSON of a run: its bytes, changes to a valid one by dotted path, or overrides."""
 
 from __future__ import annotations
 
@@ -44,15 +44,17 @@ CONFIGURATIONS = [
     Case(
         "a key with a line break",
         {"bf\n16": {}},
-        Error('key "bf\\n16" or its value holds characters that are not text'),
+        Error('key "bf\\n16" or its value contains characters that are not text'),
     ),
     Case(
         "half of a surrogate pair",
         {"giantdet.train.output": "\ud800"},
-        Error('key "output" or its value holds'),
+        Error('key "output" or its value contains'),
     ),
     Case(
-        "a path with NUL in it", {"giantdet.train.output": "a\0b"}, Error('key "output" or its value holds')
+        "a path with NUL in it",
+        {"giantdet.train.output": "a\0b"},
+        Error('key "output" or its value contains'),
     ),
     Case(
         "an unknown key",
@@ -267,17 +269,17 @@ CONFIGURATIONS = [
     Case(
         "an override that is not UTF-8",
         ["train.output=\udcff"],
-        Error("override 'train.output=\\udcff': its value holds characters that are not text"),
+        Error("override 'train.output=\\udcff': its value contains characters that are not text"),
     ),
     Case(
         "no such annotations",
         {"giantdet.data.train.annotations": "no.json"},
-        Error("data.train.annotations: no file no.json"),
+        Error("data.train.annotations: file no.json does not exist"),
     ),
     Case(
         "a list of data sets, one of them without a file",
         {"giantdet.data.train": [{"annotations": "no.json", "images": "nowhere"}]},
-        Error("giantdet.data.train.0.annotations: no file no.json"),
+        Error("giantdet.data.train.0.annotations: file no.json does not exist"),
     ),
     Case(
         "a path for a data set",
@@ -287,7 +289,7 @@ CONFIGURATIONS = [
     Case(
         "no such image folder",
         {"giantdet.data.val.images": "nowhere"},
-        Error("giantdet.data.val.images: no folder nowhere"),
+        Error("giantdet.data.val.images: folder nowhere does not exist"),
     ),
     Case(
         "a validation set that is not JSON",

@@ -34,7 +34,7 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_run(write(tmp_path), list(overrides))
 
 
-def test_the_two_halves_come_apart(tmp_path: Path) -> None:
+def test_deepspeed_and_giantdet_blocks_are_separated(tmp_path: Path) -> None:
     run = load(tmp_path)
     assert run.giantdet.data.size == (512, 512)
     assert run.about == "a test" and run.path == tmp_path / "run.json"
@@ -72,7 +72,7 @@ def test_override(tmp_path: Path, override: str, read: Any, expected: Any) -> No
     assert read(load(tmp_path, override)) == expected
 
 
-def test_override_of_a_member_creates_the_block_and_leaves_the_rest(tmp_path: Path) -> None:
+def test_override_of_a_member_creates_the_block_and_keeps_the_rest(tmp_path: Path) -> None:
     run = load(tmp_path, "data.val.annotations=a.json", "data.val.images=b", "zero_optimization.stage=1")
     assert run.giantdet.data.val is not None and run.giantdet.data.val.annotations == "a.json"
     assert run.deepspeed["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5e8}
@@ -86,7 +86,7 @@ BAD_OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["tarin.steps=3"], ["unknown key tarin.steps", "did you mean giantdet.train.steps?"]),
     (["train.stpes=3"], ["unknown key giantdet.train.stpes", "did you mean steps?"]),
     (["pretrained=true"], ["did you mean giantdet.model.backbone.pretrained?"]),
-    # What other trainers call a setting.
+    # Names of settings in other trainers.
     (["learning_rate=3"], ["unknown key learning_rate", "did you mean optimizer.params.lr?"]),
     (["optimizer.lr=3"], ["unknown key optimizer.lr", "did you mean optimizer.params.lr?"]),
     (["optimizer.params.learning_rate=3"], ["learning_rate of AdamW", "did you mean lr?"]),

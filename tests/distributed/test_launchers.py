@@ -1,7 +1,7 @@
-"""Every launcher starts scripts/train.py, and gives the run that the plain deepspeed launcher gives.
+"""Every launcher starts scripts/train.py, with the same result as the plain deepspeed launcher.
 
-Two launchers on this machine, one a "host" of one rank; test_two_hosts.py has hosts with addresses of their
-own. The three runs go side by side: most of their time is a process's start.
+Two launcher processes on this machine, each a "host" of one rank; test_two_hosts.py has hosts with their own
+addresses. The three runs are launched in parallel: most of their time is spent starting processes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _torchrun(arguments: list[str]) -> list[Command]:
 
 
 def _srun(arguments: list[str]) -> list[Command]:
-    """What srun starts, with the variables that it gives; the address and the port come from them."""
+    """The commands that srun would start, with its environment; address and port are derived from it."""
     job = {
         "SLURM_JOB_ID": str(free_port()),
         "SLURM_STEP_NODELIST": "127.0.0.[1-2]",
@@ -49,7 +49,7 @@ def _srun(arguments: list[str]) -> list[Command]:
 
 @pytest.fixture(scope="module")
 def runs(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with one run a launcher."""
+    """The folder with one run per launcher."""
     folder = tmp_path_factory.mktemp("launchers")
     script = str(REPO / "scripts/train.py")
     of = {name: [script, *demo_run(demo_data, folder / name)] for name in LAUNCHERS}
@@ -75,7 +75,7 @@ def test_launchers_give_the_same_run(launcher: str, runs: Path, one_host: Path) 
     ],
 )
 def test_master_address_of_srun(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start stops at the missing port, so nothing is joined."""
+    """comm.start fails at the missing port, so no process group is joined."""
     _as_task(monkeypatch, SLURM_STEP_NUM_TASKS="8", SLURM_STEP_NODELIST=nodes)
     with pytest.raises(ValueError, match="MASTER_PORT is not set"):
         comm.start()
@@ -95,7 +95,7 @@ def test_srun_without_an_address_says_what_to_set(monkeypatch: pytest.MonkeyPatc
 
 
 def _as_task(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
-    """The environment of a task of srun; what comm.start sets is taken back."""
+    """Set the environment of an srun task; what comm.start sets is undone after the test."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

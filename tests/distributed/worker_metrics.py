@@ -30,9 +30,9 @@ SLOTS, SIDE = 10, 28
 
 
 class Helped(nn.Module):
-    """A model without training whose detections are replaced by true objects with all kinds of mistakes.
+    """An untrained model whose detections are replaced by true objects with all kinds of mistakes.
 
-    Its semantic maps are its own, so bits depend on what it computes.
+    Semantic maps are the model's own, so that the scores depend on its computation to the bit.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""The numbers that a run leaves: learning rates, intervals, monitors, valid JSON; lists of images."""
+"""The logged numbers of a run: learning rates, intervals, monitors, valid JSON; lists of images."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_logged_lr_is_the_one_that_the_step_used(run: Path) -> None:
-    """By hand: half the LR in step 1, three quarters in step 2, then 1 - progress to the power of 0.9."""
+def test_the_logged_lr_is_the_lr_of_the_step(run: Path) -> None:
+    """The expected values: half the LR in step 1, three quarters in step 2, then (1 - progress) ** 0.9."""
     logged = [line["lr"] for line in read_metrics(run / "out/metrics.jsonl") if "loss" in line]
-    # The warmup multiplies the decay, which has not begun before its end.
+    # The warmup multiplies the decay, which does not start before the warmup ends.
     assert logged == pytest.approx([0.002 * f for f in (0.5, 0.75, 1.0, 0.5**0.9)])
 
 
@@ -59,16 +59,16 @@ def test_files_have_the_permissions_of_new_files(run: Path, tmp_path: Path) -> N
     }
 
 
-def test_a_warmup_that_the_run_does_not_complete_is_named(
+def test_an_incomplete_warmup_is_reported(
     demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = {"warmup_num_steps": 4, "warmup_min_ratio": 0.5}
-    for steps, said in ((5, []), (3, ["the LR only reaches 0.0015 of 0.002"])):
+    for steps, warnings in ((5, []), (3, ["the LR only reaches 0.0015 of 0.002"])):
         raw = tiny_run(demo_data, tmp_path, scheduler={"type": "WarmupPolyLR", "params": dict(params)})
         raw["giantdet"]["train"]["steps"] = steps
         caplog.clear()
         schedule_line(resolve(parse_run(raw), 1, 10))
-        assert [text.split(": ")[1] for text in caplog.messages] == said
+        assert [text.split(": ")[1] for text in caplog.messages] == warnings
 
 
 def test_intervals_in_images_and_steps(run: Path) -> None:
@@ -77,7 +77,7 @@ def test_intervals_in_images_and_steps(run: Path) -> None:
     assert sorted(path.name for path in (run / "out/checkpoints").iterdir()) == ["step_3", "step_4"]
 
 
-def test_the_csv_monitor_has_losses_and_scores_at_deepspeeds_x(run: Path) -> None:
+def test_the_csv_monitor_has_losses_and_scores_by_deepspeeds_sample_count(run: Path) -> None:
     def column(name: str) -> list[tuple[int, float]]:
         with (run / "csv/job" / f"{name}.csv").open() as file:
             return [(int(row[0]), float(row[1])) for row in list(csv.reader(file))[1:]]
@@ -116,7 +116,7 @@ def test_intervals_resolve_to_steps(key: str, given: Any, steps: int) -> None:
 
 
 @pytest.mark.parametrize("given", [-1, "often", "2 hours", 1.5, True])
-def test_intervals_that_are_none(given: Any) -> None:
+def test_invalid_intervals(given: Any) -> None:
     raw = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "train_batch_size": 8}
     with pytest.raises(ConfigError, match=r"giantdet\.train\.eval_every must be a number of steps"):
         parse_run({**raw, "giantdet": {"train": {"epochs": 2, "eval_every": given}}})
@@ -124,7 +124,7 @@ def test_intervals_that_are_none(given: Any) -> None:
 
 @pytest.fixture
 def image_list(demo_data: Path, tmp_path: Path) -> Path:
-    """As COCO's image_info_test-dev2017.json: images and categories, ids that are no positions."""
+    """A list like COCO's image_info_test-dev2017.json: images and categories, ids that are not positions."""
     content = json.loads((demo_data / "val.json").read_text())
     del content["annotations"]
     for record in content["images"]:
@@ -149,11 +149,11 @@ def test_a_list_of_images_gives_results_without_scores(
     assert "no annotations, so there are no scores" in out and "AP" not in out
     assert {result["image_id"] for result in json.loads(results.read_text())} <= ids
     assert len(json.loads(results.read_text())) > 5
-    assert cli.main(arguments) == 2, "without --results nothing would come of it"
+    assert cli.main(arguments) == 2, "without --results there would be no output"
     assert "give --results FILE" in capsys.readouterr().err
 
 
-def test_nothing_trains_on_a_list_of_images(image_list: Path, demo_data: Path) -> None:
+def test_a_list_of_images_cannot_be_trained_on(image_list: Path, demo_data: Path) -> None:
     dataset = CocoDataset(image_list, demo_data / "val")
     assert len(dataset) == 5 and not dataset.annotated
     for filtered in (True, False):
