@@ -230,21 +230,32 @@ def config_of(options: argparse.Namespace, job: Job, folder: Path) -> dict[str, 
     arm, data = ARMS["reference" if job.arm == TUNE else job.arm], options.output.resolve() / "data"
     steps = options.images // job.batch
     every = max(1, steps // POINTS)
-    # The reference batch is a single micro-batch, so it has no variance.
-    agvm = {"estimator": "all_splits", "momentum": 0.9, "interval": max(1, steps // 60)} | arm.agvm
+    warmup = max(1, steps // 10)
+    # Factors follow over a tenth of the run; the paper's momentum of 0.97 would need thousands of steps.
+    agvm = {
+        "enabled": job.batch > MICRO,  # the reference batch is a single micro-batch, which has no variance
+        "estimator": "all_splits",
+        "interval": max(1, steps // 100),
+        "momentum": 0.9,
+        "start_step": warmup,
+        **arm.agvm,
+    }
     return {
         "train_batch_size": job.batch,
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": "auto",
         "optimizer": {"type": job.optimizer, "params": {"lr": job.lr, **OPTIMIZERS[job.optimizer]}},
-        "scheduler": {"type": "WarmupCosineDecayLR", "params": {"warmup_num_steps": max(1, steps // 10)}},
+        "scheduler": {
+            "type": "WarmupCosineDecayLR",
+            "params": {"warmup_num_steps": warmup, "warmup_min_ratio": 1e-3},
+        },
         "gradient_clipping": 5.0,
         "zero_optimization": {"stage": 0},
         "giantdet": {
             "model": TASKS[job.task],
             "norm": {"type": "local"},
             "lr_scaling": {"reference_batch": REFERENCE, **arm.scaling},
-            "agvm": {"enabled": job.batch > MICRO, **agvm},
+            "agvm": agvm,
             "data": {
                 "train": split_of(job.task, data, "train"),
                 "val": split_of(job.task, data, "val"),
