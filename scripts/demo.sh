@@ -26,7 +26,7 @@ else
     processes=$((gpus < 2 ? gpus : 2))
 fi
 echo "demo: training with $processes processes"
-python -m deepspeed.launcher.runner --num_accelerators "$processes" scripts/train.py \
+python -m deepspeed.launcher.runner --quiet --num_accelerators "$processes" scripts/train.py \
     --deepspeed_config ds_configs/demo.json "$@"
 
 echo "demo: reloading the export, without DeepSpeed"

@@ -143,7 +143,7 @@ def test_parts_of_models_are_named_only_in_architectures() -> None:
 
 # Imports inside functions keep `giantdet --help` fast; elsewhere they hide a file's dependencies.
 LATE = {"cli.py", "__init__.py"}
-HEAVY = ("deepspeed", "timm", "torch", "matplotlib", "resource")
+HEAVY = ("deepspeed", "timm", "torch", "matplotlib", "resource", "wandb")
 
 
 def test_no_imports_inside_functions() -> None:
