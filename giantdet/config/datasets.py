@@ -70,10 +70,10 @@ class CocoPanopticDatasetConfig(BaseDatasetConfig):
     images: PathText
     """Folder that the file names of the images are relative to."""
     segments: PathText | None = None
-    """Folder of the PNG files of segments. None: the path of `annotations` without .json, as in COCO."""
+    """Folder of the PNG files of segments. null: the path of `annotations` without .json, as in COCO."""
     instances: PathText | None = None
     """A JSON file in COCO's instances format with the objects of the same images. Unlike segments, its masks
-    may overlap. None: the objects are the segments of things."""
+    may overlap. null: the objects are the segments of things."""
 
     @property
     def segments_folder(self) -> Path:

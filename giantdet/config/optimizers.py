@@ -184,7 +184,7 @@ class DeepSpeedMuon(OptimizerConfig):
     """Newton-Schulz iteration. gram: on the Gram matrix, in float16 where there is hardware for it; standard:
     in bfloat16."""
     adam_lr: NonNegative | None = None
-    """LR of AdamW's parameters; None: `lr`. Muon's is often 10 to 50 times as large."""
+    """LR of AdamW's parameters; null: `lr`. Muon's is often 10 to 50 times as large."""
     betas: Betas = (0.9, 0.95)
     """AdamW's betas."""
     eps: NonNegative = 1e-10

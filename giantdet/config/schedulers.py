@@ -48,7 +48,7 @@ class _WarmupBetween(_DeepSpeedWarmup):
     warmup_min_lr: NonNegative | Auto = 0.0
     """LR at the start of the warmup."""
     warmup_max_lr: NonNegative | Auto | None = None
-    """None: the optimizer's LR."""
+    """null: the optimizer's LR."""
 
 
 class WarmupLR(_WarmupBetween):
@@ -88,7 +88,7 @@ class OneCycle(SchedulerConfig):
     cycle_first_step_size: Period = 2000
     """Length of the first half of the cycle."""
     cycle_second_step_size: Period | None = None
-    """Length of the second half of the cycle; None: as long as the first."""
+    """Length of the second half of the cycle; null: as long as the first."""
     cycle_first_stair_count: Whole = 0
     """Number of stairs of the first half; 0: a ramp."""
     cycle_second_stair_count: Whole | None = None

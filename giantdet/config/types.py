@@ -24,7 +24,7 @@ class AugmentConfig(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     short_sides: tuple[PositiveInt, ...] | None = None
-    """Multi-scale training: the short side, in pixels, is drawn from these. None: the `short_side` of the
+    """Multi-scale training: the short side, in pixels, is drawn from these. null: the `short_side` of the
     data block."""
     jitter: tuple[float, float] | None = None
     """Large-scale jitter (Ghiasi et al. 2021): range of the random scale, relative to the size that fills the
@@ -58,13 +58,13 @@ class DataConfig(Section):
     """The same for evaluation."""
     classes: Classes | None = None
     """Names and ids of the classes that the model predicts. Training writes them here; if they are given,
-    training data with others are refused. None: those of the training data."""
+    training data with others are refused. null: those of the training data."""
     size: tuple[PositiveInt, PositiveInt] = (1024, 1024)
     """Canvas (height, width) of every batch in pixels; multiples of 32, or of 64 with P6 (see docs)."""
     short_side: PositiveInt = 800
     """Images are scaled to this short side in pixels, or less where they would not fit on the canvas."""
     long_side: PositiveInt | None = None
-    """Largest long side in pixels after scaling; None: only the canvas limits it."""
+    """Largest long side in pixels after scaling; null: only the canvas limits it."""
     augment: AugmentConfig = AugmentConfig()
     sampling: SamplingConfig = SamplingConfig()
     """How often each training image is seen."""
@@ -103,13 +103,13 @@ class AgvmConfig(Section):
     """First step, counted from 0, in which variances are measured and LRs scaled. auto: 100 steps (at most a
     tenth of the run) after the warmup's end, as in the authors' code."""
     stop_step: Annotated[int, Field(ge=0)] | None = None
-    """Last such step; None: the last step of the run."""
+    """Last such step; null: the last step of the run."""
     clamp: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)
     """Bounds of the ratio of variances, before the square root."""
     anchor: str = "backbone"
     """Module that the variances of the others are aligned with; its factor is 1."""
     modules: dict[str, tuple[str, ...]] | None = None
-    """Patterns of parameter names by module; the first match counts. None: the model's top-level parts."""
+    """Patterns of parameter names by module; the first match counts. null: the model's top-level parts."""
 
     def resolved(self, optimizer: str) -> AgvmConfig:
         """Return the configuration for an optimizer, given by name, with `preconditioned` "auto" replaced."""
@@ -169,7 +169,7 @@ class TrainConfig(Section):
     steps: PositiveInt | None = None
     """Optimizer steps; give either epochs or steps."""
     clip_window: tuple[Length, Length] | Auto | None = None
-    """First and last step, counted from 0, in which gradients are clipped; None: all steps. auto: from 100
+    """First and last step, counted from 0, in which gradients are clipped; null: all steps. auto: from 100
     steps before to 100 steps after the warmup's end, as AGVM's authors do."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Seed of the initial weights, of the order and augmentation of images, and of all sampling."""
@@ -189,6 +189,9 @@ class TrainConfig(Section):
     """Also save and keep the checkpoint with the best evaluation, by mask AP (box AP without masks)."""
     async_save: bool = False
     """Write checkpoints while training continues; each rank needs CPU memory for a copy of what it saves."""
+    report: bool = True
+    """Write report.html at the end of `giantdet train` (docs/report.md); it opens the data sets again, in the
+    main process alone."""
     export_shard: PositiveFloat = 2.0
     """Largest size of an exported file in GiB; a larger model is written in several files, with an index."""
     export_backbone: bool = True
@@ -222,7 +225,7 @@ class TtaConfig(Section):
     """How the boxes of all views are merged within each class. nms; soft_nms: scores decay with overlap
     (Bodla et al. 2017); wbf: weighted boxes fusion (Solovyev et al. 2021)."""
     iou: Fraction | None = None
-    """IoU above which boxes of a class belong to one object. None: the model's own `nms_iou`; wbf: 0.55."""
+    """IoU above which boxes of a class belong to one object. null: the model's own `nms_iou`; wbf: 0.55."""
     views_at_a_time: PositiveInt = 3
     """Views of an image that the model takes at a time; they are padded to the largest of them."""
 
@@ -245,17 +248,17 @@ class EvalConfig(Section):
     max_detections: PositiveInt | None = None
     """Number of detections per image that are scored, the best first: per class by COCO's rules, over all
     classes by LVIS's. Images with more objects need a larger number, here and in the `detections` of the
-    model's box head. None: the number of the rules, 100 or 300."""
+    model's box head. null: the number of the rules, 100 or 300."""
     backend: Backend = "auto"
     """The library that computes COCO's AP: the same numbers, many times as fast with hotcoco (`pip install
     hotcoco`). auto: hotcoco where it is installed, else pycocotools."""
     window_stride: PositiveInt | None = None
     """Semantic models: scale images to `short_side` whatever their other side is, and slide a window of the
-    canvas' size over them with this stride in pixels; logits are averaged where windows overlap. None: scale
+    canvas' size over them with this stride in pixels; logits are averaged where windows overlap. null: scale
     whole images to fit on the canvas."""
     tta: TtaConfig | None = None
     """Multi-scale testing: show each image at several scales and mirrored, and merge the detections; images
-    are then processed one by one, whatever `batch_size` is. None: show it once, on the canvas."""
+    are then processed one by one, whatever `batch_size` is. null: show it once, on the canvas."""
 
 
 class GiantdetConfig(Section):

@@ -100,9 +100,9 @@ def test_rows_follow_the_names(
     assert checked and all(torch.equal(found[k], source[k]) for k in found.keys() - checked)
     text = caplog.text
     if exported.classes.objects:
-        assert "taken over: cow, cat" in text and "start with new weights: horse, pig" in text
+        assert "taken over: cow, cat" in text and "new weights for: horse, pig" in text
     if exported.classes.semantic:
-        assert "start with new weights: water" in text
+        assert "new weights for: water" in text
 
 
 def test_the_same_classes_in_another_order_print_nothing(
@@ -135,4 +135,4 @@ def test_classes_of_another_data_set_match_under_other_names(
     rows, source = (m.state_dict()["box_head.classes.weight"] for m in (new, old))
     assert torch.equal(rows[[0, 1, 3, 4]], source[[1, 2, 0, 3]])
     assert "'tv' from 'Moniter/TV', 'cell phone' from 'Cell Phone', 'person' from 'Person'" in caplog.text
-    assert "taken over: tv, cell phone, person; start with new weights: sink" in caplog.text
+    assert "taken over: tv, cell phone, person; new weights for: sink" in caplog.text

@@ -278,7 +278,7 @@ def test_unsupported_weights_are_refused(golden: Path, monkeypatch: Any) -> None
     with pytest.raises(InputError, match=r"cls_subnet.0.weight and head.cls_subnet.1.weight are one tensor"):
         import_weights("w.pkl")
     state = zoo_state(golden, "detectron2_mask_rcnn_vitdet_b_100ep")
-    state = {key.replace(".qkv.", ".q_proj."): value for key, value in state.items()}  # as EVA-02 has it
+    state = {key.replace(".qkv.", ".q_proj."): value for key, value in state.items()}  # no one has this
     with pytest.raises(InputError, match=r"but its backbone is not a ResNet, ResNeXt, Swin or plain ViT"):
         import_weights("w.pkl")
     state = zoo_state(golden, "mmdet3_faster-rcnn_r50_fpn_1x_coco")
@@ -286,7 +286,9 @@ def test_unsupported_weights_are_refused(golden: Path, monkeypatch: Any) -> None
     with pytest.raises(InputError, match=r"but it has no tensor 'fpn.outputs.0.0.weight'"):
         import_weights("w.pkl")
     state = {"model.stem.conv.weight": torch.zeros(3)}
-    with pytest.raises(InputError, match=r"w.pkl: no detector of torchvision, detectron2, mmseg.*model.stem"):
+    with pytest.raises(
+        InputError, match=r"w.pkl: no detector of torchvision, EVA-02, PE-Det.*, mmseg.*model.stem"
+    ):
         import_weights("w.pkl")
 
 

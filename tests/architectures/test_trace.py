@@ -96,6 +96,17 @@ TRAINED: dict[str, dict[str, Any]] = {
         },
         "rpn": {"convs": 2},
     },
+    "rotary and tiled": {
+        "backbone": {
+            "name": "eva02_base_patch14_224",
+            "timm_args": {"embed_dim": 24, "depth": 2, "num_heads": 3},
+            "window": 3,
+            "global_blocks": 1,
+            "position_grid": [3, 3],
+            "position_fit": "tile",
+            "attend_padding": True,
+        }
+    },
 }
 
 

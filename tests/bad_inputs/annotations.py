@@ -122,8 +122,8 @@ ANNOTATIONS = [
         without("annotations"),
         Error('annotations ... have no list "annotations"; ...'),
     ),
-    Case("no images", emptied("images"), Error("annotations ... name no images")),
-    Case("no categories", emptied("categories"), Error("annotations ... name no categories")),
+    Case("no images", emptied("images"), Error("annotations ... contain no images")),
+    Case("no categories", emptied("categories"), Error("annotations ... contain no categories")),
     Case(
         "no objects",
         emptied("annotations"),

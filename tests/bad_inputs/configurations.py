@@ -44,15 +44,17 @@ CONFIGURATIONS = [
     Case(
         "a key with a line break",
         {"bf\n16": {}},
-        Error('key "bf\\n16" or its value holds characters that are not text'),
+        Error('key "bf\\n16" or its value contains characters that are not text'),
     ),
     Case(
         "half of a surrogate pair",
         {"giantdet.train.output": "\ud800"},
-        Error('key "output" or its value holds'),
+        Error('key "output" or its value contains'),
     ),
     Case(
-        "a path with NUL in it", {"giantdet.train.output": "a\0b"}, Error('key "output" or its value holds')
+        "a path with NUL in it",
+        {"giantdet.train.output": "a\0b"},
+        Error('key "output" or its value contains'),
     ),
     Case(
         "an unknown key",
@@ -257,9 +259,21 @@ CONFIGURATIONS = [
         Error("unknown key max_iters; did you mean giantdet.train.steps?"),
     ),
     Case(
-        "an override given twice",
-        ["train.steps=3", "giantdet.train.steps=4"],
-        Error("giantdet.train.steps is given twice"),
+        "an override that removes a key that is not there",
+        ["~optimizer.params.weight_dcay"],
+        Error("the run has no key optimizer.params.weight_dcay; did you mean weight_decay?"),
+    ),
+    Case(
+        "an override that removes a key, with a value",
+        ["~train.steps=3"],
+        Error("override '~train.steps=3' is not of the form key=value, ... or ~key, ..."),
+    ),
+    Case(
+        "another optimizer, which does not know a parameter of the file's",
+        ["optimizer.type=SGD", "optimizer.params.betas=[0.9, 0.99]"],
+        Error(
+            "unknown key optimizer.params.betas of SGD; remove it with the override ~optimizer.params.betas"
+        ),
     ),
     Case(
         "an override of 5,000 digits", ["train.steps=" + "1" * 5000], Error("override ... Exceeds the limit")
@@ -267,17 +281,17 @@ CONFIGURATIONS = [
     Case(
         "an override that is not UTF-8",
         ["train.output=\udcff"],
-        Error("override 'train.output=\\udcff': its value holds characters that are not text"),
+        Error("override 'train.output=\\udcff': its value contains characters that are not text"),
     ),
     Case(
         "no such annotations",
         {"giantdet.data.train.annotations": "no.json"},
-        Error("data.train.annotations: no file no.json"),
+        Error("data.train.annotations: file no.json does not exist"),
     ),
     Case(
         "a list of data sets, one of them without a file",
         {"giantdet.data.train": [{"annotations": "no.json", "images": "nowhere"}]},
-        Error("giantdet.data.train.0.annotations: no file no.json"),
+        Error("giantdet.data.train.0.annotations: file no.json does not exist"),
     ),
     Case(
         "a path for a data set",
@@ -287,7 +301,7 @@ CONFIGURATIONS = [
     Case(
         "no such image folder",
         {"giantdet.data.val.images": "nowhere"},
-        Error("giantdet.data.val.images: no folder nowhere"),
+        Error("giantdet.data.val.images: folder nowhere does not exist"),
     ),
     Case(
         "a validation set that is not JSON",

@@ -88,12 +88,12 @@ MAPS = [
     Case(
         "no folder of labels",
         (SEMANTIC, keys(labels="nowhere")),
-        Error("giantdet.data.train.labels: no folder nowhere"),
+        Error("giantdet.data.train.labels: folder nowhere does not exist"),
     ),
     Case(
         "no file of classes",
         (SEMANTIC, keys(classes="no.json")),
-        Error("giantdet.data.train.classes: no file no.json"),
+        Error("giantdet.data.train.classes: file no.json does not exist"),
     ),
     Case(
         "no classes",
@@ -147,7 +147,7 @@ MAPS = [
     Case(
         "no folder of segments",
         (PANOPTIC, keys(segments="nowhere")),
-        Error("giantdet.data.train.segments: no folder nowhere"),
+        Error("giantdet.data.train.segments: folder nowhere does not exist"),
     ),
     Case("only stuff", (PANOPTIC, panoptic(stuff_only)), Error("...have no category with isthing 1")),
     Case(

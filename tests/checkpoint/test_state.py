@@ -37,7 +37,7 @@ def test_the_same_model_matches_in_any_order_of_groups(saved: SavedTensors) -> N
 
 
 def test_other_groups_are_named(saved: SavedTensors) -> None:
-    with pytest.raises(ValueError, match="groups: fpn is in the checkpoint alone; 2 groups differ"):
+    with pytest.raises(ValueError, match="groups: fpn is only in the checkpoint; 2 groups differ"):
         check_fit(_engine(3, "backbone", "rpn"), saved, {})
 
 

@@ -251,7 +251,7 @@ def test_lengths() -> None:
     # Without a data set a number of epochs stays unresolved.
     unknown = resolve(run, 2).deepspeed["scheduler"]["params"]
     assert unknown["milestones"] == [7, "2 epochs", 30, 40] and unknown["warmup_num_steps"] == "1 epoch"
-    with pytest.raises(ConfigError, match="milestones must rise"):
+    with pytest.raises(ConfigError, match="milestones must increase"):
         wrong = {"milestones": [20, "1 epoch"]}
         resolve(make(scheduler={"type": "WarmupMultiStepLR", "params": wrong}), 2, train_images=100)
 
@@ -337,7 +337,9 @@ def test_check_data(tmp_path: Path) -> None:
         }
     )
     (tmp_path / "trian.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"data\.train\.annotations: no file .*did you mean trian\.json\?"):
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.annotations: file .* does not exist; did you mean trian\.json\?"
+    ):
         check_data(run)
     (tmp_path / "train.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"data\.train\.images: no folder"):

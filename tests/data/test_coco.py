@@ -169,8 +169,8 @@ def test_exif(tmp_path: Path, orientation: int, record_wh: tuple[int, int], red_
         ("[]", 'no list "images"'),
         ('{"images": [], "categories": []}', 'no list "annotations"'),
         ('{"images": [], "annotations": []}', 'no list "categories"'),
-        ('{"images": [], "annotations": [], "categories": []}', "name no images"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "name no categories"),
+        ('{"images": [], "annotations": [], "categories": []}', "contain no images"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "contain no categories"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}', "no usable image"),
     ],
 )

@@ -91,7 +91,7 @@ def test_equals_one_merged_file(
         joined = open_dataset((coco(one, images), coco(two, images)))
     whole = open_dataset(coco(merged, images))
     count = len(joined) // 2
-    assert f"{count} image ids occur in an earlier part" in caplog.text
+    assert f"{count} image ids occur in an earlier data set" in caplog.text
     assert "matched by name" in caplog.text
     assert len(set(joined.image_ids.tolist())) == len(joined) == len(whole)
     parts = ((str(one), count), (str(two), count))
@@ -367,5 +367,5 @@ def test_a_run(files: tuple[Path, Path, Path], demo_data: Path, tmp_path: Path) 
     assert refusal(identity(written), identity(resolved)) is None
     check_data(written)
     files[1].unlink()
-    with pytest.raises(ConfigError, match=r"giantdet\.data\.train\.1\.annotations: no file .*two\.json"):
+    with pytest.raises(ConfigError, match=r"giantdet\.data\.train\.1\.annotations: file .*two\.json"):
         check_data(written)

@@ -187,7 +187,7 @@ def test_classes_of_one_name() -> None:
             (),
             "the color of class 'b' is also that of another class",
         ),
-        ([(0, "a", (1, 1, 1)), (1, "b", (1, 1, 1))], ("a",), "the color of class 'b' is ignored too"),
+        ([(0, "a", (1, 1, 1)), (1, "b", (1, 1, 1))], ("a",), "the color of class 'b' is also ignored"),
         ([(0, "a"), (1, "b")], ("c",), "ignore: no class is called 'c'"),
         ([(0, "a")], ("a",), "0 semantic classes; 1 to 255 are possible"),
         ([(n, str(n)) for n in range(256)], (), "256 semantic classes; 1 to"),

@@ -96,7 +96,7 @@ def test_validation_classes_are_matched_by_name(runs: tuple[Path, dict[str, str]
 def test_class_layers_are_transferred_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
     _, printed, err = runs
     assert printed["fine-tuned"].startswith("TRAINED")
-    assert "taken over: circle, rectangle, triangle; start with new weights: comet" in err
+    assert "taken over: circle, rectangle, triangle; new weights for: comet" in err
 
 
 def test_export_needs_no_annotations(runs: tuple[Path, dict[str, str], str], tmp_path: Path) -> None:

@@ -22,6 +22,15 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "name": "hiera_tiny_224",
         "timm_args": {"embed_dim": 8, "stages": [1, 1, 1, 1], "num_heads": 1},
     },
+    "rotary, with padded windows and tiled positions": {
+        "name": "eva02_base_patch14_224",
+        "timm_args": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+        "window": 3,
+        "global_blocks": 1,
+        "position_grid": [3, 3],
+        "position_fit": "tile",
+        "attend_padding": True,
+    },
     "maxvit": {
         "name": "maxvit_pico_rw_256",
         "timm_args": {"embed_dim": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "stem_width": 8},

@@ -40,7 +40,7 @@ def build(size: tuple[int, int] = (80, 64), **options: Any) -> PlainViT:
     return backbone.eval()
 
 
-def attend(attn: RelativeAttention, x_hwC: Tensor, valid_hw: Tensor) -> Tensor:
+def attend(attn: Any, x_hwC: Tensor, valid_hw: Tensor) -> Tensor:
     """Attention of one window, one query and one key at a time; invalid keys are skipped."""
     height, width, _ = x_hwC.shape
     heads = attn.num_heads
@@ -51,7 +51,7 @@ def attend(attn: RelativeAttention, x_hwC: Tensor, valid_hw: Tensor) -> Tensor:
         logits, values = [], []
         for row, column in (cell for cell in cells if valid_hw[cell]):
             logit = (q[y, x] * k[row, column]).sum(-1) / q.shape[-1] ** 0.5
-            if attn.positions:
+            if isinstance(attn, RelativeAttention):
                 logit = logit + q[y, x] @ attn.rel_pos_h[y - row + height - 1]
                 logit = logit + q[y, x] @ attn.rel_pos_w[x - column + width - 1]
             logits.append(logit)
@@ -175,4 +175,4 @@ def test_unsupported_models_are_refused() -> None:
         build_backbone(dinov3, (64, 64))
     gated = Attention(8, num_heads=2, gated=True)
     with pytest.raises(InputError, match="for the attention of ViT and DeiT"):
-        RelativeAttention(gated, (2, 2), positions=True, inside=None)
+        RelativeAttention(gated, (2, 2))

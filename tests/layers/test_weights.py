@@ -64,6 +64,15 @@ def test_position_and_patch_embeddings_are_resampled_as_timm_does(
         assert torch.equal(value, reference[key]), key
 
 
+def test_final_norm_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the detectors of ViTDet, EVA-02 and PE do with the weights of classifiers."""
+    torch.save(classifier("vit_tiny_patch16_224"), tmp_path / "w.pth")
+    with caplog.at_level(logging.INFO, "giantdet"):
+        body = loaded("vit_tiny_patch16_224", tmp_path / "w.pth", timm_args={"final_norm": False}).body
+    assert isinstance(body.norm, torch.nn.Identity)
+    assert "norm.weight, norm.bias" in caplog.text
+
+
 def test_pretrained_weights_are_loaded_by_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = classifier("resnet18")
     torch.save(state, tmp_path / "w.pth")

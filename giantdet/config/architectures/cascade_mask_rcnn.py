@@ -18,9 +18,9 @@ class CascadeBoxHeadConfig(BaseBoxHeadConfig):
     ious: tuple[Fraction, Fraction, Fraction] = (0.5, 0.6, 0.7)
     """IoU with an object from which a RoI is positive, by stage."""
     delta_weights: tuple[DeltaWeights, DeltaWeights, DeltaWeights] | None = None
-    """Factors of dx, dy, dw and dh in what the heads regress, by stage. None: those of `conventions`."""
+    """Factors of dx, dy, dw and dh in what the heads regress, by stage. null: those of `conventions`."""
     loss_weights: tuple[NonNegative, NonNegative, NonNegative] | None = None
-    """Weights of the losses, by stage. None: those of `conventions`."""
+    """Weights of the losses, by stage. null: those of `conventions`."""
 
 
 class CascadeMaskRcnnConfig(TwoStageConfig):

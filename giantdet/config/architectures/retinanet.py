@@ -60,7 +60,7 @@ class RetinaNetConfig(ArchitectureConfig):
     conventions: Literal["detectron2", "torchvision", "mmdetection"] = "detectron2"
     fpn: FpnConfig = FpnConfig()
     extra_levels_from: Literal["c5", "p5"] | None = None
-    """Input of P6: the last map of the backbone (c5) or of the pyramid (p5). None: C5, or P5 over a plain
+    """Input of P6: the last map of the backbone (c5) or of the pyramid (p5). null: C5, or P5 over a plain
     ViT, whose only map has stride 16."""
     head: RetinaHeadConfig = RetinaHeadConfig()
     loss_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
