@@ -64,7 +64,7 @@ def seconds(engine: Any, batch: Batch, agvm: Agvm | None) -> float:
         agvm.scale()
     engine.step()
     if agvm is not None:
-        agvm.state_dict()  # all_splits completes its measurement after the step
+        agvm.state_dict()  # all_splits finishes its measurement after the step
     return _now(engine.device) - started
 
 
@@ -74,7 +74,7 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak memory
     step()
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])

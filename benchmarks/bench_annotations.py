@@ -3,9 +3,9 @@
 python benchmarks/bench_annotations.py                       # 118,000 images, 860,000 objects; 4 GiB
 python benchmarks/bench_annotations.py --share 0.1 --ranks 4
 
-The file is made with random polygons. Each way runs in a process of its own: pycocotools' `COCO`, giantdet
-with an empty cache, giantdet again, and several ranks at once. Memory is what the process has grown by while
-it opened the file: anonymous memory, which is not shared, and the peak of all. The cached file is shared.
+The file is generated with random polygons. Each way runs in its own process: pycocotools' `COCO`, giantdet
+with an empty cache, giantdet again, and several ranks at once. Memory is the growth of the process while it
+opens the file: anonymous memory, which is not shared, and the peak of all memory. The cached file is shared.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def make(file: TextIO, share: float) -> None:
 
 
 def anonymous_mib() -> float:
-    """Return the memory of this process that no other can share, in MiB."""
+    """Return the memory of this process that is not shared with others, in MiB."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
@@ -96,8 +96,8 @@ def measure(way: str, annotations: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--share", type=float, default=1.0, help="of COCO's images and objects")
-    parser.add_argument("--ranks", type=int, default=8, help="that open the file at once, with the cache")
+    parser.add_argument("--share", type=float, default=1.0, help="share of COCO's images and objects")
+    parser.add_argument("--ranks", type=int, default=8, help="ranks that open the cached file at once")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

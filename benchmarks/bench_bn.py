@@ -90,7 +90,7 @@ def main() -> None:
         x.requires_grad_()
         norms = kinds(shape[1], device)
         for norm in norms.values():
-            seconds(norm, x, dy)  # warm
+            seconds(norm, x, dy)  # warm-up
         for total in totals:
             for name, norm in norms.items():
                 total[name] += layers * seconds(norm, x, dy)

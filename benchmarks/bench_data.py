@@ -3,8 +3,8 @@
 python benchmarks/bench_data.py ANNOTATIONS IMAGES               # a COCO instances JSON and its image folder
 python benchmarks/bench_data.py ANNOTATIONS IMAGES --profile     # and where giantdet's time goes
 
-Both sides decode the same JPEG files and bring image, boxes and masks into the form that their models take,
-on one thread:
+Both sides decode the same JPEG files and prepare image, boxes and masks as their models take them, on one
+thread:
 
 - resize: to a short side of 800, at most 1024 long, and a random flip.
 - jitter: large-scale jitter, 0.1 to 2 times the canvas of 1024 x 1024, crop and flip.
@@ -12,7 +12,7 @@ on one thread:
 giantdet collates a batch of one. torchvision decodes images by Pillow, as its `CocoDetection` does, or by its
 own decoder (`--decoder torchvision`, the faster way), masks by pycocotools, then applies its v2 transforms to
 tv_tensors, and pads the image to the canvas. They take turns, image by image, and a round is all images.
-Seconds are those of the process, so that other processes disturb less.
+Seconds are those of the process, so that other load on the machine matters less.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PARTS = {
     "masks": ("masks.py", "object_frames"),
     "canvas and batch": ("samples.py", "collate"),
 }
-"""Functions of `giantdet.data`, by what they do."""
+"""Functions of `giantdet.data`, by the part that they belong to: (file, function)."""
 
 
 def torchvision_sample(
@@ -90,7 +90,7 @@ def measure(dataset: CocoDataset, name: str, by_pillow: bool, rounds: int, image
         "torchvision": lambda k, i: torchvision_sample(dataset, i, theirs, by_pillow),
     }
     rates: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(-1, rounds):  # the first warms up
+    for number in range(-1, rounds):  # the first is a warm-up
         seconds = dict.fromkeys(sides, 0.0)
         for k, i in enumerate(indices[:10] if number < 0 else indices):
             for side, make in sides.items():

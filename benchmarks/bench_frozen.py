@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("config", help="a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--backbone", choices=SETTINGS, required=True)
-    parser.add_argument("--steps", type=int, default=6, help="measured steps, after two others; default: 6")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after 2 warm-ups; default: 6")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     device = comm.start()

@@ -6,7 +6,7 @@ Three methods take turns on the same masks and boxes, and each ratio is of two n
 
 - giantdet: `evaluation/pasting.py` computes where masks begin and end in each column, `rle.py` encodes that.
 - torchvision: `paste_masks_in_image` makes bitmaps of the image, pycocotools encodes them.
-- detectron2: `grid_sample` over the whole image, a mask at a time as on a CPU, then pycocotools. With
+- detectron2: `grid_sample` over the whole image, one mask at a time as on a CPU, then pycocotools. With
   `skip_empty`, its default on CPUs, only the surroundings of the box are sampled into a bitmap of the image.
 
 The RLE of giantdet and of detectron2's way are compared: pixels whose probability is within rounding of the
@@ -97,7 +97,7 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     differing = 0
-    for image in range(-1, args.images):  # the first warms up
+    for image in range(-1, args.images):  # the first is a warm-up
         masks, boxes = make_detections(size_hw, args.detections, max(image, 0))
         found: dict[str, Rles] = {}
         for name, way in ways.items():

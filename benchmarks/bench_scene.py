@@ -1,4 +1,4 @@
-"""Inputs of the benchmarks: random images and objects in the form of both sides, and the model's settings."""
+"""Inputs of the benchmarks: random images and objects in both sides' formats, and the model's settings."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def giantdet_batch(scene: Scene, slots: int, frame: int) -> Batch:
 
 
 def torchvision_inputs(scene: Scene) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return the scene as torchvision's detectors take it: images in [0, 1], labels from 1."""
+    """Return the scene in the input format of torchvision's detectors: images in [0, 1], labels from 1."""
     targets = [
         {"boxes": boxes, "labels": labels + 1, "masks": masks}
         for boxes, labels, masks in zip(scene.boxes_BN4, scene.labels_BN, scene.bitmaps_BNHW, strict=True)

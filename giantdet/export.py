@@ -34,16 +34,9 @@ from giantdet.config.section import Section
 from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.distributed import comm
 from giantdet.errors import InputError
+from giantdet.export_folder import CONFIG, INDEX, WEIGHTS, export_folder
 from giantdet.layers.deferred import is_deferred, materialise
-from giantdet.layers.frozen import (
-    BESIDE,
-    PREFIX,
-    LeftOut,
-    fill_in,
-    left_out_of,
-    magnitude,
-    round_and_check,
-)
+from giantdet.layers.frozen import BESIDE, PREFIX, LeftOut, fill_in, left_out_of, magnitude, round_and_check
 from giantdet.layers.model_names import with_timm_name, without_source
 from giantdet.layers.weight_files import read_tensors
 from giantdet.layers.weight_names import model_tensors
@@ -52,7 +45,6 @@ from giantdet.optim.fragments import local_share
 
 logger = logging.getLogger("giantdet")
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GIB = 2**30
 
 
@@ -128,7 +120,7 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
         named = model.named_parameters()
         config = _with_magnitude(config, (local_share(p) for name, p in named if name.startswith(PREFIX)))
         tensors = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
-    sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
+    sizes = {n: int(getattr(t, "ds_numel", t.numel())) * t.element_size() for n, t in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
     for names in shard_plan(sizes, int(shard * GIB)):
         partitioned = [tensors[name] for name in names if hasattr(tensors[name], "ds_id")]
@@ -236,10 +228,6 @@ class _ShardWriter:
         return self.folder / f"shard-{i}.safetensors.part"
 
 
-def _full_numel(tensor: Tensor) -> int:
-    return int(getattr(tensor, "ds_numel", tensor.numel()))
-
-
 def _gathered(parameters: list[Tensor]) -> Any:
     if not parameters:
         return nullcontext()
@@ -271,11 +259,11 @@ def load_detector(
 ) -> tuple[Architecture, ExportConfig]:
     """Return the detector of an export, in evaluation mode and float32, and its config.json.
 
-    `backbone` is the file of the frozen backbone's weights, where the export leaves them out and timm's tag
-    is not to be asked. Raises InputError, a ValueError, where the folder is not an export or its weights do
-    not match.
+    `folder` is what `export_folder` takes. `backbone` is the file of the frozen backbone's weights, where the
+    export leaves them out and timm's tag is not to be asked. Raises InputError, a ValueError, where the
+    folder is not an export or its weights do not match.
     """
-    folder = Path(folder)
+    folder = export_folder(folder)
     config = read_export_config(folder)
     model = build_model(config.model, config.size, config.norm)
     state = read_tensors(folder)
@@ -293,9 +281,9 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
 
     `model.init_weights` is the folder of an export, its model.safetensors, or a file of another project
     (`architectures/foreign`), under any prefix (`layers/weight_names.py`). The rows of layers that belong to
-    classes are taken over by name from an export, and from another project's model of COCO's number of
-    classes: `classes` are those of the run. Without names on one of the sides, such a layer is taken over if
-    it has as many classes. What is taken over and what starts with new weights is printed.
+    classes are taken over by name where both sides have names: `classes` are those of the run. Otherwise
+    such a layer is taken over if it has as many classes. A part such as the mask head may be missing. What
+    is taken over and what starts with new weights is printed.
     Raises InputError, a ValueError, that lists every key, for any other mismatch.
     """
     if config.init_weights is None:
@@ -338,6 +326,8 @@ def load_weights(model: Architecture, config: ArchitectureConfig, classes: Class
             logger.warning("%s: classes of %s taken over: %s; new weights for: %s", path, kind, taken, new)
     if fresh:
         logger.warning("%s: trained on other classes; new weights for: %s", path, ", ".join(fresh))
+    if untrained := model.add_optional_parts(state):
+        logger.warning("%s has no %s; new weights for it", path, ", ".join(untrained))
     load_strictly(model, state, str(path))
 
 

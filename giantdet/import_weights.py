@@ -26,7 +26,8 @@ from giantdet.config.checks import validate
 from giantdet.config.class_names import PUBLISHED, published
 from giantdet.config.classes import Category, Classes
 from giantdet.errors import ConfigError, InputError
-from giantdet.export import CONFIG, ExportConfig
+from giantdet.export import ExportConfig
+from giantdet.export_folder import CONFIG
 from giantdet.layers.deferred import deferred_init, real_parameters
 from giantdet.layers.weight_files import first_line, read_tensors
 from giantdet.layers.weight_names import below, model_tensors, prefixes
@@ -63,7 +64,7 @@ def import_weights(
     found = read_tensors(path)
     project, first = _recognise(found, path)
     try:
-        section = _section(project.convert(first, bgr))
+        section = _section(project.convert(first, bgr), overrides)
     except (InputError, KeyError) as error:
         what = f"it has no tensor {error}" if isinstance(error, KeyError) else error
         raise InputError(f"{path}: weights of {project.title}, but {what}") from None
@@ -102,11 +103,19 @@ def _recognise(found: Mapping[str, Tensor], path: str | Path) -> tuple[Project, 
     )
 
 
-def _section(converted: Converted) -> dict[str, Any]:
+def _section(converted: Converted, overrides: Sequence[str]) -> dict[str, Any]:
     """Return config.json of the export, without classes, as far as names, shapes and custom tell it."""
     settings = converted.settings
     section = _merged(section_of(converted.state, settings.affine_norm), settings.section)
-    side = canvas_of(converted.state)
+    given = {override.partition("=")[0] for override in overrides}
+    if settings.problem:
+        raise InputError(settings.problem)
+    if untold := [key for key in settings.untold if key not in given]:
+        raise InputError(
+            f"it lacks the rotary tables of its blocks, which tell {', '.join(untold)}: add each as "
+            "key=value, such as model.backbone.global_blocks=[2,5,8,11]"
+        )
+    side = settings.canvas or canvas_of(converted.state)
     scales = SCALES if side is None else {"size": (side, side), "short_side": side}
     return {"model": section, **scales}
 
@@ -190,8 +199,18 @@ def _report(
         f"  conventions {model.conventions}, pixel_mean {_listed(mean)}, pixel_std {_listed(std)}"
         + (", first layer turned from blue-green-red to red-green-blue" if converted.settings.bgr else "")
     )
+    if converted.settings.canvas is not None:
+        chosen = model.backbone.global_blocks
+        blocks = str(chosen) if isinstance(chosen, int) else ", ".join(map(str, chosen))
+        lines.append(
+            f"  by its rotary tables: canvas {config.size[0]} x {config.size[1]}, windows of "
+            f"{model.backbone.window} patches, global blocks {blocks}"
+            + (" (evenly spaced)" if isinstance(chosen, int) else "")
+        )
     if converted.settings.assumed:
         lines.append(f"  assumed, because the file does not say: {converted.settings.assumed}")
+    if converted.settings.note:
+        lines.append(f"  {converted.settings.note}")
     return "\n".join(lines)
 
 

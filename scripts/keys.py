@@ -15,7 +15,7 @@ from giantdet.config.schema import build_schema
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/keys.md"
 REF = "#/$defs/"
-LENGTH = "step|epoch|image"  # in the pattern of a length
+LENGTH = "step|epoch|image"  # part of the regular expression of lengths
 LONGEST_DEFAULT = 40  # characters
 
 HEAD = """# Every key
@@ -44,7 +44,7 @@ def render() -> str:
     """Return the text of docs/keys.md."""
     schema = build_schema()
     sections = schema["$defs"]
-    paths: dict[str, str] = {}  # of each section, the first path that leads to it
+    paths: dict[str, str] = {}  # the first path that leads to each section
     ours = list(_walk("giantdet", {"$ref": f"{REF}GiantdetConfig"}, sections, paths))
     outer = {name: value for name, value in schema["properties"].items() if name != "giantdet"}
     theirs = [found for name, value in outer.items() for found in _walk(name, value, sections, paths)]
@@ -88,7 +88,7 @@ def _references(value: Any) -> Iterator[str]:
 
 
 def _constant(section: dict[str, Any]) -> str:
-    """Return the value of `type` or `format` that chooses this section among others; empty if none does."""
+    """Return the value of `type` or `format` that selects this section among others; empty if none does."""
     for key in ("type", "format"):
         constant = section.get("properties", {}).get(key, {}).get("const")
         if constant:
@@ -122,7 +122,7 @@ def _table(section: dict[str, Any], sections: dict[str, Any], paths: dict[str, s
 
 
 def _description(value: dict[str, Any], sections: dict[str, Any]) -> str:
-    """Return what the key does, for a table; a section is described by the first sentence of its own."""
+    """Return what the key does, for a table; a section is described by its docstring's first sentence."""
     text = value.get("description", "")
     if not text and "$ref" in value:
         text = sections[value["$ref"].removeprefix(REF)].get("description", "")
@@ -148,7 +148,7 @@ def _default(value: Any) -> str:
 
 
 def _values(value: dict[str, Any], paths: dict[str, str]) -> str:
-    """Return the values that a key takes, in words."""
+    """Return the values that a key accepts, in words."""
     if "$ref" in value:
         name = value["$ref"].removeprefix(REF)
         kind = _title(paths[name])[1]
@@ -158,7 +158,7 @@ def _values(value: dict[str, Any], paths: dict[str, str]) -> str:
             texts = [_values(part, paths) for part in value[choice]]
             if any(
                 LENGTH in part.get("pattern", "") for part in value[choice]
-            ):  # a number of steps or a text
+            ):  # a number of steps or a string
                 texts = ["length", *(text for text in texts if not text.startswith(("integer", "text")))]
             return " or ".join(dict.fromkeys(texts))
     if "enum" in value:

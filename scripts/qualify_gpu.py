@@ -5,14 +5,14 @@
     python scripts/qualify_gpu.py --only correct speed
     python scripts/qualify_gpu.py --device cpu --toy        # all checks at toy sizes, to test the checks
 
-Needs torch and torchvision with CUDA, timm, deepspeed, pycocotools, einops, safetensors and pydantic; where
-there is no network, bring wheels of what is missing, usually deepspeed, hjson, msgpack, pycocotools,
+Needs torch and torchvision with CUDA, timm, deepspeed, pycocotools, einops, safetensors and pydantic. Without
+network access, bring wheels of the missing packages, usually deepspeed, hjson, msgpack, pycocotools,
 pydantic, pydantic-core, annotated-types and typing-inspection. giantdet itself may be on PYTHONPATH only.
 
-Each group of checks is a process of its own, so that an error of CUDA ends only its group. All start at
-once and prepare, which includes compiling; meanwhile the checks of correctness run, and then the others, one
-after the other. A row is written to OUTPUT/rows.jsonl as soon as it is known: a time-out loses nothing. The
-exit code is 1 where a row failed or a group did not end.
+Each group of checks runs in its own process, so that a CUDA error ends only its group. All start at once and
+prepare, which includes compiling; meanwhile the correctness checks run, and then the other groups, one after
+another. A row is written to OUTPUT/rows.jsonl as soon as it is known: a time-out loses nothing. The exit
+code is 1 if a row failed or a group did not end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-# Seconds that each group may take of its turn.
+# Time limit of each group in seconds, within its turn.
 GROUPS = {"correct": 90, "speed": 90, "frozen": 40, "norms": 30, "giants": 120, "agvm": 60, "whole": 120}
 
 
@@ -92,7 +92,7 @@ def _all(args: argparse.Namespace) -> int:
         left = args.seconds - (time.monotonic() - started)
         assert process.stdin is not None and process.stdout is not None
         if left < 5 or process.poll() is not None:
-            reason = "no time was left" if left < 5 else f"ended at its start, see {name}.log"
+            reason = "no time left" if left < 5 else f"exited at its start, see {name}.log"
             say(name, f"{name}: group", False, reason)
             process.kill()
             continue
@@ -110,7 +110,7 @@ def _all(args: argparse.Namespace) -> int:
         timer.cancel()
         took = time.monotonic() - turn
         if code:
-            say(name, f"{name}: group", False, f"ended with {code} after {took:.0f} s, see {name}.log")
+            say(name, f"{name}: group", False, f"exited with code {code} after {took:.0f} s, see {name}.log")
         else:
             say(name, f"{name}: group", None, f"{took:.0f} s")
     print(f"\n{failed} failed, {time.monotonic() - started:.0f} s; rows in {args.output / 'rows.jsonl'}")
@@ -118,12 +118,12 @@ def _all(args: argparse.Namespace) -> int:
 
 
 def _wait_until_ready(processes: list[subprocess.Popen[str]], end: float) -> None:
-    """Wait for the processes' first lines: nothing is timed while others compile."""
+    """Wait for the processes' first lines, so that nothing is timed while others compile."""
     timer = threading.Timer(max(0.0, end - time.monotonic()), lambda: [p.kill() for p in processes])
     timer.start()
     for process in processes:
         assert process.stdout is not None
-        if not process.stdout.readline():  # it ends
+        if not process.stdout.readline():  # the process has exited
             process.wait()
     timer.cancel()
 

@@ -2,7 +2,7 @@
 # Check format, lint, types, documentation and tests. Arguments go to pytest.
 #   scripts/test.sh                       everything
 #   scripts/test.sh tests/config -k auto  some of the tests
-#   GIANTDET_OLDEST=1 scripts/test.sh     the tests alone, with the oldest supported versions, in .venv-oldest
+#   GIANTDET_OLDEST=1 scripts/test.sh     only the tests, with the oldest supported versions, in .venv-oldest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/setup.sh

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Make two hosts on one machine, to test launches over a network: host1 (192.0.2.1) and host2 (192.0.2.2), each with
 # its own network, process and host name namespaces and an sshd on port 2222; the network interface is eth0 in both.
-# Files are shared, as on a cluster. Nothing outside of DIR is changed, and both hosts end with this script.
-#   scripts/two_hosts.sh up DIR                 makes them, prints "ready", stays until it is stopped (Ctrl-C)
+# Files are shared, as on a cluster. Nothing outside of DIR is changed, and both hosts are removed with this script.
+#   scripts/two_hosts.sh up DIR                 creates them, prints "ready", runs until it is stopped (Ctrl-C)
 #   scripts/two_hosts.sh on DIR host1 COMMAND   runs a command on a host that is up
-#   scripts/two_hosts.sh check                  exit code 0 if they can be made here, else 1 and the reason
-#   scripts/two_hosts.sh install                installs the tools that `check` misses by apt-get (needs root)
+#   scripts/two_hosts.sh check                  exit code 0 if they can be created here, else 1 and the reason
+#   scripts/two_hosts.sh install                installs the tools that `check` reports missing by apt-get (needs root)
 # DIR/hostfile and DIR/deepspeed_env are for DeepSpeed's launcher; docs/launch.md shows a launch. Needs root for
 # ip link set, mounts and sshd.
 set -euo pipefail
@@ -26,11 +26,11 @@ check() {
     local missing
     missing="$(_missing | paste -sd ' ')"
     if [ "$(id -u)" != 0 ]; then
-        _say "hosts cannot be made: only root can"
+        _say "hosts cannot be created: only root can"
     elif [ -n "$missing" ]; then
-        _say "hosts cannot be made: $missing not found; run scripts/two_hosts.sh install"
+        _say "hosts cannot be created: $missing not found; run scripts/two_hosts.sh install"
     elif ! unshare "${_spaces[@]}" ip link add eth0 type veth peer name eth1 2>/dev/null; then
-        _say "hosts cannot be made: this machine allows no network namespaces (in a container: --privileged)"
+        _say "hosts cannot be created: this machine allows no network namespaces (in a container: --privileged)"
     else
         return 0
     fi

@@ -2,10 +2,10 @@
 
 python studies/agvm_pipelines.py FOLDER [--steps 60] [--plot docs/agvm-pipelines.png]
 
-Trains each pipeline on the generated demo set in FOLDER (made if it is not there) for some steps of a batch
-of 32 images, accumulated by one process, and measures the variances of the modules, 1 - cos of the mean
-gradients of both halves of the batch, as SGD sees them. Factors are held at 1, so that training is the same
-as without AGVM. Finished runs are not repeated. Prints a table of the means over the last half of the steps.
+Trains each pipeline on the generated demo set in FOLDER (created if missing) for some steps of a batch of 32
+images, accumulated by one process, and measures the variances of the modules, 1 - cos of the mean gradients
+of both halves of the batch, as SGD sees them. Factors are fixed at 1, so that training is the same as without
+AGVM. Finished runs are not repeated. Prints a table of the means over the last half of the steps.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, name: str, part: Part, seed: str) -> None:
-    """Add the row of a run to the CSV, unless it has it. The run is a process of its own."""
+    """Add the row of a run to the CSV, unless it is there already. The run gets its own process."""
     if any((row["part"], row["seed"]) == (name, seed) for row in rows(options.csv)):
         return
     print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}", file=sys.stderr, flush=True)
@@ -226,7 +226,7 @@ def scores(options: argparse.Namespace, results: Path, seconds: float) -> Row:
 
 
 def rows(path: Path) -> list[Row]:
-    """Return the rows of the CSV, numbers as floats; none where there is no file."""
+    """Return the rows of the CSV, numbers as floats; no rows if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

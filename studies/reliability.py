@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("trial", choices=["soak", "kills"])
     parser.add_argument("--steps", type=int, default=2000, help="length of the run; default: 2000")
     parser.add_argument("--times", type=int, default=20, help="number of kills; default: 20")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random kill times")
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage; default: 2")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def parent(pid: int) -> int:
 
 
 def soak(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, Any]:
-    """Return means over the run's first fifth, after a tenth that warms up, and its last."""
+    """Return means over the first fifth of the run, after a warmup of a tenth, and over its last fifth."""
     every = max(1, options.steps // 20)
     stage = f"zero_optimization.stage={options.stage}"
     job = Job(
@@ -158,7 +158,7 @@ def soak(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, Any
     for name, values in (
         ("memory_mib_of_2_ranks", [(s, m) for s, m, _ in samples]),
         ("file_handles_of_2_ranks", [(s, float(h)) for s, _, h in samples]),
-        ("seconds_a_step", seconds),
+        ("seconds_per_step", seconds),
     ):
         report[name] = {"first": round(part(values, 0.1, 0.3), 3), "last": round(part(values, 0.8, 1.0), 3)}
     return report
@@ -188,7 +188,7 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
         while not job.ranks() and job.process.poll() is None:
             time.sleep(0.05)
         steps_more, seconds = rng.randint(0, 12), rng.uniform(0.0, 1.0)
-        begun = first = None  # the step that this start resumes from is known with its first line
+        begun = first = None  # the first logged line tells where this start resumed
         while steps_more and job.process.poll() is None:
             now = job.step()
             begun = now if begun is None else begun
@@ -198,7 +198,7 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
             time.sleep(0.01)
         time.sleep(seconds)
         if job.process.poll() is not None:
-            break  # it ended before the kill
+            break  # the run ended before the kill
         victim = rng.choice(["rank 0", "rank 1", "everything"])
         ranks = job.ranks()
         targets = job.find("train.output") if victim == "everything" else ranks[int(victim[-1]) :][:1]
@@ -218,7 +218,7 @@ def kills(options: argparse.Namespace, folder: Path, data: Path) -> dict[str, An
         "steps": steps,
         "kills": done,
         "starts": starts + 1,
-        "went_on_after": [part.split(" ")[0] for part in log.split("resuming after step ")[1:]],
+        "resumed_after": [part.split(" ")[0] for part in log.split("resuming after step ")[1:]],
         "exit_code": code,
         "tensors": len(one),
         "different": different,

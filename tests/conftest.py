@@ -15,14 +15,14 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 RANKS = "distributed"  # the folder of tests that launch several ranks
-# What DeepSpeed compiles must not meet the lock of a killed run elsewhere.
+# DeepSpeed's compiled ops must not wait for a lock left by a killed run elsewhere.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPO / "runs/torch_extensions"))
-# Bytecode of what is imported, beside no sources: an environment that forbids it, as those of containers do,
-# makes every process compile torch, timm and DeepSpeed again, which takes twice as long as all else.
+# Bytecode goes to a separate folder: an environment that forbids it, as containers often do, makes every
+# process compile torch, timm and DeepSpeed again, which takes twice as long as everything else.
 sys.dont_write_bytecode, sys.pycache_prefix = False, str(REPO / "runs/bytecode")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
-# Always this environment's ninja: another version hashes commands differently and compiles everything again.
+# Always this environment's ninja: another version hashes commands differently and recompiles everything.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
@@ -73,10 +73,10 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `--dist loadfile`, whose tests of a file share what they made: launches of ranks go one by one.
+    """With `--dist loadfile`, which keeps the tests of a file together, launch ranks one launch at a time.
 
-    Ranks that share the cores with other ranks wait for one another more than they compute: two launches at
-    a time take longer than one after the other.
+    Ranks that share cores with other ranks wait for one another more than they compute: two concurrent
+    launches take longer than two consecutive ones.
     """
     if config.getvalue("dist") != "loadfile":
         return None
@@ -90,13 +90,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Launches of ranks begin, since they take longest."""
+    """Run the tests that launch ranks first, since they take longest."""
     items.sort(key=lambda item: item.path.parent.name != RANKS)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What a test printed, in characters that one process of the tests can send to another."""
+    """Encode a test's output so that one test process can send it to another."""
     report = yield
     report.sections = [
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections

@@ -1,4 +1,4 @@
-"""Bitmaps of masks, decoded from the RLE that `evaluation/rle.py` makes."""
+"""Bitmaps of masks, decoded from the RLE that `evaluation/rle.py` computes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""When to give up on processes: when they stand still, and not when they are slow.
+"""Time-outs for processes: give up when they are idle, not when they are slow.
 
-On a busy machine everything takes many times as long as on an idle one, and no number of seconds of a clock
-tells a hang from that. What hangs uses no CPU time; what is slow uses the little that it gets.
+On a busy machine everything takes many times as long as on an idle one, and elapsed time cannot distinguish
+that from a hang. A hanging process uses no CPU time; a slow one uses the little that it gets.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
-# Of one core: below what a working process gets where forty share two, above what waiting with an eye on the
-# clock takes, as launchers do.
+# Share of one core: below what a working process gets when forty share two cores, above what a process uses
+# that polls while waiting, as launchers do.
 WORKING = 0.02
 STILL = 120.0  # seconds
-LIMIT = 1500.0  # seconds, for what goes round in circles; below pytest's own time-out
+LIMIT = 1500.0  # seconds, for endless loops; below pytest's own time-out
 
 
 class Patience:
-    """Ends when processes, with all that they have started, have stood still for a while."""
+    """A time-out that ends when processes and all their descendants have been idle for a while."""
 
     def __init__(self, pids: Iterable[int], still: float = STILL, limit: float = LIMIT) -> None:
         self.pids, self.still = set(pids), still
@@ -34,14 +34,14 @@ class Patience:
             return False
         self.looked = now
         used = cpu_seconds(self.pids)
-        # Less than before: something ended that nobody waited for, and that is no standing still either.
+        # Less than before: a process ended that nobody waited for, which is activity too.
         if abs(used - self.used) > WORKING * self.still:
             self.since, self.used = now, used
         return now - self.since > self.still or now > self.end
 
 
 def wait_until(condition: Callable[[], bool], pids: Iterable[int], what: str) -> None:
-    """AssertionError where the condition is not met and these processes stand still."""
+    """Raise AssertionError if the processes become idle before the condition is met."""
     patience = Patience(pids)
     while not condition():
         assert not patience.has_ended(), f"no {what}"
@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], bool], pids: Iterable[int], what: str) ->
 
 
 def cpu_seconds(pids: set[int]) -> float:
-    """CPU time of processes, of those in their sessions, and of all descendants, ended ones too."""
+    """Return the CPU time of processes, their sessions' processes, and all descendants, even ended ones."""
     rows = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""Panoptic quality read from files in COCO's panoptic format, by sets of pixels. No test in here.
+"""Panoptic quality of files in COCO's panoptic format, computed with sets of pixels. Contains no tests.
 
 "Panoptic Segmentation" (Kirillov et al. 2019), and the rules of cocodataset/panopticapi for void and crowds.
 """
@@ -18,13 +18,13 @@ Pixels = set[int]
 
 
 def read_ids(png: Path) -> NDArray[np.int64]:
-    """The id of each pixel: R + 256 G + 256^2 B."""
+    """Return the id of each pixel: R + 256 G + 256^2 B."""
     rgb = np.array(Image.open(png).convert("RGB")).astype(np.int64)
     return rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
 
 
 def read_panoptic(file: Path) -> dict[int, tuple[dict[int, dict[str, Any]], dict[int, Pixels]]]:
-    """By image id, its segments and their pixels by the segment's id; id 0 has the void pixels."""
+    """Return, by image id, its segments and their pixels by segment id; id 0 has the void pixels."""
     found = {}
     for record in json.loads(file.read_text())["annotations"]:
         ids = read_ids(file.with_suffix("") / record["file_name"]).ravel()
@@ -38,9 +38,9 @@ def read_panoptic(file: Path) -> dict[int, tuple[dict[int, dict[str, Any]], dict
 def quality(
     truth_file: Path, found_file: Path, without: int | None = None, skip: int | None = None
 ) -> dict[str, float]:
-    """PQ of all classes, of things and of stuff.
+    """Return the PQ of all classes, of things and of stuff.
 
-    Nothing was found in the image `without`; the image `skip` is not scored.
+    Nothing was predicted in the image `without`; the image `skip` is not scored.
     """
     counts: dict[int, list[float]] = defaultdict(lambda: [0.0, 0, 0, 0])  # IoU, true, false, missed
     answers = read_panoptic(found_file)

@@ -1,4 +1,4 @@
-"""What processes of the tests start with: imports make a million objects, and none of them is garbage."""
+"""Settings for every process of the tests: imports create a million objects, none of which is garbage."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Every kind of bad input gives its own line and exit code, or is skipped and counted: the table, row by row.
+"""Every kind of bad input gives its own line and exit code, or is skipped and counted: a test per table row.
 
 `python tests/test_bad_input.py` writes docs/bad-input.md from the table.
 """
@@ -50,7 +50,7 @@ def each(cases: list[Case]) -> Callable[[Any], Any]:
 
 
 def matches(line: str, text: str) -> bool:
-    """Does `text` hold this line of the table, in which `...` stands for anything?"""
+    """Return whether `text` contains this line of the table, in which `...` stands for anything."""
     return re.search(".*".join(map(re.escape, line.split("..."))), text, re.DOTALL) is not None
 
 
@@ -63,7 +63,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A good data set of three images, with its annotations in train.json."""
+    """A valid data set of three images, with its annotations in train.json."""
     (tmp_path / "data/images").mkdir(parents=True)
     for name in "abc":
         (tmp_path / f"data/images/{name}.png").write_bytes(encoded("PNG"))
@@ -72,7 +72,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run_of(data: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """A run on the data set, with values changed by dotted path."""
+    """Return a run on the data set, with values changed by dotted path."""
     both = {"annotations": str(data / "train.json"), "images": str(data / "images")}
     raw = tiny_run(data, data / "out", giantdet__data__train=both, giantdet__data__val=both)
     for path, value in changes.items():
@@ -81,7 +81,7 @@ def run_of(data: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def ends_with(outcome: Error, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2, and one message with this line."""
+    """Assert exit code 2, and one message with this line."""
     code = cli.main(arguments)
     err = capsys.readouterr().err
     assert code == 2, err
@@ -107,13 +107,13 @@ def test_configuration(case: Case, data: Path, capsys: pytest.CaptureFixture[str
 
 
 def perfect(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Results that find the objects of a good content."""
+    """Return results that match the objects of valid content."""
     keys = ("image_id", "category_id", "bbox")
     return [{key: record[key] for key in keys} | {"score": 0.9} for record in content["annotations"]]
 
 
 def seen(dataset: CocoDataset, workers: int = 0) -> tuple[list[int], dict[str, int]]:
-    """Ids of the images of 12 training samples, and what the loader counted."""
+    """Return the image ids of 12 training samples, and the counts of the loader."""
     loader = train_loader(dataset, DATA.model_copy(update={"workers": workers}), 4, seed=1)
     ids = [int(i) for _ in range(3) for i in next(loader).image_ids_B]
     loader.close()
@@ -121,7 +121,7 @@ def seen(dataset: CocoDataset, workers: int = 0) -> tuple[list[int], dict[str, i
 
 
 def replacements(dataset: CocoDataset, bad: int) -> int:
-    """How many draws of the bad image the 12 samples take, counted by hand."""
+    """Return how many draws of the bad image the 12 samples take, counted by hand."""
     stream, count = TrainStream(dataset, DATA, 1), 0
     for k in range(12):
         while dataset.image_ids[stream.indices[sample_index(k, len(stream), 1)]] == bad:
@@ -169,7 +169,7 @@ def test_annotations(case: Case, data: Path, caplog: pytest.LogCaptureFixture) -
     assert scores["AP"] == pytest.approx(1.0) if more == 0 else 0 <= scores["AP"] < 1
 
 
-def test_annotations_that_work_mean_what_they_say(data: Path) -> None:
+def test_unusual_annotations_are_read_correctly(data: Path) -> None:
     """10,000 objects are counted one by one, names are kept apart, a missing area is the mask's."""
     made = {case.what: case.make for case in ANNOTATIONS}
 
@@ -211,7 +211,7 @@ def test_image(case: Case, data: Path, tiny_export: Path, caplog: Any, capsys: A
     out, err = capsys.readouterr()
     if isinstance(case.outcome, Replaced):
         assert set(ids) == {1, 2} and counts == {"replaced_images": replacements(dataset, 3)}
-        assert len(named) == 2, "once by each loader"
+        assert len(named) == 2, "once per loader"
         assert all(matches(case.outcome.reason, message) for message in named)
         assert evaluated == [1, 2, -1] and judged.counters["unreadable_images"] == 1
         assert len(problems) == 1
@@ -225,20 +225,20 @@ def test_image(case: Case, data: Path, tiny_export: Path, caplog: Any, capsys: A
                 np.abs(read[5, 5] - (250, 10, 20)).max() < 16
                 and np.abs(read[5, 35] - (10, 240, 30)).max() < 16
             )
-    # A command without a record of the image knows neither its name nor its size.
+    # A command that has no record of the image does not know its name or size.
     is_file = os.path.lexists(path) and not path.is_dir()
     bad = isinstance(case.outcome, Replaced) and is_file and "size" not in case.what
     assert (code, err.count("giantdet: error: 1 of 3 images are left out")) == ((2, 1) if bad else (0, 0)), (
         err
     )
-    assert "a.png: " in out and "b.png: " in out, "what is good is predicted"
+    assert "a.png: " in out and "b.png: " in out, "good images are predicted"
     if case in IMAGES[::6]:
         assert seen(dataset, workers=1) == (ids, counts)
 
 
 @each(MAPS)
 def test_maps(case: Case, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Six images, the first of which is the bad one; each is drawn in the first two batches."""
+    """Of six images the first is bad; each is drawn in the first two batches."""
     make_demo(tmp_path, train_images=6, val_images=1, size=64)
     kind, change = case.make
     raw = tiny_run(tmp_path, tmp_path / "out", kind)
@@ -273,7 +273,7 @@ def test_weights(case: Case, data: Path, tiny_export: Path, tmp_path: Path, caps
     set_path(raw, "giantdet.model.init_weights", str(case.make(tmp_path / "weights", tiny_export)))
     (data / "run.json").write_text(json.dumps(raw))
     ends_with(case.outcome, ["train", "--config", str(data / "run.json")], capsys)
-    assert not (tmp_path / "weights/evil").exists(), "code in a pickle has run"
+    assert not (tmp_path / "weights/evil").exists(), "code in a pickle was run"
 
 
 @each(EXPORTS)
@@ -293,18 +293,26 @@ def test_command(case: Case, data: Path, tiny_export: Path, tmp_path: Path, caps
     (data / "foreign.json").write_text(json.dumps(foreign))
     known = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
     (data / "list.json").write_text(json.dumps({"images": foreign["images"], "categories": known}))
+    (data / "voc").mkdir()
+    (data / "voc/gone.xml").write_text("<annotation><filename>no_such_image.jpg</filename></annotation>")
+    (data / "labelme.json").write_text(json.dumps({"imagePath": "a.png", "shapes": []}))
+    for name, part in (("train", slice(0, 2)), ("val", slice(2, 3))):
+        (data / f"splits/{name}").mkdir(parents=True)
+        content = good_content()
+        content |= {key: content[key][part] for key in ("images", "annotations")}
+        (data / f"splits/{name}/instances.json").write_text(json.dumps(content))
     (data / "run").mkdir()
     (data / "run/config.json").write_text(json.dumps(run_of(data, {})))
     places = {"export": tiny_export, "data": data, "empty": tmp_path / "empty"}
     ends_with(case.outcome, [argument.format(**places) for argument in case.make], capsys)
-    limit_pixels(DATA.max_image_pixels)  # of the whole process
+    limit_pixels(DATA.max_image_pixels)  # undo the process-wide setting
     if case.what == "predict: one of the files is not an image":
         assert len(list((tmp_path / "empty/out").glob("*.png"))) == 3
         assert (tmp_path / "empty/out/results.json").is_file()
 
 
 def test_two_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
-    """Three of twelve images are bad: metrics.jsonl has the sum over the ranks. Then all are."""
+    """With three of twelve images bad, metrics.jsonl has the sum over the ranks; then all are bad."""
     runs = []
     for name, bad in (("some", 3), ("all", 12)):
         make_demo(tmp_path / name, 12, 0, size=64)
@@ -316,8 +324,8 @@ def test_two_ranks_count_together_and_stop_together(tmp_path: Path) -> None:
         runs[-1].write_text(json.dumps(raw))
     ended = launch(REPO / "tests/distributed/worker_bad_data.py", 2, *runs)
     assert [end.code for end in ended] == [2, 2], logs(ended)
-    said = [line for end in ended for line in end.err.splitlines() if "giantdet: error" in line]
-    assert len(said) == 1 and "50 images in a row cannot be used" in said[0], logs(ended)
+    errors = [line for end in ended for line in end.err.splitlines() if "giantdet: error" in line]
+    assert len(errors) == 1 and "50 images in a row cannot be used" in errors[0], logs(ended)
     dataset = CocoDataset(tmp_path / "some/train.json", tmp_path / "some/train")
     stream = TrainStream(dataset, DATA, 0)
     counts = [stream[k].counts["replaced_images"] for k in range(4 * 2 * 2)]  # steps, ranks, images
@@ -332,7 +340,7 @@ def test_a_seed_of_64_bits_seeds_every_step() -> None:
 
 
 def document() -> str:
-    """docs/bad-input.md."""
+    """Return the text of docs/bad-input.md."""
     text = DOCUMENT_HEAD
     for title, cases in TABLE.items():
         text += f"\n## {title}\n\n| input | what happens |\n| --- | --- |\n"
@@ -378,11 +386,11 @@ contain more than tensors: resume runs only from folders that you trust.
 """
 
 
-def test_the_document_is_current() -> None:
-    assert DOCUMENT.read_text() == document(), "python tests/test_bad_input.py writes it again"
+def test_the_document_is_up_to_date() -> None:
+    assert DOCUMENT.read_text() == document(), "run python tests/test_bad_input.py to update it"
 
 
-def test_the_table_has_enough_and_no_case_twice() -> None:
+def test_the_table_is_complete_without_duplicates() -> None:
     assert sum(map(len, TABLE.values())) >= 60
     assert all(len({case.what for case in cases}) == len(cases) for cases in TABLE.values())
 

@@ -1,4 +1,4 @@
-"""The step benchmark runs, compares like with like, and says what it compared. No time is asserted."""
+"""The step benchmark runs, compares equal work, and reports what it compared. No time is asserted."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_both_sides_do_the_same_work() -> None:
     output = bench(*small, "--mask-slots", "4", "--pairs", "1")
     ours, theirs = counts(output, "giantdet"), counts(output, "torchvision")
     assert ours["rois"] == theirs["rois"] == 16
-    assert ours["masks_computed"] >= ours["masks_trained"] >= 1  # the CPU leaves out unused slots
+    assert ours["masks_computed"] >= ours["masks_trained"] >= 1  # the CPU skips unused slots
     assert theirs["masks_computed"] >= 1
-    # Same weights and pixels; the two draw different RoIs.
+    # The weights and pixels are the same; the two draw different RoIs.
     assert abs(ours["loss"] - theirs["loss"]) < 0.2 * theirs["loss"]
     assert len(re.findall(r"data [\d.]+  forward [\d.]+  backward [\d.]+  optimizer [\d.]+", output)) == 4
     assert re.search(r"^machine: .+ cores, 1 threads", output, re.MULTILINE)
@@ -44,14 +44,14 @@ def test_both_sides_do_the_same_work() -> None:
     assert ratio and float(ratio[1]) > 0
 
 
-def test_refuses_what_torchvision_has_not() -> None:
+def test_refuses_settings_that_torchvision_does_not_have() -> None:
     command = [sys.executable, str(REPO / "benchmarks" / "bench.py"), "--backbone", "convnext_atto"]
     (ended,) = run_together([(command, environment())], fresh=False)
     assert ended.code == 2
     assert "--only giantdet" in ended.err
 
 
-def test_bench_of_masks_finds_the_same_masks() -> None:
+def test_bench_of_masks_gives_the_same_masks() -> None:
     script = REPO / "benchmarks" / "bench_masks.py"
     command = [sys.executable, str(script), "--images", "1", "--detections", "3", "--height", "60"]
     (ended,) = run_together([(command, environment())], fresh=False)
@@ -60,7 +60,7 @@ def test_bench_of_masks_finds_the_same_masks() -> None:
     assert differing and int(differing[1]) <= 2, ended.out
 
 
-def test_bench_of_evaluations_has_the_same_numbers_of_all_backends() -> None:
+def test_bench_of_evaluations_agrees_for_all_backends() -> None:
     pytest.importorskip("hotcoco")
     script = REPO / "benchmarks" / "bench_eval.py"
     command = [sys.executable, str(script), "--images", "3", "--detections", "9"]

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: help, errors of one line, every command on a tiny run."""
+"""The command line as users see it: help, one-line errors, every command on a tiny run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SCRIPT = REPO / "scripts/train.py"
 
 
 def _run(*command: object) -> Ended:
-    """A script in a process of its own, which is forked; a module in an interpreter of its own."""
+    """Run a script in a fork, or a module in a new interpreter."""
     return run_together([([sys.executable, *map(str, command)], environment())], fresh=False)[0]
 
 
 def _one_line(code: int, err: str, *parts: str) -> None:
-    """Exit code 2 and one line of ours; libraries' own chatter at import is not ours."""
+    """Assert exit code 2 and one line of ours; messages of libraries during imports are ignored."""
     assert code == 2, err
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if "giantdet: error" in line]
@@ -51,7 +51,7 @@ def _write(folder: Path, raw: dict[str, Any]) -> Path:
     return path
 
 
-def test_help_in_a_process_of_its_own() -> None:
+def test_help_in_a_separate_process() -> None:
     done = _run("-m", "giantdet.cli", "--help")
     assert done.code == 0
     assert all(command in done.out for command in COMMANDS)
@@ -100,21 +100,21 @@ def test_ctrl_c_ends_a_command_with_one_line(monkeypatch: Any, capsys: Any) -> N
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_mistakes_of_a_run_are_one_line(
+def test_mistakes_in_a_run_give_one_line(
     change: dict[str, Any], parts: list[str], demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     raw = tiny_run(demo_data, tmp_path / "out")
     for path, value in change.items():
         set_path(raw, path, value)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)  # and what comm.start sets is taken back
+        monkeypatch.delenv(name, raising=False)  # also undoes what comm.start sets
         monkeypatch.setenv(name, {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}.get(name, "0"))
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     code = cli.main(["train", "--deepspeed_config", str(_write(tmp_path, raw))])
     _one_line(code, capsys.readouterr().err, *parts)
 
 
-def test_missing_or_broken_json_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_or_broken_json_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = cli.main(["train", "--config", str(tmp_path / "no.json")])
     _one_line(code, capsys.readouterr().err, "no.json: no such file")
     (tmp_path / "broken.json").write_text('{"a": 1,}')
@@ -122,7 +122,7 @@ def test_missing_or_broken_json_is_one_line(tmp_path: Path, capsys: pytest.Captu
     _one_line(code, capsys.readouterr().err, "broken.json: line 1")
 
 
-def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(options: Any) -> None:
         int("not a number")
         raise AssertionError
@@ -132,8 +132,8 @@ def test_bug_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         cli.main(["configs"])
 
 
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ValueError whose last frame lies in giantdet, but which is none of its errors."""
+def test_a_bug_in_giantdet_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError raised in giantdet that is not one of its own error types."""
     source = compile("a, b = [1, 2, 3]", configs.__file__, "exec")
 
     def broken(options: Any) -> None:
@@ -167,19 +167,27 @@ def test_errors_carry_their_exit_codes(
 
 
 def test_script_in_one_process(demo_data: Path, tmp_path: Path) -> None:
-    """Unknown backbone under python; then a run of two steps, in either spelling of the local rank."""
+    """An unknown backbone under python; then a run of two steps, with either spelling of the local rank."""
     run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
     done = _run(SCRIPT, "--deepspeed_config", run, "--local_rank=0", "model.backbone.name=resnet51")
     _one_line(done.code, done.err, "unknown backbone 'resnet51'")
-    done = _run(SCRIPT, "--deepspeed", "--deepspeed_config", run, "--local-rank=0", "train.steps=1")
+    done = _run(
+        SCRIPT,
+        "--deepspeed",
+        "--deepspeed_config",
+        run,
+        "--local-rank=0",
+        "train.steps=1",
+        "train.report=true",
+    )
     assert done.code == 0, done.err
     assert (tmp_path / "out/export/model.safetensors").is_file()
     assert (tmp_path / "out/losses.png").is_file()
+    assert "could not be made" not in (tmp_path / "out/report.html").read_text()
+    assert str(tmp_path / "out/report.html") in done.out
 
 
-def test_rank_that_never_comes_is_one_line(
-    demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
+def test_missing_rank_gives_one_line(demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """Rank 0 of two, alone, waits as long as the JSON says: 1.2 seconds."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
@@ -193,7 +201,7 @@ def test_rank_that_never_comes_is_one_line(
     assert "giantdet: stopped: rank 0 of 2 on " in err and "1/2 clients joined" in err
 
 
-def test_port_in_use_is_one_line(demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_port_in_use_gives_one_line(demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
     with socket.socket() as other:
         other.bind(("", 0))
@@ -205,38 +213,38 @@ def test_port_in_use_is_one_line(demo_data: Path, tmp_path: Path, capsys: Any, m
     _one_line(code, capsys.readouterr().err, "is in use", "--master_port")
 
 
-def test_late_rank_is_one_line() -> None:
-    """Rank 1 is alive and silent: the others end within the time-out, of a group made later as well."""
+def test_late_rank_gives_one_line() -> None:
+    """Rank 1 is alive but silent: the others end within the time-out, also in a group created later."""
     late = launch(REPO / "tests/distributed/worker_late.py", 2)
     assert [end.code for end in late] == [4, 0], logs(late)
-    said = [line for line in late[0].err.splitlines() if "giantdet: stopped" in line]
-    assert len(said) == 1 and "Traceback" not in late[0].err
-    assert "rank 0 of 2 on " in said[0] and "Timed out waiting 3000ms" in said[0]
+    stopped = [line for line in late[0].err.splitlines() if "giantdet: stopped" in line]
+    assert len(stopped) == 1 and "Traceback" not in late[0].err
+    assert "rank 0 of 2 on " in stopped[0] and "Timed out waiting 3000ms" in stopped[0]
 
 
-def test_deepspeed_launcher_says_it_once(demo_data: Path, tmp_path: Path) -> None:
+def test_deepspeed_launcher_prints_the_error_once(demo_data: Path, tmp_path: Path) -> None:
     run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out", giantdet__model__num_classes=2))
     port = f"--master_port={free_port()}"
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus=2", port]
     done = _run(*launcher, SCRIPT, "--deepspeed_config", run)
-    said = [line for line in (done.err + done.out).splitlines() if "giantdet: error" in line]
+    errors = [line for line in (done.err + done.out).splitlines() if "giantdet: error" in line]
     assert done.code != 0
-    assert len(said) == 1, done.err
-    assert "num_classes is 2" in said[0]
+    assert len(errors) == 1, done.err
+    assert "num_classes is 2" in errors[0]
     assert "Traceback" not in done.err
 
 
-def test_each_reason_is_said_once_over_all_ranks() -> None:
-    """Two ranks stop for one reason, one for another; the main rank is silent in the second launch."""
+def test_each_reason_is_printed_once_over_all_ranks() -> None:
+    """Two ranks stop for one reason, one for another; in the second launch the main rank has no message."""
     worker = REPO / "tests/distributed/worker_words.py"
     same = launch(worker, 3, "bad key", "bad key", "disk full")
-    said = [[line for line in end.err.splitlines() if line in ("bad key", "disk full")] for end in same]
-    assert said == [["bad key"], [], ["disk full"]], logs(same)
+    printed = [[line for line in end.err.splitlines() if line in ("bad key", "disk full")] for end in same]
+    assert printed == [["bad key"], [], ["disk full"]], logs(same)
     alone = launch(worker, 2, "-", "disk full")
     assert ["disk full" in end.err for end in alone] == [False, True], logs(alone)
 
 
-def test_print_config_reads_back_to_the_same_run(demo_data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_print_config_round_trips(demo_data: Path, tmp_path: Path, capsys: Any) -> None:
     run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
     assert cli.main(["train", "--config", str(run), "--print-config", "train.steps=7"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -250,7 +258,39 @@ def test_print_config_reads_back_to_the_same_run(demo_data: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_bn_size_that_does_not_fit_is_found_before_anything_is_built(
+def test_overrides_may_stand_before_and_after_options(
+    demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
+    options = ["train.steps=3", "--config", str(run), "train.seed=4", "--print-config", "train.steps=7"]
+    assert cli.main(["train", *options, "~giantdet.data.val"]) == 0
+    printed = json.loads(capsys.readouterr().out)["giantdet"]
+    assert (printed["train"]["steps"], printed["train"]["seed"], printed["data"]["val"]) == (7, 4, None)
+    assert cli.parse(["plan", str(run), "a=1", "--gpus", "8", "b=2"]).overrides == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "x", "a=1", "--print-config", "nonsense"],
+        ["train", "--config", "x", "--prnt-config=1"],
+        ["doctor", "a=1"],
+    ],
+)
+def test_other_arguments_that_are_left_are_errors(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(arguments)
+    assert "unrecognized arguments: " + arguments[-1] in capsys.readouterr().err
+
+
+def test_verbose_shows_the_lines_of_deepspeed(demo_data: Path, tmp_path: Path, capsys: Any) -> None:
+    run = str(_write(tmp_path, tiny_run(demo_data, tmp_path / "out")))
+    for options, level in ((["--verbose"], "info"), (["--verbose", "log_level=debug"], "debug"), ([], None)):
+        assert cli.main(["train", "--config", run, "--print-config", *options]) == 0
+        assert json.loads(capsys.readouterr().out).get("log_level") == level
+
+
+def test_invalid_bn_size_is_found_before_anything_is_built(
     demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = 'norm.fpn={"type": "cgbn", "bn_size": 3}'
@@ -316,12 +356,12 @@ def test_predict(tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any
     results = json.loads((output / "results.json").read_text())
     assert {r["file_name"] for r in results} == {str(image), str(twin)}
     pictures = sorted(p.name for p in output.glob("*.png"))
-    assert pictures == [f"{image.stem}.png", f"{image.stem}_2.png"], "files of one name do not overwrite"
+    assert pictures == [f"{image.stem}.png", f"{image.stem}_2.png"], "files of the same name are both kept"
     assert all(Image.open(output / name).width >= 64 for name in pictures)
     capsys.readouterr()
 
 
-def test_predict_says_what_is_wrong(tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_errors_of_predict(tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any) -> None:
     out = ["--output", str(tmp_path / "out")]
     for arguments, part in (
         ([str(tiny_export), str(tmp_path / "no.jpg")], "no.jpg: no such image"),
@@ -339,7 +379,7 @@ def test_predict_says_what_is_wrong(tiny_export: Path, demo_data: Path, tmp_path
     assert source.read_bytes() == before
 
 
-def test_eval_refuses_foreign_categories(
+def test_eval_refuses_unknown_categories(
     tiny_export: Path, demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

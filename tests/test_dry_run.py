@@ -1,13 +1,14 @@
-"""Every recipe on a GPU that is not there: training and evaluation on fake CUDA tensors.
+"""Every recipe on a GPU that does not exist: training and evaluation on fake CUDA tensors.
 
 Fake tensors have shapes, types and a device, but no content. An operator whose operands are on different
-devices or have types that do not fit raises as on a GPU, and so does reading a value on the host and a shape
-that depends on data. The Triton operators are represented by their fakes: their kernels need a GPU
+devices or have incompatible types raises as on a GPU, and so does reading a value on the host or a
+data-dependent shape. The Triton operators are represented by their fakes: their kernels need a GPU
 (`scripts/qualify_gpu.py`).
 
-The backward pass is not run: without a CUDA driver the autograd engine refuses CUDA tensors, fake ones too,
-and so does tracing a joint graph. (One traced on the CPU has the CPU's kernels: replayed on fake CUDA tensors
-it says nothing about the GPU's.) The backward functions of giantdet's own GPU operators are called directly.
+The backward pass is not run: without a CUDA driver the autograd engine refuses CUDA tensors, including fake
+ones, and so does tracing a joint graph. (A graph traced on the CPU contains the CPU's kernels: replayed on
+fake CUDA tensors it says nothing about the GPU's.) The backward functions of giantdet's own GPU operators are
+called directly.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from giantdet.tools.count import with_assumed_classes
 
 REPO = Path(__file__).resolve().parents[1]
 IMAGES = 2
-# Two blocks of each kind instead of dozens: in ViTDet every fourth part of the backbone ends with global
+# Two blocks of each kind instead of dozens: in ViTDet every quarter of the backbone ends with global
 # attention, and in Swin shifted windows alternate with others.
 FEWER_BLOCKS: dict[str, dict[str, Any]] = {
     "vit": {"depth": 8},
@@ -52,7 +53,7 @@ FEWER_BLOCKS: dict[str, dict[str, Any]] = {
 
 
 def recipes() -> dict[str, ResolvedRun]:
-    """The recipes of distinct models, by name: those of one model in several batch sizes are one."""
+    """The recipes of distinct models, by name: recipes that differ only in batch size count once."""
     found: dict[str, tuple[str, ResolvedRun]] = {}
     for path in sorted((REPO / "ds_configs").glob("*.json")):
         run = resolve(with_assumed_classes(load_run(path)), 1, 10**6)
@@ -67,12 +68,12 @@ def recipes() -> dict[str, ResolvedRun]:
 RECIPES = recipes()
 
 
-# Fake tensors accept operands of several types where a GPU's kernels raise.
+# Operators for which fake tensors accept operands of several types, but a GPU's kernels raise.
 ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors of nested lists and tuples."""
+    """Return the tensors of nested lists and tuples."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -83,9 +84,9 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 
 class Strict(TorchDispatchMode):
-    """Raises RuntimeError for operators on several devices, which are copies, and on types that do not fit.
+    """Raises RuntimeError for operators across devices, which are copies, and on incompatible types.
 
-    The host waits for a copy: only one from pinned memory does not, and nothing in a model is there.
+    The host waits for a copy unless it is from pinned memory, and no tensor of a model is pinned.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,19 +100,19 @@ class Strict(TorchDispatchMode):
 
 
 def built(run: ResolvedRun) -> Architecture:
-    """The run's model on the meta device, with the types of weights and buffers under DeepSpeed's engine."""
+    """Return the run's model on the meta device, with the dtypes that it has under DeepSpeed's engine."""
     config, dtype = run.giantdet, weight_dtype(run)
     with deferred_init():
         model = build_model(config.model, config.data.size, config.norm, IMAGES)
     model = model.to("meta")
     cast_buffers(model, dtype)
-    for parameter in model.parameters():  # DeepSpeed casts these alone
+    for parameter in model.parameters():  # DeepSpeed casts only these
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def shortened(run: ResolvedRun) -> ResolvedRun:
-    """The run with fewer blocks in its backbone."""
+    """Return the run with fewer blocks in its backbone."""
     giantdet = run.giantdet
     backbone = giantdet.model.backbone
     fewer = FEWER_BLOCKS.get(re.split("[0-9_]", backbone.name)[0], {})
@@ -130,7 +131,7 @@ def test_recipe(name: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = model.to_empty(device="cuda").train()
         batch = empty_batch(run.giantdet.data, IMAGES, model.targets).to("cuda")
-        mode.allow_non_fake_inputs = False  # a tensor that did not move with the model would be on the CPU
+        mode.allow_non_fake_inputs = False  # a tensor left on the CPU would not be fake
         with Strict():
             losses = model.losses(model(batch), batch)
             with torch.no_grad():
@@ -155,7 +156,7 @@ FORBIDDEN: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_the_dry_run_finds(what: str) -> None:
+def test_the_dry_run_detects(what: str) -> None:
     with FakeTensorMode(), Strict():
         x = torch.empty(3, 3, device="cuda")
         with pytest.raises(RuntimeError):
@@ -163,7 +164,7 @@ def test_the_dry_run_finds(what: str) -> None:
 
 
 class Context(SimpleNamespace):
-    """What an autograd function keeps between its forward and backward pass."""
+    """Stores what an autograd function saves between its forward and backward pass."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -173,9 +174,9 @@ class Context(SimpleNamespace):
 
 
 class BatchNormKernels(Strict):
-    """Answers for PyTorch's CUDA kernels of batch norms, which have no fakes, and checks their operands.
+    """Stands in for PyTorch's CUDA kernels of batch norms, which have no fakes, and checks their operands.
 
-    The types and layouts are those that aten/src/ATen/native/cuda/Normalization.cu asks for or assumes.
+    The dtypes and layouts are those that aten/src/ATen/native/cuda/Normalization.cu checks or assumes.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -222,7 +223,7 @@ class BatchNormKernels(Strict):
 
 
 def merged(parts: Tensor, eps: float, moving: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Answer for the Triton kernel between the passes, of one rank and 8 channels."""
+    """Stand in for the Triton kernel between the passes, with one rank and 8 channels."""
     assert (parts.dtype, parts.shape, parts.is_contiguous()) == (torch.float32, (1, 17), True)
     count = torch.empty(1, dtype=torch.int32, device=parts.device)
     return parts.new_empty(8), parts.new_empty(8), count
@@ -235,7 +236,7 @@ def merged(parts: Tensor, eps: float, moving: Any) -> tuple[Tensor, Tensor, Tens
 def test_cgbn(
     images: int, layout: torch.memory_format, dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward over the ranks of a group, with and without Triton's kernel between."""
+    """Forward and backward over the ranks of a group, with and without Triton's kernel in between."""
     function: Any = cgbn._Normalise
     if fused:
         pytest.importorskip("triton")
@@ -250,7 +251,7 @@ def test_cgbn(
             more = (None,) if fused else ()  # the running statistics
             answer = function.forward(context, x, weight, bias, 1e-5, None, *more)
             y, *statistics = [answer] if fused else answer
-            # The gradient comes in the layout of the next layer.
+            # The gradient arrives in the layout of the next layer.
             dy = torch.empty(x.shape, device="cuda", dtype=dtype)
             dx, dweight, dbias, *rest = function.backward(context, dy)
             assert set(rest) == {None} and isinstance(dx, Tensor)
@@ -270,7 +271,7 @@ def test_cgbn(
 @pytest.mark.skipif(not triton_kernels.INSTALLED, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_roi_align(dtype: torch.dtype) -> None:
-    """The Triton operator's backward gets what its forward keeps, and returns the levels' gradients."""
+    """The Triton operator's backward uses what its forward saved, and returns the levels' gradients."""
     from giantdet.ops import roi_align_triton
 
     strides = [4.0, 8.0]

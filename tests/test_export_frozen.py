@@ -1,4 +1,4 @@
-"""Exports that leave out the weights of a frozen backbone: written by real runs, and filled in again."""
+"""Exports without the weights of a frozen backbone: written by real runs, and completed when loaded."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ WIDE = {"channels": [32, 48, 48, 160]}  # so that one weight is allocated late a
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
-    """Runs of two ranks at ZeRO-3 in bf16: `whole` exports all, `light` leaves the backbone out.
+    """Runs on two ranks at ZeRO-3 in bf16: `whole` exports all weights, `light` leaves the backbone out.
 
-    `next` starts from the export of `light`, which has settings that are without effect. weights.safetensors
-    has the backbone's own weights, and said.txt what the main rank printed.
+    `next` starts from the export of `light`, with settings that have no effect. weights.safetensors has the
+    backbone's own weights, and out.txt the output of the main rank.
     """
     folder = tmp_path_factory.mktemp("frozen_exports")
     torch.manual_seed(3)
@@ -64,13 +64,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
             raw["giantdet"]["model"]["init_weights"] = str(folder / "light/export")
         files.append(folder / f"{name}.json")
         files[-1].write_text(json.dumps(raw))
-    (folder / "said.txt").write_text(launch_ok(TRAIN, 2, *files)[0].out)
+    (folder / "out.txt").write_text(launch_ok(TRAIN, 2, *files)[0].out)
     return folder
 
 
 @pytest.fixture
 def light(runs: Path, tmp_path: Path) -> Path:
-    """A copy of the export that lacks its backbone."""
+    """A copy of the export without its backbone."""
     return shutil.copytree(runs / "light/export", tmp_path / "light")
 
 
@@ -79,9 +79,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
-def test_a_run_says_what_is_frozen(runs: Path) -> None:
+def test_a_run_reports_what_is_frozen(runs: Path) -> None:
     lines = [
-        line for line in (runs / "said.txt").read_text().splitlines() if line.startswith("backbone frozen: ")
+        line for line in (runs / "out.txt").read_text().splitlines() if line.startswith("backbone frozen: ")
     ]
     count = sum(load_file(runs / "whole/export/model.safetensors")[key].numel() for key in trained_by_timm())
     whole = (
@@ -92,7 +92,7 @@ def test_a_run_says_what_is_frozen(runs: Path) -> None:
 
 
 def trained_by_timm() -> list[str]:
-    """Names of convolutions: batch norms are constants, and the classifier is not part of the backbone."""
+    """Names of convolutions: batch norms are constant, and the classifier is not part of the backbone."""
     named = timm.create_model("test_resnet", **WIDE).named_parameters()
     return [f"backbone.body.{name}" for name, p in named if p.ndim == 4]
 
@@ -112,7 +112,7 @@ def test_only_the_body_is_left_out(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["argument", "link"])
-def test_filled_in_from_a_file_it_is_the_whole_export(
+def test_completed_from_a_file_equals_the_whole_export(
     runs: Path, light: Path, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = runs / "weights.safetensors" if way == "argument" else None
@@ -125,7 +125,7 @@ def test_filled_in_from_a_file_it_is_the_whole_export(
     assert_equal(detector.state_dict(), load_detector(runs / "whole/export")[0].state_dict())
 
 
-def test_what_is_missing_or_wrong_is_one_line(runs: Path, light: Path, tmp_path: Path) -> None:
+def test_missing_or_wrong_weights_give_one_line(runs: Path, light: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"read from weights.safetensors: put that file .* as backbone\.safe"
     ):
@@ -138,8 +138,8 @@ def test_what_is_missing_or_wrong_is_one_line(runs: Path, light: Path, tmp_path:
         load_detector(runs / "whole/export", backbone="x")
 
 
-def test_export_of_a_checkpoint_is_that_of_the_run(runs: Path, tmp_path: Path) -> None:
-    """And what users keep beside an export stays there."""
+def test_export_of_a_checkpoint_equals_the_runs(runs: Path, tmp_path: Path) -> None:
+    """Files that users keep beside an export are not removed."""
     (tmp_path / "backbone.safetensors").symlink_to(runs / "weights.safetensors")
     assert main(["export", str(runs / "light"), "--output", str(tmp_path)]) == 0
     assert (tmp_path / "backbone.safetensors").exists()
@@ -152,14 +152,14 @@ def test_export_of_a_checkpoint_is_that_of_the_run(runs: Path, tmp_path: Path) -
 
 
 def test_a_run_starts_from_such_an_export(runs: Path) -> None:
-    """At ZeRO-3, whose large weights are allocated late: the export of `next` has the same backbone."""
+    """At ZeRO-3, where large weights are allocated late, the export of `next` has the same backbone."""
     whole, started = (load_file(runs / name / "export/model.safetensors") for name in ("whole", "next"))
     assert_equal(*({k: t for k, t in e.items() if k.startswith("backbone.")} for e in (whole, started)))
     assert any(not torch.equal(whole[key], started[key]) for key in whole)
 
 
 def offline(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let timm find the weights of every tag in a file."""
+    """Make timm load the weights of every tag from a file."""
     create = timm.create_model
 
     def create_offline(name: str, **options: Any) -> torch.nn.Module:
@@ -181,7 +181,7 @@ def test_by_timms_tag(
     assert caplog.messages[-1].endswith(f"{NAME}: filled in from timm's weights of {NAME}")
     expected = load_detector(runs / "whole/export")[0].state_dict()
     assert_equal(detector.state_dict(), expected)
-    # As initial weights, by a run whose backbone has no weights of its own.
+    # As initial weights of a run whose backbone has no weights of its own.
     model = build_model(exported.model, exported.size, exported.norm)
     load_weights(model, exported.model.model_copy(update={"init_weights": str(light)}))
     for key, tensor in model.state_dict().items():
@@ -193,7 +193,7 @@ def test_by_timms_tag(
         )
 
 
-def test_the_tag_is_written_in_full(demo_data: Path, tmp_path: Path) -> None:
+def test_the_full_tag_is_written(demo_data: Path, tmp_path: Path) -> None:
     raw = tiny_run(demo_data, tmp_path, giantdet__train__export_backbone=False)
     raw["giantdet"]["model"] = raw["giantdet"]["model"] | {
         "backbone": {"name": "test_resnet", "frozen": True, "pretrained": True},
@@ -216,7 +216,7 @@ def test_the_tag_is_written_in_full(demo_data: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_could_not_be_filled_in_is_refused(model: dict[str, Any], message: str) -> None:
+def test_exports_that_cannot_be_completed_are_refused(model: dict[str, Any], message: str) -> None:
     raw = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "train_batch_size": 2}
     block = {"model": model, "train": {"steps": 1, "export_backbone": False}}
     with pytest.raises(ConfigError, match=message):

@@ -35,7 +35,7 @@ ROWS = {
     "giants": ["toy"],
     "whole": ["demo", "loader"],
 }
-"""By group, in the order of the report. `speed` is left out: `frozen` runs its code."""
+"""Checks by group, in the order of the report. `speed` is left out: `frozen` runs its code."""
 WITHOUT_LIMIT = {"versions", "CUDA graph", *(row for key in ROWS if key != "correct" for row in ROWS[key])}
 
 
@@ -57,7 +57,7 @@ def test_all_groups_report(tmp_path: Path) -> None:
 
 
 def test_a_failed_group_is_reported(tmp_path: Path) -> None:
-    """A group that cannot start fails its row and the exit code."""
+    """A group that cannot start fails its row and sets the exit code."""
     command = [sys.executable, str(REPO / "scripts" / "qualify_gpu.py"), "--device", "cpu", "--toy"]
     command += ["--output", str(tmp_path), "--only", "norms"]
     (tmp_path / "torch.py").write_text("raise ImportError('no torch')")

@@ -1,4 +1,4 @@
-"""Forked ranks are what started ones are; processes are given up when they hang, not when they are slow."""
+"""Forked ranks behave like started ones; processes are given up when they hang, not when they are slow."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_ends_as_python_ends(script: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+def test_ends_like_python(script: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
     monkeypatch.setenv("ONLY_HERE", "yes")
     ends = launch(script, 5, "well", "error", "code", "words", "signal", fresh=fresh)
     assert [end.code for end in ends] == [0, 1, 7, 1, -9]
-    said = f"__main__ {script} {script.parent} {REPO} 5 yes\n"
-    assert {end.out for end in ends[:4]} == {f"{said}thread\natexit\n"}
+    line = f"__main__ {script} {script.parent} {REPO} 5 yes\n"
+    assert {end.out for end in ends[:4]} == {f"{line}thread\natexit\n"}
     assert all(end.err.startswith("in the other file\n") for end in ends[:4])
     assert ends[1].err.endswith("ValueError: what is wrong\n") and "line 11, in <module>" in ends[1].err
     assert ends[3].err.endswith("file\nwords\n")
 
 
-def test_forks_know_what_is_imported_and_differ_as_processes_do(tmp_path: Path) -> None:
+def test_forks_share_imports_and_differ_like_processes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
@@ -61,7 +61,7 @@ def test_forks_know_what_is_imported_and_differ_as_processes_do(tmp_path: Path) 
     assert launch_ok(script, 1, fresh=True)[0].out.startswith("False")
 
 
-def test_what_is_read_at_the_start_takes_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_read_at_start_need_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys; print('deepspeed' in sys.modules)")
     assert launch_ok(script, 1)[0].out == "True\n"
@@ -70,25 +70,25 @@ def test_what_is_read_at_the_start_takes_a_start(tmp_path: Path, monkeypatch: py
 
 
 def test_forks_end_with_the_tests(tmp_path: Path) -> None:
-    """Whichever way these end: here by SIGKILL, as the out-of-memory killer does it."""
+    """However these end: here by SIGKILL, as by the out-of-memory killer."""
     (tmp_path / "rank.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     code = f"from pathlib import Path; import tiny; tiny.launch(Path('{tmp_path}/rank.py'), 1)"
     temporary = environment(TMPDIR=str(tmp_path))
     tests = subprocess.Popen([sys.executable, "-c", code], env=temporary, cwd=REPO)
     patience = Patience([tests.pid])
-    while not (said := [path.read_text() for path in tmp_path.glob("*/0.out")]) or not said[0]:
+    while not (outputs := [path.read_text() for path in tmp_path.glob("*/0.out")]) or not outputs[0]:
         assert not patience.has_ended() and tests.poll() is None
         time.sleep(0.05)
     tests.kill()
     tests.wait()
-    rank = Path("/proc") / said[0].strip()
+    rank = Path("/proc") / outputs[0].strip()
     while rank.exists():
         assert not patience.has_ended()
         time.sleep(0.05)
 
 
-def test_a_hang_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank waits for ever, and has a child that waits in a session of its own."""
+def test_a_hang_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank waits forever, and has a child that waits in its own session."""
     monkeypatch.setattr(tiny, "Patience", lambda pids: Patience(pids, still=2.0))
     script = tmp_path / "script.py"
     script.write_text(
@@ -104,7 +104,7 @@ def test_a_hang_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_slow_is_not_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grandchild in another session works longer than it may stand still, at a low priority."""
+    """A grandchild in another session works at a low priority, for longer than the idle time-out."""
     monkeypatch.setattr(tiny, "Patience", lambda pids: Patience(pids, still=2.0))
     work = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
     command = [
@@ -115,7 +115,7 @@ def test_slow_is_not_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert run_together([([*command, sys.executable, "-c", work], environment())])[0].code == 0
 
 
-def test_those_that_wait_for_a_failed_rank_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_waiting_for_a_failed_rank_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tiny, "Patience", lambda pids, still=9.0, limit=9.0: Patience(pids, still=min(still, 1.0))
     )

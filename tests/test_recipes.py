@@ -1,4 +1,4 @@
-"""The recipes' names, and the page that is made from them."""
+"""The recipes' names, and the page generated from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = re.compile(
     r"(?P<model>megdet(_challenge)?|retinanet|upernet|[a-z_]+?_(rcnn|fpn))_(?P<backbone>[a-z0-9_]+?)_(?P<batch>\d+)_(agvm_)?"
     r"(sgd|adamw)(_long|_released)?"
 )
-# Started on what there is, not on a number of GPUs.
+# These do not start from a number of GPUs.
 FREE = {"demo", "mask_rcnn_resnet50_finetune_adamw"}
 
 
@@ -27,11 +27,11 @@ def page_maker() -> Any:
     return module
 
 
-def test_page_is_current() -> None:
+def test_page_is_up_to_date() -> None:
     assert (REPO / "docs/recipes.md").read_text() == page_maker().render(), "run python scripts/recipes.py"
 
 
-def test_names_say_what_is_in_them() -> None:
+def test_names_describe_the_recipes() -> None:
     seen = 0
     for path in RECIPES:
         if path.stem in FREE:
@@ -56,7 +56,7 @@ def test_names_say_what_is_in_them() -> None:
     assert seen > 25
 
 
-def test_the_papers_batches_are_there() -> None:
+def test_the_papers_batch_sizes_exist() -> None:
     stems = {path.stem for path in RECIPES}
     assert {f"megdet_resnet50_{b}_sgd" for b in (16, 32, 64, 128, 256)} < stems
     assert "megdet_resnet50_256_sgd_long" in stems

@@ -1,4 +1,4 @@
-"""A detector and a run small enough for tests, and real processes to run them in. No test in here."""
+"""A detector and a run small enough for tests, and real processes to run them in. Contains no tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from patience import Patience
-from ranks import Forked, Nursery, Order
+from ranks import Forked, ForkRequest, ForkServer
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "upernet": {
         "type": "upernet",
         "backbone": {"name": "test_resnet"},
-        # Without dropout, so that ranks and one process draw the same.
+        # Without dropout, so that ranks and one process draw the same random numbers.
         "decode_head": {"width": 16, "pool_scales": [1, 2], "dropout": 0.0},
         "auxiliary_head": {"width": 16, "dropout": 0.0},
     },
@@ -80,11 +80,11 @@ FORMATS: dict[str, str] = {
     "upernet": "semantic_png",
     "panoptic_fpn": "coco_panoptic",
 }
-"""The format of the data set that each architecture is trained on."""
+"""The format of the data set for each architecture."""
 
 
 def demo_section(data: Path, split: str, kind: str = "mask_rcnn") -> dict[str, Any]:
-    """The section of a split of the demo set in `data`, in the format for an architecture."""
+    """Return the section of a split of the demo set in `data`, in the format for an architecture."""
     own = {
         "coco": {"annotations": str(data / f"{split}.json")},
         "coco_panoptic": {"annotations": str(data / f"panoptic_{split}.json")},
@@ -97,9 +97,9 @@ def demo_section(data: Path, split: str, kind: str = "mask_rcnn") -> dict[str, A
 
 
 def tiny_run(data: Path, output: Path, kind: str = "mask_rcnn", **changes: Any) -> dict[str, Any]:
-    """A run's JSON of an architecture on the demo set in `data`, canvas 64 x 64.
+    """Return the JSON of a run of an architecture on the demo set in `data`, canvas 64 x 64.
 
-    `changes` by dotted path, `__` for a dot.
+    `changes` are by dotted path, with `__` for a dot.
     """
     raw: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
@@ -119,7 +119,8 @@ def tiny_run(data: Path, output: Path, kind: str = "mask_rcnn", **changes: Any) 
                 "mask_frame": 28,
                 "workers": 0,
             },
-            "train": {"steps": 2, "output": str(output), "log_every": 1},
+            # Without the report, which takes longer than the steps; tests/report has it.
+            "train": {"steps": 2, "output": str(output), "log_every": 1, "report": False},
         },
     }
     for path, value in changes.items():
@@ -128,7 +129,7 @@ def tiny_run(data: Path, output: Path, kind: str = "mask_rcnn", **changes: Any) 
 
 
 def demo_run(data: Path, output: Path, steps: int = 2) -> list[str]:
-    """Arguments of scripts/train.py: a few steps of the demo, smaller, on the demo set in `data`."""
+    """Return arguments of scripts/train.py: a few steps of a smaller demo, on the demo set in `data`."""
     return [
         "--deepspeed_config",
         str(REPO / "ds_configs/demo.json"),
@@ -141,12 +142,13 @@ def demo_run(data: Path, output: Path, steps: int = 2) -> list[str]:
         f"data.val.images={data / 'val'}",
         f"train.steps={steps}",
         "train.log_every=1",
+        "train.report=false",
         f"train.output={output}",
     ]
 
 
 def set_path(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted path without touching the dicts that other runs share."""
+    """Set a dotted path without changing dicts that other runs share."""
     *parents, last = path.split(".")
     for parent in parents:
         raw[parent] = dict(raw.get(parent, {}))
@@ -162,7 +164,7 @@ def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a subprocess: CPU, one thread, compiled ops where the repository keeps them, tests importable."""
+    """Return a subprocess's environment: CPU, one thread, the repository's compiled ops, tests importable."""
     kept = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     }
@@ -176,7 +178,7 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-ENVIRONMENT = environment()  # before any test has changed one for itself
+ENVIRONMENT = environment()  # before any test changes its environment
 
 
 def free_port() -> int:
@@ -186,7 +188,7 @@ def free_port() -> int:
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Assert that two runs had the same losses and exported the same weights, to the last bit."""
+    """Assert that two runs had the same losses and exported the same weights, bit for bit."""
     import torch
     from safetensors.torch import load_file
 
@@ -203,7 +205,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 class Ended(NamedTuple):
-    """What a process left behind."""
+    """The exit code and output of a process."""
 
     code: int
     out: str
@@ -215,11 +217,10 @@ Process = subprocess.Popen[bytes] | Forked
 
 
 def launch(script: Path, world: int, *arguments: object, fresh: bool = False) -> list[Ended]:
-    """Run `script` as `world` ranks, and what each left behind.
+    """Run `script` as `world` ranks; return the exit code and output of each.
 
-    Each is a real process: forked from one that has imported what ranks need, or with `fresh` a new
-    interpreter. A rank that fails ends the others after a moment, as a launcher does. AssertionError where
-    they hang.
+    Each is a real process: forked from one that has done the imports, or with `fresh` a new interpreter. A
+    rank that fails ends the others after a moment, as a launcher does. Raises AssertionError if they hang.
     """
     group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(script), *map(str, arguments)]
@@ -228,14 +229,14 @@ def launch(script: Path, world: int, *arguments: object, fresh: bool = False) ->
 
 
 def run_together(commands: Sequence[Command], fresh: bool = True) -> list[Ended]:
-    """Run commands in their environments at the same time, and what each left behind.
+    """Run commands in their environments at the same time; return the exit code and output of each.
 
     Without `fresh`, scripts are forked as in `launch`. One that fails ends the others after a moment.
-    AssertionError where they hang.
+    Raises AssertionError if they hang.
     """
-    if not fresh:  # ranks begin together, and not one while the other's nursery imports
-        nurseries = [_nursery(number) for number in range(min(2, len(commands)))]
-        assert all(each.is_ready() for each in nurseries)
+    if not fresh:  # all servers must have finished their imports, so that ranks start together
+        servers = [_fork_server(number) for number in range(min(2, len(commands)))]
+        assert all(each.is_ready() for each in servers)
     with tempfile.TemporaryDirectory() as folder:
         files = [[Path(folder, f"{i}.{name}") for name in ("out", "err")] for i in range(len(commands))]
         processes = []
@@ -249,22 +250,22 @@ def run_together(commands: Sequence[Command], fresh: bool = True) -> list[Ended]
 
 
 @cache
-def _nursery(number: int) -> Nursery:
-    """The first or the second one, started when it is needed first.
+def _fork_server(number: int) -> ForkServer:
+    """Return the first or the second server, started on first use.
 
-    Neighbouring ranks come from two, and so have two hash seeds as processes have that are started: where
-    ranks walk through a set each in an order of its own, they hang here as they would hang there.
+    Neighbouring ranks come from different servers and so have different hash seeds, like processes that are
+    started: ranks that iterate over a set in different orders hang here as they would in a real run.
     """
-    return Nursery(ENVIRONMENT)
+    return ForkServer(ENVIRONMENT)
 
 
 def _start(command: Command, out: Path, err: Path, number: int | None) -> Process:
-    """As a new interpreter, or as the fork of this number."""
+    """Start a new interpreter, or a fork with this number."""
     words, variables = command
     if number is not None:
-        source = _nursery(number % 2)
+        source = _fork_server(number % 2)
         if source.can_run(words, variables):
-            return source.start(Order(words, variables, str(out), str(err)))
+            return source.start(ForkRequest(words, variables, str(out), str(err)))
     with out.open("wb") as stdout, err.open("wb") as stderr:
         return subprocess.Popen(
             words,
@@ -272,16 +273,16 @@ def _start(command: Command, out: Path, err: Path, number: int | None) -> Proces
             cwd=REPO,
             stdout=stdout,
             stderr=stderr,
-            start_new_session=True,  # so that what a process starts, a compiler say, ends with it
+            start_new_session=True,  # so that a process's children, such as a compiler, end with it
         )
 
 
 def _wait(ranks: Sequence[Process]) -> bool:
-    """Wait for their ends; False where they hung and were killed."""
+    """Wait until the ranks end; return False if they hung and were killed."""
     patience, failed = Patience(rank.pid for rank in ranks), False
     while any(rank.poll() is None for rank in ranks):
         if not failed and any(rank.returncode for rank in ranks):
-            # The others may be on their way to their own ends, or wait for the one that failed.
+            # The others may be about to end themselves, or wait for the one that failed.
             patience, failed = Patience((rank.pid for rank in ranks), still=15.0, limit=300.0), True
         if patience.has_ended():
             for rank in ranks:
@@ -289,7 +290,7 @@ def _wait(ranks: Sequence[Process]) -> bool:
                     os.killpg(rank.pid, signal.SIGKILL)
             while any(rank.poll() is None for rank in ranks):
                 time.sleep(0.01)
-            return failed  # not a hang of its own: the others waited for the one that failed
+            return failed  # not a hang: the others waited for the failed one
         time.sleep(0.05)
     return True
 
@@ -302,7 +303,7 @@ def logs(results: list[Ended]) -> str:
 
 
 def launch_ok(script: Path, world: int, *arguments: object, fresh: bool = False) -> list[Ended]:
-    """`launch`, and every rank must end with exit code 0."""
+    """`launch`, but assert that every rank ends with exit code 0."""
     results = launch(script, world, *arguments, fresh=fresh)
     assert all(end.code == 0 for end in results), logs(results)
     return results
@@ -310,7 +311,7 @@ def launch_ok(script: Path, world: int, *arguments: object, fresh: bool = False)
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A file system in memory; skips the test where none may be mounted."""
+    """Mount a file system in memory; skip the test if that is not possible."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     try:

@@ -22,12 +22,12 @@ from giantdet.ops import shapes
 from giantdet.structures import Batch
 
 REPO = Path(__file__).resolve().parents[2]
-shapes.ENABLED = False  # on the CPU too, as on the GPU that it stands for or is compared with
+shapes.ENABLED = False  # the CPU computes what the GPU does, whose stand-in or reference it is
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large the checks run."""
+    """The device and the size of the checks."""
 
     device: torch.device
     toy: bool
@@ -44,12 +44,12 @@ class Row(NamedTuple):
 
     check: str
     passed: bool | None
-    """None: a measurement without a limit."""
+    """None for a measurement without a limit."""
     found: str
 
 
 def difference(ours: Tensor, reference: Tensor) -> float:
-    """Return |ours - reference| / |reference|, in float64 on the CPU; infinite where one is not finite."""
+    """Return |ours - reference| / |reference|, in float64 on the CPU; infinite if either is not finite."""
     ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
     if not (ours.isfinite().all() and reference.isfinite().all()):
         return float("inf")
@@ -62,7 +62,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds(step: Callable[[], object], device: torch.device, repeats: int, warm: int = 3) -> float:
-    """Return the median seconds of `step`, each run to the end of its kernels."""
+    """Return the median seconds of `step`, including the end of its kernels."""
     for _ in range(warm):
         step()
     times = []

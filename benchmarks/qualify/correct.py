@@ -37,7 +37,7 @@ def checks(setting: Setting) -> Iterator[Row]:
         except Exception as error:
             yield Row(check.__name__, False, " ".join(f"{type(error).__name__}: {error}".split())[:600])
             if "CUDA error" in str(error):
-                raise  # nothing works after it in this process
+                raise  # no later check can work in this process
 
 
 def versions(setting: Setting) -> Row:

@@ -1,4 +1,4 @@
-"""The same as `speed`, with the stem and the first stage frozen, as detectron2 and the recipes train."""
+"""The checks of `speed`, with the stem and the first stage frozen, as detectron2 and the recipes train."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from giantdet.tools.plan import Plan
 
 
 class Giant(NamedTuple):
-    """A detector to measure: the recipe, changes of it, and images of a step."""
+    """A detector to measure: the recipe, overrides, and images per step."""
 
     title: str
     recipe: str
@@ -51,20 +51,20 @@ def giants(setting: Setting) -> tuple[Giant, ...]:
 
 
 def resolved(giant: Giant) -> ResolvedRun:
-    """Return its run on one rank: two micro-steps, ZeRO-1, no block recomputed."""
+    """Return its run on one rank: two micro-steps, ZeRO-1, no recomputed block."""
     fixed = ("zero_optimization.stage=1", "model.backbone.checkpoint_blocks=false")
     path, overrides = recipe(giant.recipe, *fixed, *giant.overrides)
     return run_with(path, overrides, giant.images, world=1)
 
 
 class Estimate(NamedTuple):
-    """What is computed before the GPU is used."""
+    """Numbers computed before the GPU is used."""
 
     run: ResolvedRun
     flops: float
     """FLOPs of the forward and backward pass of a micro-batch."""
     memory: float
-    """GiB that `giantdet plan` gives, without its reserve."""
+    """GiB according to `giantdet plan`, without its reserve."""
 
 
 ESTIMATES: dict[str, Estimate] = {}
@@ -83,7 +83,7 @@ def prepare(setting: Setting) -> None:
         ESTIMATES[giant.title] = Estimate(run, flops, memory)
         if not READY:
             READY[giant.title] = step = Step(setting, run)
-            step()  # compiles
+            step()  # compiles the model
 
 
 def checks(setting: Setting) -> Iterator[Row]:
@@ -97,7 +97,7 @@ def checks(setting: Setting) -> Iterator[Row]:
 
 
 class Step:
-    """A whole optimizer step of a run, without AGVM, on images of noise."""
+    """A whole optimizer step of a run, without AGVM, on noise images."""
 
     def __init__(self, setting: Setting, run: ResolvedRun) -> None:
         model = zero.build(run, run.batch.micro).to(setting.device)

@@ -56,7 +56,7 @@ def kinds(channels: int, setting: Setting) -> dict[str, Callable[[Tensor], Tenso
         "CGBN": CrossGpuBatchNorm(channels, group=group).to(device),
     }
     if device.type == "cuda":
-        # The module itself leaves out its collectives in a world of one.
+        # The module itself skips its collectives in a world of one.
         norm = nn.SyncBatchNorm(channels).to(device)
 
         def sync(x: Tensor) -> Tensor:

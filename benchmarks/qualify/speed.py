@@ -36,13 +36,13 @@ class Inputs:
 
 
 def prepare(setting: Setting) -> None:
-    """Make the inputs and compile, while the checks of correctness run."""
+    """Create the inputs and compile, while the correctness checks run."""
     global INPUTS
     INPUTS = inputs(setting)
 
 
 def inputs(setting: Setting, frozen: tuple[str, ...] = ()) -> Inputs:
-    """Return the inputs; parameters whose names in the backbone begin with `frozen` are not trained."""
+    """Return the inputs; backbone parameters whose names begin with `frozen` are not trained."""
     size, images = canvas(setting)
     head = {"batch_per_image": setting.pick(512, 32)}
     backbone = setting.pick("resnet50", "resnet18")
@@ -98,7 +98,7 @@ def checks(setting: Setting) -> Iterator[Row]:
 def faster(
     setting: Setting, given: Inputs, batch: Batch, rate: float, reference: float | None, name: str = ""
 ) -> Iterator[Row]:
-    """Measure a large batch compiled and as a graph, a small one as a graph."""
+    """Measure a large batch compiled and as a graph, and a small batch as a graph."""
     images = len(batch.images_B3HW)
     ways = ("CUDA graph",) if images == FEW else ("compiled", "compiled, CUDA graph")
     for way in ways:
@@ -115,7 +115,7 @@ def faster(
 def row(
     name: str, images: int, each: float, rate: float, reference: float | None = None, flops: float = 0.0
 ) -> Row:
-    """Return the row of a step of `each` seconds; `reference` is torchvision's."""
+    """Return the row for a step of `each` seconds; `reference` is torchvision's time."""
     beside = f", {reference / each:.2f} times torchvision" if reference else ""
     share = (flops or INPUTS.flops) * images / each / rate
     return Row(
@@ -135,7 +135,7 @@ def training_step(model: Architecture, batch: Batch) -> Callable[[], None]:
 
 
 def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Return a step of SGD with momentum; the rate is so low that all steps do the same work."""
+    """Return a step of SGD with momentum; the LR is so low that all steps do the same work."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9, foreach=True)
 

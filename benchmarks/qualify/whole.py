@@ -1,4 +1,4 @@
-"""The loader's and the evaluation's rates, and the demo's whole training."""
+"""The speed of the loader and of the evaluation, and a whole training of the demo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(setting: Setting) -> Path:
 
 
 def prepare(setting: Setting) -> None:
-    """Make the demo's images, while other groups use the GPU."""
+    """Generate the demo's images, while other groups use the GPU."""
     images = setting.pick((2000, 200), (16, 4))
     make_demo(folder(setting) / "data", *images)
 
@@ -49,14 +49,14 @@ def demo(setting: Setting) -> Iterator[Row]:
 def first_steps(setting: Setting, ways: dict[str, list[str]]) -> Iterator[Row]:
     """Compare the losses of a few steps in all modes with eager's."""
     steps = setting.pick(20, 2)
-    # At once: the numbers of interest are losses, not seconds.
+    # At once, because only losses are compared, not times.
     short = ["train.log_every=1", f"train.steps={steps}", "data.val=null"]
     runs = {name: train(setting, name, [*short, *changes]) for name, changes in ways.items()}
     losses = {name: [line["loss"] for line in lines_of(run)] for name, run in runs.items()}
     reference = losses["eager"]
     for name, found in losses.items():
         if len(found) != steps:
-            yield Row(f"demo, {name}", False, f"ended early, see {folder(setting) / name}.log")
+            yield Row(f"demo, {name}", False, f"exited early, see {folder(setting) / name}.log")
         elif name != "eager":
             apart = [abs(a - b) / b for a, b in zip(found, reference, strict=True)]
             text = f"losses of steps 1 and {steps} are {apart[0]:.1e} and {apart[-1]:.1e} from eager's"
@@ -83,13 +83,13 @@ def whole(setting: Setting, changes: list[str]) -> Iterator[Row]:
 
 
 class Run(subprocess.Popen[str]):
-    """A training in a process of its own, and the folder of its output."""
+    """A training in its own process, and its output folder."""
 
     output: Path
 
 
 def train(setting: Setting, name: str, changes: list[str]) -> Run:
-    """Start `scripts/train.py` on one process."""
+    """Start `scripts/train.py` in one process."""
     output = folder(setting) / name
     data = folder(setting) / "data"
     command = [sys.executable, str(REPO / "scripts" / "train.py")]
@@ -120,7 +120,7 @@ def lines_of(run: Run) -> list[dict[str, float]]:
 
 
 def loader(setting: Setting) -> Iterator[Row]:
-    """Images/s of one worker: PNG files of 128 pixels, resized to a canvas of 1024, masks on."""
+    """Images/s of one worker: PNG files of 128 pixels, resized to a canvas of 1024, with masks."""
     data = folder(setting) / "data"
     section = {
         "train": {"annotations": str(data / "train.json"), "images": str(data / "train")},

@@ -33,6 +33,8 @@ class Architecture(nn.Module):
     """Advice for training on a data set without masks, as the end of an error message."""
     OWN_STATE: ClassVar[frozenset[str]] = frozenset()
     """Names of buffers that other projects' models do not have."""
+    OPTIONAL_PARTS: ClassVar[tuple[str, ...]] = ()
+    """Top-level modules that initial weights may lack altogether; they then start with new weights."""
 
     def __init__(self, config: ArchitectureConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -48,6 +50,17 @@ class Architecture(nn.Module):
         mean, std = self.backbone.mean, self.backbone.std
         self.pixel_scale = tuple(1.0 / (255.0 * s) for s in std)
         self.pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+    def add_optional_parts(self, state: dict[str, Tensor]) -> list[str]:
+        """Add this model's own tensors of each of `OPTIONAL_PARTS` that `state` lacks; return their names."""
+        own = self.state_dict()
+        added = []
+        for part in self.OPTIONAL_PARTS:
+            missing = {key: tensor for key, tensor in own.items() if key.startswith(f"{part}.")}
+            if missing and not any(key.startswith(f"{part}.") for key in state):
+                state |= missing
+                added.append(part)
+        return added
 
     @property
     def targets(self) -> frozenset[str]:

@@ -71,6 +71,7 @@ class Predictions(NamedTuple):
 class CascadeMaskRcnn(Architecture):
     """Two-stage detector with a cascade of box heads; see `Architecture` for the arguments."""
 
+    OPTIONAL_PARTS = ("mask_head",)
     WITHOUT_MASKS = (
         "; set giantdet.model.mask_head.enabled to false to train on boxes"
         " (and the source of a semantic_branch to boxes)"

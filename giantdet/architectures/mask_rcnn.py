@@ -64,6 +64,7 @@ class Predictions(NamedTuple):
 class MaskRcnn(Architecture):
     """Two-stage detector; see `Architecture` for the arguments."""
 
+    OPTIONAL_PARTS = ("mask_head",)
     WITHOUT_MASKS = (
         "; set giantdet.model.mask_head.enabled to false to train on boxes"
         " (and the source of a semantic_branch to boxes)"

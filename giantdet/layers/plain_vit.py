@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from giantdet.layers.body import (
     require_multiple,
 )
 from giantdet.layers.cgbn import Float32Buffers
-from giantdet.layers.relative_attention import RelativeAttention
+from giantdet.layers.relative_attention import RelativeAttention, zero_padding
 
 _PREFIX_TOKENS = ("cls_token", "reg_token", "dist_token")
 
@@ -82,10 +82,14 @@ class PlainViT(Float32Buffers, Backbone):
         self.dropped_keys = frozenset(keys - set(body.state_dict()))
         self._store_rope()
         self.position_grid = self._trained_positions = self._position_grid(config)
+        self.position_fit = config.position_fit
         self.register_buffer("key_mask", self._key_mask(), persistent=False)
         self._made_mask: Tensor | None = None
+        if config.relative_positions:
+            self._add_relative_positions()
+        if config.attend_padding and self.key_mask is not None:
+            self._attend_padding(self.key_mask[:, 0, 0])
         if config.relative_positions or config.attend_padding:
-            self._replace_attention(config)
             self.one_size = "a plain ViT with relative_positions or attend_padding"
         self._tell_windows()
         if config.frozen_stages:
@@ -128,20 +132,20 @@ class PlainViT(Float32Buffers, Backbone):
             raise InputError(f"backbone '{config.name}' has no absolute positions: leave out position_grid")
         return config.position_grid
 
-    def _replace_attention(self, config: BackboneConfig) -> None:
+    def _add_relative_positions(self) -> None:
         """Give each block the attention of ViTDet's code."""
-        inside = None
-        if config.attend_padding and self.key_mask is not None:
-            inside, self.key_mask = self.key_mask[:, 0, 0], None
         for index, block in enumerate(self.body.blocks):
-            is_global = index in self.global_blocks
-            grid = self.grid if is_global else (self.window, self.window)
-            block.attn = RelativeAttention(
-                block.attn, grid, config.relative_positions, None if is_global else inside
-            )
-        if config.relative_positions:
-            tables = ("rel_pos_h", "rel_pos_w")
-            self.added_keys = frozenset(key for key in self.body.state_dict() if key.endswith(tables))
+            grid = self.grid if index in self.global_blocks else (self.window, self.window)
+            block.attn = RelativeAttention(block.attn, grid)
+        tables = ("rel_pos_h", "rel_pos_w")
+        self.added_keys = frozenset(key for key in self.body.state_dict() if key.endswith(tables))
+
+    def _attend_padding(self, inside: Tensor) -> None:
+        """Let padded tokens enter the attention of windowed blocks as zeros, and leave out their mask."""
+        self.key_mask = None
+        for index, block in enumerate(self.body.blocks):
+            if index not in self.global_blocks:
+                zero_padding(block.attn, inside)
 
     def _store_rope(self) -> None:
         """Store the part of the rotary embeddings that depends only on the grid.
@@ -220,13 +224,18 @@ class PlainViT(Float32Buffers, Backbone):
         if self.position_grid is None:
             return positions_1NC
         grid_hwc = rearrange(positions_1NC.float(), "1 (h w) c -> h w c", h=self.position_grid[0])
-        # Two small matrices, because PyTorch's kernel runs over all channels in sequence, and its backward
-        # pass by atomic additions: together 8 ms of a ViT-L's micro-step on an H200.
-        rows_hH, columns_wW = (
-            bicubic(a, b, grid_hwc.device) for a, b in zip(self.position_grid, self.grid, strict=True)
-        )
-        resized = einsum(grid_hwc, rows_hH, columns_wW, "h w c, h H, w W -> H W c")
-        return resized.to(positions_1NC.dtype).flatten(0, 1)[None]
+        if self.position_fit == "tile":
+            tiles = [-(-new // old) for old, new in zip(self.position_grid, self.grid, strict=True)]
+            tiled = repeat(grid_hwc, "h w c -> (a h) (b w) c", a=tiles[0], b=tiles[1])
+            fitted = tiled[: self.grid[0], : self.grid[1]]
+        else:
+            # Two small matrices, because PyTorch's kernel runs over all channels in sequence, and its
+            # backward pass by atomic additions: together 8 ms of a ViT-L's micro-step on an H200.
+            rows_hH, columns_wW = (
+                bicubic(a, b, grid_hwc.device) for a, b in zip(self.position_grid, self.grid, strict=True)
+            )
+            fitted = einsum(grid_hwc, rows_hH, columns_wW, "h w c, h H, w W -> H W c")
+        return fitted.to(positions_1NC.dtype).flatten(0, 1)[None]
 
     def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the rotary embeddings of global and of windowed blocks.

@@ -21,56 +21,40 @@ class RelativeAttention(nn.Module):
 
     The logit of a query q and a key is scale * q.k + q.rows[dy] + q.columns[dx], where dy and dx are the
     distances of the two tokens on the grid. The tables `rel_pos_h` and `rel_pos_w` are `[2 * side - 1, head
-    dimension]`, shared by the heads, and zero at the start. `positions` False leaves them out.
-
-    `inside`, bool `[windows, N]`, is False at padded tokens; B is a multiple of `windows`. Padding enters as
-    zeros after the norm, as in ViTDet, so that the keys and values of padded tokens are the biases. With None
-    there is no padding.
+    dimension]`, shared by the heads, and zero at the start.
     """
 
-    inside: Tensor | None
     row_index: Tensor
     column_index: Tensor
     row_and_column: Tensor
 
-    def __init__(
-        self, attn: nn.Module, grid: tuple[int, int], positions: bool, inside: Tensor | None
-    ) -> None:
+    def __init__(self, attn: nn.Module, grid: tuple[int, int]) -> None:
         """Take over the layers of `attn`. Raises InputError for another attention than ViT's and DeiT's."""
         super().__init__()
         if not isinstance(attn, Attention) or attn.gate is not None or not isinstance(attn.norm, nn.Identity):
             raise InputError(
-                "relative_positions and attend_padding are for the attention of ViT and DeiT, "
-                f"not for {type(attn).__name__}"
+                f"relative_positions is for the attention of ViT and DeiT, not for {type(attn).__name__}"
             )
         self.grid, self.num_heads, self.scale = grid, attn.num_heads, attn.scale
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
         self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
-        self.positions = positions
-        if positions:
-            height, width = grid
-            self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, attn.head_dim))
-            self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, attn.head_dim))
-            self.register_buffer("row_index", _distances(height), persistent=False)
-            self.register_buffer("column_index", _distances(width), persistent=False)
-            self.register_buffer("row_and_column", _row_and_column(height, width), persistent=False)
-        self.register_buffer("inside", inside, persistent=False)
+        height, width = grid
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, attn.head_dim))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, attn.head_dim))
+        self.register_buffer("row_index", _distances(height), persistent=False)
+        self.register_buffer("column_index", _distances(width), persistent=False)
+        self.register_buffer("row_and_column", _row_and_column(height, width), persistent=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         assert not is_causal  # an argument of timm's blocks, never set here
-        if self.inside is not None:
-            padded = ~self.inside[..., None]
-            x = x.unflatten(0, (-1, len(padded))).masked_fill(padded, 0.0).flatten(0, 1)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        size, scale = v.shape[-1], self.scale
-        if self.positions:
-            q, k = self._with_positions(q, k)
-            scale = 1.0
-            v = F.pad(v, (0, q.shape[-1] - size))  # fused kernels want the same size of all three
+        size = v.shape[-1]
+        q, k = self._with_positions(q, k)
+        v = F.pad(v, (0, q.shape[-1] - size))  # fused kernels want the same size of all three
         dropout = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, scale=scale)[..., :size]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, scale=1.0)[..., :size]
         projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
         return projected
 
@@ -90,6 +74,23 @@ class RelativeAttention(nn.Module):
         terms = torch.cat([of_rows, of_columns], -1).flatten(2, 3)
         place = self.row_and_column.to(k.dtype).expand(*k.shape[:2], -1, -1)
         return torch.cat([q * self.scale, terms], -1), torch.cat([k, place], -1)
+
+
+def zero_padding(attn: nn.Module, inside: Tensor) -> None:
+    """Set padded tokens to zero at the entry of any attention, from now on.
+
+    `inside`, bool `[windows, N]`, is False at padded tokens; B of the input `[B, N, C]` is a multiple of
+    `windows`. Padding is zero after the norm, as in ViTDet, so that keys and values of padded tokens are the
+    biases.
+    """
+    attn.register_buffer("inside", inside, persistent=False)
+    attn.register_forward_pre_hook(_zero_padding)
+
+
+def _zero_padding(attn: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *others = inputs
+    padded = ~attn.get_buffer("inside")[..., None]
+    return x.unflatten(0, (-1, len(padded))).masked_fill(padded, 0.0).flatten(0, 1), *others
 
 
 def _distances(side: int) -> Tensor:

@@ -22,7 +22,7 @@ Translate = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 _WRAPPERS = ("_forward_module.", "_orig_mod.", "module.")
 _AVERAGES = (
     *("state_dict_ema", "model_ema"),  # in the order of timm's `load_state_dict`
-    *("ema_state_dict", "model_ema_state_dict", "ema_model", "ema"),
+    *("ema_state_dict", "model_ema_state_dict", "ema_model", "ema_state", "ema"),
     "teacher",  # DINO's average, which its evaluation takes
 )
 _PREFERRED = (

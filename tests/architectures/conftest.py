@@ -9,5 +9,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Path:
-    """What detectron2's own models answer; its README says how they are made."""
+    """The folder of detectron2's golden outputs; its README says how they were made."""
     return shared / "golden/models"

@@ -1,4 +1,4 @@
-"""Golden models of detectron2, rebuilt here with the same weights, and the batch that they were run on."""
+"""Golden models of detectron2, rebuilt here with the same weights, and the batch used for them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def build(
         if hasattr(module, "conventions"):
             module.conventions = dataclasses.replace(CONVENTIONS["detectron2"], anchors_in_padding=True)
     description = json.loads((golden / f"{name}.json").read_text())
-    # A model of a Python configuration (ViTDet's) has everything in its overrides.
+    # Models with a Python configuration (ViTDet's) have everything in their overrides.
     config = description["config"] or {key.upper(): v for key, v in description["overrides"].items()}
     mean, std = config["PIXEL_MEAN"], config["PIXEL_STD"]
     model.pixel_scale = tuple(1 / s for s in std)
@@ -78,7 +78,7 @@ def build(
 
 
 def narrow_stem(body: Any) -> None:
-    """Replace the stem by one of 8 channels: timm's has 64 whatever the stages have."""
+    """Replace the stem by one of 8 channels: timm's has 64 at every width."""
     body.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
     body.bn1 = type(body.bn1)(8)
     body.layer1[0].conv1 = nn.Conv2d(8, 8, 1, bias=False)
@@ -86,7 +86,7 @@ def narrow_stem(body: Any) -> None:
 
 
 def load_weights(golden: Path, name: str) -> dict[str, Tensor]:
-    """Return {the reference's key: weight} of the model `name`, by the rule in the folder `golden`."""
+    """Return {the reference's key: weight} of the model `name`, by the rule given in the folder `golden`."""
     spec = importlib.util.spec_from_file_location("weight_rule", golden / "weight_rule.py")
     assert spec is not None and spec.loader is not None
     rule = importlib.util.module_from_spec(spec)
@@ -104,7 +104,7 @@ def load(golden: Path, *empty: int, canvas: tuple[int, int] = CANVAS) -> Batch:
         boxes_BM4=torch.zeros(2, SLOTS, 4),
         labels_BM=torch.zeros(2, SLOTS, dtype=torch.int64),
         valid_BM=torch.zeros(2, SLOTS, dtype=torch.bool),
-        # Cells of one pixel, and one more around the image that repeats its edge.
+        # One-pixel cells; one more around the image repeats its edge.
         masks_BMSS=torch.zeros(2, SLOTS, side, side, dtype=torch.uint8),
         frames_BM4=torch.zeros(2, SLOTS, 4),
         semantic_BHW=torch.full((2, *canvas), IGNORE, dtype=torch.uint8),
@@ -128,7 +128,7 @@ def load(golden: Path, *empty: int, canvas: tuple[int, int] = CANVAS) -> Batch:
 
 
 class GoldenStep(NamedTuple):
-    """What a golden model's first training step gives."""
+    """The results of a golden model's first training step."""
 
     losses: dict[str, float]
     counts: dict[str, float]  # means over the two images
@@ -138,7 +138,7 @@ class GoldenStep(NamedTuple):
 
 
 def golden_step(golden: Path, name: str, empty: tuple[int, ...] = ()) -> GoldenStep:
-    """Return the step of golden model `name`; `empty` (1,): of the batch whose image 1 has no objects."""
+    """Return the step of golden model `name`; `empty` (1,) selects the batch whose image 1 has no objects."""
     whole = json.loads((golden / f"{name}_A.json").read_text())
     if not empty:
         per_parameter = whole["grad_norm_per_parameter"]

@@ -1,4 +1,4 @@
-"""Comparisons of a model's answers, losses and gradients with those of a golden model."""
+"""Comparisons of a model's outputs, losses and gradients with those of a golden model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def norm(gradients: Iterable[Tensor | None]) -> float:
 
 
 def as_golden(losses: dict[str, Tensor], anchors: int) -> dict[str, Tensor]:
-    """Return the losses with detectron2's divisor in the RPN, which counts slots without an anchor, too."""
+    """Return the losses with detectron2's divisor in the RPN, which also counts slots without an anchor."""
     rpn = anchors / RPN_SLOTS
     return {name: loss * rpn if "_rpn_" in name else loss for name, loss in losses.items()}
 
 
 def modules_by_golden_name(model: Any) -> dict[str, list[nn.Module]]:
-    """Return the modules of a model by the names that detectron2 has for them."""
+    """Return the modules of a model by detectron2's names for them."""
     name = "backbone.net" if model.backbone.is_plain else "backbone.bottom_up"
     found = {name: [model.backbone], "backbone.fpn": [model.fpn]}
     for name, attribute in (
@@ -81,7 +81,7 @@ def assert_same_gradients(model: Any, loss: Tensor, expected: dict[str, float], 
 
 
 def assert_same_gradient_of_each_parameter(model: Any, expected: dict[str, float], rel: float) -> None:
-    """Compare the norms of the gradients that a backward pass has left."""
+    """Compare the norms of the gradients left by a backward pass."""
     parameters = dict(model.named_parameters())
     names = DETECTRON2.names(expected)
     found = {key: norm([parameters.pop(names[key]).grad]) for key in expected}
@@ -89,7 +89,7 @@ def assert_same_gradient_of_each_parameter(model: Any, expected: dict[str, float
 
 
 def same_boxes(ours_N4: Tensor, theirs_N4: Tensor, atol: float = 1e-2) -> Tensor:
-    """Assert that the sets are equal; return where each of theirs is among ours. Near ties may swap."""
+    """Assert that the sets are equal; return the index of each of theirs in ours. Near ties may swap."""
     assert len(ours_N4) == len(theirs_N4)
     nearest_N, index_N = torch.cdist(theirs_N4.double(), ours_N4.double(), p=torch.inf).min(1)
     assert (nearest_N < atol).all(), f"{(nearest_N >= atol).sum()} boxes differ, by {nearest_N.max():.2g}"

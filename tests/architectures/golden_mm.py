@@ -1,7 +1,7 @@
-"""Golden models of mmdetection: their weights in our names, and comparisons with what they gave.
+"""Golden models of mmdetection: their weights under our names, and comparisons with their outputs.
 
-Losses and norms of gradients agree to a relative 1e-4. What a change of 1e-6 on every weight moves is in
-`mmdet_*_A_noise.json`: losses by up to 3e-5, and the area of a mask by up to 2 pixels.
+Losses and norms of gradients agree to a relative 1e-4. `mmdet_*_A_noise.json` has the effect of a change of
+1e-6 on every weight: losses change by up to 3e-5, and the area of a mask by up to 2 pixels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Golden models of mmsegmentation: their weights in our names, and comparisons with what they gave.
+"""Golden models of mmsegmentation: their weights under our names, and comparisons with their outputs.
 
-Tolerances are 1e-4, relative; for an array, of its largest value. A change of 1e-6 on every weight moves the
-arrays by at most 2e-5 of it and the gradient norms of modules by at most 7e-5 (`mmseg_*_A_noise.json`).
+Tolerances are a relative 1e-4; for an array, relative to its largest value. A change of 1e-6 on every weight
+changes the arrays by at most 2e-5 and the gradient norms of modules by at most 7e-5 (`mmseg_*_A_noise.json`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import NormConfig
 from giantdet.layers.semantic_head import to_canvas
 
-# Theirs is ResNetV1c: three 3x3 convolutions in the stem.
+# mmsegmentation uses ResNetV1c: three 3x3 convolutions in the stem.
 BACKBONE: dict[str, Any] = {
     "name": "resnet50c",
     "timm_args": {"stem_width": 4, "channels": [8, 16, 32, 64]},
@@ -41,7 +41,7 @@ def build(golden: Path, name: str, section: dict[str, Any]) -> Architecture:
 
 
 def evaluate_norms(model: Architecture) -> None:
-    """Training mode, except for BatchNorms, which use their running statistics."""
+    """Set training mode, except for BatchNorms, which use their running statistics."""
     for module in model.train().modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -87,6 +87,6 @@ def check_classes(logits_BChw: Tensor, arrays: Any) -> None:
 
 
 def close(found: Tensor, expected: np.ndarray[Any, Any]) -> None:
-    """Assert equality up to the tolerance, of the largest value."""
+    """Assert equality up to the tolerance, relative to the largest value."""
     largest = float(np.abs(expected).max())
     torch.testing.assert_close(found, torch.from_numpy(expected), atol=TOLERANCE * largest, rtol=0)

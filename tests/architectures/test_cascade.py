@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN against detectron2's own model, and what no golden model has."""
+"""Cascade Mask R-CNN against detectron2's own model, and tests of what no golden model covers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def arrays(golden: Path) -> Any:
 
 
 class Stages:
-    """What goes into the box heads of a model and what comes out of them."""
+    """Records the inputs and outputs of a model's box heads."""
 
     def __init__(self, model: CascadeMaskRcnn, monkeypatch: pytest.MonkeyPatch) -> None:
         self.boxes: list[Tensor] = []
@@ -114,8 +114,8 @@ def test_a_batch_without_objects_has_clean_gradients(model: CascadeMaskRcnn, gol
     assert all(t.isfinite().all() for t in tree_flatten(predictions)[0] if t is not None)
 
 
-def test_boxes_without_area_leave_in_training() -> None:
-    """A stage's boxes are clipped; what has no area left, or is not finite, is no RoI of the next."""
+def test_boxes_without_area_are_dropped_in_training() -> None:
+    """A stage's boxes are clipped; those without area, or not finite, are no RoIs of the next stage."""
     boxes_B54 = torch.tensor(
         [[[1, 2, 30, 40], [-9, -9, -1, 5], [70, 1, 90, 9], [5, 5, 99, 99], [torch.nan, 0, 9, 9]]]
     )
@@ -162,8 +162,10 @@ def test_without_masks(dataset: CocoDataset) -> None:  # noqa: F811
 
 
 def test_compiles_to_one_graph(dataset: CocoDataset) -> None:  # noqa: F811
-    """Forward and losses without a break; the same graph serves images without objects. With the conventions
-    of detectron2 and CIoU: test_challenge_model.py."""
+    """Forward and losses compile without a graph break; the same graph handles images without objects.
+
+    test_challenge_model.py covers the conventions of detectron2 and CIoU.
+    """
     torch._dynamo.reset()
     detector = small(kind="cascade_mask_rcnn", norm="frozen", conventions="mmdetection").train()
     counter = CompileCounterWithBackend("eager")

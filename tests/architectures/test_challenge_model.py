@@ -1,4 +1,4 @@
-"""OHEM, large kernels, context and a semantic branch in one model: graph, recomputation, the counts."""
+"""OHEM, large kernels, context and a semantic branch in one model: one graph, recomputation, counts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_recomputation_changes_nothing(demo_data: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"mask_head": {"enabled": False}}, section("mask_rcnn")])
 def test_flat_pass_of_cuda_graphs(demo_data: Path, changes: dict[str, Any]) -> None:
-    """Tensors in and out, whatever heads there are: predictions as without it, and the same tree."""
+    """The flat pass takes and returns tensors: same predictions and same structure, whatever the heads."""
     run, batch = run_of(demo_data, "mask_rcnn", giantdet__model={**MODELS["mask_rcnn"], **changes})
     losses, model = {}, build(run)
     state = copy.deepcopy(model.state_dict())
@@ -89,7 +89,7 @@ def test_flat_pass_of_cuda_graphs(demo_data: Path, changes: dict[str, Any]) -> N
 
 
 def test_plan_counts_the_parts(demo_data: Path) -> None:
-    """FLOPs of a real step; each part adds some, OHEM to the forward pass alone."""
+    """FLOPs equal those of a real step; each part adds some, OHEM to the forward pass only."""
     kind = "mask_rcnn"
     run, batch = run_of(demo_data, kind, giantdet__model=section(kind))
     model = build(run)

@@ -1,4 +1,4 @@
-"""Rows of classes are taken over by name, for every architecture, against a loop over the rows."""
+"""Rows of class layers are transferred by name, for every architecture, against a loop over the rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model_of(kind: str, classes: Classes, **changes: Any) -> tuple[Architecture,
 
 
 def blocks(layer: Any, rows: Tensor, count: int) -> list[list[Tensor]]:
-    """The rows of each class in each block; the last entry has those of background and things."""
+    """Return the rows of each class in each block; the last entry has those of background and things."""
     size, found = len(rows) // layer.blocks, []
     for b in range(layer.blocks):
         block = rows[b * size : (b + 1) * size]
@@ -67,7 +67,7 @@ def test_rows_follow_the_names(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also those of a model that is built for ZeRO-3, whose weights are not allocated yet."""
+    """Holds for a model built for ZeRO-3 too, whose weights are not allocated yet."""
     torch.manual_seed(0)
     old, _, about = model_of(kind, OLD)
     save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
@@ -79,7 +79,7 @@ def test_rows_follow_the_names(
         with deferred_init(0) if deferred else nullcontext():
             built.append(model_of(kind, NEW, init_weights=str(tmp_path)))
     (start, _, _), (new, config, exported) = built
-    list(real_parameters(start, torch.float32))  # as they are without a file
+    list(real_parameters(start, torch.float32))  # the initialisation without a file
     fresh = start.state_dict()
     with caplog.at_level(logging.WARNING, "giantdet"):
         load_weights(new, config, exported.classes)
@@ -105,14 +105,14 @@ def test_rows_follow_the_names(
         assert "new weights for: water" in text
 
 
-def test_the_same_classes_in_another_order_say_nothing(
+def test_the_same_classes_in_another_order_print_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, _, about = model_of("mask_rcnn", OLD)
     save_file({k: v.contiguous() for k, v in old.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(about.model_dump_json())
-    turned = Classes(objects=tuple(reversed(OLD.objects)))
-    new, config, exported = model_of("mask_rcnn", turned, init_weights=str(tmp_path))
+    reordered = Classes(objects=tuple(reversed(OLD.objects)))
+    new, config, exported = model_of("mask_rcnn", reordered, init_weights=str(tmp_path))
     with caplog.at_level(logging.WARNING, "giantdet"):
         load_weights(new, config, exported.classes)
     rows = new.state_dict()["box_head.classes.weight"]
@@ -120,10 +120,10 @@ def test_the_same_classes_in_another_order_say_nothing(
     assert "new weights" not in caplog.text
 
 
-def test_classes_of_another_data_set_meet_under_other_names(
+def test_classes_of_another_data_set_match_under_other_names(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Objects365's names, as its file has them, for COCO's."""
+    """Names of Objects365, as its file spells them, match those of COCO."""
     theirs = Classes(objects=((1, "Person"), (38, "Moniter/TV"), (62, "Cell Phone")))
     ours = Classes(objects=((72, "tv"), (77, "cell phone"), (81, "sink"), (1, "person")))
     old, _, about = model_of("mask_rcnn", theirs)

@@ -1,4 +1,4 @@
-"""The whole detector, small: the same modules and shapes whatever images hold, and finite gradients."""
+"""The whole detector, small: the same modules and shapes whatever images contain, and finite gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> CocoPanopticDataset:
-    """A data set that has what every architecture needs."""
+    """A data set with everything that any architecture needs."""
     folder = tmp_path_factory.mktemp("scenes")
     make_demo(folder, train_images=8, val_images=1, size=64)
     return CocoPanopticDataset(folder / "panoptic_train.json", folder / "train", folder / "panoptic_train")
@@ -60,7 +60,7 @@ def loader_of(dataset: CocoDataset, slots: int, images: int) -> Any:
 
 
 def emptied(batch: Batch, *which: int) -> Batch:
-    """Without the objects and labelled pixels of images `which`."""
+    """Return the batch without the objects and labelled pixels of images `which`."""
     keep_B = torch.tensor([b not in which for b in range(len(batch.images_B3HW))])
     fields = batch.targets._asdict()
     zeroed = {n: v * keep_B.view(-1, *[1] * (v.ndim - 1)).to(v.dtype) for n, v in fields.items()}
@@ -69,7 +69,7 @@ def emptied(batch: Batch, *which: int) -> Batch:
 
 
 def build(seed: int = 0, norm: str = "local", kind: str = "mask_rcnn", **changes: Any) -> Any:
-    """The small model of architecture `kind`, its section changed."""
+    """Return the small model of architecture `kind` with changes to its section."""
     torch.manual_seed(seed)
     raw = {**MODELS[kind], **dict.fromkeys(SECTIONS[kind].CLASS_KEYS, 4)}
     for key, value in changes.items():
@@ -79,7 +79,7 @@ def build(seed: int = 0, norm: str = "local", kind: str = "mask_rcnn", **changes
 
 
 def step(detector: Any, batch: Batch) -> dict[str, Tensor]:
-    """Losses of a training step, gradients left in the detector."""
+    """Return the losses of a training step and leave the gradients in the detector."""
     detector.train().zero_grad()
     losses: dict[str, Tensor] = detector.losses(detector(batch), batch)
     sum(losses.values(), torch.zeros(())).backward()
@@ -87,7 +87,7 @@ def step(detector: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 def trace(detector: Any, batch: Batch) -> list[tuple[str, tuple[Any, ...]]]:
-    """Modules in the order of their calls, with shapes and dtypes of all that they return."""
+    """Return the modules in the order of their calls, with shapes and dtypes of all outputs."""
     calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def hook(name: str) -> Any:
@@ -145,7 +145,7 @@ def test_every_parameter_gets_a_finite_gradient(
             assert not predictions.box.positive_BR[b].any() and not predictions.mask.valid_BP[b].any()
 
 
-def test_an_image_without_objects_leaves_the_others_alone(dataset: CocoDataset) -> None:
+def test_an_image_without_objects_does_not_affect_the_others(dataset: CocoDataset) -> None:
     """Predictions and targets of image 1 are the same whether image 0 has objects or not."""
     detector, batch = build(norm="frozen").train(), load(dataset)
     full, half = detector(batch), detector(emptied(batch, 0))
@@ -175,7 +175,7 @@ def test_more_objects_than_slots(dataset: CocoDataset) -> None:
 def test_faster_rcnn(dataset: CocoDataset) -> None:
     detector, batch = build(mask_head={"enabled": False}), load(dataset)
     no_masks = batch.targets._replace(masks_BMSS=torch.zeros(2, SLOTS, 0, 0, dtype=torch.uint8))
-    losses = step(detector, batch._replace(targets=no_masks))  # what the loader gives with masks=False
+    losses = step(detector, batch._replace(targets=no_masks))  # the loader's batch with masks=False
     assert losses.keys() == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
     assert not any("mask" in name for name in detector.state_dict())
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_bfloat16(dataset: CocoDataset, norm: str, heads: str) -> None:
 
 @pytest.mark.parametrize("kind", ["frozen", "local"])
 def test_norm_type_reaches_pyramid_and_heads(kind: str) -> None:
-    """A stock BatchNorm2d anywhere would raise in bf16; a frozen fresh norm would do nothing."""
+    """A stock BatchNorm2d anywhere would raise in bf16; a new frozen norm would do nothing."""
     sections: dict[str, Any] = {name: {"norm": "batch"} for name in ("fpn", "mask_head", "box_head")}
     sections["box_head"] |= {"convs": 1, "fcs": 1}
     found: dict[bool, set[str]] = {True: set(), False: set()}
@@ -227,11 +227,11 @@ def test_batch_equals_single_images(dataset: CocoDataset) -> None:
 
 
 @torch.no_grad()
-def test_padding_does_not_act(dataset: CocoDataset) -> None:
-    """What holds exactly: pixels in the padding are not read, nothing is proposed or found beyond the image.
+def test_padding_has_no_influence(dataset: CocoDataset) -> None:
+    """Pixels in the padding are not read, and nothing is proposed or found outside the image.
 
-    What does not: a larger canvas changes features near the image's border, because a layer's zeros around
-    the canvas are not what earlier layers make of zero pixels (the same in detectron2 and torchvision).
+    A larger canvas still changes features near the image's border, because a layer's zeros around the canvas
+    differ from what earlier layers compute from zero pixels (the same in detectron2 and torchvision).
     """
     detector, batch = build().eval(), load(dataset)
     batch = batch._replace(sizes_B2=torch.tensor([[40.0, 64.0], [33.0, 21.0]]))
@@ -256,7 +256,7 @@ def test_padding_does_not_act(dataset: CocoDataset) -> None:
 
 
 def test_object_whose_best_anchor_is_in_the_padding_trains(dataset: CocoDataset) -> None:
-    """At an image's border the best anchor's centre may be in the padding; the best inside serves then."""
+    """At the border the best anchor's centre may be in the padding; the best one inside is used then."""
     detector, batch = (
         build(rpn={"batch_per_image": 4096, "positive_fraction": 1.0}).train(),
         load(dataset, 1, 1),
@@ -269,7 +269,7 @@ def test_object_whose_best_anchor_is_in_the_padding_trains(dataset: CocoDataset)
 
 
 def test_overfits_a_batch(dataset: CocoDataset) -> None:
-    """120 steps on two images find their objects: targets, losses and decoding agree on what a box is."""
+    """After 120 steps on two images their objects are found: targets, losses and decoding agree on boxes."""
     detector = build(
         rpn={"post_nms_train": 50, "post_nms_test": 50, "batch_per_image": 128},
         fpn={"channels": 32},
@@ -300,8 +300,10 @@ def test_overfits_a_batch(dataset: CocoDataset) -> None:
     [("mask_rcnn", "torchvision"), ("mask_rcnn", "mmdetection"), ("retinanet", "mmdetection")],
 )
 def test_compiles_to_one_graph(dataset: CocoDataset, kind: str, conventions: str) -> None:
-    """Forward and losses without a break; the same graph serves images without objects. No exceptions: NMS is
-    an operator that the graph calls. With the conventions of detectron2: tests/engine/test_faster.py."""
+    """Forward and losses compile without a graph break, NMS included, which is an operator in the graph.
+
+    The same graph handles images without objects. tests/engine/test_faster.py covers detectron2 conventions.
+    """
     torch._dynamo.reset()
     detector = build(norm="frozen", kind=kind, conventions=conventions).train()
     counter = CompileCounterWithBackend("eager")

@@ -1,4 +1,4 @@
-"""What holds for every architecture in one process: recomputation, one graph, and what the plan counts."""
+"""Checks of every architecture in one process: recomputation, one graph, and the counts of the plan."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
 
 
 def losses_and_gradients(run: ResolvedRun, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], int]:
-    """And the bytes that the graph keeps for the backward pass."""
+    """Return losses, gradients, and the bytes that the graph keeps for the backward pass."""
     kept = 0
 
     def hold(tensor: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def losses_and_gradients(run: ResolvedRun, batch: Batch) -> tuple[dict[str, Any]
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_recomputation_changes_nothing_but_memory(demo_data: Path, kind: str) -> None:
-    """Losses, gradients and running statistics to the last bits."""
+    """Losses, gradients and running statistics are equal up to rounding."""
     run, batch = run_of(demo_data, kind)
     losses, tensors, kept = losses_and_gradients(run, batch)
     assert len(tensors) > 50 and all(tensor.isfinite().all() for tensor in tensors.values())
@@ -82,7 +82,7 @@ def test_recomputation_changes_nothing_but_memory(demo_data: Path, kind: str) ->
         assert mine[2] < 0.97 * kept, name
 
 
-# Tracing takes seconds: these are compiled in their own tests.
+# Tracing takes seconds: these are compiled in their own test files.
 COMPILED_ELSEWHERE = ("mask_rcnn", "cascade_mask_rcnn", "semantic_fpn", "upernet")
 
 
@@ -104,7 +104,7 @@ def test_compiles_to_one_graph(demo_data: Path, kind: str) -> None:
         semantic_BHW=torch.full_like(targets.semantic_BHW, IGNORE),
     )
     for given in (batch, batch._replace(targets=nothing)):
-        model.load_state_dict(state)  # RetinaNet's normalizer moves in each step
+        model.load_state_dict(state)  # RetinaNet's normalizer changes in each step
         mine = compiled(given)
         model.load_state_dict(state)
         for name, loss in losses_of(given).items():
@@ -115,7 +115,7 @@ def test_compiles_to_one_graph(demo_data: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_plan_counts_the_model(demo_data: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters of each part, and FLOPs of a real step with real images."""
+    """Parameters of each part, and the FLOPs of a real step with real images, are as planned."""
     monkeypatch.setattr(shapes, "ENABLED", False)  # as on a GPU
     frozen = {"giantdet__model__backbone__frozen_stages": 2, "train_micro_batch_size_per_gpu": 2}
     run, batch = run_of(demo_data, kind, **frozen)
@@ -127,10 +127,10 @@ def test_plan_counts_the_model(demo_data: Path, kind: str, monkeypatch: pytest.M
     counted = count(run, 2)
     assert (counted.forward, counted.backward) == (forward, flops.get_total_flops() - forward)
     assert counted.backward > 0.5 * forward > 0
-    one = count(run, 1)  # also where a batch norm would have a single value per channel
+    one = count(run, 1)  # works although a batch norm has a single value per channel
     assert 2 * one.forward == counted.forward and 2 * one.backward == counted.backward
 
-    # The plan would count again, for every choice of recomputation.
+    # Otherwise the plan would count again for every choice of recomputation.
     monkeypatch.setattr("giantdet.tools.plan.count", lambda run, images: counted)
     changed = parse_run(tiny_run(demo_data, demo_data, kind, **frozen))
     plan = make_plan(changed, 2, MACHINES["h100"], 1e9, 0.5, 12)

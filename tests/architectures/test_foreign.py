@@ -1,4 +1,4 @@
-"""Weights of other projects: the zoos' names and shapes, and exports that answer as the golden models do."""
+"""Weights of other projects: names and shapes in their zoos, and exports that reproduce the golden models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MM_STEM = (
 
 
 def padded_stem(state: dict[str, Tensor], stem: Any = DETECTRON2_STEM) -> dict[str, Tensor]:
-    """The same function with a stem of 64 channels, as timm's is: 56 more, which are zero."""
+    """Return an equivalent state with timm's stem of 64 channels: the 56 more are zero."""
     outputs, inputs = stem
     padded = dict(state)
     for key in [key for key in state if key.startswith(outputs)]:
@@ -54,14 +54,14 @@ def padded_stem(state: dict[str, Tensor], stem: Any = DETECTRON2_STEM) -> dict[s
 
 
 def cover_padding(model: Architecture, conventions: str) -> None:
-    """Anchors in the padding too, as in the golden models; a fixed canvas leaves them out."""
+    """Place anchors in the padding too, as in the golden models; a fixed canvas leaves them out."""
     for module in model.modules():
         if hasattr(module, "conventions"):
             module.conventions = dataclasses.replace(CONVENTIONS[conventions], anchors_in_padding=True)
 
 
 def zoo_file(path: Path, state: dict[str, Tensor], **others: Any) -> Path:
-    """A pickle as detectron2's zoo has them: arrays under "model"."""
+    """Write a pickle in the layout of detectron2's zoo: arrays under "model"."""
     content = {"model": {key: value.numpy() for key, value in state.items()}, "__author__": "x", **others}
     path.write_bytes(pickle.dumps(content, protocol=2))
     return path
@@ -96,7 +96,7 @@ def test_a_pickle_of_detectron2_gives_an_export_with_its_detections(
     expected = np.load(golden / f"{name}_A.npz")
     assert_same_detections(found.detections, batch, expected)
 
-    # The command finds the same objects in the image that fills the canvas, and so has no anchors in padding.
+    # The command finds the same objects in an image that fills the canvas, which has no anchors in padding.
     pixels = np.load(golden / "inputs_A.npz")["image.0"][:, :, ::-1]
     Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "image.png")
     arguments = [str(out), str(tmp_path / "image.png"), "--output", str(tmp_path), "--device", "cpu"]
@@ -144,7 +144,7 @@ SMALL += ["model.box_head.detections=60", "model.box_head.score_threshold=0.2"]
 def imported_golden(
     file: Path, state: dict[str, Tensor], overrides: list[str], classes: str = NAMES
 ) -> Architecture:
-    """The model of a file as `torch.save` writes it, with an optimizer's state beside the weights."""
+    """Import a file as written by `torch.save`, with an optimizer's state beside the weights."""
     content = {"state_dict": state, "optimizer": {"state": {0: {"momentum": torch.ones(3)}}}, "meta": "x"}
     torch.save(content, file)
     return import_weights(file, overrides, classes).model
@@ -152,7 +152,7 @@ def imported_golden(
 
 @torch.no_grad()
 def test_vitdet(golden: Path, tmp_path: Path) -> None:
-    """Width, depth, heads, windows and the canvas are read from the shapes."""
+    """Width, depth, heads, windows and canvas are inferred from the shapes."""
     changes = [*SMALL[1:-1], "model.box_head.score_threshold=0.15"]
     model = imported_golden(tmp_path / "w.pth", load_weights(golden, "vitdet"), changes)
     assert model.canvas == (320, 320)
@@ -182,7 +182,7 @@ def test_mmsegmentation(golden: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_as_initial_weights(golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same file in model.init_weights, with a warning of settings that are not those of the weights."""
+    """The same file works as model.init_weights, with a warning about settings that do not match it."""
     file = zoo_file(tmp_path / "w.pkl", padded_stem(load_weights(golden, "retinanet")))
     imported = import_weights(file, SMALL[:1], NAMES)
     raw = imported.config.model.model_dump() | {"init_weights": str(file)}
@@ -198,8 +198,8 @@ def test_as_initial_weights(golden: Path, tmp_path: Path, caplog: pytest.LogCapt
         assert ("backbone.stride_in_1x1 True, not False" in caplog.text) is warned
 
 
-def test_rows_of_coco_are_taken_over_by_name(golden: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """A file of 80 classes has COCO's: person is the first, toothbrush the last."""
+def test_rows_of_coco_are_transferred_by_name(golden: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A file with 80 classes is taken as COCO's: person is the first, toothbrush the last."""
     state = zoo_state(golden, "detectron2_faster_rcnn_R_50_FPN_3x")
     for name, values in (("cls_score", 1), ("bbox_pred", 4)):
         for kind in ("weight", "bias"):
@@ -207,7 +207,7 @@ def test_rows_of_coco_are_taken_over_by_name(golden: Path, tmp_path: Path, monke
             rows = torch.arange(float(len(state[key]))) // values + 1
             state[key] = rows.view(-1, *[1] * (state[key].ndim - 1)).expand(state[key].shape)
     monkeypatch.setattr("giantdet.export.read_tensors", lambda path: state)
-    (tmp_path / "config.json").write_text("{}")  # another project's
+    (tmp_path / "config.json").write_text("{}")  # a config.json of another project
     raw = {"num_classes": 3, "mask_head": {"enabled": False}, "init_weights": str(tmp_path / "w.pkl")}
     config = MaskRcnnConfig.model_validate(raw | {"backbone": {"stride_in_1x1": True}})
     model = build_model(config, (64, 64))
@@ -224,8 +224,8 @@ def zoo_state(golden: Path, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_every_tensor_of_the_zoo_has_its_place(golden: Path, name: str, monkeypatch: Any) -> None:
-    """import_weights raises for missing, unknown and misshapen tensors; left out ones are reported."""
+def test_every_tensor_of_the_zoo_is_mapped(golden: Path, name: str, monkeypatch: Any) -> None:
+    """import_weights raises on missing, unknown and misshapen tensors; it reports those left out."""
     state = zoo_state(golden, name)
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
     ade20k = ",".join(map(str, range(150))) if "ade20k" in name else None
@@ -236,7 +236,7 @@ def test_every_tensor_of_the_zoo_has_its_place(golden: Path, name: str, monkeypa
 
 
 def test_global_blocks_and_logits_are_read(golden: Path, monkeypatch: Any) -> None:
-    """Blocks that are not evenly spaced, and the two logits an anchor of mmdetection's use_sigmoid=False."""
+    """Blocks without even spacing, and mmdetection's two logits per anchor with use_sigmoid=False."""
     state = zoo_state(golden, "detectron2_mask_rcnn_vitdet_b_100ep")
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
     config = import_weights("w").config
@@ -256,7 +256,7 @@ def test_global_blocks_and_logits_are_read(golden: Path, monkeypatch: Any) -> No
     assert imported.model.model_dump()["rpn"]["objectness"] == "softmax" and imported.long_side == 1333
 
 
-def test_what_giantdet_does_not_have_is_refused(golden: Path, monkeypatch: Any) -> None:
+def test_unsupported_weights_are_refused(golden: Path, monkeypatch: Any) -> None:
     state = zoo_state(golden, "mmdet3_htc_r50_fpn_1x_coco")
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
     with pytest.raises(InputError, match=r"htc.pth: weights of mmdetection, but it is HTC"):
@@ -274,11 +274,11 @@ def test_what_giantdet_does_not_have_is_refused(golden: Path, monkeypatch: Any) 
         "    roi_heads.mask_rater.fc1.weight",
     ]
     state = zoo_state(golden, "detectron2_retinanet_R_50_FPN_3x")
-    state["model.head.cls_subnet.1.weight"] = torch.zeros(256)  # a GroupNorm, which the zoo's have not
+    state["model.head.cls_subnet.1.weight"] = torch.zeros(256)  # a GroupNorm, which no model of the zoo has
     with pytest.raises(InputError, match=r"cls_subnet.0.weight and head.cls_subnet.1.weight are one tensor"):
         import_weights("w.pkl")
     state = zoo_state(golden, "detectron2_mask_rcnn_vitdet_b_100ep")
-    state = {key.replace(".qkv.", ".q_proj."): value for key, value in state.items()}  # as EVA-02 has it
+    state = {key.replace(".qkv.", ".q_proj."): value for key, value in state.items()}  # no one has this
     with pytest.raises(InputError, match=r"but its backbone is not a ResNet, ResNeXt, Swin or plain ViT"):
         import_weights("w.pkl")
     state = zoo_state(golden, "mmdet3_faster-rcnn_r50_fpn_1x_coco")
@@ -286,12 +286,14 @@ def test_what_giantdet_does_not_have_is_refused(golden: Path, monkeypatch: Any) 
     with pytest.raises(InputError, match=r"but it has no tensor 'fpn.outputs.0.0.weight'"):
         import_weights("w.pkl")
     state = {"model.stem.conv.weight": torch.zeros(3)}
-    with pytest.raises(InputError, match=r"w.pkl: no detector of torchvision, detectron2, mmseg.*model.stem"):
+    with pytest.raises(
+        InputError, match=r"w.pkl: no detector of torchvision, EVA-02, PE-Det.*, mmseg.*model.stem"
+    ):
         import_weights("w.pkl")
 
 
 def test_classes(golden: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """COCO's by their number, or those given as names, or by a COCO JSON in the order of the ids."""
+    """Classes are COCO's if the number fits, or given by names, or by a COCO JSON in the order of ids."""
     state = zoo_state(golden, "detectron2_faster_rcnn_R_50_FPN_3x")
     monkeypatch.setattr("giantdet.import_weights.read_tensors", lambda path: state)
     categories = import_weights("w").config.categories
@@ -319,8 +321,8 @@ def test_classes(golden: Path, tmp_path: Path, monkeypatch: Any) -> None:
     assert import_weights("w").config.semantic_categories[-1] == (18, "bicycle")
 
 
-def test_settings_that_names_do_not_tell(golden: Path, monkeypatch: Any) -> None:
-    """Pixels, strides and channels of detectron2's zoo, and their change by overrides."""
+def test_settings_not_implied_by_names(golden: Path, monkeypatch: Any) -> None:
+    """Pixel statistics, strides and channel order of detectron2's zoo, and overrides of them."""
     imagenet = (58.395, 57.12, 57.375)
     for name, std, in_1x1 in (
         ("detectron2_faster_rcnn_R_50_FPN_3x", (1.0, 1.0, 1.0), True),
@@ -340,7 +342,7 @@ def test_settings_that_names_do_not_tell(golden: Path, monkeypatch: Any) -> None
         assert imported.model.pixel_shift == pytest.approx(expected)
         weight = imported.model.get_parameter("backbone.body.conv1.weight")
         assert weight[0, :, 0, 0].tolist() == [2.0, 1.0, 0.0]
-    # Older files have the statistics, in the order of the channels.
+    # Older files contain the statistics, in the order of the channels.
     state = zoo_state(golden, "detectron2_faster_rcnn_R_50_FPN_3x")
     monkeypatch.setattr("giantdet.import_weights.read_tensors", {"w": state}.get)
     for mean, bgr in (((103.0, 116.0, 123.0), True), ((123.0, 116.0, 103.0), False)):

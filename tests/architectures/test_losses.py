@@ -22,7 +22,7 @@ B, R, C, P, S = 3, 7, 4, 3, 6
 
 
 def make(seed: int = 0, valid: bool = True) -> Predictions:
-    """Random predictions; image 1 has nothing, slots that do not count hold large numbers."""
+    """Random predictions; image 1 has nothing, and invalid slots contain large numbers."""
     g = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     valid_BR = (torch.rand(B, R, generator=g) > 0.3) & valid
@@ -64,7 +64,7 @@ def smooth_l1(x: float, beta: float) -> float:
 
 
 def by_loops(p: Predictions, conventions: str) -> dict[str, float]:
-    """One image and slot at a time, from the formulas."""
+    """Compute the losses from the formulas, one image and slot at a time."""
     beta = 1 / 9 if conventions == "torchvision" else 0.0
     sums = dict.fromkeys(("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"), 0.0)
     sampled, masks = 0, 0
@@ -131,7 +131,7 @@ def test_nothing_valid_is_zero_with_zero_gradients(conventions: str) -> None:
         assert leaf.grad is not None and not leaf.grad.any()
 
 
-def test_slots_that_do_not_count_get_no_gradient() -> None:
+def test_invalid_slots_get_no_gradient() -> None:
     predictions = make()
     predictions.box.logits_BRC1.requires_grad_()
     predictions.box.deltas_BR4.requires_grad_()
@@ -150,7 +150,7 @@ def test_without_mask_head() -> None:
 
 
 def test_detectron2_golden(shared: Path) -> None:
-    """16 RoIs, of them some background, 80 classes: `FastRCNNOutputLayers.losses` of detectron2."""
+    """`FastRCNNOutputLayers.losses` of detectron2 for 16 RoIs, some of them background, and 80 classes."""
     inputs = np.load(shared / "golden" / "ops_inputs.npz")
     golden = np.load(shared / "golden" / "ops_detectron2.npz")
     labels_BR = torch.from_numpy(inputs["loss_labels_d2"])[None]
@@ -176,7 +176,7 @@ def test_detectron2_golden(shared: Path) -> None:
 
 
 def test_mask_loss_is_the_mean_over_real_masks(shared: Path) -> None:
-    """torch's own mean over the selection, on the golden logits."""
+    """Equals torch's own mean over the selection, on the golden logits."""
     inputs = np.load(shared / "golden" / "ops_inputs.npz")
     logits = torch.from_numpy(inputs["loss_mask_logits"])[:, 3][None]
     goal = torch.from_numpy(inputs["loss_mask_target"]).float()[None]
@@ -187,7 +187,7 @@ def test_mask_loss_is_the_mean_over_real_masks(shared: Path) -> None:
 
 
 def test_rpn_loss_is_the_mean_over_a_full_sample() -> None:
-    """Where each image has positives and negatives; mmdetection counts one where an image lacks a kind."""
+    """Every image has positives and negatives; mmdetection counts one where an image lacks a kind."""
     p = make().rpn
     positive_BR = p.positive_BR.clone()
     positive_BR[:, 0], positive_BR[:, 1] = True, False
@@ -209,7 +209,7 @@ def test_sample_counts() -> None:
 
 @pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
 def test_iou_losses_of_the_box_head(kind: Any) -> None:
-    """detectron2's rule: the sum over positives of decoded boxes, over the number of all sampled RoIs."""
+    """detectron2's rule: the sum over decoded positives, divided by the number of all sampled RoIs."""
     box = make().box
     corner = box.boxes_BR4[..., :2]
     sides = box.boxes_BR4[..., 2:].abs() + 1
@@ -217,7 +217,7 @@ def test_iou_losses_of_the_box_head(kind: Any) -> None:
         boxes_BR4=torch.cat([corner, corner + sides], -1).requires_grad_(),
         target_boxes_BR4=torch.cat([corner + 0.5, corner + 2 * sides], -1),
     )
-    # What is not positive may hold anything.
+    # Slots that are not positive may contain anything.
     waste_BR4 = box.boxes_BR4.where(box.positive_BR[..., None], torch.nan)
     loss = box_losses(box._replace(boxes_BR4=waste_BR4), 0.0, kind)["loss_box_reg"]
     functions = {

@@ -1,4 +1,4 @@
-"""What the mask head computes otherwise than its formulas say, because that is faster, and the same."""
+"""Shortcuts of the mask head give the same results as its formulas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("empty", [(), (0,), (0, 1)], ids=["full", "one empty", "all empty"])
-def test_losses_and_gradients_are_those_of_all_slots(
+def test_losses_and_gradients_equal_those_of_all_slots(
     dataset: CocoDataset,  # noqa: F811
     kind: str,
     empty: tuple[int, ...],
@@ -39,7 +39,7 @@ def test_losses_and_gradients_are_those_of_all_slots(
     all_losses, all_found = step(detector, batch), gradients(detector)
     masks = predictions.mask if kind == "mask_rcnn" else predictions.masks[0]
     used = masks.valid_BP
-    # The first slot is computed whether it is used or not.
+    # The first slot is always computed, used or not.
     assert computed == 2 * [int(used.sum() + (~used[0, 0]).sum())] + [used.numel()]
     assert not used.all() and (len(empty) == 2 or int(used.sum()) > 1)
     assert losses.keys() == all_losses.keys() and found.keys() == all_found.keys()
@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_those_of_all_slots(
 
 
 def test_batch_norm_keeps_all_slots(dataset: CocoDataset) -> None:  # noqa: F811
-    """Its statistics are then those of a GPU."""
+    """The statistics are then the same as on a GPU."""
     detector, batch = build(mask_head={"norm": "batch"}), emptied(load(dataset), 0)
     seen: list[int] = []
     detector.mask_head.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
@@ -59,7 +59,7 @@ def test_batch_norm_keeps_all_slots(dataset: CocoDataset) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_predictor_is_a_convolution_and_a_choice(layout: torch.memory_format) -> None:
+def test_predictor_equals_convolution_and_class_selection(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     predictor = MaskPredictor(6, num_classes=5)
     assert predictor.bias is not None

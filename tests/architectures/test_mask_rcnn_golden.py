@@ -1,4 +1,4 @@
-"""Mask R-CNN against detectron2's own models: the same weights, the same answers, losses and gradients."""
+"""Mask R-CNN against detectron2's own models: the same weights, the same outputs, losses and gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CASES = {
             "mask_head": {**RCNN["mask_head"], "width": 64, "norm": "group"},
         },
         norm="local",
-        # Weights changed by a relative 1e-6 move the backbone's norms by 1.3e-3, single parameters by 8e-3.
+        # Weights changed by a relative 1e-6 change the backbone's norms by 1.3e-3, single parameters by 8e-3.
         rel=2e-3,
         parameter_rel=1e-2,
     ),
@@ -70,7 +70,7 @@ CASES = {
             "mask_head": {**RCNN["mask_head"], "norm": "layer"},
         },
         canvas=(320, 320),
-        # The same change of the weights moves the norms by 2.6e-4, and those of single parameters by 1.4e-3.
+        # The same change of the weights changes the norms by 2.6e-4, those of single parameters by 1.4e-3.
         rel=3e-4,
         parameter_rel=1.4e-3,
     ),
@@ -78,7 +78,7 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """A golden model rebuilt, with its batch and what detectron2 gave."""
+    """A rebuilt golden model, with its batch and detectron2's results."""
 
     name: str
     case: Case
@@ -99,10 +99,10 @@ def built(request: pytest.FixtureRequest, golden: Path) -> Setting:
 
 
 def use_contiguous_images(model: MaskRcnn) -> None:
-    """Leave out the channels-last layout: on the CPU, PyTorch's batch norm sums it up less precisely.
+    """Disable the channels-last layout: on the CPU, PyTorch's batch norm sums it less precisely.
 
-    Its statistics of 40,960 values then have errors of 2e-6 instead of 1e-8, which move the logits of the RPN
-    by 8e-4.
+    Its statistics of 40,960 values then have errors of 2e-6 instead of 1e-8, which change the logits of the
+    RPN by 8e-4.
     """
     normalise = model.normalise
     model.normalise = lambda *given: normalise(*given).contiguous()  # type: ignore[method-assign]
@@ -110,13 +110,13 @@ def use_contiguous_images(model: MaskRcnn) -> None:
 
 @pytest.fixture
 def setting(built: Setting) -> Setting:
-    """A copy: training moves running statistics."""
+    """A copy, because training changes running statistics."""
     return built._replace(model=copy.deepcopy(built.model))
 
 
 @torch.no_grad()
 def test_features(setting: Setting) -> None:
-    """The maps of the backbone and the pyramid, and the RPN's outputs for every anchor."""
+    """Compare the maps of the backbone and the pyramid, and the RPN's outputs for every anchor."""
     model, batch = setting.model.eval(), setting.batch
     maps = model.backbone(model.normalise(batch.images_B3HW, batch.sizes_B2))
     names = ("last_feat",) if model.backbone.is_plain else ("res2", "res3", "res4", "res5")
@@ -127,7 +127,7 @@ def test_features(setting: Setting) -> None:
         shape = (2, *level.shape[2:], -1)
         for ours, name in zip(model.rpn.head(level), ("logits", "deltas"), strict=True):
             theirs = torch.from_numpy(setting.arrays[f"rpn.p{number}.{name}"])
-            # Of wide maps the deltas of the second anchor only are stored.
+            # Of wide maps only the deltas of the second anchor are stored.
             first = 4 if name == "deltas" and theirs.shape[1] == 4 else 0
             channels = ours.reshape(shape).permute(0, 3, 1, 2)[:, first : first + theirs.shape[1]]
             torch.testing.assert_close(channels, theirs, atol=1e-4, rtol=1e-4)
@@ -157,7 +157,7 @@ def test_detections_and_masks(setting: Setting) -> None:
 
 
 def trained(setting: Setting, batch: Batch, counts_expected: dict[str, float]) -> dict[str, Tensor]:
-    """Return the losses of the first step, in detectron2's units, after a comparison of what is counted."""
+    """Return the losses of the first step in detectron2's units, after comparing the sample counts."""
     model = setting.model.train()
     predictions = model(batch)
     counts = {name: float(count) for name, count in model.counts(predictions).items()}

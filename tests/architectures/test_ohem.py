@@ -1,4 +1,4 @@
-"""OHEM against all candidates sorted by hand: which RoIs, their losses and their gradients."""
+"""OHEM against sorting all candidates by hand: which RoIs, their losses and their gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from giantdet.ops import shapes
 from giantdet.structures import Batch, Targets
 
 R, FRACTION, CLASSES = 6, 0.5, 4
-"""RoIs an image; few, so that the choice matters."""
+"""RoIs per image; few, so that the choice matters."""
 
 
 def ohem(kind: str = "mask_rcnn", over: str = "batch", **box_head: Any) -> Any:
@@ -30,7 +30,7 @@ def ohem(kind: str = "mask_rcnn", over: str = "batch", **box_head: Any) -> Any:
 
 
 def candidates_by_hand(model: Any, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Both losses `[K, 2]` of all candidates of a batch, with a graph, and what each candidate is."""
+    """Return both losses `[K, 2]` of all candidates of a batch, with a graph, and what each candidate is."""
     levels = model.pyramid(batch)
     proposals, _ = model.rpn(levels, batch.sizes_B2, batch.targets, batch.seeds_B)
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
@@ -55,8 +55,8 @@ def candidates_by_hand(model: Any, batch: Batch) -> tuple[Tensor, list[dict[str,
     return torch.stack(losses), what
 
 
-def chosen_by_hand(losses_K2: Tensor, what: list[dict[str, Any]], over: str, images: int) -> list[int]:
-    """Megvii: the largest sums of all; mmdetection: the largest entropies, positives within their quota."""
+def select_by_hand(losses_K2: Tensor, what: list[dict[str, Any]], over: str, images: int) -> list[int]:
+    """Select as Megvii (largest sums) or mmdetection (largest entropies, positives within their quota)."""
     losses = losses_K2.detach().numpy()
     if over == "batch":
         return sorted(range(len(what)), key=lambda k: -losses[k].sum())[: images * R]
@@ -73,13 +73,13 @@ def chosen_by_hand(losses_K2: Tensor, what: list[dict[str, Any]], over: str, ima
 @pytest.mark.parametrize("gone", [(), (1,), (0, 1)])
 @pytest.mark.parametrize("over", ["batch", "image"])
 def test_equals_sorting_by_hand(scenes: CocoPanopticDataset, over: str, gone: tuple[int, ...]) -> None:  # noqa: F811
-    """The RoIs, both losses, and the gradients of the losses of all candidates of which some are summed."""
+    """RoIs, both losses, and gradients equal those of summing the selected losses among all candidates."""
     model, batch = ohem(over=over), emptied(load(scenes), *gone)
-    with torch.no_grad():  # far from equal losses, whose order would be rounding noise
+    with torch.no_grad():  # separates the losses: the order of near ties would be rounding noise
         for layer in (model.box_head.classes, model.box_head.deltas):
             layer.weight.mul_(100)
     losses_K2, what = candidates_by_hand(model.train(), batch)
-    chosen = chosen_by_hand(losses_K2, what, over, 2)
+    chosen = select_by_hand(losses_K2, what, over, 2)
     assert len(chosen) < len(what)
     expected = losses_K2[chosen].sum(0) / len(chosen)
     names = ("classes.weight", "deltas.weight", "fcs.0.weight")
@@ -105,8 +105,8 @@ def test_equals_sorting_by_hand(scenes: CocoPanopticDataset, over: str, gone: tu
     assert over == "image" or int(positive_BR.sum(1).max() - positive_BR.sum(1).min()) <= 1
 
 
-def test_masks_are_those_of_the_rois_images(scenes: CocoPanopticDataset) -> None:  # noqa: F811
-    """With all candidates chosen, each image's mask loss is that of the image alone."""
+def test_masks_come_from_the_rois_own_images(scenes: CocoPanopticDataset) -> None:  # noqa: F811
+    """With all candidates selected, each image's mask loss is that of the image alone."""
     model, batch = ohem(batch_per_image=28), load(scenes)
     model.config = model.config.model_copy(
         update={"mask_head": model.config.mask_head.model_copy(update={"slots": 28})}
@@ -136,7 +136,7 @@ def test_masks_are_those_of_the_rois_images(scenes: CocoPanopticDataset) -> None
 @pytest.mark.parametrize(
     ("kind", "over"), [("mask_rcnn", "batch"), ("mask_rcnn", "image"), ("cascade_mask_rcnn", "batch")]
 )
-def test_slots_with_a_graph_are_as_many_as_without(
+def test_slots_with_a_graph_are_as_many_as_without_ohem(
     scenes: CocoPanopticDataset,  # noqa: F811
     kind: str,
     over: str,
@@ -158,7 +158,7 @@ def test_slots_with_a_graph_are_as_many_as_without(
     assert rows(ohem(kind, over)) == rows(random)
 
 
-def test_running_statistics_are_those_of_the_chosen(scenes: CocoPanopticDataset) -> None:  # noqa: F811
+def test_running_statistics_come_from_the_selected_rois(scenes: CocoPanopticDataset) -> None:  # noqa: F811
     model, batch = ohem(convs=1, norm="batch"), load(scenes)
     (norm,) = [module for module in model.box_head.modules() if hasattr(module, "running_mean")]
     means: list[Tensor] = []
@@ -173,8 +173,8 @@ def test_running_statistics_are_those_of_the_chosen(scenes: CocoPanopticDataset)
     assert len(means) == 1 and int(norm.num_batches_tracked) == 1
 
 
-def test_later_stages_match_objects_of_the_rois_images() -> None:
-    """RoIs of both images in each row, against loops over them."""
+def test_later_stages_match_objects_of_the_rois_own_images() -> None:
+    """Each row has RoIs of both images; compared with loops over them."""
     generator = torch.Generator().manual_seed(0)
     corner_B62 = torch.rand(2, 6, 2, generator=generator) * 30
     boxes_B64 = torch.cat([corner_B62, corner_B62 + 40], -1)

@@ -1,4 +1,4 @@
-"""Panoptic FPN against detectron2's own model: the same weights, answers, losses and gradients."""
+"""Panoptic FPN against detectron2's own model: the same weights, outputs, losses and gradients."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_losses_and_gradients(model: PanopticFpn, golden: Path, empty: tuple[int
     assert counts["roi_positive"] == expected.counts["roi_head/num_fg_samples"]
     assert counts["labelled_pixels"] == float((batch.targets.semantic_BHW != IGNORE).sum() / 2)
     losses = as_golden(model.losses(predictions, batch), predictions.objects.rpn.valid_BR.shape[1])
-    # detectron2 gives the instance weight to all losses of the heads but loss_cls.
+    # detectron2 applies the instance weight to all losses of the heads except loss_cls.
     losses["loss_cls"] = losses["loss_cls"] / 0.8
     assert_same_step(model, losses, expected, parameter_rel=1e-3)
 
 
 @torch.no_grad()
-def test_answers(model: PanopticFpn, golden: Path) -> None:
-    """Detections and their masks at the asked size, and the semantic logits."""
+def test_outputs(model: PanopticFpn, golden: Path) -> None:
+    """Compare detections, their masks at the requested size, and the semantic logits."""
     expected, batch = np.load(golden / "panoptic_A.npz"), load(golden)
     found = model.eval()(batch)
     logits = torch.from_numpy(expected["sem.logits_stride4"])
@@ -81,8 +81,8 @@ def test_answers(model: PanopticFpn, golden: Path) -> None:
         assert difference.abs().max() <= 10
 
 
-def test_nothing_to_learn(model: PanopticFpn, golden: Path) -> None:
-    """Without an object and a labelled pixel, every parameter has a finite gradient all the same."""
+def test_no_targets(model: PanopticFpn, golden: Path) -> None:
+    """Every parameter has a finite gradient even without an object and a labelled pixel."""
     batch = without_targets(load(golden))
     model.train().zero_grad()
     losses = model.losses(model(batch), batch)
@@ -113,7 +113,7 @@ def without_targets(batch: Batch) -> Batch:
     return batch._replace(targets=nothing)
 
 
-def test_a_step_never_asks_the_device(
+def test_a_step_never_synchronises_with_the_device(
     model: PanopticFpn, golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shapes, "ENABLED", False)  # as on a GPU
@@ -143,7 +143,7 @@ def test_masks_are_needed() -> None:
     ],
 )
 def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: PanopticMergeConfig) -> None:
-    """Objects and stuff merged as in detectron2."""
+    """Objects and stuff are merged as in detectron2."""
     expected, batch = np.load(golden / "panoptic_A.npz"), load(golden)
     found = model.eval()(batch)
     for i in range(2):
@@ -159,7 +159,7 @@ def test_panoptic_maps(model: PanopticFpn, golden: Path, name: str, rule: Panopt
         rows = zip(segments, merged.rows, strict=True)
         table = [(s.id, int(s.category < 5), s.category, row) for s, row in rows]
         wanted = expected[f"{name}.{i}.segments"]
-        # Stuff is numbered after the objects' classes here, and from 1 there.
+        # Stuff is numbered after the object classes here, and from 1 in detectron2.
         assert table == [(n, thing, c if thing else c + 4, row) for n, thing, c, row, _ in wanted.tolist()]
         for number, thing, *_, area in wanted.tolist():
             assert thing or abs((ids == number).sum() - area) <= 5

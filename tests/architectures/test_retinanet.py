@@ -1,4 +1,4 @@
-"""RetinaNet against detectron2's own model: the same weights, the same answers, losses and gradients."""
+"""RetinaNet against detectron2's own model: the same weights, the same outputs, losses and gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_losses_and_gradients(model: RetinaNet, golden: Path, empty: tuple[int, 
 
 @torch.no_grad()
 def test_detections(model: RetinaNet, golden: Path) -> None:
-    """After post-processing: scaled to the asked size, clipped, boxes in the padding left out."""
+    """Post-processed: scaled to the requested size, clipped, without boxes in the padding."""
     expected, batch = np.load(golden / "retinanet_A.npz"), load(golden)
     found = model.eval()(batch).detections
     for i in range(2):
@@ -75,7 +75,7 @@ def test_a_batch_without_objects_has_clean_gradients(model: RetinaNet, golden: P
 
 
 def test_p6_from_p5_and_plain_backbones() -> None:
-    """Levels at strides 8 to 128 of a convolutional and a plain backbone; the canvas halves unevenly."""
+    """Levels at strides 8 to 128 of a convolutional and a plain backbone, on a canvas with odd halves."""
     plain = {"name": "vit_tiny_patch16_224", "window": 0}
     for backbone, source in (({"name": "test_resnet"}, "c5"), ({"name": "test_resnet"}, "p5"), (plain, None)):
         levels = _small(backbone, source).pyramid(torch.zeros(1, 3, 96, 160))

@@ -53,7 +53,7 @@ def test_logits(model: SemanticFpn, golden: Path) -> None:
 
 @pytest.mark.parametrize("divisor", ["labelled", "all"])
 def test_no_labelled_pixel(model: SemanticFpn, golden: Path, divisor: Any) -> None:
-    """As in a crop of a rank that is all ignored: a loss of 0, and gradients of 0 for every parameter."""
+    """A crop that is ignored everywhere gives a loss of 0, and gradients of 0 for every parameter."""
     batch = all_ignored(load(golden))
     model.loss_divisor = divisor
     losses = train_step(model, batch)
@@ -66,7 +66,7 @@ def test_no_labelled_pixel(model: SemanticFpn, golden: Path, divisor: Any) -> No
     assert all(t.isfinite().all() for t in tree_flatten(predictions)[0])
 
 
-def test_a_step_never_asks_the_device(model: SemanticFpn, golden: Path) -> None:
+def test_a_step_never_synchronises_with_the_device(model: SemanticFpn, golden: Path) -> None:
     batch = load(golden)
     with Recorder() as recorder:
         total_loss(model.train().losses(model(batch), batch)).backward()  # type: ignore[no-untyped-call]
@@ -75,7 +75,7 @@ def test_a_step_never_asks_the_device(model: SemanticFpn, golden: Path) -> None:
 
 
 def test_one_graph(model: SemanticFpn, golden: Path) -> None:
-    """The forward pass and the losses compile without a break, to the same numbers."""
+    """The forward pass and the losses compile without a graph break and give the same numbers."""
     batch = load(golden)
 
     def losses_of() -> dict[str, torch.Tensor]:
@@ -104,7 +104,7 @@ def all_ignored(batch: Batch) -> Batch:
 
 
 def train_step(model: Architecture, batch: Batch) -> dict[str, float]:
-    """The losses of one step, after which every parameter has a finite gradient."""
+    """Return the losses of one step, after which every parameter has a finite gradient."""
     model.train().zero_grad()
     losses = model.losses(model(batch), batch)
     total_loss(losses).backward()  # type: ignore[no-untyped-call]
@@ -125,7 +125,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(name: str) -> None:
-    """Each parameter is trained, with activations recomputed and the head's norms over the batch."""
+    """Every parameter is trained, with recomputed activations and the head's norms over the batch."""
     raw = {
         "type": "semantic_fpn",
         "num_classes": 3,

@@ -1,4 +1,4 @@
-"""The semantic branch of two-stage detectors: labels, loss, head and embedding, each made by hand."""
+"""The semantic branch of two-stage detectors: labels, loss, head and embedding against hand-written code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cells(maps_BHW: Tensor) -> Tensor:
 
 
 def test_labels(scenes: CocoPanopticDataset) -> None:  # noqa: F811
-    """Masks, boxes and maps; ignored pixels are trained only where an object is."""
+    """Labels from masks, boxes and maps; ignored pixels are trained only where an object is."""
     batch = load(scenes)
     pixels = batch.targets.semantic_BHW.clone()
     pixels[:, 30:] = IGNORE
@@ -67,7 +67,7 @@ def test_labels(scenes: CocoPanopticDataset) -> None:  # noqa: F811
                     assert labels["boxes"][b, i, j] == labels["masks"][b, i, j] == nothing
                 assert int(labels["boxes"][b, i, j]) in {*targets.labels_BM[b, inside].tolist(), nothing}
                 assert bool(inside) == bool(labels["boxes"][b, i, j] not in (4, NO_CLASS))
-    # The things of the map, made from the same segments, are where the painted masks are.
+    # The map's things come from the same segments as the painted masks, so they are in the same places.
     things = (cells(batch.targets.semantic_BHW) == 0) & ~ignored
     painted = (labels["masks"] >= 0) & (labels["masks"] < 4) & ~ignored
     assert (things == painted).float().mean() > 0.95 and painted.any()
@@ -93,8 +93,8 @@ def test_loss_is_the_weighted_mean_over_labelled_cells() -> None:
     assert nothing == 0 and not gradient.any()
 
 
-def test_head_is_htcs() -> None:
-    """Levels resized to stride 8, each through its own 1x1 convolution, summed, convolved."""
+def test_head_equals_htc() -> None:
+    """Levels are resized to stride 8, each through its own 1x1 convolution, summed, convolved."""
     torch.manual_seed(0)
     branch = branched(embed=True).semantic_branch
     levels = [torch.randn(2, 16, 64 // s, 64 // s) for s in (4, 8, 16, 32, 64)]
@@ -124,7 +124,7 @@ def test_embedding_is_added_by_roi_align() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_without_embedding_is_that_without_branch(
+def test_evaluation_without_embedding_ignores_the_branch(
     scenes: CocoPanopticDataset,  # noqa: F811
     kind: str,
 ) -> None:
@@ -147,7 +147,7 @@ def test_evaluation_without_embedding_is_that_without_branch(
 @pytest.mark.parametrize("source", ["masks", "boxes", "maps"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains(scenes: CocoPanopticDataset, kind: str, source: str) -> None:  # noqa: F811
-    """Its loss alone reaches the pyramid and the backbone, and is among the losses and counts."""
+    """The branch's loss alone reaches the pyramid and the backbone, and is among the losses and counts."""
     model, batch = branched(kind, source=source), load(scenes)
     predictions = model.train()(batch)
     losses = model.losses(predictions, batch)
@@ -169,7 +169,7 @@ def test_targets_without_mask_head() -> None:
 
 
 def test_heads_use_the_embedding(scenes: CocoPanopticDataset) -> None:  # noqa: F811
-    """The losses of the heads alone train it."""
+    """The losses of the heads alone train the embedding."""
     model = branched(embed=True, loss_weight=0.0)
     step(model, load(scenes))
     gradient = model.semantic_branch.embedding[0].weight.grad
@@ -177,7 +177,7 @@ def test_heads_use_the_embedding(scenes: CocoPanopticDataset) -> None:  # noqa: 
 
 
 def test_numbers_of_stuff_classes(demo_data: Path) -> None:
-    """Read from the annotations where maps are the source; otherwise there is none."""
+    """The number is read from the annotations if maps are the source; otherwise it is not set."""
 
     def resolved(data_of: str, **section: Any) -> Any:
         raw = tiny_run(

@@ -1,9 +1,9 @@
-"""The operators that a training step really runs: no shape that depends on data, no reading of the device.
+"""The operators that a training step really runs: no data-dependent shape, no read-back from the device.
 
 One exception: inside the operator `giantdet::nms_mask`, the CPU's kernel calls torchvision's NMS, whose
 result has an unknown length, and scatters it into a mask. On the CPU there is no device to wait for, and the
-operator's own output has a fixed shape; the GPU's kernel (`nms_mask_fixed_point`) is held to the rule here.
-What else the CPU leaves out (`ops/shapes.py`) is switched off, so that the GPU's operators are recorded.
+operator's own output has a fixed shape; the GPU's kernel (`nms_mask_fixed_point`) is checked here too.
+The CPU's other shortcuts (`ops/shapes.py`) are switched off, so that the GPU's operators are recorded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Names of all operators, and those that break the rule."""
+    """Records the names of all operators, and those that break the rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +96,17 @@ TRAINED: dict[str, dict[str, Any]] = {
         },
         "rpn": {"convs": 2},
     },
+    "rotary and tiled": {
+        "backbone": {
+            "name": "eva02_base_patch14_224",
+            "timm_args": {"embed_dim": 24, "depth": 2, "num_heads": 3},
+            "window": 3,
+            "global_blocks": 1,
+            "position_grid": [3, 3],
+            "position_fit": "tile",
+            "attend_padding": True,
+        }
+    },
 }
 
 
@@ -132,7 +143,7 @@ def test_nms_of_the_gpu() -> None:
 @pytest.mark.parametrize(
     "code", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: bool(x.any())]
 )
-def test_the_recorder_finds(code: Any) -> None:
+def test_the_recorder_detects(code: Any) -> None:
     with Recorder() as recorder:
         code(torch.ones(3))
     assert recorder.broken

@@ -53,7 +53,7 @@ def test_maps_and_logits(model: UperNet, golden: Path) -> None:
 
 
 def tiny(size: tuple[int, int] = (64, 96), norm: NormConfig | None = None, **changes: Any) -> UperNet:
-    """A small UPerNet of 3 classes; `changes` of its section."""
+    """A small UPerNet with 3 classes and `changes` to its section."""
     raw: dict[str, Any] = {
         "type": "upernet",
         "num_classes": 3,
@@ -80,7 +80,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("size", [(64, 96), (160, 224)])  # C5: smaller than the grid of 6 cells, and larger
 def test_backbones(name: str, size: tuple[int, int]) -> None:
-    """The parts are AGVM's modules; each parameter is trained, with activations recomputed."""
+    """The parts are AGVM's modules; every parameter is trained, with recomputed activations."""
     model = tiny(size, backbone=BACKBONES[name], checkpoint_heads=True)
     assert [name for name, _ in model.named_children()] == ["backbone", "decode_head", "auxiliary_head"]
     batch = noise(size, classes=3)
@@ -98,7 +98,7 @@ def test_plain_backbones_are_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(2, 3), (7, 5), (12, 18)])
 def test_pooling(size: tuple[int, int]) -> None:
-    """Against loops over the cells; a cell reaches from floor(i h / s) to ceil((i + 1) h / s)."""
+    """Compare with loops over the cells; a cell reaches from floor(i h / s) to ceil((i + 1) h / s)."""
     height, width = size
     pyramid = PoolingPyramid(4, 8, (1, 2, 3, 6), "none")
     c5 = torch.randn(2, 4, height, width)
@@ -123,7 +123,7 @@ def test_no_labelled_pixel(divisor: str) -> None:
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_a_step_never_asks_the_device() -> None:
+def test_a_step_never_synchronises_with_the_device() -> None:
     model, batch = tiny(), noise((64, 96), classes=3)
     with Recorder() as recorder:
         total_loss(model.train().losses(model(batch), batch)).backward()  # type: ignore[no-untyped-call]
@@ -132,7 +132,7 @@ def test_a_step_never_asks_the_device() -> None:
 
 
 def test_one_graph() -> None:
-    """The forward pass and the losses compile without a break, to the same numbers."""
+    """The forward pass and the losses compile without a graph break and give the same numbers."""
     none = {"width": 32, "dropout": 0.0}
     model, batch = tiny(decode_head=none, auxiliary_head=none).train(), noise((64, 96), classes=3)
 
@@ -145,7 +145,7 @@ def test_one_graph() -> None:
 
 
 def test_one_image_has_no_variance() -> None:
-    """Pooled to 1 x 1, it has one value per channel: an error of the input, and none with GroupNorm."""
+    """Pooled to 1 x 1 there is one value per channel: an input error, but not with GroupNorm."""
     model, batch = tiny(norm=NormConfig(type="local")), one_image(noise((64, 96), classes=3))
     with pytest.raises(InputError, match="one value per channel") as caught:
         train_step(model, batch)
@@ -167,7 +167,7 @@ def test_without_the_auxiliary_head() -> None:
     assert [name for name, _ in model.named_children()] == ["backbone", "decode_head"]
 
 
-def test_dropout_is_of_whole_channels_and_in_training_alone() -> None:
+def test_dropout_drops_whole_channels_and_only_in_training() -> None:
     model = tiny(decode_head={"width": 32, "dropout": 0.5})
     dropped = [m for m in model.modules() if isinstance(m, nn.Dropout2d)]
     assert [m.p for m in dropped] == [0.5, 0.1]

@@ -1,4 +1,4 @@
-"""Bad input, and what becomes of it: the table of test_bad_input.py and of docs/bad-input.md."""
+"""Bad input and its outcome: the table of test_bad_input.py and of docs/bad-input.md."""
 
 from __future__ import annotations
 

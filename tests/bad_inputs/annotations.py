@@ -1,4 +1,4 @@
-"""Annotations: the bytes of the JSON, or what is done to a good one with three images of an object each."""
+"""Annotations: the bytes of the JSON, or a change to a valid one with three images of one object each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLYGON = [5, 5, 15, 5, 15, 13, 5, 13]
 
 
 def good_content() -> dict[str, Any]:
-    """Three images a.png, b.png and c.png with an object each, and two categories."""
+    """Return three images a.png, b.png and c.png with one object each, and two categories."""
     width, height = SIZE
     images = [
         {"id": n, "file_name": f"{c}.png", "width": width, "height": height}
@@ -37,7 +37,7 @@ def good_content() -> dict[str, Any]:
 
 
 def more(**fields: Any) -> Callable[[dict[str, Any]], None]:
-    """One more object in image 1, with these fields; None takes a field away."""
+    """Add an object to image 1 with these fields; None removes a field."""
 
     def change(content: dict[str, Any]) -> None:
         record = content["annotations"][0] | {"id": 17} | fields
@@ -47,7 +47,7 @@ def more(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def image(**fields: Any) -> Callable[[dict[str, Any]], None]:
-    """One more image, with these fields."""
+    """Add an image with these fields."""
 
     def change(content: dict[str, Any]) -> None:
         content["images"].append(

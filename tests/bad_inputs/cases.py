@@ -6,20 +6,20 @@ from typing import Any, NamedTuple
 
 
 class Error(NamedTuple):
-    """The command ends with code 2 and this line; `...` stands for anything."""
+    """The command ends with exit code 2 and this line; `...` stands for anything."""
 
     line: str
 
 
 class Skipped(NamedTuple):
-    """The record is left out and counted by this kind; what is left is trained and evaluated on."""
+    """The record is left out and counted by this kind; the rest is used for training and evaluation."""
 
     kind: str
     records: int = 1
 
 
 class Noted(NamedTuple):
-    """The record is used, but not as it is written, and is counted by this kind."""
+    """The record is used, but not as it is written, and counted by this kind."""
 
     kind: str
     how: str
@@ -27,18 +27,18 @@ class Noted(NamedTuple):
 
 
 class Replaced(NamedTuple):
-    """The image gives way to the next one, is named with this reason and counted."""
+    """The image is replaced by the next one, named with this reason and counted."""
 
     reason: str
 
 
 class Works(NamedTuple):
-    """It is usable."""
+    """The input is usable."""
 
     how: str
 
 
 class Case(NamedTuple):
     what: str
-    make: Any  # as the comment above each list says
+    make: Any  # the input, as the docstring of each module says
     outcome: Error | Skipped | Noted | Replaced | Works

@@ -1,4 +1,4 @@
-"""Images: what is written for c.png, the last of three; the name of the file if it is another one."""
+"""Images: what is written as c.png, the last of three; or the file's name if it is another one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def encoded(format: str, picture: Image.Image | None = None, **options: Any) -> 
 
 
 def bomb(side: int = 30_000) -> bytes:
-    """A whole black PNG of side x side pixels, 1 bit each: 110 kB that become 0.9 GB, and 2.7 GB in RGB."""
+    """A black PNG of side x side pixels with 1 bit each: 110 kB that become 0.9 GB, and 2.7 GB in RGB."""
     packer, row = zlib.compressobj(1), bytes(1 + side // 8)
     data = b"".join([*(packer.compress(row * 1000) for _ in range(side // 1000)), packer.flush()])
     parts = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))

@@ -1,4 +1,4 @@
-"""Semantic and panoptic data: the architecture, and what is done to the demo set and to its section."""
+"""Semantic and panoptic data: the architecture, and changes to the demo set and to its section."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import edit_json
 from bad_inputs.cases import Case, Error, Replaced, Skipped, Works
 
 Change = Callable[[Path, dict[str, Any]], Any]
-"""Of the folder of the set, and the section `data.train`."""
+"""A change that gets the folder of the set and the section `data.train`."""
 
 
 def keys(**values: Any) -> Change:
@@ -21,7 +21,7 @@ def keys(**values: Any) -> Change:
 
 
 def classes(name: str, content: str) -> Change:
-    """A file of classes."""
+    """Write a file of classes."""
 
     def change(folder: Path, section: dict[str, Any]) -> None:
         (folder / name).write_text(content)
@@ -31,12 +31,12 @@ def classes(name: str, content: str) -> Change:
 
 
 def png(kind: str, change: Callable[[Path], Any]) -> Change:
-    """The PNG file of the first image, in the folder semantic_train or panoptic_train."""
+    """Change the PNG file of the first image, in the folder semantic_train or panoptic_train."""
     return lambda folder, section: change(folder / f"{kind}_train/000000.png")
 
 
 def pixel(value: int) -> Callable[[Path], Any]:
-    """One pixel of another value."""
+    """Set one pixel to another value."""
 
     def change(file: Path) -> None:
         pixels = np.array(Image.open(file))
@@ -47,7 +47,7 @@ def pixel(value: int) -> Callable[[Path], Any]:
 
 
 def panoptic(change: Callable[[dict[str, Any]], Any]) -> Change:
-    """The content of the panoptic JSON."""
+    """Change the content of the panoptic JSON."""
 
     def changed(folder: Path, section: dict[str, Any]) -> None:
         edit_json(folder / "panoptic_train.json", change)
@@ -70,7 +70,7 @@ def first(content: dict[str, Any]) -> Any:
 
 
 def segment(**fields: Any) -> Change:
-    """One more segment, which no pixel has."""
+    """Add a segment that no pixel has."""
     record = {"id": 77, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0} | fields
     return panoptic(lambda content: first(content)["segments_info"].append(record))
 

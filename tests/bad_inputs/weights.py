@@ -1,4 +1,4 @@
-"""Weights and exports: a folder to write into and an export are given, a path comes back."""
+"""Weights and exports: functions of a folder to write into and an export, which return a path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bad_inputs.cases import Case, Error
 
 
 def state(export: Path, **changes: Any) -> dict[str, Any]:
-    """The export's tensors, one replaced or (None) taken away."""
+    """Return the export's tensors, with one replaced or (None) removed."""
     tensors = load_file(export / "model.safetensors") | changes
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -37,7 +37,7 @@ def _folder(path: Path) -> Path:
 
 
 def export_with(name: str, content: bytes) -> Callable[[Path, Path], Path]:
-    """A copy of the export in which one file holds something else."""
+    """Copy the export and replace the content of one file."""
 
     def make(folder: Path, export: Path) -> Path:
         for source in export.iterdir():
@@ -61,7 +61,7 @@ class Evil:
 def saved(
     change: Callable[[Path, Path], Any], name: str = "w.pth", **options: Any
 ) -> Callable[[Path, Path], Path]:
-    """A file of torch.save with what `change` makes of folder and export."""
+    """Write a torch.save file of the result of `change` on folder and export."""
 
     def make(folder: Path, export: Path) -> Path:
         torch.save(change(folder, export), folder / name, **options)
@@ -71,7 +71,7 @@ def saved(
 
 
 def tensors(**changes: Any) -> Callable[[Path, Path], Path]:
-    """A safetensors file with tensors changed; `__` in a name is a dot."""
+    """Write a safetensors file with changed tensors; `__` in a name is a dot."""
 
     def make(folder: Path, export: Path) -> Path:
         renamed = {name.replace("__", "."): tensor for name, tensor in changes.items()}

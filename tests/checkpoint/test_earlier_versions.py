@@ -1,4 +1,4 @@
-"""What version 0.1 wrote, before a model had a `type`: its run is resumed, and its export predicts the same.
+"""Files of version 0.1, before a model had a `type`: its run is resumed, and its export predicts the same.
 
 That version wrote `fixtures/run_of_0_1` in four steps on the demo set of `demo_data`: config.json, the
 checkpoint of step 2, the losses of all steps, the export after step 4 and its COCO results.
@@ -27,7 +27,7 @@ FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/run_of_0_1"
 
 
 def test_a_run_is_resumed(demo_data: Path, tmp_path: Path) -> None:
-    """Steps 3 and 4 from the checkpoint of step 2: the same losses and weights, but for rounding."""
+    """Steps 3 and 4 from the checkpoint of step 2: the same losses and weights up to rounding."""
     output = tmp_path / "run"
     shutil.copytree(FIXTURE / "checkpoints", output / "checkpoints")
     overrides = [f"train.output={output}", f"data.train.images={demo_data / 'train'}"]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whatever is torn is found and named, and the last good one is used."""
+"""Checkpoints on disk: all damage is found and named, and the last intact one is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VALUES = torch.arange(10.0)
 
 
 def _write(folder: Path, step: int) -> Path:
-    """A checkpoint of three ranks: `w` of 10 elements in 4, 4 and 2, `v` on the first rank alone."""
+    """Write a checkpoint of three ranks: `w` of 10 elements in 4, 4 and 2, `v` only on the first rank."""
     path = folder / f"step_{step}"
     path.mkdir(parents=True)
     for name, first in zip(RANKS, (0, 4, 8), strict=True):
@@ -50,7 +50,7 @@ def _write(folder: Path, step: int) -> Path:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
-    for step in (9, 10, 11):  # by name, 9 would come last
+    for step in (9, 10, 11):  # sorted by name, 9 would be last
         _write(folder, step)
     return folder
 
@@ -60,18 +60,18 @@ def folder(good: Path, tmp_path: Path) -> Path:
     return shutil.copytree(good, tmp_path / "checkpoints")
 
 
-def test_a_whole_checkpoint_has_no_damage(folder: Path) -> None:
+def test_an_intact_checkpoint_has_no_damage(folder: Path) -> None:
     assert [path.name for path, _ in scan(folder)] == ["step_9", "step_10", "step_11"]
     assert damage(folder / "step_11") == []
     assert newest(folder).name == "step_11"
     (folder / "step_12.partial").mkdir()
-    assert newest(folder).name == "step_11", "what was never finished does not count"
+    assert newest(folder).name == "step_11", "unfinished checkpoints do not count"
     (folder / "step_11").rename(folder / "step_11.replaced")
-    assert newest(folder).name == "step_11.replaced", "killed where another step_11 was to take its place"
+    assert newest(folder).name == "step_11.replaced", "killed while it was being replaced by another step_11"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_torn_at_any_byte_is_found_and_named(folder: Path, name: str) -> None:
+def test_a_file_truncated_at_any_byte_is_found_and_named(folder: Path, name: str) -> None:
     path = folder / "step_11" / name
     content = path.read_bytes()
     assert len(content) > 10
@@ -88,7 +88,7 @@ def test_a_file_torn_at_any_byte_is_found_and_named(folder: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_byte_is_found_and_named(folder: Path, name: str) -> None:
-    """Each byte of each file, by one bit and by all."""
+    """Flip one bit and all bits of each byte of each file."""
     path = folder / "step_11" / name
     content = path.read_bytes()
     for position in range(len(content)):
@@ -110,7 +110,7 @@ def test_a_removed_file_is_found_and_named(folder: Path, name: str) -> None:
     assert newest(folder).name == "step_10"
 
 
-def test_ranks_share_the_checking(folder: Path) -> None:
+def test_ranks_share_the_verification(folder: Path) -> None:
     for name in RANKS:
         (folder / "step_11" / name).unlink()
     shares = [damage(folder / "step_11", part, 3) for part in range(3)]
@@ -119,7 +119,7 @@ def test_ranks_share_the_checking(folder: Path) -> None:
     assert [damage(folder / "step_11", part, 3) for part in range(3)] == [[f"{MANIFEST} is missing"], [], []]
 
 
-def test_without_a_whole_checkpoint_all_damage_is_named(folder: Path, tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_all_damage_is_named(folder: Path, tmp_path: Path) -> None:
     for step in (9, 10, 11):
         (folder / f"step_{step}" / RANKS[1]).write_bytes(b"")
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_slices_across_the_files_of_ranks(folder: Path) -> None:
         SavedTensors(folder / "step_10")
 
 
-def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_raises_an_oserror_that_names_the_file(tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "size=64k"):
         path = tmp_path / "small" / RANKS[0]
         with pytest.raises(OSError, match="No space left on device") as error:
@@ -162,8 +162,8 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
         assert error.value.filename == str(path)
 
 
-def test_a_limit_on_files_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
-    """As a full quota is; needs no right to mount."""
+def test_a_file_size_limit_raises_an_oserror_that_names_the_file(tmp_path: Path) -> None:
+    """Like an exceeded quota, but needs no permission to mount."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
     try:
@@ -175,7 +175,7 @@ def test_a_limit_on_files_is_an_oserror_that_names_the_file(tmp_path: Path) -> N
 
 
 def _fails_to_save(folder: Path, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It does not come to the engine: there is no place to write to."""
+    """Saving fails before the engine is used: there is no place to write to."""
     checkpoints = Checkpoints(None, folder, TrainConfig())
     with caplog.at_level(logging.WARNING, "giantdet"):
         checkpoints.save(1)
@@ -186,12 +186,12 @@ def _fails_to_save(folder: Path, why: str, caplog: pytest.LogCaptureFixture) -> 
         checkpoints.close()
 
 
-def test_a_file_in_the_folders_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_in_place_of_the_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoints").write_text("")
     _fails_to_save(tmp_path / "checkpoints", "File exists", caplog)
 
 
 def test_no_permission_to_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A read-only file system: root may write whatever a folder's mode says."""
+    """A read-only file system, because root may write whatever a folder's mode is."""
     with mounted(tmp_path / "read_only", "ro"):
         _fails_to_save(tmp_path / "read_only" / "checkpoints", "Read-only file system", caplog)

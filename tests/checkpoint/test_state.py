@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit the run: one line that names the first difference."""
+"""A checkpoint that does not match the run: one line that names the first difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from giantdet.checkpoint.state import check_fit
 
 
 def _engine(width: int, *groups: str) -> Any:
-    """What is looked at: a model, and an optimizer with named groups."""
+    """The inspected parts of an engine: a model, and an optimizer with named groups."""
     model = nn.Linear(width, 2)
     parameters = list(model.parameters())
     named = [{"params": parameters[i::2], "name": name} for i, name in enumerate(groups)]
@@ -32,7 +32,7 @@ def saved(tmp_path: Path) -> SavedTensors:
     return SavedTensors(tmp_path)
 
 
-def test_the_same_model_fits_whatever_the_order_of_groups(saved: SavedTensors) -> None:
+def test_the_same_model_matches_in_any_order_of_groups(saved: SavedTensors) -> None:
     check_fit(_engine(3, "fpn", "backbone"), saved, {})
 
 

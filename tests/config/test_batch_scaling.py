@@ -33,8 +33,8 @@ def raw_run(scaling: dict[str, Any], batch: int = 64, **deepspeed: Any) -> dict[
     }
 
 
-def test_an_average_with_the_power_of_its_decay_forgets_as_much_per_image() -> None:
-    """Four steps on a constant value with decay d are one step with d ** 4; so are two halves of a step."""
+def test_power_rule_keeps_the_averages_memory_per_image() -> None:
+    """Four steps on a constant value with decay d equal one step with d ** 4, and so do two half steps."""
     decay, average = 0.97, 5.0
     for _ in range(4):
         average = decay * average + (1 - decay) * 1.0
@@ -57,7 +57,7 @@ def test_formulas_of_adams_square_root_rule() -> None:
 
 @pytest.mark.parametrize("rule", ["none", "sqrt", "linear"])
 @pytest.mark.parametrize("kappa", [0.5, 1.0, 6.0])
-def test_the_weights_shrink_as_much_per_image(rule: str, kappa: float) -> None:
+def test_weight_decay_per_image_is_kept(rule: str, kappa: float) -> None:
     lr, decay, images = 1e-5, 0.05, 96_000
     factor = batch_scaling.lr_factor(rule, kappa)
     scaled = batch_scaling.timescale_weight_decay(decay, kappa, factor)
@@ -78,7 +78,7 @@ def test_all_rules_in_a_run() -> None:
         "scaled from batch 16 to 64: LR 0.0001 to 0.0002 (sqrt), betas 0.9, 0.999 to 0.6, 0.996 (sde), eps "
         "1e-06 to 5e-07 (sde), weight decay 0.05 to 0.1 (timescale), EMA decay 0.999 to 0.996 (power)\n"
     )
-    # The number of processes does not count, and the run's own config.json resolves to itself.
+    # The number of processes does not matter, and the run's own config.json resolves to itself.
     other = resolve(parse_run(raw_run(ALL)), 4)
     assert other.deepspeed["optimizer"] == run.deepspeed["optimizer"] and other.giantdet == run.giantdet
     again = resolve(parse_run(json.loads(describe(run))), 2)
@@ -89,7 +89,7 @@ def test_all_rules_in_a_run() -> None:
     raw["optimizer"]["params"] = {"lr": 1e-4}
     resolved = resolve(parse_run(raw), 1).deepspeed["optimizer"]["params"]
     assert resolved["betas"] == pytest.approx([0.9, 0.999**4]) and "eps" not in resolved
-    assert resolved["lr"] == 1e-4, "no rule for the LR"
+    assert resolved["lr"] == 1e-4, "no rule scales the LR"
 
 
 def test_nothing_changes_without_rules_and_at_the_reference_batch() -> None:
@@ -119,12 +119,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("scaling", "deepspeed", "message"), REFUSED)
-def test_rules_that_do_not_fit(scaling: dict[str, Any], deepspeed: dict[str, Any], message: str) -> None:
+def test_inapplicable_rules(scaling: dict[str, Any], deepspeed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(parse_run(raw_run(scaling, **deepspeed)), 2)
 
 
-def test_the_averages_rule_needs_averages() -> None:
+def test_the_ema_rule_needs_ema() -> None:
     raw = raw_run({"ema": "power"})
     raw["giantdet"]["ema"]["enabled"] = False
     with pytest.raises(ConfigError, match=r"giantdet\.ema, which is off"):
@@ -134,13 +134,13 @@ def test_the_averages_rule_needs_averages() -> None:
 @pytest.mark.parametrize(
     ("name", "params", "first"),
     [
-        # DeepSpeed's cosine begins at 0 whatever warmup_min_ratio is; its others at their minimum.
+        # DeepSpeed's cosine starts at 0 whatever warmup_min_ratio is; its others at their minimum.
         ("WarmupCosineLR", {"warmup_num_steps": 2, "warmup_min_ratio": 0.5}, "0"),
         ("WarmupLR", {"warmup_num_steps": 2, "warmup_min_lr": 1e-4}, "0.0001"),
         ("WarmupCosineDecayLR", {"warmup_num_steps": 2, "warmup_min_ratio": 0.25}, "0.0005"),
     ],
 )
-def test_the_first_steps_lr_is_named(tmp_path: Path, name: str, params: dict[str, Any], first: str) -> None:
+def test_first_lr_is_reported(tmp_path: Path, name: str, params: dict[str, Any], first: str) -> None:
     raw = tiny_run(tmp_path, tmp_path, scheduler={"type": name, "params": params})
     raw["giantdet"]["train"]["steps"] = 5
     line = schedule_line(resolve(parse_run(raw), 1, 10))

@@ -1,4 +1,4 @@
-"""Names of one class in several data sets, against the published lists and a published mapping."""
+"""Names of the same class in several data sets, against the published lists and a published mapping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from giantdet.config.class_names import SYNONYMS, plain, published, same_classes
 
-# torchvision's list has the ids that COCO leaves out, too.
+# torchvision's list also has the ids that COCO skips.
 COCO = [n for n in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:] if not n.startswith("N/A")]
 OBJECTS365 = [name for _, name in published("objects365_v2")]
 LVIS = [name for _, name in published("lvis_v1")]
@@ -19,7 +19,7 @@ D_FINE = (
     *(82, 265, 104, 141, 152, 234, 143, 150, 97, 2, 50, 25, 75, 98, 153, 37, 73, 115, 132, 106, 61, 163, 134),
     *(277, 81, 133, 18, 94, 30, 169, 70, 328, 226),
 )
-"""The class of Objects365, from 0 on, for each of COCO's: `obj365_ids` of D-FINE (Peng et al. 2024)."""
+"""Objects365's class, counted from 0, for each of COCO's: `obj365_ids` of D-FINE (Peng et al. 2024)."""
 OTHERS = {"aeroplane", "sofa", "motorbike", "tvmonitor"} | {  # Pascal VOC, and Open Images V4 to V7
     *("Cattle", "Mobile phone", "Kitchen & dining room table", "Flying disc", "Computer mouse", "Houseplant"),
     *("Television", "Ball", "Computer keyboard", "Microwave oven", "Remote control", "Ski", "Hair dryer"),
@@ -59,13 +59,13 @@ def test_lvis_and_coco() -> None:
     assert pairs["sports ball"] == "ball" and pairs["stop sign"] == "stop_sign"
 
 
-def test_every_synonym_is_a_name_of_a_public_data_set() -> None:
+def test_every_synonym_is_a_class_of_a_public_data_set() -> None:
     known = set(map(plain, [*COCO, *OBJECTS365, *LVIS, *OTHERS]))
     names = [plain(name) for name in itertools.chain.from_iterable(SYNONYMS)]
-    assert len(names) == len(set(names)), "a name is in one line"
+    assert len(names) == len(set(names)), "each name is in one line only"
     for group in SYNONYMS:
         strange = [name for name in group if plain(name) not in known]
-        # No list has the usual spelling of Objects365's names, but one has its own.
+        # No list contains the usual spelling of Objects365's names, which has its own.
         assert len(strange) <= (group[0] in OBJECTS365), group
 
 
@@ -84,5 +84,5 @@ def test_every_synonym_is_a_name_of_a_public_data_set() -> None:
         pytest.param(["猫"], ["猫 "], [0], id="letters of any script"),
     ],
 )
-def test_which_name_is_taken(old: list[str], new: list[str], found: list[int | None]) -> None:
+def test_matching_name(old: list[str], new: list[str], found: list[int | None]) -> None:
     assert same_classes(old, new) == found

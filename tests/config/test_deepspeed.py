@@ -1,4 +1,4 @@
-"""Our sections of DeepSpeed's keys against what the installed DeepSpeed reads."""
+"""The sections for DeepSpeed's keys against what the installed DeepSpeed reads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MODELS: dict[str, type[BaseModel]] = {
 
 
 class Recorder(dict):  # type: ignore[type-arg]
-    """A dict that remembers which of its keys anybody asked for."""
+    """A dict that records which of its keys were accessed."""
 
     def __init__(self, *args: Any, seen: set[str]) -> None:
         super().__init__(*args)
@@ -75,7 +75,7 @@ class Recorder(dict):  # type: ignore[type-arg]
 
 def test_top_level_keys() -> None:
     seen: set[str] = set()
-    # These are asked for only where others are present.
+    # These are only accessed if others are present.
     given = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {}}}
     DeepSpeedConfig(Recorder(given, seen=seen))
     assert set(Ours.model_fields) <= seen, "keys that DeepSpeed does not read"
@@ -101,7 +101,7 @@ def section_of(block: str) -> type[Section]:
 
 
 def kinds_of(annotation: Any) -> set[Any]:
-    """The types that a field of ours takes, without None and "auto"."""
+    """Return the types that our field accepts, without None and "auto"."""
     choices = {annotation, *typing.get_args(annotation)}
     return {kind for kind in choices if kind in (bool, int, float, str)}
 
@@ -112,7 +112,7 @@ def test_nested_keys_and_types(block: str) -> None:
     ours = dict(names_of(section_of(block), block))
     assert set(ours) <= set(theirs), "keys that DeepSpeed would refuse"
     refused = {name for name in theirs if any(name == u or name.startswith(u + ".") for u in UNSUPPORTED)}
-    assert set(theirs) - set(ours) == refused, "keys of DeepSpeed that we neither take nor refuse"
+    assert set(theirs) - set(ours) == refused, "keys of DeepSpeed that we neither accept nor refuse"
     for name, expected in ours.items():
         for kind in kinds_of(expected):
             choices = {theirs[name], *typing.get_args(theirs[name])}
@@ -120,8 +120,8 @@ def test_nested_keys_and_types(block: str) -> None:
 
 
 @pytest.mark.parametrize("block", MODELS)
-def test_defaults_are_deepspeeds(block: str) -> None:
-    """What a typed access says of a key that was not given is what DeepSpeed does."""
+def test_defaults_equal_deepspeeds(block: str) -> None:
+    """The typed value of a missing key equals DeepSpeed's default."""
 
     def compare(ours: type[BaseModel], theirs: type[BaseModel], path: str) -> None:
         fields = {field.alias or name: field for name, field in theirs.model_fields.items()}

@@ -1,4 +1,4 @@
-"""What DeepSpeedMuon is refused with, in one line, and what its run resolves to."""
+"""What DeepSpeedMuon refuses, in one line, and what a run with it resolves to."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_refusals(stage: int, settings: dict[str, Any], message: str) -> None:
         resolved(stage, **settings)
 
 
-def test_timms_muon_names_the_other(stage: int = 2) -> None:
+def test_timms_muon_suggests_deepspeeds(stage: int = 2) -> None:
     raw = {"train_batch_size": 8, "optimizer": {"type": "Muon", "params": {"lr": 0.02}}}
     raw |= {"zero_optimization": {"stage": stage}, "giantdet": {"train": {"steps": 9}}}
     with pytest.raises(ConfigError, match="or DeepSpeedMuon"):

@@ -1,4 +1,4 @@
-"""Which runs may resume from whose checkpoints."""
+"""Which run may resume from which checkpoints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_other_models_are_refused_and_other_settings_named() -> None:
     assert first == "giantdet.data.size was [1024, 1024] and is [512, 512] now" and "norm" in second
 
 
-def test_the_resolved_run_has_its_classes_and_keeps_to_them() -> None:
+def test_the_resolved_run_stores_and_enforces_its_classes() -> None:
     raw = {
         "train_batch_size": 2,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from giantdet.config.load import RunConfig, load_run
+from giantdet.config.load import RunConfig, load_run, parse_run
 from giantdet.errors import ConfigError
 
 RUN: dict[str, Any] = {
@@ -34,7 +34,7 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_run(write(tmp_path), list(overrides))
 
 
-def test_the_two_halves_come_apart(tmp_path: Path) -> None:
+def test_deepspeed_and_giantdet_blocks_are_separated(tmp_path: Path) -> None:
     run = load(tmp_path)
     assert run.giantdet.data.size == (512, 512)
     assert run.about == "a test" and run.path == tmp_path / "run.json"
@@ -72,10 +72,26 @@ def test_override(tmp_path: Path, override: str, read: Any, expected: Any) -> No
     assert read(load(tmp_path, override)) == expected
 
 
-def test_override_of_a_member_creates_the_block_and_leaves_the_rest(tmp_path: Path) -> None:
+def test_override_of_a_member_creates_the_block_and_keeps_the_rest(tmp_path: Path) -> None:
     run = load(tmp_path, "data.val.annotations=a.json", "data.val.images=b", "zero_optimization.stage=1")
     assert run.giantdet.data.val is not None and run.giantdet.data.val.annotations == "a.json"
     assert run.deepspeed["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5e8}
+
+
+def test_the_last_override_of_a_key_counts(tmp_path: Path) -> None:
+    """So that a script may have its own, and hand on those of its caller."""
+    assert load(tmp_path, "train.steps=3", "giantdet.train.steps=4").giantdet.train.steps == 4
+    assert load(tmp_path, "train.epochs=3", "~train.epochs", "train.steps=4").giantdet.train.steps == 4
+
+
+def test_an_override_removes_a_key(tmp_path: Path) -> None:
+    given = load(tmp_path, "~scheduler", "~data.size", "~bf16.enabled")
+    assert "scheduler" not in given.deepspeed and given.deepspeed["bf16"] == {}
+    assert (
+        given.giantdet.data.size == parse_run(RUN | {"giantdet": {"train": {"steps": 1}}}).giantdet.data.size
+    )
+    params = ["optimizer.params.betas=[0.9, 0.99]", "optimizer.type=SGD", "~optimizer.params.betas"]
+    assert load(tmp_path, *params).deepspeed["optimizer"] == {"type": "SGD", "params": {"lr": 1e-4}}
 
 
 # override(s), fragments of the message
@@ -86,7 +102,7 @@ BAD_OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["tarin.steps=3"], ["unknown key tarin.steps", "did you mean giantdet.train.steps?"]),
     (["train.stpes=3"], ["unknown key giantdet.train.stpes", "did you mean steps?"]),
     (["pretrained=true"], ["did you mean giantdet.model.backbone.pretrained?"]),
-    # What other trainers call a setting.
+    # Names of settings in other trainers.
     (["learning_rate=3"], ["unknown key learning_rate", "did you mean optimizer.params.lr?"]),
     (["optimizer.lr=3"], ["unknown key optimizer.lr", "did you mean optimizer.params.lr?"]),
     (["optimizer.params.learning_rate=3"], ["learning_rate of AdamW", "did you mean lr?"]),
@@ -102,7 +118,11 @@ BAD_OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["optimizer=SGD"], ['optimizer must be an object, got "SGD"; set optimizer.type']),
     (["data.train=coco"], ['giantdet.data.train must be an object or a list of objects, got "coco"']),
     (["train_batch_sizes=3"], ["train_batch_sizes", "did you mean train_batch_size?"]),
-    (["train.steps=3", "giantdet.train.steps=4"], ["giantdet.train.steps is given twice"]),
+    (["~train.stpes"], ["the run has no key giantdet.train.stpes", "did you mean steps?"]),
+    (["~bf16.enabled.x"], ["the run has no key bf16.enabled.x"]),
+    (["~train.steps=3"], ["~key"]),
+    (["~"], ["~key"]),
+    (["optimizer.params.betas=[0, 0]", "optimizer.type=SGD"], ["with the override ~optimizer.params.betas"]),
     (
         ["train.steps=3", "train.epochs=4"],
         ["either giantdet.train.epochs or giantdet.train.steps", "not both"],

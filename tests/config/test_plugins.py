@@ -1,4 +1,4 @@
-"""The sections of optimizers and schedulers against the libraries that they stand for."""
+"""The sections of optimizers and schedulers against the libraries that implement them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def test_parameters_of_deepspeeds_schedulers(name: str) -> None:
     fields = SCHEDULERS[name].model_fields
     assert set(fields) == accepted
     required = {n for n in accepted if parameters[n].default is inspect.Parameter.empty}
-    # total_num_steps is filled in by resolve.
+    # total_num_steps is set by resolve.
     assert required - {"total_num_steps"} == {n for n, field in fields.items() if field.is_required()}
 
 
-def test_schedulers_are_all_of_deepspeeds_and_ours() -> None:
+def test_schedulers_are_deepspeeds_and_ours() -> None:
     assert set(SCHEDULERS) - set(DEEPSPEEDS) == OURS
     theirs = {lr_schedules.LR_RANGE_TEST, lr_schedules.ONE_CYCLE, lr_schedules.WARMUP_LR}
     theirs |= {lr_schedules.WARMUP_DECAY_LR, lr_schedules.WARMUP_COSINE_LR}
@@ -36,7 +36,7 @@ def test_schedulers_are_all_of_deepspeeds_and_ours() -> None:
 
 
 def test_parameters_of_optimizers() -> None:
-    own = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # taken out by DeepSpeed's engine
+    own = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # removed by DeepSpeed's engine
     built_by = {name: section.BUILT_BY for name, section in OPTIMIZERS.items()}
     assert {name for name, by in built_by.items() if by == "deepspeed"} == {"Adam", "AdamW", "SGD"}
     assert {name for name, by in built_by.items() if by == "giantdet"} == {"DeepSpeedMuon"}

@@ -47,7 +47,7 @@ def test_batch_triple(given: tuple[Any, ...], world: int, solved: tuple[int, ...
 
 
 def test_batch_triple_against_brute_force() -> None:
-    """Whatever subset is given: a solution exists if and only if solve_batch finds one."""
+    """For every subset of given values, solve_batch finds a solution if and only if one exists."""
     sizes = [None, 1, 2, 3, 4, 6]
     for world in (1, 2, 3):
         for batch, micro, steps in itertools.product([None, 1, 2, 4, 6, 12, 18], sizes, sizes):
@@ -59,7 +59,7 @@ def test_batch_triple_against_brute_force() -> None:
                 if b == m * s * world
                 and (batch in (None, b))
                 and (micro in (None, m))
-                # DeepSpeed's rule: one given value alone means no accumulation.
+                # DeepSpeed's rule: a single given value means no accumulation.
                 and (s == steps if steps else (s == 1 if (batch is None) != (micro is None) else True))
             ]
             config = {k: v for k, v in zip(TRIPLE, (batch, micro, steps), strict=True) if v is not None}
@@ -90,7 +90,7 @@ def test_impossible_triple_names_the_numbers_and_the_nearest(
     message = str(caught.value)
     assert f"train_batch_size {given[0]} is not" in message and f"x {world} processes" in message
     assert message.endswith(f"nearest possible train_batch_size: {nearest}")
-    # The proposal works.
+    # The proposed batch works.
     config["train_batch_size"] = nearest
     assert solve_batch(config, world)[0] == nearest
 
@@ -106,7 +106,7 @@ def test_steps_from_epochs(epochs: float, images: int, steps: int) -> None:
     assert (run.giantdet.train.steps, run.giantdet.train.epochs) == (steps, None)
 
 
-def test_steps_stay_open_without_data() -> None:
+def test_steps_stay_unresolved_without_data() -> None:
     scheduler = {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto"}}
     run = resolve(make({"epochs": 3}, scheduler=scheduler), 2)
     assert run.giantdet.train.steps is None and run.giantdet.model.num_classes == "auto"
@@ -161,7 +161,7 @@ def test_norms_for_parts_without_batch_norm(
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
-def test_norms_that_fit() -> None:
+def test_valid_norms_for_parts() -> None:
     raw = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
@@ -197,7 +197,7 @@ def test_scheduler_autos() -> None:
     assert scheduler_of("WarmupDecayLR", {})["warmup_max_lr"] == 1e-4
 
 
-def test_explicit_scheduler_values_stay() -> None:
+def test_explicit_scheduler_values_are_kept() -> None:
     params = {"warmup_num_steps": 3, "warmup_max_lr": 0.5, "total_num_steps": 9, "warmup_type": "linear"}
     assert scheduler_of("WarmupDecayLR", params) == params
 
@@ -226,7 +226,7 @@ def test_optimizers() -> None:
 
 @pytest.mark.parametrize("name", ["Lamb", "Lars", "Muon"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_optimizers_of_whole_weights_need_stage_0(name: str, stage: int) -> None:
+def test_optimizers_that_need_whole_weights_need_stage_0(name: str, stage: int) -> None:
     run = make(optimizer={"type": name.upper(), "params": {"lr": 0.1}}, zero_optimization={"stage": stage})
     if stage == 0:
         assert resolve(run, 2).deepspeed["optimizer"]["type"] == name
@@ -238,17 +238,17 @@ def test_optimizers_of_whole_weights_need_stage_0(name: str, stage: int) -> None
 
 
 def test_lengths() -> None:
-    """100 images an epoch, batch 8: an epoch is 12.5 steps."""
+    """100 images per epoch, batch 8: an epoch is 12.5 steps."""
     params = {"milestones": [7, "2 epochs", "240 images", "40 steps"], "warmup_num_steps": "1 epoch"}
     run = make(scheduler={"type": "WarmupMultiStepLR", "params": params})
     found = resolve(run, 2, train_images=100).deepspeed["scheduler"]["params"]
     assert found == {
         "milestones": [7, 25, 30, 40],
-        "warmup_num_steps": 13,  # rounded up, as the epochs of the whole run are
+        "warmup_num_steps": 13,  # rounded up, like the length of the run in epochs
         "warmup_type": "linear",
         "warmup_min_ratio": 1e-3,
     }
-    # Without a data set an epoch stays what it is.
+    # Without a data set a number of epochs stays unresolved.
     unknown = resolve(run, 2).deepspeed["scheduler"]["params"]
     assert unknown["milestones"] == [7, "2 epochs", 30, 40] and unknown["warmup_num_steps"] == "1 epoch"
     with pytest.raises(ConfigError, match="milestones must increase"):
@@ -269,7 +269,7 @@ def test_lr_scaling(world: int, rule: str, factor: float) -> None:
     run = resolve(parse_run(raw), world)
     assert run.deepspeed["optimizer"]["params"] == {"lr": 0.02 * factor, "weight_decay": 1e-4}
     assert run.deepspeed["scheduler"]["params"]["warmup_max_lr"] == 0.02 * factor
-    # What is written into the run's folder resolves to itself, and not to twice the scaling.
+    # The config.json in the run's folder resolves to itself, without scaling twice.
     assert resolve(parse_run(json.loads(describe(run))), world).deepspeed == run.deepspeed
     raw["scheduler"] = {
         "type": "WarmupMultiStepLR",
@@ -292,7 +292,7 @@ def test_average_needs_the_weights_in_memory() -> None:
 
 
 @pytest.mark.parametrize("offload", [{"device": "nvme"}, {"device": "cpu", "ratio": 0.5}])
-def test_checkpoints_need_the_optimizer_in_one_memory(offload: dict[str, Any]) -> None:
+def test_checkpoints_need_the_optimizer_state_in_one_memory(offload: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="offload_optimizer: checkpoints need the optimizer's state in one"):
         resolve(make(zero_optimization={"stage": 3, "offload_optimizer": offload}), 2)
     resolve(make(zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}), 2)
@@ -315,7 +315,7 @@ def test_clip_window() -> None:
         window("auto", gradient_clipping=0.0)
 
 
-def test_autos_of_deepspeed_blocks_are_dropped_and_the_input_is_not_changed() -> None:
+def test_autos_of_deepspeed_blocks_are_dropped_without_changing_the_input() -> None:
     run = make(
         zero_optimization={"stage": 3, "overlap_comm": "auto", "offload_param": {"pin_memory": "auto"}}
     )
@@ -358,7 +358,7 @@ def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
     for world in (gpus, 2):
         resolved = resolve(run, world, train_images=117_266, classes=Classes.numbered(80, 54))
         text = describe(resolved)
-        # What a backend of the evaluation is depends on the machine that runs it.
+        # The backend of the evaluation depends on the machine that runs it.
         assert text.count('"auto"') == text.count('"backend": "auto"') == 1
         printed = tmp_path / "printed.json"
         printed.write_text(text)
@@ -370,12 +370,12 @@ def test_recipe_resolves_and_round_trips(recipe: Path, tmp_path: Path) -> None:
         )
         # Nothing is left to resolve.
         assert describe(resolve(again, world, train_images=1, classes=Classes.numbered(80, 54))) == text
-    # No accumulation where the recipe was meant for.
+    # No accumulation on the hardware that the recipe is meant for.
     assert resolve(run, gpus, 117_266).deepspeed["gradient_accumulation_steps"] == 1
     assert {"what", "command", "hardware", "time", "expected"} <= set(run.about)
     stem_batch = [int(part) for part in recipe.stem.split("_") if part.isdigit()]
     assert stem_batch in ([], [run.deepspeed["train_batch_size"]])
 
 
-def test_there_are_recipes() -> None:
+def test_recipes_exist() -> None:
     assert len(RECIPES) >= 10

@@ -1,4 +1,4 @@
-"""The shipped JSON Schema is current, accepts every recipe, and refuses what load_run refuses."""
+"""The shipped JSON Schema is up to date, accepts every recipe, and refuses what load_run refuses."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RECIPES = sorted((REPO / "ds_configs").glob("*.json"))
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA_PATH.read_text()))
 
 
-def test_shipped_schema_is_current() -> None:
+def test_shipped_schema_is_up_to_date() -> None:
     assert SCHEMA_PATH.read_text() == render(), "run python -m giantdet.config.schema"
     jsonschema.Draft202012Validator.check_schema(json.loads(render()))
 
 
-def test_page_of_keys_is_current() -> None:
+def test_page_of_keys_is_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("keys", REPO / "scripts/keys.py")
     assert spec is not None and spec.loader is not None
     keys = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Packed annotations against pycocotools; image kinds made here with PIL."""
+"""Packed annotations against pycocotools; image modes created here with PIL."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_equals_pycocotools(shared: Path, name: str, split: str, objects: int) -
 
 
 def test_polygons_of_coco_itself(shared: Path, tmp_path: Path) -> None:
-    # polygons of several parts with COCO's two decimals, many of which are ties of the rasteriser
+    # polygons of several parts with COCO's two decimals, which often are ties for the rasteriser
     annotations = shared / "data/coco_eval_fixture/instances_val2014_100.json"
     assert against_pycocotools(annotations, tmp_path, True) == 839 - 9
 
@@ -96,7 +96,7 @@ RED, GREEN = (250, 10, 20), (10, 240, 30)
 
 
 def kinds() -> dict[str, tuple[Image.Image, tuple[int, int, int], tuple[int, int, int]]]:
-    """Name to image, and its expected colours left and right."""
+    """Return images by name, with their expected colours left and right."""
     rgb = Image.new("RGB", (40, 20), RED)
     rgb.paste(GREEN, (20, 0, 40, 20))
     grey = np.zeros((20, 40), np.uint8)
@@ -138,10 +138,10 @@ def test_image_kinds(tmp_path: Path, name: str) -> None:
     ("orientation", "record_wh", "red_at"),
     [
         (1, (40, 20), "left"),
-        (6, (20, 40), "top"),  # the record is of the rotated image: turned clockwise
+        (6, (20, 40), "top"),  # the record has the size of the rotated image: rotated clockwise
         (8, (20, 40), "bottom"),
-        (6, (40, 20), "left"),  # the record is of the stored image: left alone
-        (3, (40, 20), "right"),  # both fit: applied
+        (6, (40, 20), "left"),  # the record has the size of the stored image: not rotated
+        (3, (40, 20), "right"),  # both fit: the orientation is applied
         (6, (30, 20), None),
     ],
 )

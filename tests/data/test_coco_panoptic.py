@@ -34,7 +34,7 @@ def open_shared(shared: Path, name: str, instances: bool = False) -> CocoPanopti
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_maps_are_those_of_the_files(shared: Path, name: str) -> None:
+def test_maps_equal_those_of_the_files(shared: Path, name: str) -> None:
     dataset = open_shared(shared, name)
     content = json.loads(dataset.annotations.read_text())
     records = {record["image_id"]: record for record in content["annotations"]}
@@ -49,11 +49,11 @@ def test_maps_are_those_of_the_files(shared: Path, name: str) -> None:
         ]
         assert ids.shape == dataset.read_image(i).shape[:2]
         crowds += sum(segment.is_crowd for segment in segments)
-    assert crowds > 0, "no crowd among these images: the test shows less"
+    assert crowds > 0, "no crowd among these images: crowds are not tested"
 
 
 def test_semantic_maps(shared: Path) -> None:
-    """Against PNG files of all 133 categories: things are 0, stuff is numbered from 1, void is IGNORE."""
+    """Equal to PNG files of all 133 categories: things are 0, stuff is numbered from 1, void is IGNORE."""
     dataset, annotations = (
         open_shared(shared, "coco_panoptic200"),
         shared / "data/coco_panoptic200/annotations",
@@ -72,7 +72,7 @@ def test_semantic_maps(shared: Path) -> None:
 
 @pytest.mark.parametrize("own_instances", [False, True])
 def test_objects(shared: Path, own_instances: bool) -> None:
-    """The segments of things, and those of a file of objects, are the same in this data set."""
+    """In this data set the segments of things equal the objects of the instances file."""
     dataset = open_shared(shared, "coco_panoptic200", own_instances)
     coco = COCO(str(shared / "data/coco_panoptic200/annotations" / INSTANCES))
     assert dataset.has_masks
@@ -86,8 +86,8 @@ def test_objects(shared: Path, own_instances: bool) -> None:
             assert (mask_util.decode(objects.rle(n)) == coco.annToMask(annotation)).all()
 
 
-def test_truth_of_the_scores(shared: Path) -> None:
-    """All objects of panopticapi's sample, crowds too, with masks."""
+def test_ground_truth_for_evaluation(shared: Path) -> None:
+    """All objects of panopticapi's sample, including crowds, with masks."""
     dataset = open_shared(shared, "panopticapi_sample2")
     truth = ground_truth(dataset.annotations, dataset.instances())
     content = json.loads(dataset.annotations.read_text())
@@ -159,7 +159,7 @@ def test_records_that_cannot_be_used_are_counted(
         dataset = opened(demo, change)
     assert dict(dataset.skipped) == {kind: 1} and f"skipped 1 ({kind})" in caplog.text
     assert len(dataset) == 4
-    # The annotation of the whole image is lost, or a segment alone.
+    # The annotation of the whole image is dropped, or only one segment.
     lost = kind not in ("bad segment", "duplicate annotation")
     assert dataset.training_indices(True).tolist() == ([1, 2, 3] if lost else [0, 1, 2, 3])
     assert len(dataset.objects(0)) == 0 if lost else len(dataset.objects(0)) > 0
@@ -169,7 +169,7 @@ def test_records_that_cannot_be_used_are_counted(
 
 
 def broken_png(file: Path) -> None:
-    """Wrong from the middle on: PIL opens it and fails later."""
+    """Corrupt the file from the middle on: PIL opens it and fails later."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2 :] = b"\0" * (len(content) - len(content) // 2)
     file.write_bytes(content)
@@ -188,7 +188,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("what", FILES)
 def test_files_that_cannot_be_used(demo: Path, what: str, caplog: pytest.LogCaptureFixture) -> None:
-    """An error for each map and mask; the objects of the image are not scored, and named once."""
+    """Every map and mask raises an error; the image's objects are not scored, and named once."""
     change, message = FILES[what]
     dataset = opened(demo)
     change(demo / "panoptic_train/000000.png")
@@ -203,8 +203,8 @@ def test_files_that_cannot_be_used(demo: Path, what: str, caplog: pytest.LogCapt
     assert not any(truth.anns[n]["iscrowd"] for n in truth.getAnnIds(imgIds=[2, 3, 4]))
 
 
-def test_a_segment_without_a_pixel(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its object cannot be trained on or scored; the others and the maps can."""
+def test_a_segment_without_pixels(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The segment's object cannot be trained on or scored; the other objects and the maps can."""
     dataset = opened(demo, new_segment())
     whole = dataset.semantic_map(0)
     objects = dataset.objects(0)
@@ -233,7 +233,7 @@ def test_pixels_of_no_segment_are_void(demo: Path, caplog: pytest.LogCaptureFixt
     assert caplog.text.count(f"the id {lost} ({share:.1f}% of the pixels) belongs to no segment") == 1
 
 
-def test_crowds_are_in_the_maps_but_no_objects(demo: Path) -> None:
+def test_crowds_are_in_the_maps_but_are_not_objects(demo: Path) -> None:
     def crowd(content: dict[str, Any]) -> None:
         first(content)["segments_info"][0]["iscrowd"] = 1
 

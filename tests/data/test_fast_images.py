@@ -1,4 +1,4 @@
-"""torch's resizing and torchvision's JPEG decoder against Pillow, which is the reference for both."""
+"""torch's resizing and torchvision's JPEG decoder against Pillow, the reference for both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = DataConfig(size=(512, 512), short_side=400)
 
 
 def by_pillow(image_hw3: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
-    """The crop of an image that Pillow has resized as a whole."""
+    """Return the crop of an image that Pillow resized as a whole."""
     height, width = geometry.resized_hw
     whole = np.asarray(Image.fromarray(image_hw3).resize((width, height), Image.Resampling.BILINEAR))
     (top, left), (rows, columns) = geometry.offset_yx, geometry.size_hw
@@ -61,7 +61,10 @@ def test_crops_at_borders_and_far_from_the_corner(flip: bool) -> None:
     image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
     for resized in ((91, 140), (20, 31), (1, 1), (37, 60), (300, 7)):
         size = (min(resized[0], 16), min(resized[1], 16))
-        last = (resized[0] - size[0], resized[1] - size[1])  # of large images it is beyond what torch resizes
+        last = (
+            resized[0] - size[0],
+            resized[1] - size[1],
+        )  # in large images outside torch's resized part
         for offset in ((0, 0), last, (0, last[1]), (last[0] // 2, last[1] // 3)):
             geometry = Geometry((37, 53), resized, offset, size, flip)
             canvas = transform_image(image, geometry, (16, 16), exact=False)[: size[0], : size[1]]
@@ -133,7 +136,7 @@ def test_broken_jpegs_are_read_or_refused_as_by_pillow(shared: Path, tmp_path: P
 
 
 def test_images_of_a_batch_are_channels_last(demo_data: Path) -> None:
-    """Models compute in this layout; another would be copied on the GPU."""
+    """Models compute in this layout; another one would be copied on the GPU."""
     dataset = CocoDataset(demo_data / "train.json", demo_data / "train")
     batch = next(train_loader(dataset, DataConfig(size=(64, 96), short_side=64, workers=0), 2))
     assert batch.images_B3HW.is_contiguous(memory_format=torch.channels_last)

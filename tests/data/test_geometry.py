@@ -1,4 +1,4 @@
-"""Geometry and mask frames against independent full-image computations, on made and on real data."""
+"""Geometry and mask frames against independent full-image computations, on synthetic and real data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from giantdet.structures import IGNORE
 
 
 def full_coverage(mask_hw: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.float64]:
-    """The mask on the canvas as exact area shares, by repeating pixels to a common multiple and averaging."""
+    """The mask's exact area coverage on the canvas: repeat pixels to a common multiple, then average."""
     values = mask_hw.astype(np.float64)
     for axis in (0, 1):
         source, resized = geometry.source_hw[axis], geometry.resized_hw[axis]
@@ -54,7 +54,7 @@ def full_coverage(mask_hw: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.
 
 
 def expected_cells(full: NDArray[np.float64], frame: NDArray[np.float32], side: int) -> NDArray[np.float64]:
-    """1-pixel cells read from the full bitmap, its border repeated outside."""
+    """Sample 1-pixel cells from the full bitmap, with its border repeated outside."""
     rows = np.clip(np.arange(side) + int(frame[1]), 0, full.shape[0] - 1)
     columns = np.clip(np.arange(side) + int(frame[0]), 0, full.shape[1] - 1)
     return full[rows][:, columns]
@@ -101,7 +101,7 @@ def test_image_and_boxes_follow_the_masks(geometry: Geometry) -> None:
     height, width = geometry.size_hw
     assert not canvas[height:].any() and not canvas[:, width:].any()
     full = full_coverage(mask, geometry)
-    # bilinear and area average differ beside the edge only
+    # bilinear interpolation and area averages differ only next to the edge
     assert ((canvas[:height, :width, 0] > 127) != (full > 0.5)).sum() <= 0.02 * full.size
     box = clip_boxes(transform_boxes(np.array([[12, 8, 30, 20]]), geometry), geometry)[0]
     rows, columns = np.nonzero(full >= 0.5)
@@ -133,11 +133,11 @@ def test_geometry_of_evaluation_and_multi_scale() -> None:
     assert draw_geometry(rng, (480, 640), config, False) == Geometry(
         (480, 640), (800, 1067), (0, 0), (800, 1067), False
     )
-    assert draw_geometry(rng, (200, 640), config, False).resized_hw == (420, 1344), "what fits"
+    assert draw_geometry(rng, (200, 640), config, False).resized_hw == (420, 1344), "the largest that fits"
     assert draw_geometry(rng, (2000, 1), config, False).size_hw == (1024, 1)
     limited = DataConfig(size=(1344, 1344), short_side=800, long_side=1333)
     for size, expected in (((480, 640), (800, 1067)), ((480, 800), (800, 1333)), ((800, 300), (1333, 500))):
-        assert draw_geometry(rng, size, limited, False).resized_hw == expected, "as mmdetection's Resize"
+        assert draw_geometry(rng, size, limited, False).resized_hw == expected, "same as mmdetection's Resize"
     drawn = [draw_geometry(rng, (480, 640), config, True) for _ in range(200)]
     assert {g.resized_hw[0] for g in drawn} == {640, 800}
     assert 70 < sum(g.flip for g in drawn) < 130
@@ -173,13 +173,13 @@ def test_run_lengths_equal_pycocotools() -> None:
             decode_window(broken, (600, 900), (0, 0, 600, 900), 7)
         with pytest.raises(DataError, match=r"annotation 7: its RLE does not add up to 600 x 900"):
             rle_runs(broken, (600, 900), 7)
-    # Runs of no pixel in the middle, and one over three columns.
+    # Runs without pixels in the middle, and one across three columns.
     rle = mask_util.frPyObjects({"counts": [1, 0, 2, 9, 3, 0, 1, 4], "size": [4, 5]}, 4, 5)
     assert (painted(rle_runs(rle["counts"], (4, 5)), (4, 5)) == mask_util.decode(rle)).all()
 
 
 def painted(runs: Runs, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask of runs, each of which covers pixels that no other does."""
+    """Paint the mask of runs, each covering pixels that no other run covers."""
     counts = np.zeros(size_hw, int)
     for x, top, bottom in zip(*runs, strict=True):
         counts[top:bottom, x] += 1
@@ -199,7 +199,7 @@ def test_a_mask_larger_than_its_box_is_kept(tmp_path: Path) -> None:
 
 
 def compare(cells: NDArray, frame: NDArray, full: torch.Tensor, box: NDArray) -> tuple[float, float]:
-    """IoU of the mask on the canvas and share of wrong cells of the 28 x 28 target, against a full bitmap."""
+    """IoU of the mask on the canvas and share of wrong cells in the 28 x 28 target, against a full bitmap."""
     side, (height, width) = len(cells), full.shape
     cells_t = torch.from_numpy(cells.astype(np.float32) / 255)[None, None]
     box_t = torch.tensor(box, dtype=torch.float32)[None]
@@ -207,7 +207,7 @@ def compare(cells: NDArray, frame: NDArray, full: torch.Tensor, box: NDArray) ->
     want = roi_align(full[None, None], [box_t], 28, aligned=True) >= 0.5
     in_frame = (box_t - origin.repeat(2)) / cell
     have = roi_align(cells_t, [in_frame], 28, aligned=True, sampling_ratio=4) >= 0.5
-    # back to the canvas: the frame sampled at the middles of the pixels
+    # back to the canvas: the frame sampled at the pixel centres
     y = (torch.arange(height) + 0.5 - frame[1]) / (frame[3] - frame[1])
     x = (torch.arange(width) + 0.5 - frame[0]) / (frame[2] - frame[0])
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None].float() * 2 - 1
@@ -217,7 +217,7 @@ def compare(cells: NDArray, frame: NDArray, full: torch.Tensor, box: NDArray) ->
     return float(iou), (want != have).float().mean().item()
 
 
-# Measured on 20 images of val, each one's first 12 objects (the test takes fewer): mean and least IoU of
+# Measured on 20 images of val, the first 12 objects of each (the test takes fewer): mean and minimum IoU of
 # masks, mean share of wrong target cells. First against bitmaps of exact coverage, then against bitmaps
 # scaled to the nearest pixel, as detectron2 does.
 MEASURED = {
@@ -241,7 +241,7 @@ def test_error_of_frames_on_real_masks(shared: Path, name: str) -> None:
         bitmaps, frames = object_frames(objects, np.arange(len(objects)), geometry, boxes, side)
         for n, mask in enumerate(objects.masks()[:5]):
             cells, frame = bitmaps[n], frames[n]
-            # 1-pixel cells over the whole canvas, which `test_frames_equal_full_bitmaps` holds to be exact
+            # 1-pixel cells over the whole canvas, which `test_frames_equal_full_bitmaps` checks to be exact
             (exact,), (at,) = to_frames([mask_runs(mask)], geometry, boxes[n : n + 1], 2100)
             top, left = -int(at[1]), -int(at[0])
             coverage = torch.from_numpy(exact[top : top + height, left : left + width] / np.float32(255))
@@ -257,7 +257,7 @@ def test_error_of_frames_on_real_masks(shared: Path, name: str) -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_semantic_map_follows_the_image(geometry: Geometry) -> None:
-    """Every class's pixels lie where that class's mask covers the canvas; the padding is ignored."""
+    """Pixels of each class lie where that class's mask covers the canvas; the padding is ignored."""
     classes_HW = np.random.default_rng(0).integers(0, 4, (5, 8), dtype=np.uint8).repeat(6, 0).repeat(5, 1)
     found = transform_semantic(classes_HW, geometry, (80, 110))
     height, width = geometry.size_hw
@@ -271,14 +271,14 @@ def test_semantic_map_follows_the_image(geometry: Geometry) -> None:
 
 
 class WithMaps(CocoDataset):
-    """The demo set with a semantic map an image: the number of its rows and columns, modulo 5."""
+    """The demo set with a semantic map per image: the row number plus the column number, modulo 5."""
 
     def semantic_map(self, i: int) -> NDArray[np.uint8]:
         height, width = self.sizes_hw[i]
         return ((np.arange(height)[:, None] + np.arange(width)) % 5).astype(np.uint8)
 
 
-def test_a_batch_has_the_targets_that_are_asked_for(demo_data: Path) -> None:
+def test_a_batch_has_the_requested_targets(demo_data: Path) -> None:
     config = DataConfig(size=(64, 96), short_side=64, max_objects=3, mask_frame=14, workers=0)
     dataset = WithMaps(demo_data / "train.json", demo_data / "train")
     shapes = {

@@ -76,7 +76,7 @@ def test_crowds_and_ignored_objects(crowded: Any) -> None:
 
 
 def test_loader_delivers_the_map(crowded: Any) -> None:
-    """At its size and mirrored, with the padding; without the target there is no map."""
+    """The map at its size and mirrored, with the padding; without this target there is no map."""
     dataset, masks = crowded
     base = {"size": (64, 96), "short_side": HEIGHT, "max_objects": 2, "workers": 0}
     for flip in (0.0, 1.0):

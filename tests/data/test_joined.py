@@ -1,4 +1,4 @@
-"""Joined data sets against one file that is merged by hand."""
+"""Joined data sets against one file that was merged by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def coco(file: Path, images: Path) -> CocoDatasetConfig:
 
 @pytest.fixture
 def files(demo_data: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Two files whose ids clash and whose category ids differ, and both merged with new ids."""
+    """Two files with clashing ids and different category ids, and both merged under new ids."""
     one: dict[str, Any] = json.loads((demo_data / "val.json").read_text())
     two = copy.deepcopy(one)
     two["categories"] = [c | {"id": 90 - c["id"]} for c in reversed(one["categories"])]
@@ -66,7 +66,7 @@ def files(demo_data: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def results(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return objects, some with too large a box, some of another class; no two scores are equal."""
+    """Return objects, some with a too large box, some of another class; no two scores are equal."""
     numbers = dataset.classes.object_ids
     found = []
     for i in range(len(dataset)):
@@ -82,7 +82,7 @@ def results(dataset: Dataset) -> list[dict[str, Any]]:
     return found
 
 
-def test_as_one_merged_file(
+def test_equals_one_merged_file(
     files: tuple[Path, Path, Path], demo_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two, merged = files
@@ -121,7 +121,7 @@ def test_as_one_merged_file(
 
 
 def test_the_stream_of_training(files: tuple[Path, Path, Path], demo_data: Path) -> None:
-    """The batches of a run are those of the merged file, up to image ids."""
+    """The batches of a run equal those of the merged file, up to image ids."""
     images = demo_data / "val"
     joined = open_dataset((coco(files[0], images), coco(files[1], images)))
     whole = open_dataset(coco(files[2], images))
@@ -139,7 +139,7 @@ def test_the_stream_of_training(files: tuple[Path, Path, Path], demo_data: Path)
 
 
 def test_ids_that_clash_with_later_ones(files: tuple[Path, Path, Path], demo_data: Path) -> None:
-    """Only what is taken gets a new id, and no new id is one that a later part has."""
+    """Only ids that are taken are replaced, and no new id occurs in a later part."""
     ids = ([1, 2, 3, 4, 5], [3, 4, 8, 9, 2**63 - 1], [6, 7, 1, 10, 11])
     paths = []
     for part, numbers in enumerate(ids):
@@ -149,7 +149,7 @@ def test_ids_that_clash_with_later_ones(files: tuple[Path, Path, Path], demo_dat
             record["id"] = new[record["id"]]
         for record in content["annotations"]:
             record["image_id"] = new[record["image_id"]]
-        content["annotations"][0] |= {"image_id": 999}  # of no image, also not of one that is renumbered
+        content["annotations"][0] |= {"image_id": 999}  # an unknown image, even after renumbering
         paths.append(files[0].with_name(f"part{part}.json"))
         paths[-1].write_text(json.dumps(content))
     joined = open_dataset(tuple(coco(path, demo_data / "val") for path in paths))
@@ -162,11 +162,11 @@ def test_ids_that_clash_with_later_ones(files: tuple[Path, Path, Path], demo_dat
         assert len(truth.getAnnIds(imgIds=number)) == len(joined.objects(i))
 
 
-def test_a_list_of_one(files: tuple[Path, Path, Path], demo_data: Path) -> None:
+def test_a_list_of_one_data_set(files: tuple[Path, Path, Path], demo_data: Path) -> None:
     assert type(open_dataset((coco(files[0], demo_data / "val"),))).__name__ == "CocoDataset"
 
 
-def test_a_name_that_is_missing(files: tuple[Path, Path, Path], demo_data: Path) -> None:
+def test_a_missing_name(files: tuple[Path, Path, Path], demo_data: Path) -> None:
     content = json.loads(files[1].read_text())
     content["categories"][0]["name"] = "hexagon"
     files[1].write_text(json.dumps(content))
@@ -183,7 +183,7 @@ def test_one_part_without_its_images(files: tuple[Path, Path, Path], demo_data: 
 def test_one_part_without_masks(
     files: tuple[Path, Path, Path], demo_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Boxes alone are trained beside masks, as in one file, and a warning says so."""
+    """Objects with only boxes are trained beside those with masks, as in one file, with a warning."""
     content = json.loads(files[1].read_text())
     for record in content["annotations"]:
         del record["segmentation"]
@@ -197,7 +197,7 @@ def test_one_part_without_masks(
 
 
 def test_lists_of_images(files: tuple[Path, Path, Path], demo_data: Path) -> None:
-    """They can be joined with each other, but not with data whose objects are known."""
+    """Lists of images can be joined with each other, but not with annotated data."""
     lists = []
     for file in files[:2]:
         content = json.loads(file.read_text())
@@ -310,7 +310,7 @@ def test_evaluation(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`giantdet eval --config` finds what it finds in a merged file, under the ids of the joined set."""
+    """`giantdet eval --config` scores as with a merged file, under the ids of the joined set."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
     for name, value in (group | {"LOCAL_RANK": "0"}).items():
         monkeypatch.setenv(name, value)
@@ -344,7 +344,7 @@ def test_an_override_of_a_list(demo_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_run(files: tuple[Path, Path, Path], demo_data: Path, tmp_path: Path) -> None:
-    """A run trains, scores and describes lists; its config.json opens again, with the same identity."""
+    """A run trains on, scores and describes lists; its config.json reopens with the same identity."""
     both = [{"annotations": str(file), "images": str(demo_data / "val")} for file in files[:2]]
     shares = [section | {"weight": weight} for section, weight in zip(both, (1.0, 3.0), strict=True)]
     raw = tiny_run(demo_data, tmp_path / "out", giantdet__data__train=shares, giantdet__data__val=both)
@@ -361,7 +361,7 @@ def test_a_run(files: tuple[Path, Path, Path], demo_data: Path, tmp_path: Path) 
     assert json.loads(describe(written))["giantdet"]["data"]["train"] == [
         {"format": "coco", **section} for section in shares
     ]
-    # The identity that a resumed run is compared by has the classes, not the paths.
+    # The identity that resuming compares contains the classes, not the paths.
     alone = tiny_run(demo_data, tmp_path / "out")
     resolved = resolve(parse_run(alone), 1, 10, Classes(objects=tuple(CATEGORIES.items())))
     assert refusal(identity(written), identity(resolved)) is None

@@ -1,4 +1,4 @@
-"""Lists of classes in the forms that data sets ship, and the class of each label."""
+"""Lists of classes in the formats in which data sets ship, and the class of each label."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def table(
 
 RGB = [(0, "sky", (1, 2, 3)), (1, "tree", (3, 2, 1)), (2, "void", (0, 0, 0))]
 TABLES: dict[str, tuple[LabelTable, dict[int, int], tuple[int, ...]]] = {
-    # A table, the class of labels, and labels that are unknown to it.
+    # A table, the class of each label, and labels that are not in the table.
     "in order": (table(enumerate("abc")), {0: 0, 1: 1, 2: 2, 255: IGNORE}, (3, 254, 256, 65_535)),
     "gaps": (table([(92, "a"), (95, "b"), (7, "c")]), {92: 0, 95: 1, 7: 2, 255: IGNORE}, (0, 1, 93, 96)),
     "reduced": (
@@ -172,7 +172,7 @@ def test_colors() -> None:
 
 
 def test_classes_of_one_name() -> None:
-    """Two of ADE20K's 150 are a "screen"; scores by class name both."""
+    """Two of ADE20K's 150 classes are a "screen"; both get scores under the class name."""
     made = table([(0, "screen"), (4, "tree"), (7, "screen")])
     assert made.categories == ((0, "screen"), (4, "tree"), (7, "screen"))
     assert unique_names(made.categories) == ["screen", "tree", "screen (7)"]
@@ -193,6 +193,6 @@ def test_classes_of_one_name() -> None:
         ([(n, str(n)) for n in range(256)], (), "256 semantic classes; 1 to"),
     ],
 )
-def test_tables_that_cannot_be(classes: Any, ignore: tuple[int | str, ...], message: str) -> None:
+def test_invalid_tables(classes: Any, ignore: tuple[int | str, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
         table(classes, ignore)

@@ -1,4 +1,4 @@
-"""Order, seeking, ranks, counters and bad images of the loaders."""
+"""Order, seeking, ranks, counters and bad images in the loaders."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def joined(batches: list[Batch]) -> list[Batch]:
     return [Batch(targets=targets, **whole)]
 
 
-def test_order_visits_each_image_once_an_epoch() -> None:
+def test_order_visits_each_image_once_per_epoch() -> None:
     order = [sample_index(k, 7, seed=3) for k in range(21)]
     epochs = [order[:7], order[7:14], order[14:]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert order != [sample_index(k, 7, seed=4) for k in range(21)]
     assert [sample_index(k, 7, 3, shuffle=False) for k in range(9)] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
-    assert sample_index(10**12, 7, 3) in range(7), "seeking is not running"
+    assert sample_index(10**12, 7, 3) in range(7), "seeking does not step through the samples"
 
 
 def test_shapes_and_meaning(dataset: CocoDataset) -> None:
@@ -106,7 +106,7 @@ def test_workers_do_not_change_the_stream(dataset: CocoDataset, workers: int) ->
     state = torch.random.get_rng_state()
     many = take(train_loader(dataset, CONFIG.model_copy(update={"workers": workers}), 2, seed=5), 16)
     assert same(alone, many)
-    assert torch.equal(state, torch.random.get_rng_state()), "loaders leave the global random state alone"
+    assert torch.equal(state, torch.random.get_rng_state()), "loaders do not change the global random state"
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -117,7 +117,7 @@ def test_ranks_share_the_stream(dataset: CocoDataset, world: int) -> None:
         assert same([alone[t]], joined([ranks[r][t] for r in range(world)]))
 
 
-def test_seeking_equals_running(dataset: CocoDataset) -> None:
+def test_seeking_equals_iterating(dataset: CocoDataset) -> None:
     running = take(train_loader(dataset, CONFIG, 3, 1, 2, seed=5), 12)
     seeking = take(train_loader(dataset, CONFIG, 3, 1, 2, start_micro_step=9, seed=5), 3)
     assert same(running[9:], seeking)
@@ -234,8 +234,8 @@ def test_only_bad_images(tmp_path: Path, workers: int) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_python_ends_while_something_holds_the_workers(folder: Path) -> None:
-    """The traceback of a failed test did, and the whole run hung at its exit."""
+def test_python_exits_while_something_references_the_workers(folder: Path) -> None:
+    """A failed test's traceback kept a reference, and the whole run hung at exit."""
     code = f"""
 from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
@@ -295,8 +295,8 @@ def test_workers_ignore_stop_signals_and_their_death_is_an_error(folder: Path) -
         list(loader)
 
 
-def test_killed_workers_are_started_again(dataset: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
-    """Whenever they die, the stream is what it would have been."""
+def test_killed_workers_are_restarted(dataset: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
+    """Whenever they die, the stream does not change."""
     expected = take(train_loader(dataset, CONFIG, 2, seed=5), 9)
     loader = train_loader(dataset, CONFIG.model_copy(update={"workers": 2}), 2, seed=5)
     found = [next(loader), next(loader)]

@@ -1,4 +1,4 @@
-"""Data sets and models meet by the names of their classes."""
+"""Classes of data sets and models are matched by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_same_classes(shapes: CocoDataset, caplog: pytest.LogCaptureFixture)
     assert not caplog.text
 
 
-def test_other_ids_are_matched_and_said(shapes: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_ids_are_matched_and_reported(shapes: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
     known = Classes(objects=((1, "star"), (2, "hexagon"), (3, "rectangle"), (4, "circle"), (7, "triangle")))
     with caplog.at_level(logging.WARNING, "giantdet"):
         found = meet(shapes, known, "x")
@@ -44,7 +44,7 @@ def test_other_ids_are_matched_and_said(shapes: CocoDataset, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("ids", [(1, 3, 4, 7), (10, 11, 12, 13)])
-def test_a_name_that_is_missing(shapes: CocoDataset, ids: tuple[int, ...]) -> None:
+def test_a_missing_name(shapes: CocoDataset, ids: tuple[int, ...]) -> None:
     names = ("circle", "square", "triangle", "star")
     with pytest.raises(DataError, match=r"category 'rectangle' \(id 3\) is not among .* circle, square"):
         meet(shapes, Classes(objects=tuple(zip(ids, names, strict=True))), "x")
@@ -56,7 +56,7 @@ def test_names_that_occur_twice(demo_data: Path, tmp_path: Path) -> None:
         category["name"] = "round"
     (tmp_path / "val.json").write_text(json.dumps(content))
     dataset = CocoDataset(tmp_path / "val.json", demo_data / "val")
-    assert meet(dataset, dataset.classes, "x") == dataset.classes, "ids tell them apart"
+    assert meet(dataset, dataset.classes, "x") == dataset.classes, "ids distinguish them"
     other = Classes(objects=tuple((number + 1, name) for number, name in dataset.classes.objects))
     with pytest.raises(DataError, match="occur twice"):
         meet(dataset, other, "x")
@@ -87,7 +87,7 @@ def test_semantic_maps_are_numbered_by_name(demo_data: Path) -> None:
             assert np.array_equal(new == number, old == n)
 
 
-def test_semantic_classes_of_one_name_are_told_apart_by_id(tmp_path: Path) -> None:
+def test_semantic_classes_of_one_name_are_distinguished_by_id(tmp_path: Path) -> None:
     """Two of ADE20K's classes are a "screen"; data with the same ids keep both."""
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()

@@ -19,14 +19,14 @@ from giantdet.errors import DataError
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache's folder; small files are cached, too."""
+    """The cache folder; small files are cached too."""
     monkeypatch.setenv("GIANTDET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(packed, "LEAST_BYTES", 1)
     return tmp_path / "cache"
 
 
 def write(file: Path, objects: int = 4) -> Path:
-    """A file of every kind of record: polygons, RLE, boxes, crowds, ignored, unusable, not as written."""
+    """Write a file with records of all kinds: polygons, RLE, boxes, crowds, ignored, unusable, unusual."""
     box = {"bbox": [2, 3, 10.5, 8]}
     polygon = {"segmentation": [[2, 3, 12, 3, 12.25, 11, 2, 11], [4, 4, 6, 4, 6, 6]]} | box
     rle = {"segmentation": {"size": [20, 30], "counts": [100, 50, 450]}} | box
@@ -52,37 +52,37 @@ def write(file: Path, objects: int = 4) -> Path:
 
 
 def state(dataset: CocoDataset) -> dict[str, Any]:
-    """All attributes, arrays as type, shape and bytes."""
+    """Return all attributes; arrays as dtype, shape and bytes."""
     return {
         name: (value.dtype, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
         for name, value in vars(dataset).items()
     }
 
 
-def no_reading(*args: object, **kwargs: object) -> Any:
+def fail_to_read(*args: object, **kwargs: object) -> Any:
     raise AssertionError("the JSON was read")
 
 
-def test_all_that_was_read_counted_and_said(
+def test_everything_read_counted_and_logged_is_cached(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write(tmp_path / "a.json")
     monkeypatch.setenv("GIANTDET_CACHE", "")
-    plain, said = CocoDataset(file, tmp_path), caplog.messages[:]
-    assert not cache.exists() and len(said) >= 3 and len(plain.skipped) >= 2 and plain.noted
+    plain, messages = CocoDataset(file, tmp_path), caplog.messages[:]
+    assert not cache.exists() and len(messages) >= 3 and len(plain.skipped) >= 2 and plain.noted
     monkeypatch.setenv("GIANTDET_CACHE", str(cache))
     first = CocoDataset(file, tmp_path)
-    monkeypatch.setattr(coco, "read_instances", no_reading)
+    monkeypatch.setattr(coco, "read_instances", fail_to_read)
     caplog.clear()
     second = CocoDataset(file, tmp_path)
     assert state(plain) == state(first) == state(second)
     assert [type(v) for v in vars(plain).values()] == [type(vars(second)[name]) for name in vars(plain)]
-    assert caplog.messages == said and len(second.boxes_K4) and len(second.rle_bytes) and second.noted
+    assert caplog.messages == messages and len(second.boxes_K4) and len(second.rle_bytes) and second.noted
     assert second.summary() == plain.summary()
     for i in range(3):
         assert second.ignored(i) == plain.ignored(i)
         assert (second.objects(i).masks() == plain.objects(i).masks()).all()
-    second.boxes_K4[:] = 0  # of this process alone
+    second.boxes_K4[:] = 0  # changes this process's copy only
     assert state(CocoDataset(file, tmp_path)) == state(plain)
 
 
@@ -93,7 +93,7 @@ def test_small_files_are_not_cached(tmp_path: Path, cache: Path, monkeypatch: py
     assert not cache.exists()
 
 
-def test_changed_annotations_and_changed_code_are_read_again(
+def test_changed_annotations_or_code_invalidate_the_cache(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write(tmp_path / "a.json")
@@ -104,9 +104,9 @@ def test_changed_annotations_and_changed_code_are_read_again(
     (second,) = cache.glob("*.pack")
     other = write(tmp_path / "b.json")
     CocoDataset(other, tmp_path)
-    assert first != second and len(list(cache.glob("*.pack"))) == 2, "the other file has its own"
+    assert first != second and len(list(cache.glob("*.pack"))) == 2, "each file has its own pack"
     monkeypatch.setattr(packed, "_rules", lambda: "other rules")
-    monkeypatch.setattr(coco, "read_instances", no_reading)
+    monkeypatch.setattr(coco, "read_instances", fail_to_read)
     with pytest.raises(AssertionError, match="the JSON was read"):
         CocoDataset(file, tmp_path)
 
@@ -138,7 +138,7 @@ def test_a_damaged_pack_is_replaced(tmp_path: Path, cache: Path) -> None:
         assert pack.read_bytes() == whole
 
 
-def test_a_folder_that_cannot_be_written(
+def test_an_unwritable_folder(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write(tmp_path / "a.json")
@@ -157,11 +157,11 @@ def test_a_folder_that_cannot_be_written(
     caplog.clear()
     assert state(CocoDataset(file, tmp_path)) == want
     assert "No space left on device" in caplog.messages[0]
-    assert [path.suffix for path in (tmp_path / "full").iterdir()] == [".lock"], "nothing half written"
+    assert [path.suffix for path in (tmp_path / "full").iterdir()] == [".lock"], "no partial file is left"
 
 
 def open_slowly(file: Path, log: Path, results: Any) -> None:
-    """Open the file in a process of its own; reading its JSON takes a while and writes a line to `log`."""
+    """Open the file in another process; reading its JSON takes a while and writes a line to `log`."""
 
     def read_slowly(*args: Any, **kwargs: Any) -> Any:
         with log.open("a") as lines:
@@ -178,7 +178,7 @@ def open_slowly(file: Path, log: Path, results: Any) -> None:
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_the_first_process_reads_for_all(tmp_path: Path, cache: Path, usable: bool) -> None:
+def test_the_first_process_reads_for_all_processes(tmp_path: Path, cache: Path, usable: bool) -> None:
     file = write(tmp_path / "a.json")
     if not usable:
         file.write_text("[]")
@@ -195,4 +195,4 @@ def test_the_first_process_reads_for_all(tmp_path: Path, cache: Path, usable: bo
     if usable:
         assert found == [5, 5, 5] and (tmp_path / "log").read_text() == "read\n"
     else:
-        assert len(set(found)) == 1 and "have no list" in found[0], "each says what is wrong"
+        assert len(set(found)) == 1 and "have no list" in found[0], "each process reports the problem"

@@ -1,4 +1,4 @@
-"""What users hold as an image: taken as meant, or refused in one line."""
+"""Arrays, tensors and pictures as images: interpreted as intended, or refused in one line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CHW = torch.from_numpy(RGB).permute(2, 0, 1)
         (Image.fromarray(GREY.astype(np.int32)), THREE),
     ],
 )
-def test_taken_as_meant(image: Any, expected: Any) -> None:
+def test_interpreted_as_intended(image: Any, expected: Any) -> None:
     found = rgb_pixels(image)
     assert found.dtype == np.uint8 and found.shape == (20, 30, 3) and found.flags.c_contiguous
     assert np.array_equal(found, expected)
@@ -131,8 +131,8 @@ def test_tiffs_of_32_bits_are_never_black(tmp_path: Path, values: Any, bright: b
                 read(path)
 
 
-def test_endings_are_those_that_pillow_reads(tmp_path: Path) -> None:
-    """By saving and reading a picture of each; what Pillow has only a stub for is no image."""
+def test_suffixes_are_those_that_pillow_reads(tmp_path: Path) -> None:
+    """Save and read a picture with each suffix; formats for which Pillow has only a stub are not images."""
     endings = image_endings()
     assert {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif", ".avif"} <= endings
     assert not endings & {".pdf", ".mp4", ".mpg", ".hdf", ".h5", ".eps", ".wmf", ".json", ".txt", ".npy", ""}

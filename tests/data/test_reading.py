@@ -1,4 +1,4 @@
-"""Labels as they are meant: forms of boxes and masks, categories of exporters, file names, the summary."""
+"""Reading labels: forms of boxes and masks, exporters' categories, file names, the summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from giantdet.data.reading import read_records
 from giantdet.data.segments import segment
 from giantdet.errors import DataError
 
-# A 40 x 20 image, three boxes x, y, w, h; as corners all of them still fit the image.
+# A 40 x 20 image with three boxes x, y, w, h; read as corners they all still fit the image.
 BOXES = [[5, 5, 10, 8], [12, 3, 20, 9], [20, 8, 18, 10]]
 WRITTEN: dict[str, Any] = {
     "relative": lambda x, y, w, h: [x / 40, y / 20, w / 40, h / 20],
@@ -39,7 +39,7 @@ def content_of(boxes: list[list[float]], **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("written", WRITTEN)
 @pytest.mark.parametrize("with_area", [True, False])
-def test_boxes_in_another_form_stop(written: str, with_area: bool) -> None:
+def test_boxes_in_another_form_are_refused(written: str, with_area: bool) -> None:
     content = content_of([WRITTEN[written](*box) for box in BOXES])
     for record, (_, _, w, h) in zip(content["annotations"], BOXES, strict=True):
         record["area"] = w * h if with_area else None
@@ -47,14 +47,14 @@ def test_boxes_in_another_form_stop(written: str, with_area: bool) -> None:
         read_records("a.json", content)
 
 
-def test_boxes_in_coco_s_form_pass() -> None:
-    """Also where one reaches beyond the image, covers it, or is a pixel of its corner."""
+def test_boxes_in_cocos_form_are_accepted() -> None:
+    """Boxes may reach beyond the image, cover it, or be one pixel in its corner."""
     for box in ([5, 5, 38, 10], [0, 0, 40, 20], [0, 0, 1, 1], [1, 1, 39, 19]):
         records = read_records("a.json", content_of([box, *BOXES[1:]], area=None))
         assert len(records.annotations) == 3 and set(records.noted) <= {"box in 0 to 1"}
 
 
-def test_forms_that_are_only_likely_are_counted() -> None:
+def test_likely_other_forms_are_counted() -> None:
     corners = [WRITTEN["corners"](*box) for box in BOXES]
     records = read_records("a.json", content_of([*corners[1:], [30, 5, 4, 8]], area=None))
     assert records.noted == {"box of corners?": 2} and len(records.annotations) == 3
@@ -67,14 +67,14 @@ POINTS = [[5, 5], [15, 5], [15, 13], [5, 13]]
 
 
 @pytest.mark.parametrize("meant", [[POLYGON], POLYGON, POINTS, [POINTS], [POINTS, POLYGON]])
-def test_one_polygon_however_nested(meant: Any) -> None:
+def test_one_polygon_in_any_nesting(meant: Any) -> None:
     usable, _ = segment(meant, (20, 40))
     expected = mask_util.decode(mask_util.merge(mask_util.frPyObjects([POLYGON], 20, 40)))
     assert (mask_util.decode(mask_util.merge(mask_util.frPyObjects(usable, 20, 40))) == expected).all()
 
 
 @pytest.mark.parametrize("written", ["string", "counts", "floats"])
-def test_a_missing_box_is_that_of_the_pixels_of_an_rle(written: str) -> None:
+def test_a_missing_box_is_computed_from_the_rle(written: str) -> None:
     mask = np.zeros((20, 40), np.uint8, order="F")
     mask[4:9, 7:30] = 1
     string = mask_util.encode(mask)["counts"].decode()
@@ -97,7 +97,7 @@ def test_ids_and_sizes_as_floats_are_the_same_file() -> None:
     assert all(type(record["image_id"]) is type(record["id"]) is int for record in other.annotations)
 
 
-def test_a_good_record_is_passed_on_as_it_is() -> None:
+def test_a_valid_record_is_not_changed() -> None:
     content = good_content()
     before = copy.deepcopy(content)
     records = read_records("a.json", content)
@@ -110,7 +110,10 @@ def test_a_good_record_is_passed_on_as_it_is() -> None:
     [
         ({"root": "none", "cell": "root", "dust": "root"}, ["cell", "dust"]),
         ({"root": "", "cell": "root", "dust": "root"}, ["cell", "dust"]),
-        ({"root": "none", "cell": "root", "dust": "other"}, ["root", "cell", "dust"]),  # only some are below
+        (
+            {"root": "none", "cell": "root", "dust": "other"},
+            ["root", "cell", "dust"],
+        ),  # not everyone's parent
         ({"root": "thing", "cell": "root", "dust": "root"}, ["root", "cell", "dust"]),  # it is a class itself
         ({"root": "none", "cell": "none", "dust": "none"}, ["root", "cell", "dust"]),
     ],
@@ -139,7 +142,7 @@ def test_summary(tmp_path: Path) -> None:
         [{"iscrowd": 1}, {"ignore": 1}, {"segmentation": []}, {"bbox": [1, 1, 0.5, 3]}, {"bbox": [1]}]
     ):
         content["annotations"].append(first | {"id": 10 + n} | fields)
-    del content["annotations"][2]  # that of the third image
+    del content["annotations"][2]  # the annotation of the third image
     summary = dataset_of(tmp_path, content).summary()
     expected = {"images": 3, "images_without_objects": 1, "objects": 4, "crowds": 1, "ignored": 1, "tiny": 1}
     found = summary.as_json()
@@ -149,7 +152,7 @@ def test_summary(tmp_path: Path) -> None:
     assert "cell 4, dust 0" in summary.text("x") and "classes without objects: dust" in summary.text("x")
 
 
-def test_an_object_without_a_mask_has_a_box_and_no_mask_target(tmp_path: Path) -> None:
+def test_an_object_without_a_mask_has_only_a_box_target(tmp_path: Path) -> None:
     content = good_content()
     content["annotations"][1]["segmentation"] = [[]]
     dataset = dataset_of(tmp_path, content)
@@ -191,7 +194,7 @@ def test_a_folder_without_the_images(tmp_path: Path) -> None:
         check_files(CocoDataset(dataset.annotations, tmp_path / "empty"))
     for name in "ab":
         (tmp_path / f"val/{name}.png").unlink()
-    check_files(dataset)  # one is there: the others are counted when they are read
+    check_files(dataset)  # one exists: missing ones are counted when they are read
 
 
 @pytest.mark.parametrize(
@@ -211,7 +214,7 @@ def test_a_folder_without_the_images(tmp_path: Path) -> None:
         ("../other/a.png", "a.png"),
     ],
 )
-def test_near_files(tmp_path: Path, stored: str, written: str) -> None:
+def test_similar_files_are_found(tmp_path: Path, stored: str, written: str) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "unrelated.png").touch()

@@ -1,4 +1,4 @@
-"""Repeat factors against their formula by brute force, and the order of samples that follows from them."""
+"""Repeat factors against a brute force of their formula, and the sample order that follows from them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def section(folder: Path, split: str, **more: Any) -> CocoDatasetConfig:
 
 
 def test_class_factors_by_hand() -> None:
-    """Class 0 in 4 of 5 images, 1 in one, 2 in two, 3 in none; the threshold is 0.4."""
+    """Class 0 is in 4 of 5 images, 1 in one, 2 in two, 3 in none; the threshold is 0.4."""
     labels = [[0, 0, 1], [0], [0, 2], [0, 2, 2], []]
     found = class_factors([np.array(of_image, np.int64) for of_image in labels], 0.4)
     assert found == pytest.approx([math.sqrt(2), 1.0, 1.0, 1.0, 1.0])
@@ -49,7 +49,7 @@ def test_class_factors_by_hand() -> None:
 
 
 def test_factors_of_a_data_set_against_its_file(folder: Path, tmp_path: Path) -> None:
-    """The demo's classes are all frequent; here one becomes rare."""
+    """All demo classes are frequent, so one is made rare here."""
     raw = json.loads((folder / "train.json").read_text())
     rare, usual = raw["categories"][0]["id"], raw["categories"][1]["id"]
     for record in raw["annotations"][8:]:
@@ -72,14 +72,14 @@ def test_factors_of_a_data_set_against_its_file(folder: Path, tmp_path: Path) ->
     assert found is not None and found == pytest.approx(wanted) and len(set(wanted)) > 1
 
 
-def test_an_image_is_seen_as_often_as_its_factor_says() -> None:
+def test_an_image_is_sampled_as_often_as_its_factor() -> None:
     factors = np.array([1.0, 2.0, 1.25, 0.3, 3.6])
     order, epochs = Repeats(factors, 7), 2000
     length = round(epochs * factors.sum())
     counts = np.bincount([order[k] for k in range(length)], minlength=5) / epochs
     # The standard error of a count is at most sqrt(0.25 / 2000).
     assert counts == pytest.approx(factors, abs=5 * math.sqrt(0.25 / epochs))
-    # Whole factors are exact: images 0 and 1 once and twice in every epoch, never more than ceil(r) times.
+    # Integer factors are exact: images 0 and 1 once and twice in every epoch, never more than ceil(r) times.
     first = [order[k] for k in range(order._ends[0])]
     assert first.count(0) == 1 and first.count(1) == 2 and first.count(3) <= 1 and 3 <= first.count(4) <= 4
 
@@ -88,7 +88,7 @@ def test_order_is_a_function_of_seed_and_position() -> None:
     factors = np.array([1.0, 2.0, 1.25, 0.3, 3.6])
     running = [Repeats(factors, 7)[k] for k in range(60)]
     order = Repeats(factors, 7)
-    assert [order[k] for k in reversed(range(60))] == running[::-1], "seeking equals running"
+    assert [order[k] for k in reversed(range(60))] == running[::-1], "seeking equals iterating"
     assert [Repeats(factors, 8)[k] for k in range(60)] != running
     # Factors of 1 give the usual order.
     ones = Repeats(np.ones(7), 3)
@@ -105,7 +105,7 @@ def test_weights_are_shares_of_the_samples() -> None:
 
 
 def test_data_sets_with_weights(folder: Path) -> None:
-    """A set of 5 images has half the samples beside one of 22; each keeps its images' ratios."""
+    """A set of 5 images gets half the samples beside one of 22; ratios within each set are kept."""
     train = (section(folder, "train", weight=1), section(folder, "val", weight=1))
     config = CONFIG.model_copy(update={"train": train})
     dataset = open_dataset(train)
@@ -144,7 +144,7 @@ def test_ranks_and_resumption(folder: Path) -> None:
         ({"sampling": {"type": "balanced"}}, r"sampling\.type must be one of"),
     ],
 )
-def test_weights_that_mean_nothing(data: dict[str, Any], message: str) -> None:
+def test_meaningless_weights(data: dict[str, Any], message: str) -> None:
     def filled(value: Any) -> Any:
         if isinstance(value, list):
             return [filled(one) for one in value]

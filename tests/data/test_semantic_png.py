@@ -1,4 +1,4 @@
-"""Folders of label PNGs as ADE20K, Cityscapes, CamVid and COCO-Stuff have them, and unusable ones."""
+"""Folders of label PNGs in the layouts of ADE20K, Cityscapes, CamVid and COCO-Stuff, and unusable ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opened(folder: Path, **keys: Any) -> SemanticPngDataset:
 
 
 def write(folder: Path, image: str, label: str, labels: Image.Image | NDArray[Any]) -> None:
-    """One image with its labels."""
+    """Write one image with its labels."""
     picture = labels if isinstance(labels, Image.Image) else Image.fromarray(labels)
     for path in (folder / "images" / image, folder / "labels" / label):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def write(folder: Path, image: str, label: str, labels: Image.Image | NDArray[An
 
 
 def some_labels(values: list[int], dtype: Any = np.uint8, seed: int = 0) -> NDArray[Any]:
-    """A map in which each value occurs."""
+    """Return a map that contains every value."""
     rng = np.random.default_rng(seed)
     found = rng.choice(values, SIZE).astype(dtype)
     found.ravel()[: len(values)] = values
@@ -48,7 +48,7 @@ def some_labels(values: list[int], dtype: Any = np.uint8, seed: int = 0) -> NDAr
 
 
 def test_ade20k(shared: Path, tmp_path: Path) -> None:
-    """The sample's labels are reduced already; a copy as ADE20K ships them gives the same with the key."""
+    """The sample's labels are reduced already; a copy as shipped gives the same with `reduce_zero_label`."""
     folder = shared / "data/ade20k_sample3"
     names = [
         c["name"] for c in json.loads((folder / "annotations/semantic_val.json").read_text())["categories"]
@@ -72,7 +72,7 @@ def test_ade20k(shared: Path, tmp_path: Path) -> None:
 
 
 def opened_as_shipped(folder: Path, copy: Path) -> SemanticPngDataset:
-    """ADE20K's sample with 0 for other objects and classes from 1."""
+    """Open ADE20K's sample with 0 for other objects and classes from 1, as it is shipped."""
     (copy / "labels").mkdir()
     for file in (folder / "annotations/semantic_val").iterdir():
         labels = np.array(Image.open(file))
@@ -84,7 +84,7 @@ def opened_as_shipped(folder: Path, copy: Path) -> SemanticPngDataset:
 
 
 def test_cityscapes(tmp_path: Path) -> None:
-    """Suffixes, a subfolder for each city, and classes with trainId 255 or -1; the ids are left alone."""
+    """Suffixes, a subfolder per city, and classes with trainId 255 or -1; the ids are not changed."""
     labels = some_labels([0, 1, 255])
     for n, city in enumerate(("aachen", "ulm")):
         name = f"{city}/{city}_0000{n}_000019"
@@ -105,7 +105,7 @@ def test_cityscapes(tmp_path: Path) -> None:
 
 
 def test_camvid(tmp_path: Path) -> None:
-    """Labels are colours, one of which is not trained; alpha does not matter."""
+    """Labels are colours, one of which is not trained; alpha is ignored."""
     colors = np.array([(64, 128, 64), (192, 0, 128), (0, 0, 0)], np.uint8)
     labels = some_labels([0, 1, 2])
     write(tmp_path, "0001TP.jpg", "0001TP_L.png", colors[labels])
@@ -120,7 +120,7 @@ def test_camvid(tmp_path: Path) -> None:
 
 
 def test_coco_stuff(tmp_path: Path) -> None:
-    """Ids with gaps become classes by their order in the list."""
+    """Ids with gaps become classes in the order of the list."""
     write(tmp_path, "1.jpg", "1.png", some_labels([92, 181, 255]))
     (tmp_path / "stuff.json").write_text(
         json.dumps([{"id": 92, "name": "banner"}, {"id": 181, "name": "wood"}])
@@ -133,7 +133,7 @@ def test_coco_stuff(tmp_path: Path) -> None:
 
 
 def palette() -> Image.Image:
-    """Numbers under a palette in which they have other colours, as in VOC."""
+    """Return class numbers under a palette that shows other colours, as in VOC."""
     image = Image.fromarray(some_labels([0, 1, 2]), "P")
     image.putpalette([9, 9, 9, 128, 0, 0, 0, 128, 0] + [0] * 759)
     return image
@@ -193,7 +193,7 @@ def test_nothing_matches(tmp_path: Path) -> None:
 
 
 def test_broken_files(tmp_path: Path) -> None:
-    """Named; a header that cannot be read at once, the rest when it is read."""
+    """Broken files are named: an unreadable header at once, the rest when the file is read."""
     for name in "ab":
         write(tmp_path, f"{name}.jpg", f"{name}.png", some_labels([0, 1]))
     dataset = opened(tmp_path, classes=["x", "y"])

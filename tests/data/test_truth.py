@@ -1,4 +1,4 @@
-"""The ground truth of an evaluation: of a good file what pycocotools reads, of others what can be used."""
+"""Ground truth of an evaluation: a good file is read as by pycocotools, of others what is usable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def test_a_good_file_is_what_pycocotools_reads(demo_data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_valid_file_is_read_as_by_pycocotools(demo_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs, ours = COCO(demo_data / "train.json"), ground_truth(demo_data / "train.json")
     assert ours.imgs == theirs.imgs and sorted(ours.cats) == sorted(theirs.cats)
     assert len(ours.anns) == len(theirs.anns) > 20 and not caplog.text
@@ -33,7 +33,7 @@ def test_a_good_file_is_what_pycocotools_reads(demo_data: Path, caplog: pytest.L
         assert (ours.annToMask(mine) == theirs.annToMask(other)).all()
 
 
-def test_a_missing_area_is_that_of_the_mask(demo_data: Path, tmp_path: Path) -> None:
+def test_a_missing_area_is_computed_from_the_mask(demo_data: Path, tmp_path: Path) -> None:
     content = json.loads((demo_data / "train.json").read_text())
     for record in content["annotations"]:
         del record["area"], record["iscrowd"]
@@ -46,8 +46,8 @@ def test_a_missing_area_is_that_of_the_mask(demo_data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("ids", [[0, 1], [5, 5], ["a", None], [10**30, -1]])
-def test_every_object_can_be_found_whatever_its_id(ids: list[Any], tmp_path: Path) -> None:
-    """pycocotools takes the id 0 for no match, and counts an object double where two share an id."""
+def test_every_object_can_be_matched_whatever_its_id(ids: list[Any], tmp_path: Path) -> None:
+    """pycocotools treats id 0 as no match, and counts an object twice if two share an id."""
     boxes = [[1, 1, 10, 10], [20, 5, 12, 9]]
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 20}],
@@ -62,10 +62,10 @@ def test_every_object_can_be_found_whatever_its_id(ids: list[Any], tmp_path: Pat
     assert scores["AP"] == scores["AR100"] == pytest.approx(1.0)
 
 
-def test_an_object_whose_rle_does_not_add_up_is_a_box(
+def test_an_object_with_an_inconsistent_rle_is_a_box(
     demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """pycocotools never comes back from judging one."""
+    """pycocotools loops forever when it evaluates such an RLE."""
     content = json.loads((demo_data / "train.json").read_text())
     rle = mask_util.encode(np.asfortranarray(np.eye(64, dtype=np.uint8)))
     content["annotations"][3]["segmentation"] = {
@@ -75,4 +75,4 @@ def test_an_object_whose_rle_does_not_add_up_is_a_box(
     with caplog.at_level(logging.WARNING, logger="giantdet"):
         truth = ground_truth(write(tmp_path / "cut.json", content))
     assert len(truth.anns) == len(content["annotations"]) and BOX_ONLY in truth.anns[4]
-    assert not caplog.text, "CocoDataset has counted it"
+    assert not caplog.text, "CocoDataset has reported it"

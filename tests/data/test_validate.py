@@ -1,4 +1,4 @@
-"""A table of bad records: each is reported with its id, and training data survive it."""
+"""A table of bad records: each is reported with its id, and training works without them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_bad_object(tmp_path: Path, kind: str, change: dict[str, Any], level: st
     bad = GOOD | {"id": 17, "segmentation": [POLYGON]} | change
     path = make(tmp_path, [IMAGE], [GOOD | {"segmentation": [POLYGON]}, bad], [{"id": 1, "name": "x"}])
     problems = validate(path, tmp_path)
-    if problems[-1].kind == "objects without a mask":  # about the file, because the other object has one
+    if problems[-1].kind == "objects without a mask":  # of the file: the other object has a mask
         assert (
             problems.pop().text.startswith("1 of 2 objects") and CocoDataset(path, tmp_path).without_mask == 1
         )

@@ -35,8 +35,8 @@ def report(demo: Path, kind: str, **keys: Any) -> Report:
     return CHECKS[section["format"]](FORMATS[section["format"]].model_validate(section))
 
 
-def worse(problems: list[Problem]) -> Found:
-    """Return errors and warnings; which classes and objects there are is information."""
+def errors_and_warnings(problems: list[Problem]) -> Found:
+    """Return errors and warnings only; the counts of classes and objects are information."""
     return [(p.kind, p.id, p.level) for p in problems if p.level != "info"]
 
 
@@ -101,7 +101,7 @@ SEMANTIC: list[tuple[str, Change, Found]] = [
 def test_semantic(demo: Path, change: Change, expected: Found) -> None:
     change(demo)
     found = report(demo, "semantic_fpn")
-    assert worse(found.problems) == expected
+    assert errors_and_warnings(found.problems) == expected
     assert all(p.text.startswith(("image 000002.jp", "label map 000002.png: ")) for p in found.problems[:1])
     usable = 4 - any(kind in ("no label map", "label map without an image") for kind, *_ in expected)
     assert found.summary.images == usable + (
@@ -118,7 +118,7 @@ def test_numbers_of_unknown_labels(demo: Path) -> None:
 
 
 def test_classes_of_semantic_maps(demo: Path) -> None:
-    """Names that occur twice; classes without pixels; maps without a class. The classes have ids 0 to 5."""
+    """Duplicate names; classes without pixels; maps without a class. The classes have ids 0 to 5."""
     for file in (demo / "semantic_train").iterdir():
         paint(file, 255 if file.name == "000002.png" else 1, rows=64)
     classes = ["sky", "road", "sky", "car", "tree", "sea"]
@@ -143,7 +143,7 @@ PNG = "panoptic_train/000002.png"
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Change:
-    """A change of the panoptic JSON."""
+    """Return a change of the panoptic JSON."""
 
     def made(demo: Path) -> None:
         edit_json(demo / "panoptic_train.json", change)
@@ -156,13 +156,13 @@ def third(content: dict[str, Any]) -> Any:
 
 
 def segment(**fields: Any) -> Change:
-    """One more segment of the third image."""
+    """Add a segment to the third image."""
     record = {"id": 77, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0} | fields
     return changed(lambda content: third(content)["segments_info"].append(record))
 
 
-def again(content: dict[str, Any]) -> None:
-    """A copy of the first segment, a thing, of the third image."""
+def duplicate(content: dict[str, Any]) -> None:
+    """Duplicate the first segment, a thing, of the third image."""
     third(content)["segments_info"].append(dict(third(content)["segments_info"][0]))
 
 
@@ -198,7 +198,7 @@ PANOPTIC: list[tuple[str, Change, Found]] = [
         changed(lambda c: third(c)["segments_info"].append("x")),
         [("bad segment", None, "error")],
     ),
-    ("one id twice", changed(again), [("duplicate segment id", "FIRST", "warning")]),
+    ("one id twice", changed(duplicate), [("duplicate segment id", "FIRST", "warning")]),
     (
         "no annotation of an image",
         changed(lambda c: c["annotations"].pop(2)),
@@ -259,7 +259,7 @@ def test_panoptic(demo: Path, change: Change, expected: Found) -> None:
         wanted += [(kind, n, level) for n in names]
     change(demo)
     found = report(demo, "panoptic_fpn")
-    assert worse(found.problems) == wanted
+    assert errors_and_warnings(found.problems) == wanted
     assert found.summary == open_dataset(section_of(demo)).summary()
 
 
@@ -269,7 +269,7 @@ def section_of(demo: Path) -> Any:
 
 
 def test_ids_without_a_segment(demo: Path) -> None:
-    """A row of the id 9 + 256 x 2: 64 pixels are void, and a segment that loses all its pixels is named."""
+    """A row with the id 9 + 256 x 2: 64 pixels are void, and a segment that loses all its pixels is named."""
     paint(demo / PNG, (9, 2, 0))
     (problem, *others) = [p for p in report(demo, "panoptic_fpn").problems if p.level != "info"]
     assert (problem.kind, problem.id, problem.level) == ("id without a segment", 3, "warning")
@@ -281,17 +281,19 @@ def test_ids_without_a_segment(demo: Path) -> None:
     assert kinds == ["id without a segment"] + ["segment without a pixel"] * len(segments)
 
 
-def test_one_png_of_two_images(demo: Path) -> None:
+def test_one_png_for_two_images(demo: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         first = content["annotations"][0]
         content["annotations"][2] |= {key: first[key] for key in ("file_name", "segments_info")}
 
     changed(change)(demo)
-    assert worse(report(demo, "panoptic_fpn").problems) == [("duplicate segments file", 3, "warning")]
+    assert errors_and_warnings(report(demo, "panoptic_fpn").problems) == [
+        ("duplicate segments file", 3, "warning")
+    ]
 
 
-def test_objects_in_a_file_of_their_own(demo: Path) -> None:
-    """Its records are checked one by one; masks are not read from the PNG files."""
+def test_objects_in_a_separate_file(demo: Path) -> None:
+    """Records of that file are checked one by one, and masks are not read from the PNG files."""
     content = json.loads((demo / "train.json").read_text())
     content["annotations"][0] |= {"bbox": [1, 2, 0, 4]}
     content["annotations"][1] |= {"iscrowd": None}
@@ -299,7 +301,7 @@ def test_objects_in_a_file_of_their_own(demo: Path) -> None:
     (demo / "objects.json").write_text(json.dumps(content))
     segment()(demo)
     found = report(demo, "panoptic_fpn", instances=str(demo / "objects.json"))
-    assert worse(found.problems) == [
+    assert errors_and_warnings(found.problems) == [
         ("empty box", ids[0], "error"),
         ("no iscrowd", ids[1], "warning"),
         NEEDLESS,
@@ -307,19 +309,19 @@ def test_objects_in_a_file_of_their_own(demo: Path) -> None:
 
 
 def test_a_real_panoptic_set(shared: Path) -> None:
-    """Two images of COCO."""
+    """Two images of COCO have no problem."""
     folder = shared / "data/panopticapi_sample2"
     file = folder / "annotations/panoptic_val.json"
     section = {"format": "coco_panoptic", "annotations": str(file), "images": str(folder / "images")}
     found = CHECKS["coco_panoptic"](FORMATS["coco_panoptic"].model_validate(section))
-    assert worse(found.problems) == [] and found.summary.objects > 20
+    assert errors_and_warnings(found.problems) == [] and found.summary.objects > 20
 
 
 # The command
 
 
 def test_the_command(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """data.train, a list, and data.val of another format; the exit code says whether there are errors."""
+    """data.train is a list, and data.val has another format; the exit code tells whether there are errors."""
     raw = tiny_run(demo, demo / "out", "panoptic_fpn")
     one = demo_section(demo, "train", "panoptic_fpn")
     raw["giantdet"]["data"]["train"] = [one, demo_section(demo, "val", "panoptic_fpn")]
@@ -335,14 +337,14 @@ def test_the_command(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command) == 1
     out = capsys.readouterr().out
     assert "error: missing segments file: 1\n" in out and "data.train: " not in out
-    # Parts without errors of their own, which do not fit each other.
+    # Parts without errors of their own that cannot be joined.
     raw["giantdet"]["data"]["train"] = [demo_section(demo, "val"), demo_section(demo, "val", "semantic_fpn")]
     file.write_text(json.dumps(raw))
     assert cli.main(command) == 2
     assert "data sets that are joined need the same kinds of targets" in capsys.readouterr().err
 
 
-def test_what_the_command_needs(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_arguments_of_the_command(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = tiny_run(demo, demo / "out", giantdet__data__train=None, giantdet__data__val=None)
     (demo / "run.json").write_text(json.dumps(raw))
     config = ["--config", str(demo / "run.json")]

@@ -1,6 +1,6 @@
 """Sliding windows and crops against mmsegmentation's rules in plain Python, and the stream of windows.
 
-The rules: `slide_inference` of its EncoderDecoder, and RandomResize and RandomCrop of its transforms.
+The rules are `slide_inference` of its EncoderDecoder, and RandomResize and RandomCrop of its transforms.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Slide = list[tuple[int, int, int, int]]
 
 
 def slide(height: int, width: int, crop: tuple[int, int], stride: int) -> Slide:
-    """(top, bottom, left, right) of mmsegmentation's windows over an image."""
+    """Return (top, bottom, left, right) of mmsegmentation's windows over an image."""
     found = []
     rows = max(height - crop[0] + stride - 1, 0) // stride + 1
     columns = max(width - crop[1] + stride - 1, 0) // stride + 1
@@ -47,7 +47,7 @@ def slide(height: int, width: int, crop: tuple[int, int], stride: int) -> Slide:
 
 @pytest.mark.parametrize("canvas", [(64, 64), (32, 96)])
 def test_positions(canvas: tuple[int, int]) -> None:
-    """For images from smaller than the canvas to several times as large."""
+    """Images range from smaller than the canvas to several times as large."""
     rng, counts = np.random.default_rng(0), set()
     for _ in range(300):
         height, width = (int(side) for side in rng.integers(20, 200, 2))
@@ -71,7 +71,7 @@ def test_positions(canvas: tuple[int, int]) -> None:
 )
 @torch.no_grad()
 def test_averaged_logits(image_hw: tuple[int, int], stride: int) -> None:
-    """The predictor on an image that is not scaled; it may be smaller than the window."""
+    """The predictor on an unscaled image, which may be smaller than the window."""
     size = (64, 64)
     section = SemanticFpnConfig.model_validate({**MODELS["semantic_fpn"], "num_classes": 5})
     torch.manual_seed(1)
@@ -101,12 +101,12 @@ def test_averaged_logits(image_hw: tuple[int, int], stride: int) -> None:
     expected = (total / times)[0].argmax(0)
     found = Predictor(model, config)(pixels)
     assert found.semantic_HW is not None and found.semantic_HW.shape == image_hw
-    assert (found.semantic_HW != expected).float().mean() < 1e-3  # of ties
-    assert len(expected.unique()) > 1, "one class everywhere: the test shows nothing"
+    assert (found.semantic_HW != expected).float().mean() < 1e-3  # ties
+    assert len(expected.unique()) > 1, "one class everywhere: the test is vacuous"
 
 
 def test_averages_are_resized_to_the_image() -> None:
-    """Random logits of windows that the image fills in part; pixels are seen once to three times."""
+    """Random logits of partly padded windows; each pixel is covered once to three times."""
     generator = torch.Generator().manual_seed(0)
     config, image_hw, resized = DataConfig(size=(64, 32), short_side=48), (30, 71), (48, 114)
     batches = list(image_batches(np.zeros((*image_hw, 3), np.uint8), config, 20))
@@ -124,14 +124,14 @@ def test_averages_are_resized_to_the_image() -> None:
     expected = F.interpolate(total / times, image_hw, mode="bilinear", align_corners=False)[0].argmax(0)
     assert torch.equal(found[0][1], expected)
     summed = F.interpolate(total, image_hw, mode="bilinear", align_corners=False)[0].argmax(0)
-    assert (summed != expected).sum() > 5, "the sum would do as well: the test shows less"
+    assert (summed != expected).sum() > 5, "the sum would pass as well: the average is not tested"
 
 
 # Random scale and crop in training
 
 
 def test_random_scale_and_crop() -> None:
-    """RandomResize by a factor of the short side, then a crop anywhere, at most the canvas."""
+    """RandomResize by a factor of the short side, then a crop anywhere, at most as large as the canvas."""
     config = DataConfig(size=(64, 96), short_side=80, augment=AugmentConfig(scale=(0.5, 2.0)))
     rng, image_hw = np.random.default_rng(0), (50, 70)
     scales, places, flips = [], [], []
@@ -140,12 +140,12 @@ def test_random_scale_and_crop() -> None:
         (height, width), (h, w), (top, left) = geometry.resized_hw, geometry.size_hw, geometry.offset_yx
         assert (h, w) == (min(height, 64), min(width, 96))
         assert 0 <= top <= height - h and 0 <= left <= width - w
-        assert width == pytest.approx(height * 70 / 50, abs=1.3), "both sides have one factor"
+        assert width == pytest.approx(height * 70 / 50, abs=1.3), "both sides have the same factor"
         scales.append(height / 80)
         if height > 100:
             places.append((top / (height - h), left / (width - w)))
         flips.append(geometry.flip)
-    # Uniform: ends, mean and quartiles of the factor, and of the place.
+    # Uniform: ends, mean and quartiles of the factor, and of the position.
     assert min(scales) == pytest.approx(0.5, abs=0.02) and max(scales) == pytest.approx(2.0, abs=0.02)
     assert np.quantile(scales, [0.25, 0.5, 0.75]) == pytest.approx([0.875, 1.25, 1.625], abs=0.06)
     for axis in np.array(places).T:
@@ -157,14 +157,14 @@ def test_random_scale_and_crop() -> None:
 
 
 def balanced(crop: NDArray[np.uint8], share: float) -> bool:
-    """mmsegmentation's test of a crop."""
+    """mmsegmentation's criterion for a crop."""
     labels, counts = np.unique(crop, return_counts=True)
     counts = counts[labels != IGNORE]
     return len(counts) > 1 and counts.max() / counts.sum() < share
 
 
 def class_map() -> NDArray[np.uint8]:
-    """Mostly one class; others in a corner, and a part without labels."""
+    """A map of mostly one class, with others in a corner and an unlabelled part."""
     labels = np.zeros((40, 60), np.uint8)
     labels[25:, 40:] = 1
     labels[30:, 50:] = 2
@@ -174,7 +174,7 @@ def class_map() -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_balanced_crops_draw_by_draw(flip: bool) -> None:
-    """The same crops as those of a loop over slices of the map."""
+    """The crops equal those of a loop over slices of the map."""
     labels, crop, share = class_map(), (16, 20), 0.75
     shown = labels[:, ::-1] if flip else labels
     tried = []
@@ -190,11 +190,11 @@ def test_balanced_crops_draw_by_draw(flip: bool) -> None:
             offset_yx=(0, 0)
         )
         tried.append(draws)
-    assert {1, 11} <= set(tried), "some crops are good at once, some never"
+    assert {1, 11} <= set(tried), "some crops are accepted at once, some never"
 
 
 def test_share_of_balanced_crops() -> None:
-    """11 draws, each good with the share of good places: 1 - (1 - p)^11 of the samples are."""
+    """11 draws, each good with probability p: a share 1 - (1 - p)^11 of the samples is good."""
     labels, crop, share = class_map(), (16, 20), 0.6
     places = [(y, x) for y in range(25) for x in range(41)]
     p = np.mean([balanced(labels[y : y + 16, x : x + 20], share) for y, x in places])
@@ -209,7 +209,7 @@ def test_share_of_balanced_crops() -> None:
 
 
 def pictured(folder: Path, maps: list[NDArray[np.uint8]]) -> SemanticPngDataset:
-    """A data set whose images show 80 times the class in every channel, 240 without a label."""
+    """A data set whose images show 80 times the class in every channel, 240 where unlabelled."""
     for name in ("images", "labels"):
         (folder / name).mkdir()
     for n, labels in enumerate(maps):
@@ -222,8 +222,8 @@ def pictured(folder: Path, maps: list[NDArray[np.uint8]]) -> SemanticPngDataset:
     )
 
 
-def test_image_and_map_are_cropped_alike(tmp_path: Path) -> None:
-    """Also where the crop is drawn again; `crop_class_share` changes the crop and nothing else."""
+def test_image_and_map_are_cropped_equally(tmp_path: Path) -> None:
+    """They agree even if the crop is drawn again; `crop_class_share` changes only the crop."""
     dataset = pictured(tmp_path, [class_map()])
     scale = AugmentConfig(scale=(1.0, 1.0))
     plain = DataConfig(size=(32, 32), short_side=40, augment=scale)
@@ -246,7 +246,7 @@ def test_image_and_map_are_cropped_alike(tmp_path: Path) -> None:
 
 
 class Sizes:
-    """As much of a data set as the stream asks for."""
+    """The part of a data set's interface that the stream uses."""
 
     def __init__(self, sizes: list[tuple[int, int]]) -> None:
         self.sizes_hw, self.annotations = np.array(sizes), "sizes"
@@ -268,19 +268,19 @@ def test_every_view_once(world: int, batch: int, stride: int | None) -> None:
     ]
     image_of = np.repeat(np.arange(7), views)
     ranks = [stream.batches(batch, rank, world) for rank in range(world)]
-    assert len({len(batches) for batches in ranks}) == 1, "every rank takes as many steps"
+    assert len({len(batches) for batches in ranks}) == 1, "every rank takes the same number of steps"
     assert all(len(numbers) == batch for batches in ranks for numbers in batches)
     real = [[k for numbers in batches for k in numbers if k < sum(views)] for batches in ranks]
     assert sorted(k for numbers in real for k in numbers) == list(range(sum(views)))
     assert all(numbers == sorted(numbers) for numbers in real)
     if stride is not None:
         owners = [set(image_of[numbers].tolist()) for numbers in real]
-        assert sum(map(len, owners)) == 7, "an image is on one rank"
+        assert sum(map(len, owners)) == 7, "each image is on one rank"
         assert max(views) > 5
 
 
-def test_views_are_what_they_say(tmp_path: Path) -> None:
-    """Pixels, place and number of each window; a filler, and an image that cannot be read, have the id -1."""
+def test_views_match_their_description(tmp_path: Path) -> None:
+    """Pixels, position and number of each window; padding views and unreadable images have the id -1."""
     maps = [class_map(), np.zeros((33, 40), np.uint8)]
     dataset = pictured(tmp_path, maps)
     config = DataConfig(size=(32, 32), short_side=33)

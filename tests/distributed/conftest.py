@@ -1,4 +1,4 @@
-"""Runs that several files of tests look at: starting processes takes longer than training in them."""
+"""Runs that several test files share: starting processes takes longer than training in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("worker_train.py")
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, demo_data: Path, tiny_export: Path) -> Path:
-    """Folders `resume` and `world` with the runs of test_resume.py and test_world_size.py."""
+    """The folder with `resume` and `world`: the runs of test_resume.py and test_world_size.py."""
     import test_resume
     import test_world_size
 
@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, demo_data: Path, tiny_expo
 
 @pytest.fixture(scope="session")
 def one_host(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two ranks, started by the plain deepspeed launcher."""
+    """The folder of a run on two ranks, started by the plain deepspeed launcher."""
     output = tmp_path_factory.mktemp("one_host") / "run"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     command = [*launcher, f"--master_port={free_port()}", str(REPO / "scripts/train.py")]

@@ -1,4 +1,4 @@
-"""AGVM at every ZeRO stage on real processes, held to a brute force that computes each shard's gradient."""
+"""AGVM at every ZeRO stage on real processes, compared with a brute force over each shard's gradient."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ for form, (optimizer, estimator, more) in FORMS.items():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the ranks of a world have found in a case; each world is launched once, with all of its cases."""
+    """A function that returns a case's results; each world is launched once, with all of its cases."""
     folder, found = tmp_path_factory.mktemp("agvm"), set()
 
     def result(world: int, name: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def assert_equal(found: dict[str, Any], tolerance: float = 1e-4) -> None:
         for name, weight in hand["weights"].items():
             torch.testing.assert_close(mine["weights"][name], weight, atol=2e-5, rtol=1e-3)
         moved = moved or any(abs(f - 1) > 0.01 for f in hand["factors"].values())
-    assert moved, "no factor left 1: the test shows nothing"
+    assert moved, "no factor moved away from 1: the test is vacuous"
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -91,7 +91,7 @@ def test_stages_agree(results: Results) -> None:
 
 
 def test_schedules_never_see_the_factors(results: Results) -> None:
-    """After each step the groups have their own LR again."""
+    """After each step the groups have their original LR again."""
     for name in TWO:
         for record in results(2, name)["deepspeed"]:
             assert set(record["lr"].values()) == {TWO[name]["params"]["lr"]}, name
@@ -133,7 +133,7 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world in MORE for name in MORE[world]])
-def test_worlds_and_corners(results: Results, world: int, name: str) -> None:
+def test_world_sizes_and_corner_cases(results: Results, world: int, name: str) -> None:
     assert_equal(results(world, name))
 
 
@@ -156,7 +156,7 @@ GOLDEN = {
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("name", GOLDEN)
 def test_traces_of_the_released_code(shared: Path, results: Results, name: str, stage: int) -> None:
-    """Similarities, factors and weights of the authors' hook, at every stage; theirs are in float64."""
+    """Similarities, factors and weights equal those of the authors' hook (in float64), at every stage."""
     trace = json.loads((shared / f"golden/{name}.json").read_text())
     modules = ("backbone", "neck", "head")
     for mine, theirs in zip(results(2, f"{name}{stage}")["deepspeed"], trace["steps"], strict=True):
@@ -172,7 +172,7 @@ def test_traces_of_the_released_code(shared: Path, results: Results, name: str, 
 
 
 def golden_cases(shared: Path) -> dict[str, dict[str, Any]]:
-    """Those of the traces, at every stage; none where the traces are not there."""
+    """The cases of the golden traces at every stage; empty if the traces are missing."""
     cases: dict[str, dict[str, Any]] = {}
     for name in GOLDEN if (shared / "golden").is_dir() else ():
         trace = json.loads((shared / f"golden/{name}.json").read_text())
@@ -210,7 +210,7 @@ def test_bf16_stays_near_float32(results: Results, name: str) -> None:
         assert mine["factors"] == pytest.approx(hand["factors"], abs=0.1)
 
 
-def test_what_does_not_fit_is_one_line_that_says_what_to_do() -> None:
+def test_invalid_settings_give_one_line_that_says_what_to_do() -> None:
     _, out, _ = launch_ok(WORKER.with_name("worker_agvm_errors.py"), 1)[0]
     found = [line for line in out.splitlines() if line.startswith("REFUSED")]
     words = ["needs two ranks", 'take "all_splits"', "agvm.anchor 'backbone'", "name the groups"]

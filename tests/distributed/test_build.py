@@ -1,4 +1,4 @@
-"""Building at ZeRO-3: no rank ever holds the whole model, and what is built trains as at other stages."""
+"""Building at ZeRO-3: no rank ever holds the whole model, and the model trains as at other stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from giantdet.layers.weights import load_backbone_weights
 BUILD = Path(__file__).with_name("worker_build.py")
 TRAIN = Path(__file__).with_name("worker_train.py")
 MEBI = 2**20
-# Small enough to be quick, large against what a process fluctuates by.
+# Small enough to be quick, but large compared with the noise of a process's memory.
 BACKBONE: dict[str, Any] = {"name": "vit_small_patch16_224", "window": 2, "patch_size": 16}
 
 
@@ -44,13 +44,13 @@ def test_no_rank_holds_the_model(tmp_path: Path) -> None:
     assert found["deferred"] > 40 and found["whole"] > 80 * MEBI
     assert found["after"] < found["whole"] / 2 + 16 * MEBI
     assert found["peak"] < found["whole"] / 2 + 3 * found["largest"] + 16 * MEBI
-    # The measurement sees a whole model where there is one.
+    # Control: the measurement detects a model that is held as a whole.
     whole = measure(tmp_path, zero_optimization__stage=2)
     assert whole["deferred"] == 0 and whole["peak"] > whole["whole"] - 4 * MEBI
 
 
 def shards(folder: Path, state: dict[str, torch.Tensor]) -> Path:
-    """Two files and their index, as large checkpoints come."""
+    """Write the weights as two files and an index, the layout of large checkpoints."""
     folder.mkdir()
     names = sorted(state)
     halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -62,7 +62,7 @@ def shards(folder: Path, state: dict[str, torch.Tensor]) -> Path:
 
 
 def test_weights_stream_from_shards_and_are_resampled(tmp_path: Path) -> None:
-    """Patches of 14 pixels become 16, 224 pixels' positions those of 64: the same as in one plain process."""
+    """Patches are resampled from 14 to 16 pixels and positions from 224 to 64, as in one plain process."""
     backbone = {**BACKBONE, "name": "deit_tiny_patch16_224"}
     torch.manual_seed(1)
     source = timm.create_model(backbone["name"], patch_size=14)
@@ -77,8 +77,8 @@ def test_weights_stream_from_shards_and_are_resampled(tmp_path: Path) -> None:
     assert found["wrong"] == [] and found["deferred"] > 30
 
 
-def test_trains_as_stage_2(tmp_path: Path, demo_data: Path) -> None:
-    """From the same weights, in float32 and bf16: the losses of three steps, and at the end the weights."""
+def test_trains_like_stage_2(tmp_path: Path, demo_data: Path) -> None:
+    """Stages 2 and 3 start from the same weights: equal losses for three steps and equal final weights."""
     model = {**MODEL, "backbone": {"name": "resnet10t"}, "num_classes": 4}
     torch.manual_seed(2)
     config = MaskRcnnConfig.model_validate(model)
@@ -95,7 +95,7 @@ def test_trains_as_stage_2(tmp_path: Path, demo_data: Path) -> None:
                 "zero_optimization__stage": stage,
                 "giantdet__model": model,
                 "bf16": {"enabled": bf16},
-                # Adam would divide gradients that are 0 up to rounding by themselves.
+                # Gradients that are 0 up to rounding: Adam would divide them by their own size.
                 "optimizer__params__eps": 1e-5,
             }
             raw = tiny_run(demo_data, output, giantdet__data__val=None, giantdet__train__steps=3, **settings)

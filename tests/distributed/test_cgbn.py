@@ -1,4 +1,4 @@
-"""CGBN on 2 and 4 real processes, one of them without images; the cases stand in worker_cgbn.py."""
+"""CGBN on 2 and 4 real processes, one of them without images; the cases are in worker_cgbn.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """All parts of the challenge system in one cascade under ZeRO, on two ranks, one of them without objects.
 
-Held to the same steps in plain PyTorch in one process.
+The reference is the same steps in plain PyTorch in one process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> dict[str, Any]:
-    """What all cases give, in one launch."""
+    """The results of all cases, from one launch."""
     own = {"kind": "cascade_mask_rcnn", "data": str(demo_data), "giantdet__model": MODEL}
     cases: dict[str, dict[str, Any]] = {"hand": {**own, "by_hand": True}}
     for stage in STAGES:
@@ -38,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> dict[str
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_equals_plain_pytorch(found: dict[str, Any], stage: int) -> None:
-    """Losses, weights, and the variances of AGVM, whose modules include the branch."""
+    """Losses, weights and AGVM's variances agree; AGVM's modules include the semantic branch."""
     mine, hand = found[str(stage)], found["hand"]
     assert mine["losses"] == pytest.approx(hand["losses"], rel=1e-5)
     assert len(set(hand["losses"])) == len(hand["losses"]) > 2

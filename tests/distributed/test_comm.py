@@ -1,4 +1,4 @@
-"""Messages between ranks: on 2 and 4 real processes, and in a world of one that was never started."""
+"""Communication between ranks: on 2 and 4 real processes, and in a world of one that was never started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of every architecture from the training to the prediction of files.
+"""A run of every architecture, from training to predictions on files.
 
 One process trains 4 steps, and into another folder 2 steps, at ZeRO-2; a second process resumes the latter.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import PHONE, blank_charts, look
 from PIL import Image
 from pq import quality, read_panoptic
 from pycocotools import mask as mask_util
@@ -28,11 +29,12 @@ from giantdet.distributed import comm
 from giantdet.engine.found import Found
 from giantdet.engine.predict import load_predictor
 from giantdet.export import load_detector
+from giantdet.report.build import SECTIONS, write_report
 
 WORKER = Path(__file__).with_name("worker_train.py")
 STEPS, STOP = 4, 2
 THRESHOLD = 0.0
-# Where maps are all that is predicted, evaluation and prediction slide windows over larger images.
+# Where maps are the only output, evaluation and prediction slide windows over larger images.
 WINDOWS: dict[str, dict[str, Any]] = {
     kind: {"giantdet__eval__window_stride": 32, "giantdet__data__short_side": 96}
     for kind in MODELS
@@ -43,7 +45,7 @@ PANOPTIC = [kind for kind in MODELS if FORMATS[kind] == "coco_panoptic"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
-    """Folders KIND and KIND_stopped of the runs, and their JSON files."""
+    """The folder with the runs KIND and KIND_stopped, and their JSON files."""
     folder = tmp_path_factory.mktemp("runs")
 
     def write(kind: str, name: str, steps: int, **changes: Any) -> Path:
@@ -62,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The environment of a command that starts torch.distributed here."""
+    """The environment of a command that starts torch.distributed in this process."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
     for name, value in (group | {"LOCAL_RANK": "0"}).items():
         monkeypatch.setenv(name, value)
@@ -78,8 +80,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, kind: str) -> None
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_reloaded_model_answers_the_same(runs: Path, demo_data: Path, kind: str) -> None:
-    """As one that gets the exported weights by torch alone."""
+def test_reloaded_model_predicts_the_same(runs: Path, demo_data: Path, kind: str) -> None:
+    """The predictions equal those of a model that loads the exported weights with plain torch."""
     detector, config = load_detector(runs / kind / "export")
     again = build_model(config.model, config.size, config.norm).eval()
     again.load_state_dict(load_file(runs / kind / "export/model.safetensors"))
@@ -95,8 +97,8 @@ def test_reloaded_model_answers_the_same(runs: Path, demo_data: Path, kind: str)
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.usefixtures("one_process")
-def test_eval_scores_as_the_training_did(runs: Path, tmp_path: Path, kind: str, capsys: Any) -> None:
-    """Not the table alone: all files of results, bit for bit."""
+def test_eval_gives_the_scores_of_the_training(runs: Path, tmp_path: Path, kind: str, capsys: Any) -> None:
+    """Not only the table: all result files agree, bit for bit."""
     arguments = ["--config", str(runs / f"{kind}_{STEPS}.json"), "--workers", "0"]
     assert (
         cli.main(
@@ -104,12 +106,12 @@ def test_eval_scores_as_the_training_did(runs: Path, tmp_path: Path, kind: str, 
         )
         == 0
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     scores = json.loads((runs / kind / "scores.json").read_text())
     detector, _ = load_detector(runs / kind / "export")
     assert scores.keys() == set(detector.tasks)
     for numbers in scores.values():
-        assert all(f"  {name}" in said for name in numbers["per_class"])
+        assert all(f"  {name}" in printed for name in numbers["per_class"])
     mine = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     for path, content in mine.items():
         assert (runs / kind / path).read_bytes() == content, path
@@ -119,6 +121,31 @@ def test_eval_scores_as_the_training_did(runs: Path, tmp_path: Path, kind: str, 
         "panoptic": "results_panoptic.json",
     }
     assert {endings[task] for task in detector.tasks if task in endings} <= {path.name for path in mine}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_report(runs: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each section is there, or is left out for a reason that is not an error."""
+    blank_charts(monkeypatch)
+    page = write_report(runs / kind)
+    text = page.read_text()
+    assert "could not be made" not in text
+    boxes, maps = FORMATS[kind] != "semantic_png", FORMATS[kind] != "coco"
+    absent = {"agvm"} | (set() if maps else {"pixels"})
+    absent |= set() if boxes else {"recall", "confusion", "calibration"}
+    found = {name for name, *_ in SECTIONS if f'id="{name}"' in text}
+    assert found == {name for name, *_ in SECTIONS} - absent
+    assert len(list((runs / kind / "report/validation").glob("*_predicted.jpg"))) == 5  # all images
+    if kind in PANOPTIC:
+        seen = look(page, PHONE)
+        assert (seen.complaints, seen.overflowing, seen.broken_images) == ([], [], 0)
+
+
+def test_report_without_a_validation_set(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blank_charts(monkeypatch)
+    text = write_report(runs / "mask_rcnn_stopped").read_text()
+    assert "the run has no data.val" in text and "could not be made" not in text
+    assert 'id="batches"' in text and 'id="confusion"' not in text
 
 
 @pytest.mark.parametrize("kind", PANOPTIC)
@@ -138,7 +165,7 @@ def test_export_command_writes_the_same_model(runs: Path, tmp_path: Path, kind: 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.usefixtures("one_process")
 def test_precise_batch_norms(runs: Path, tmp_path: Path, kind: str) -> None:
-    """The command changes running statistics, and nothing else."""
+    """The command changes the running statistics and nothing else."""
     arguments = ["--batches", "2", "--batch-size", "2", "--output", str(tmp_path)]
     assert cli.main(["precise-bn", str(runs / kind), *arguments]) == 0
     mine, before = (load_file(f / "model.safetensors") for f in (tmp_path, runs / kind / "export"))
@@ -157,7 +184,7 @@ def test_predict_writes_what_the_predictor_returns(
     found = [predictor(file, THRESHOLD) for file in files]
     for file in files:
         with Image.open(tmp_path / f"{file.stem}.png") as picture:
-            assert min(picture.size) >= 512, "small pictures are enlarged"
+            assert min(picture.size) >= 512, "small images are enlarged"
     for task, same in SAME.items():
         if task in predictor.detector.tasks:
             same(tmp_path, files, found)
@@ -217,7 +244,7 @@ def same_segments(folder: Path, files: list[Path], found: list[Found]) -> None:
         for n in segments:
             assert pixels[n] == set(np.flatnonzero(one.panoptic.ids_HW == n).tolist())
         total += len(segments)
-    assert total > 5, "hardly a segment was found: the test shows nothing"
+    assert total > 5, "hardly any segment was found: the test is vacuous"
 
 
 SAME = {"box": same_objects, "semantic": same_maps, "panoptic": same_segments}

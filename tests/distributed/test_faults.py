@@ -1,4 +1,4 @@
-"""What comes to real runs of two ranks: stop signals, killed processes, numbers that are not finite."""
+"""Failures in real runs on two ranks: stop signals, killed processes, non-finite losses and gradients."""
 
 from __future__ import annotations
 
@@ -42,27 +42,33 @@ def write(folder: Path, name: str, data: Path, **changes: Any) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Of a run, oldest first."""
+    """The checkpoints of a run, oldest first."""
     return [path for path, _ in scan(run / "checkpoints")]
 
 
-# Numbers that are not finite
+# Losses and gradients that are not finite
 
-SPOILT = 3  # the step
-SPOILT_RUNS = {"nan0": "nan", "gradient0": "gradient", "inf1": "inf", "gradient2": "gradient", "nan3": "nan"}
+BAD_STEP = 3
+BAD_STEP_RUNS = {
+    "nan0": "nan",
+    "gradient0": "gradient",
+    "inf1": "inf",
+    "gradient2": "gradient",
+    "nan3": "nan",
+}
 
 
-class Spoilt(NamedTuple):
+class Corrupted(NamedTuple):
     folder: Path
     ends: list[Ended]
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Spoilt:
-    """One launch: runs with one spoilt step at each ZeRO stage, and one in which there is no end of them."""
-    folder = tmp_path_factory.mktemp("spoilt")
+def corrupted(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Corrupted:
+    """One launch: a run with one non-finite step at each ZeRO stage, and one in which they never end."""
+    folder = tmp_path_factory.mktemp("corrupted")
     arguments = []
-    for name, kind in SPOILT_RUNS.items():
+    for name, kind in BAD_STEP_RUNS.items():
         stage = int(name[-1])
         path = write(
             folder,
@@ -76,7 +82,7 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Spoilt:
             giantdet__ema={"enabled": True, "decay": 0.5},
             giantdet__agvm={"enabled": True, "interval": 1, "start_step": 1, "momentum": 0.5},
         )
-        arguments.append(f"{path}:{kind}:{SPOILT}:{SPOILT}")
+        arguments.append(f"{path}:{kind}:{BAD_STEP}:{BAD_STEP}")
     path = write(
         folder,
         "endless",
@@ -85,14 +91,16 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Spoilt:
         giantdet__train__max_skipped_steps=3,
         giantdet__train__save_every=2,
     )
-    return Spoilt(folder, launch(WORKER, 2, *arguments, f"{path}:nan:3:99"))
+    return Corrupted(folder, launch(WORKER, 2, *arguments, f"{path}:nan:3:99"))
 
 
-@pytest.mark.parametrize("name", SPOILT_RUNS)
-def test_a_spoilt_step_is_left_out(spoilt: Spoilt, demo_data: Path, tmp_path: Path, name: str) -> None:
-    """On all ranks: weights and statistics stay what they were, bit for bit; then training goes on."""
-    run, kind = spoilt.folder / name, SPOILT_RUNS[name]
-    assert (run / "export").is_dir(), logs(spoilt.ends)
+@pytest.mark.parametrize("name", BAD_STEP_RUNS)
+def test_a_non_finite_step_is_skipped(
+    corrupted: Corrupted, demo_data: Path, tmp_path: Path, name: str
+) -> None:
+    """Weights and statistics of all ranks stay the same, bit for bit, and training continues afterwards."""
+    run, kind = corrupted.folder / name, BAD_STEP_RUNS[name]
+    assert (run / "export").is_dir(), logs(corrupted.ends)
     config = read_export_config(run / "export")
     weights = {}
     for checkpoint in checkpoints(run):
@@ -103,21 +111,21 @@ def test_a_spoilt_step_is_left_out(spoilt: Spoilt, demo_data: Path, tmp_path: Pa
     def same(one: int, other: int) -> bool:
         return all(torch.equal(t, weights[other][name]) for name, t in weights[one].items())
 
-    assert same(SPOILT - 1, SPOILT) and not same(1, 2) and not same(SPOILT, 4) and not same(4, 5)
+    assert same(BAD_STEP - 1, BAD_STEP) and not same(1, 2) and not same(BAD_STEP, 4) and not same(4, 5)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "scores" not in line]
-    assert ["loss" in line for line in lines] == [step != SPOILT for step in range(1, 6)]
+    assert ["loss" in line for line in lines] == [step != BAD_STEP for step in range(1, 6)]
     assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 1, 1, 1]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    said = [line for line in spoilt.ends[0].err.splitlines() if f"step {SPOILT} is skipped" in line]
-    mine = said[list(SPOILT_RUNS).index(name)]
-    ids = [images_of(spoilt.folder / f"{name}.json", demo_data, rank, SPOILT) for rank in (0, 1)]
+    skipped = [line for line in corrupted.ends[0].err.splitlines() if f"step {BAD_STEP} is skipped" in line]
+    mine = skipped[list(BAD_STEP_RUNS).index(name)]
+    ids = [images_of(corrupted.folder / f"{name}.json", demo_data, rank, BAD_STEP) for rank in (0, 1)]
     expected = sorted(ids[0] + ids[1]) if kind == "gradient" else sorted(ids[1])
     assert f"(images {', '.join(map(str, expected))})" in mine
     assert ("a gradient is not finite" if kind == "gradient" else f"the loss is {kind}") in mine
 
 
 def images_of(path: Path, data: Path, rank: int, step: int) -> list[int]:
-    """Of one rank's micro-batch, by the loader itself."""
+    """The image ids of one rank's micro-batch, taken from the loader itself."""
     raw = json.loads(path.read_text())
     config = DataConfig.model_validate({**raw["giantdet"]["data"], "workers": 0})
     dataset = CocoDataset(data / "train.json", data / "train")
@@ -126,20 +134,20 @@ def images_of(path: Path, data: Path, rank: int, step: int) -> list[int]:
     return [int(i) for i in next(loader).image_ids_B]
 
 
-def test_too_many_in_a_row_end_the_run(spoilt: Spoilt) -> None:
-    ends = spoilt.ends
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(corrupted: Corrupted) -> None:
+    ends = corrupted.ends
     assert [end.code for end in ends] == [3, 3], logs(ends)
-    said = [line for end in ends for line in end.err.splitlines() if "giantdet: stopped" in line]
-    assert len(said) == 1 and "3 steps in a row were skipped, the last: step 5 " in said[0]
+    stopped = [line for end in ends for line in end.err.splitlines() if "giantdet: stopped" in line]
+    assert len(stopped) == 1 and "3 steps in a row were skipped, the last: step 5 " in stopped[0]
     assert "Traceback" not in ends[0].err + ends[1].err
-    assert checkpoints(spoilt.folder / "endless")[-1].name == "step_4"
+    assert checkpoints(corrupted.folder / "endless")[-1].name == "step_4"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, demo_data: Path) -> None:
-    """Their loss and gradients were finite: it is the step that ruins them."""
+    """Loss and gradients are finite; the optimizer step overflows the weights."""
     path = write(
         tmp_path,
-        "ruined",
+        "overflow",
         demo_data,
         optimizer={"type": "SGD", "params": {"lr": 100.0, "weight_decay": 1e38}},
         giantdet__train__save_every=1,
@@ -149,7 +157,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, demo_data: Pa
     assert (
         "after step 1 the weight of " in ended.err and "is not finite: no checkpoint is written" in ended.err
     )
-    assert checkpoints(tmp_path / "ruined") == []
+    assert checkpoints(tmp_path / "overflow") == []
 
 
 # Ctrl-C
@@ -162,10 +170,10 @@ def test_ctrl_c_saves_and_ends_a_run_without_a_launcher(tmp_path: Path, demo_dat
         metrics = tmp_path / "run/metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.read_text(), [process.pid], "step 1")
         process.send_signal(signal.SIGINT)
-        said = process.communicate()[1]
-    assert process.returncode == StoppedError.exit_code, said
-    assert "stopping after this step; press Ctrl-C again to stop at once" in said
-    assert "giantdet: stopped: SIGINT after step" in said and "Traceback" not in said
+        err = process.communicate()[1]
+    assert process.returncode == StoppedError.exit_code, err
+    assert "stopping after this step; press Ctrl-C again to stop at once" in err
+    assert "giantdet: stopped: SIGINT after step" in err and "Traceback" not in err
     steps = len(metrics.read_text().splitlines())
     assert [found.name for found in checkpoints(tmp_path / "run")] == [f"step_{steps}"] and steps < STEPS
 
@@ -189,7 +197,7 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Job:
-    """A run under the deepspeed launcher, in a session of its own."""
+    """A run under the deepspeed launcher, in its own process session."""
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.output = Path(json.loads(path.read_text())["giantdet"]["train"]["output"])
@@ -208,7 +216,7 @@ class Job:
             )
 
     def reach(self, step: int) -> None:
-        """Wait until that many steps are done."""
+        """Wait until this many steps are done."""
         self.until(lambda: self.steps() >= step, f"step {step}")
 
     def steps(self) -> int:
@@ -222,7 +230,7 @@ class Job:
             raise AssertionError(f"{error}\n{self.log.read_text()}") from None
 
     def processes(self, word: str) -> list[int]:
-        """Of this job, those whose command line has the word; parents first."""
+        """The ids of this job's processes whose command line contains the word; parents first."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
@@ -234,7 +242,7 @@ class Job:
         return sorted(found)
 
     def ranks(self) -> list[int]:
-        """Without their data workers, which have the same command line."""
+        """The ids of the ranks, without their data workers, which have the same command line."""
         every = self.processes("--local_rank")
         return [pid for pid in every if parent(pid) not in every and parent(pid) in self.processes("launch")]
 
@@ -254,7 +262,7 @@ def parent(pid: int) -> int:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[Path], Job]]:
-    """Starts a run, or resumes it."""
+    """A function that starts a run, or resumes it."""
     started: list[Job] = []
 
     def job(path: Path) -> Job:
@@ -266,19 +274,19 @@ def start(tmp_path: Path) -> Iterator[Callable[[Path], Job]]:
         one.close()
 
 
-def test_a_run_that_everything_comes_to(
+def test_a_run_survives_signals_and_killed_processes(
     start: Callable[[Path], Job], demo_data: Path, tmp_path: Path
 ) -> None:
-    """One fault after the other, and the same command again: at the end the weights of a run without any."""
+    """After several failures, each resumed by the same command, the weights equal an undisturbed run's."""
     settings = {"zero_optimization__stage": 2, "giantdet__norm": {"type": "local"}}
     settings |= {"giantdet__train__steps": STEPS, "giantdet__train__save_every": 5}
-    quiet, faults = (
+    undisturbed, faults = (
         write(tmp_path, name, demo_data, **settings, giantdet__data__workers=1)
-        for name in ("quiet", "faults")
+        for name in ("undisturbed", "faults")
     )
-    launch_ok(SCRIPT, 2, "--deepspeed_config", quiet)
+    launch_ok(SCRIPT, 2, "--deepspeed_config", undisturbed)
     step = 0
-    for fault in (a_signal_to_a_rank, a_signal_to_the_launcher, the_launcher_is_killed, a_rank_is_killed):
+    for fault in (signal_a_rank, signal_the_launcher, kill_the_launcher, kill_a_rank):
         job = start(faults)
         job.reach(step + 3)
         fault(job)
@@ -287,15 +295,15 @@ def test_a_run_that_everything_comes_to(
         step = job.steps()
     job = start(faults)
     job.reach(step + 2)
-    a_data_worker_is_killed(job)
-    runs = [job.output.with_name(name) for name in ("quiet", "faults")]
+    kill_a_data_worker(job)
+    runs = [job.output.with_name(name) for name in ("undisturbed", "faults")]
     one, other = (load_file(run / "export/model.safetensors") for run in runs)
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
     lines = read_metrics(job.output / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def stops_with_a_checkpoint(job: Job) -> None:
+def assert_stopped_with_a_checkpoint(job: Job) -> None:
     ended = job.wait()
     assert ended.code != 0
     stopped = [line for line in ended.out.splitlines() if "giantdet: stopped:" in line]
@@ -304,33 +312,33 @@ def stops_with_a_checkpoint(job: Job) -> None:
     assert checkpoints(job.output)[-1].name == f"step_{step}" and job.steps() == step < STEPS
 
 
-def a_signal_to_a_rank(job: Job) -> None:
-    """SIGUSR1, as Slurm sends it before the end; all ranks stop after the same step."""
+def signal_a_rank(job: Job) -> None:
+    """SIGUSR1, which Slurm sends before the time limit; all ranks stop after the same step."""
     os.kill(job.ranks()[1], signal.SIGUSR1)
-    stops_with_a_checkpoint(job)
+    assert_stopped_with_a_checkpoint(job)
 
 
-def a_signal_to_the_launcher(job: Job) -> None:
-    """SIGTERM, as by a scheduler."""
+def signal_the_launcher(job: Job) -> None:
+    """SIGTERM, which a scheduler sends."""
     os.kill(job.processes("deepspeed.launcher.launch")[0], signal.SIGTERM)
-    stops_with_a_checkpoint(job)
+    assert_stopped_with_a_checkpoint(job)
 
 
-def the_launcher_is_killed(job: Job) -> None:
-    """Its ranks would train on without anybody who could stop them: they save and end."""
+def kill_the_launcher(job: Job) -> None:
+    """Nobody could stop the orphaned ranks any more, so they save and exit."""
     os.kill(job.processes("deepspeed.launcher.launch")[0], signal.SIGKILL)
     job.until(lambda: job.processes("train.py") == [], "end of the ranks")
     assert "giantdet: stopped: SIGTERM after step" in job.log.read_text()
     assert checkpoints(job.output)[-1].name == f"step_{job.steps()}"
 
 
-def a_rank_is_killed(job: Job) -> None:
+def kill_a_rank(job: Job) -> None:
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.wait().code != 0
 
 
-def a_data_worker_is_killed(job: Job) -> None:
-    """The run goes on, and says so."""
+def kill_a_data_worker(job: Job) -> None:
+    """The run continues and reports it."""
     ranks = job.ranks()
     worker = next(pid for pid in job.processes("train.py") if parent(pid) == ranks[0])
     os.kill(worker, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""A frozen backbone under ZeRO on two ranks: what is trained equals plain PyTorch, and the backbone stays.
+"""A frozen backbone under ZeRO on two ranks: training equals plain PyTorch, and the backbone does not change.
 
-One rank's images hold no object. Each run is saved before its last step, and resumed from other weights.
+One rank's images contain no object. Each run is saved before its last step, and resumed from other weights.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from tiny import launch_ok
 
 WORKER = Path(__file__).with_name("worker_frozen.py")
-# Drop path and recomputation are settings of training, and have no effect here.
+# Drop path and recomputation only apply to training, and have no effect here.
 VIT = {"name": "test_vit", "window": 2, "frozen": True, "drop_path_rate": 0.5, "checkpoint_blocks": True}
 RESNET = {"name": "test_resnet", "frozen": True}
-# At stage 3 no weight is whole on all ranks, and about two blocks are gathered ahead.
+# At stage 3 no weight is whole on all ranks, and about two blocks are prefetched.
 PARTITIONED = {
     "stage": 3,
     "stage3_param_persistence_threshold": 0,
@@ -63,19 +63,19 @@ def test_losses_and_norms_equal_plain_pytorch(found: dict[str, dict[str, Any]], 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_backbone_stays_to_the_last_bit(found: dict[str, dict[str, Any]], name: str) -> None:
-    """In the model, and in its averages."""
+def test_backbone_is_bit_identical(found: dict[str, dict[str, Any]], name: str) -> None:
+    """Both the model and the averaged weights are unchanged."""
     unmoved = found[name]["unmoved"]
     assert all(unmoved) and len(unmoved) > 80
     assert found[name]["modes"] == {False}, "in evaluation mode after engine.train()"
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_nothing_is_kept_for_the_backbone(found: dict[str, dict[str, Any]], name: str) -> None:
-    """No activations, gradients, float32 copies, moments, averages; at stage 3 half of it on each rank."""
+def test_no_training_state_for_the_backbone(found: dict[str, dict[str, Any]], name: str) -> None:
+    """No activations, gradients, float32 copies, moments or averages; at stage 3 each rank has half of it."""
     mine, stage = found[name], int(name[4])
     assert mine["saved"] == 0 and mine["gradients"] == [] and mine["linked"] == []
-    assert mine["backbone"] > 2 * mine["trained"], "else a share of it could hide in the padding"
+    assert mine["backbone"] > 2 * mine["trained"], "otherwise a share of it could hide in the padding"
     share = mine["trained"] / (2 if stage else 1)
     assert share <= mine["owned"] <= 1.01 * share
     assert 2 * share <= mine["moments"] <= 2 * 1.01 * share
@@ -86,10 +86,10 @@ def test_nothing_is_kept_for_the_backbone(found: dict[str, dict[str, Any]], name
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero3_bf16", "zero3_agvm"])
-def test_weights_are_gathered_ahead_and_released(found: dict[str, dict[str, Any]], name: str) -> None:
-    """DeepSpeed records the order of modules in the first step, and gathers ahead from the second on.
+def test_weights_are_prefetched_and_released(found: dict[str, dict[str, Any]], name: str) -> None:
+    """DeepSpeed records the order of modules in the first step, and prefetches from the second on.
 
-    After the forward pass only the positions are still there, which the adapter reads from the body.
+    After the forward pass only the positions are still gathered, which the adapter reads from the body.
     """
     mine = found[name]
     assert mine["linears"] == 24 and mine["early"] == [0, 24, 24]

@@ -1,5 +1,5 @@
-"""The 7B detector's whole way on two CPU ranks at ZeRO-3, cut in width: all 40 blocks, windows with 4 global
-blocks, rotary embeddings; from real images to a sharded export, by the script that GPUs get."""
+"""End-to-end test of the 7B detector on two CPU ranks at ZeRO-3, with a small width: all 40 blocks, windows
+with 4 global blocks, rotary embeddings; from real images to a sharded export, by the script for GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import environment, free_port, logs, run_together
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPE = REPO / "ds_configs/mask_rcnn_vitdet_dinov3_7b_64_adamw.json"
-# A 1024-pixel canvas with windows of 16 patches has as many windows as this one.
+# As many windows as a 1024-pixel canvas with windows of 16 patches has.
 CUT = [
     'model.backbone.timm_args={"embed_dim": 32, "num_heads": 2}',
     "data.size=[256,256]",
@@ -28,14 +28,14 @@ CUT = [
     "model.rpn.post_nms_train=100",
     "data.workers=0",
     "train.export_shard=0.002",
-    # DeepSpeed keeps a weight that is used again within so many numbers, and looks that far ahead once for
-    # each module: as many modules as at full width, and not always all of them.
+    # DeepSpeed does not release a weight that is used again within this many elements, and looks that far
+    # ahead once per module: this covers as many modules as at full width, but not always all of them.
     "zero_optimization.stage3_max_reuse_distance=60000",
     "bf16.enabled=false",
 ]
 
 
-def test_a_giant_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Path) -> None:
+def test_giant_detector_trains_resumes_exports_and_predicts(shared: Path, tmp_path: Path) -> None:
     data = shared / "data/fruits_nuts"
     command = [
         *(sys.executable, REPO / "studies/giant.py", RECIPE),

@@ -1,7 +1,7 @@
-"""Every launcher starts scripts/train.py, and gives the run that the plain deepspeed launcher gives.
+"""Every launcher starts scripts/train.py, with the same result as the plain deepspeed launcher.
 
-Two launchers on this machine, one a "host" of one rank; test_two_hosts.py has hosts with addresses of their
-own. The three runs go side by side: most of their time is a process's start.
+Two launcher processes on this machine, each a "host" of one rank; test_two_hosts.py has hosts with their own
+addresses. The three runs are launched in parallel: most of their time is spent starting processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def _deepspeed(folder: Path, arguments: list[str]) -> list[Command]:
     """`deepspeed --no_ssh` on each of the two hosts of a hostfile."""
     hosts = folder / "hosts"
     hosts.write_text("one slots=1\ntwo slots=1\n")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), "--no_ssh"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    launcher += ["--hostfile", str(hosts), "--no_ssh"]
     launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     return [([*launcher, f"--node_rank={node}", *arguments], environment()) for node in range(2)]
 
@@ -36,7 +37,7 @@ def _torchrun(arguments: list[str]) -> list[Command]:
 
 
 def _srun(arguments: list[str]) -> list[Command]:
-    """What srun starts, with the variables that it gives; the address and the port come from them."""
+    """The commands that srun would start, with its environment; address and port are derived from it."""
     job = {
         "SLURM_JOB_ID": str(free_port()),
         "SLURM_STEP_NODELIST": "127.0.0.[1-2]",
@@ -49,19 +50,38 @@ def _srun(arguments: list[str]) -> list[Command]:
 
 @pytest.fixture(scope="module")
 def runs(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with one run a launcher."""
+    """The folder with one run per launcher."""
     folder = tmp_path_factory.mktemp("launchers")
     script = str(REPO / "scripts/train.py")
     of = {name: [script, *demo_run(demo_data, folder / name)] for name in LAUNCHERS}
     commands = _deepspeed(folder, of[LAUNCHERS[0]]) + _torchrun(of[LAUNCHERS[1]]) + _srun(of[LAUNCHERS[2]])
+    for _, variables in commands:
+        del variables["PYTHONWARNINGS"]  # what users see
     ended = run_together(commands)
     assert all(end.code == 0 for end in ended), logs(ended)
+    for number, end in enumerate(ended):
+        (folder / f"{LAUNCHERS[number // 2]}.{number % 2}.log").write_text(end.out + end.err)
     return folder
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_give_the_same_run(launcher: str, runs: Path, one_host: Path) -> None:
     same_run(runs / launcher, one_host)
+
+
+# Deprecation warnings of torch.distributed, which DeepSpeed causes; lines of DeepSpeed, of its launcher with
+# --quiet; fragments of a bar that redraws itself.
+NOISE = ("FutureWarning", "DeprecationWarning", "[INFO]", "[WARNING]", "\r")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_screen_is_ours(launcher: str, runs: Path) -> None:
+    first, second = ((runs / f"{launcher}.{rank}.log").read_text() for rank in range(2))
+    assert first.startswith("giantdet: mask_rcnn, test_resnet, ")
+    assert "training: step 1/2 (50%), loss " in first and "done: step 2/2 (100%)" in first
+    for text in (first, second):
+        assert not [word for word in NOISE if word in text], text
+    assert "training:" not in second
 
 
 @pytest.mark.parametrize(
@@ -75,7 +95,7 @@ def test_launchers_give_the_same_run(launcher: str, runs: Path, one_host: Path) 
     ],
 )
 def test_master_address_of_srun(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start stops at the missing port, so nothing is joined."""
+    """comm.start fails at the missing port, so no process group is joined."""
     _as_task(monkeypatch, SLURM_STEP_NUM_TASKS="8", SLURM_STEP_NODELIST=nodes)
     with pytest.raises(ValueError, match="MASTER_PORT is not set"):
         comm.start()
@@ -95,7 +115,7 @@ def test_srun_without_an_address_says_what_to_set(monkeypatch: pytest.MonkeyPatc
 
 
 def _as_task(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
-    """The environment of a task of srun; what comm.start sets is taken back."""
+    """Set the environment of an srun task; what comm.start sets is undone after the test."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -1,7 +1,7 @@
-"""The metrics of every architecture on 2 and 4 real ranks against one process, an unreadable image included.
+"""The metrics of every architecture on 2 and 4 ranks equal those of one process, with an unreadable image.
 
-An image that cannot be read counts as missed in every metric, and one whose map cannot be read is not scored;
-that is held to numbers made from the results of the intact set, without those of that image.
+An image that cannot be read counts as missed in every metric, and one whose map cannot be read is not scored.
+The expected numbers come from the results of the intact set, without those of that image.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from giantdet.data.demo import make_demo
 from giantdet.evaluation.semantic import SEMANTIC_NUMBERS
 
 WORLDS = (1, 2, 4)
-IMAGES, BAD = 7, 4  # images, and the index of the one that cannot be read
+IMAGES, BAD = 7, 4  # number of images, and the index of the unreadable one
 STRIDE = 16
 MAPS_ONLY = [kind for kind in MODELS if FORMATS[kind] == "semantic_png"]
 CASES: dict[str, dict[str, Any]] = {
     **{kind: {"kind": kind} for kind in MODELS},
     **{f"{kind}_windows": {"kind": kind, "window_stride": STRIDE, "batch_size": 3} for kind in MAPS_ONLY},
 }
-# Each case on the intact set, on one with a broken image, and on one with a broken map.
+# Each case runs on the intact set, on one with a broken image, and on one with a broken map.
 PAIRS = [(name, data) for name in CASES for data in ("whole", "broken")]
 PAIRS += [(name, "unlabelled") for name, case in CASES.items() if FORMATS[case["kind"]] != "coco"]
 MAPS = [name for name, case in CASES.items() if case["kind"] in MAPS_ONLY]
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
-    """What each world found in each case and set."""
+    """The results of each world size in each case and data set."""
     cases = {f"{name}_{data}": {**CASES[name], "data": str(folder / data)} for name, data in PAIRS}
     found = {}
     for world in WORLDS:
@@ -67,7 +67,7 @@ def results(folder: Path) -> Results:
 
 
 def numbers(scores: Any, path: str = "") -> dict[str, float]:
-    """All numbers of nested scores."""
+    """Return all numbers of nested scores by path."""
     if not isinstance(scores, dict):
         return {path: scores}
     return {
@@ -77,7 +77,7 @@ def numbers(scores: Any, path: str = "") -> dict[str, float]:
 
 @pytest.mark.parametrize(("name", "data"), PAIRS)
 def test_ranks_score_as_one_process(results: Results, name: str, data: str) -> None:
-    """Bit for bit; PQ, whose IoUs are summed in another order, to 1e-12."""
+    """Scores are equal bit for bit, except PQ, whose IoUs are summed in another order: to 1e-12."""
     expected = results[1, name, data]
     for world in WORLDS[1:]:
         found = results[world, name, data]
@@ -88,10 +88,35 @@ def test_ranks_score_as_one_process(results: Results, name: str, data: str) -> N
             assert mine[key] == pytest.approx(value, rel=0, abs=tolerance, nan_ok=True), (world, key)
         assert found["table"] == expected["table"]
         assert found["primary"] == pytest.approx(expected["primary"], rel=0, abs=1e-12)
-    assert 0.01 < expected["primary"] < 0.9, "nothing is found, or everything: the test shows nothing"
+    assert 0.01 < expected["primary"] < 0.9, "nothing is found, or everything: the test is vacuous"
 
 
-def test_the_unreadable_image_matters(results: Results) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_trackers_get_pictures_of_the_same_images(results: Results, folder: Path, name: str) -> None:
+    """Every second of the seven images; the fifth cannot be read in the broken set."""
+    expected = [f"giantdet/val/{number}_{image:06d}" for number, image in enumerate((0, 2, 4, 6), 1)]
+    for world in WORLDS:
+        whole, broken = results[world, name, "whole"], results[world, name, "broken"]
+        assert list(whole["pictures"]) == expected
+        assert list(broken["pictures"]) == [expected[0], expected[1], expected[3]]
+        for key, picture in results[1, name, "whole"]["pictures"].items():
+            assert torch.equal(whole["pictures"][key], picture), (world, key)
+        assert whole["shown"] == results[1, name, "whole"]["shown"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in MAPS])
+def test_pictures_have_the_detections_that_are_scored(results: Results, folder: Path, kind: str) -> None:
+    shown = results[2, kind, "whole"]["shown"]
+    records = json.loads((folder / f"2/{kind}_whole/results.json").read_text())
+    for image_id, found in shown.items():
+        theirs = sorted(
+            (r["score"], *r["bbox"]) for r in records if r["image_id"] == image_id and r["score"] >= 0.5
+        )
+        assert np.array(sorted(found)) == pytest.approx(np.array(theirs), abs=1e-5)
+    assert sum(map(len, shown.values())) > 5
+
+
+def test_the_unreadable_image_changes_the_scores(results: Results) -> None:
     for name in CASES:
         for task, scores in results[1, name, "whole"]["scores"].items():
             assert numbers(results[1, name, "broken"]["scores"][task]) != numbers(scores), (name, task)
@@ -99,9 +124,9 @@ def test_the_unreadable_image_matters(results: Results) -> None:
 
 @pytest.mark.parametrize(("kind", "data"), [(n, d) for n, d in PAIRS if n not in MAPS and d != "whole"])
 def test_missed_objects(results: Results, folder: Path, kind: str, data: str) -> None:
-    """pycocotools on the detections of the intact set without those of the image.
+    """Scores equal pycocotools' on the detections of the intact set without those of the image.
 
-    Without its map the true objects of the image are unknown, and so left out.
+    Without its map the true objects of the image are unknown, and therefore left out.
     """
     bad = 10**6 + BAD + 1
     content = json.loads((folder / "whole/val.json").read_text())
@@ -140,7 +165,7 @@ def test_missed_segments(results: Results, folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if FORMATS[case["kind"]] != "coco"])
 def test_missed_pixels(results: Results, folder: Path, name: str) -> None:
-    """The confusion matrix is that of the intact set; the image's pixels are of no class, or not counted."""
+    """The confusion matrix is that of the intact set, with the image's pixels unassigned or not counted."""
     whole, broken, unlabelled = (
         np.array(json.loads((folder / f"1/{name}_{data}/results_semantic.json").read_text())["confusion"])
         for data in ("whole", "broken", "unlabelled")
@@ -162,7 +187,7 @@ def test_missed_pixels(results: Results, folder: Path, name: str) -> None:
 
 
 def true_map(results: Results, folder: Path, name: str) -> NDArray[np.uint8]:
-    """The image's true classes, read from the label file: those of objects are one class in panoptic data."""
+    """The image's true classes from the label file; in panoptic data all objects are one class."""
     labels = np.array(Image.open(folder / f"whole/semantic_val/{BAD:06d}.png"))
     if FORMATS[CASES[name]["kind"]] == "semantic_png":
         return labels

@@ -1,6 +1,6 @@
-"""DeepSpeedMuon at every ZeRO stage, held to torch.optim's Muon (matrices) and AdamW (the rest).
+"""DeepSpeedMuon at every ZeRO stage, compared with torch.optim's Muon (matrices) and AdamW (the rest).
 
-Newton-Schulz iterations amplify rounding, so that every tolerance comes from a run with perturbed weights.
+Newton-Schulz iterations amplify rounding, so every tolerance comes from a run with perturbed weights.
 Most cases orthogonalise in float32 in both libraries, where that tolerance is tight.
 """
 
@@ -21,7 +21,7 @@ PARAMS = {
     "momentum": 0.9,
     "weight_decay": 0.1,
     "betas": [0.9, 0.95],
-    "eps": 1e-4,  # far above rounding noise, which would else be blown up to steps of the size of the LR
+    "eps": 1e-4,  # far above rounding noise, which would otherwise be amplified to steps as large as the LR
 }
 
 
@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sums1": case(1, **BF16, **SUMS),
     "clipped0": case(0, **CLIPPED),
     "in_parts3": case(3, in_parts=True),
-    # Checkpoints of one layout in another, after the cases that save them.
+    # Loading the checkpoints of one layout in another, after the cases that save them.
     **{
         f"from_{source}_to_{stage}": case(stage, source=source, steps=6)
         for source, stage in (("stage2", 3), ("stage3", 1), ("stage0", 2), ("stage1", 0))
@@ -80,14 +80,14 @@ def _found(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _distance(one: dict[str, Any], other: dict[str, Any], part: str = "") -> float:
-    """The distance of the weights in a part of the model; in box_head it is mostly that of matrices."""
+    """The distance between the weights of a part of the model; in box_head mostly that of matrices."""
     one, other = one["parameters"], other["parameters"]
     assert one.keys() == other.keys()
     return float(torch.cat([(one[n] - other[n]).flatten() for n in one if n.startswith(part)]).norm())
 
 
 def _check(folder: Path, name: str, hand: str, perturbed: str, margin: float, loss: float = 1e-5) -> None:
-    """The run is as close to the reference as a perturbed reference is, and that is close."""
+    """The run is as close to the reference as a perturbed reference, and that is close."""
     mine, reference, other = (_found(folder, n) for n in (name, hand, perturbed))
     for part in ("", "box_head"):
         assert _distance(mine, reference, part) < margin * _distance(other, reference, part)
@@ -104,7 +104,7 @@ def test_equals_torch(folder: Path, name: str) -> None:
 
 
 def test_equals_torch_up_to_the_rounding_of_16_bits(folder: Path) -> None:
-    """DeepSpeed's iteration is another one than torch's, so that they round differently."""
+    """DeepSpeed's iteration differs from torch's, so the two round differently."""
     _check(folder, "own2", "hand_own", "hand_own_perturbed", 6.0, loss=1e-3)
 
 
@@ -125,13 +125,13 @@ def test_four_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["stage0", "stage1", "stage2", "stage3", "in_parts3"])
 def test_groups(folder: Path, name: str) -> None:
-    """Linear layers are Muon's; convolutions, norms and biases AdamW's, with the LR of their own."""
+    """Muon updates the linear layers; AdamW, with its own LR, the convolutions, norms and biases."""
     groups = _found(folder, name)["groups"]
     muons = {name: values for name, values in groups.items() if values[0]}
     assert muons == {"box_head/muon": (True, 0.005, 0.1)}
     assert groups["backbone"] == (False, 0.001, 0.1) and groups["box_head/no_decay"] == (False, 0.001, 0.0)
     assert _found(folder, "hand")["muon"] == 4
-    assert _found(folder, name)["norm"] is None, "DeepSpeed's is the norm of the updates"
+    assert _found(folder, name)["norm"] is None, "DeepSpeed reports the norm of the updates"
 
 
 SAVED = [name for name in CASES if not name.startswith(("hand", "from", "twice"))]

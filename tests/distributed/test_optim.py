@@ -1,6 +1,6 @@
 """Optimizers, schedules, clipping in a window and averages of the weights, at every ZeRO stage.
 
-On real processes, held to plain PyTorch in one process; every odd rank's images hold no object.
+Real processes are compared with plain PyTorch in one process; images of odd ranks contain no object.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from giantdet.optim.schedules import lr_function
 WORKER = Path(__file__).with_name("worker_optim.py")
 TRAIN = Path(__file__).with_name("worker_train.py")
 
-# eps: far above rounding noise, which would else be blown up to steps of the size of the LR.
+# eps: far above rounding noise, which would otherwise be amplified to steps as large as the LR.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
     "Lion": {"lr": 1e-5, "betas": [0.9, 0.99], "weight_decay": 0.1},
@@ -47,13 +47,13 @@ WINDOW: dict[str, Any] = {"gradient_clipping": 0.5, "giantdet__train__clip_windo
 
 
 def _optimizer(name: str) -> dict[str, Any]:
-    # Muon orthogonalises in bf16, which makes the rounding of small gradients large. Those of the RPN's dense
-    # pass are sums over all cells, in another order on two ranks than on one.
+    # Muon orthogonalises in bf16, which amplifies the rounding of small gradients. The RPN's dense pass sums
+    # gradients over all cells, in another order on two ranks than on one.
     sampled = {"giantdet__model__rpn__loss_pass": "sampled"} if name == "Muon" else {}
     return {"optimizer": {"type": name, "params": OPTIMIZERS[name]}, **sampled}
 
 
-# Other places in which DeepSpeed keeps weights and states.
+# Other ways in which DeepSpeed stores weights and states.
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "round_robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
@@ -117,13 +117,13 @@ def test_optimizer_equals_plain_pytorch(folder: Path, name: str, stage: int) -> 
     mine, reference = _found(folder, f"{name}{stage}"), _found(folder, f"hand_{name}")
     distances = _distances(mine["parameters"], reference["parameters"])
     moved = _distances(reference["parameters"], _found(folder, "hand_start")["parameters"])
-    assert moved.mean() > 1e-6, "nothing was learnt: the test shows nothing"
+    assert moved.mean() > 1e-6, "nothing was learnt: the test is vacuous"
     assert distances.max() < 1e-2 * moved.max() and distances.mean() < 1e-4 * moved.mean()
 
 
 @pytest.mark.parametrize("name", ["Lamb", "Lars", "Muon"])
-def test_optimizers_of_whole_weights_work_in_bf16(folder: Path, name: str) -> None:
-    """Stage 0 in bf16 keeps one float32 weight for each of the model's: norms are of whole weights."""
+def test_optimizers_that_need_whole_weights_work_in_bf16(folder: Path, name: str) -> None:
+    """Stage 0 in bf16 keeps one float32 weight per weight of the model, so norms are of whole weights."""
     mine, reference = _found(folder, f"{name}_bf16"), _found(folder, f"hand_{name}")
     assert mine["shapes"] == sorted(tuple(w.shape) for w in reference["parameters"].values())
     start = _found(folder, "hand_start")["parameters"]
@@ -135,7 +135,7 @@ def test_optimizers_of_whole_weights_work_in_bf16(folder: Path, name: str) -> No
 @pytest.mark.parametrize(("name", "stage"), [(n, s) for n in SCHEDULES for s in range(4)])
 def test_schedule_keeps_the_groups_ratios(folder: Path, name: str, stage: int) -> None:
     if f"{name}{stage}" not in CASES:
-        pytest.skip("two types are tried at all stages, the others at 3")
+        pytest.skip("two types are tested at all stages, the others at 3")
     lrs = _found(folder, f"{name}{stage}")["lrs"]
     function = lr_function(SCHEDULERS[name].model_validate(SCHEDULES[name]), LR)
     layers = sorted({key.split("/")[1] for key in lrs[0] if key.startswith("backbone/layer")})
@@ -189,7 +189,7 @@ BY_STAGE = [f"{name}{stage}" for name, stages in STAGES.items() for stage in sta
 
 @pytest.mark.parametrize("case", [*BY_STAGE, *LAYOUTS, *IN_BF16, "Lamb_bf16", "Muon_bf16"])
 def test_checkpoint_holds_every_optimizers_state(folder: Path, case: str) -> None:
-    """An engine that went a step too far and back is bit for bit what it was; one process reads the file."""
+    """An engine that takes one more step and goes back is bit-identical; one process can read the file."""
     found, saved = _found(folder, case), SavedTensors(folder / case / "step_3")
     resumed = found["resumed"]
     states = {"SGD": {"momentum_buffer"}, "Lars": {"momentum_buffer"}, "Lion": {"exp_avg"}}
@@ -198,7 +198,7 @@ def test_checkpoint_holds_every_optimizers_state(folder: Path, case: str) -> Non
     expected = {"weight", "ema", "buffer"} | states[saved.state["optimizer"]]
     assert resumed["kinds"] - {"step", "use_muon"} == expected
     assert resumed["different"] == [] and resumed["moved"] == resumed["kinds"] - {"use_muon"}
-    # keep 1, and the best
+    # keep: 1, plus the best
     assert [path.name for path, _ in scan(folder / case)] == ["step_2", "step_3"]
     for name, weight in found["parameters"].items():
         dtype = getattr(torch, saved.state["parameters"][name]["dtype"])

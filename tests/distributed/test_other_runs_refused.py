@@ -1,4 +1,4 @@
-"""Runs in a folder of other runs, and data sets whose ids mean other names: real runs on two ranks."""
+"""Runs into folders of other runs, and data sets whose ids mean other names: real runs on two ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from giantdet.engine.lock import LOCK
 from giantdet.export import read_export_config
 
 WORKER = Path(__file__).with_name("worker_identity.py")
-TURNED = {1: 4, 3: 1, 4: 7, 7: 3}  # ids that mean other names
+PERMUTED = {1: 4, 3: 1, 4: 7, 7: 3}  # the same names under other ids
 
 
 def renamed(source: Path, target: Path, names: dict[str, str], ids: dict[int, int]) -> None:
@@ -30,18 +30,18 @@ def renamed(source: Path, target: Path, names: dict[str, str], ids: dict[int, in
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> tuple[Path, dict[str, str], str]:
-    """The folder of all runs, what each printed, and the config.json of the first after its own training."""
+    """The folder of all runs, the output of each, and the config.json of the first after its own training."""
     folder = tmp_path_factory.mktemp("identity")
     data = folder / "data"
     shutil.copytree(demo_data, data)
     for split in ("train", "val"):
         renamed(data / f"{split}.json", data / f"{split}_other.json", {"star": "comet"}, {})
-    renamed(data / "val.json", data / "val_turned.json", {}, TURNED)
+    renamed(data / "val.json", data / "val_permuted.json", {}, PERMUTED)
     other = {
         "giantdet__data__train__annotations": str(data / "train_other.json"),
         "giantdet__data__val__annotations": str(data / "val_other.json"),
     }
-    turned = {"giantdet__data__val__annotations": str(data / "val_turned.json")}
+    permuted = {"giantdet__data__val__annotations": str(data / "val_permuted.json")}
     unknown = {"giantdet__data__val__annotations": str(data / "val_other.json")}
     canvas = {"giantdet__data__size": [96, 96], "giantdet__train__steps": 3}
     init = {"giantdet__model__init_weights": str(folder / "a/export")}
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> tuple[Pat
         "first": ("a", {}),
         "other classes": ("a", other),
         "other model": ("a", {"giantdet__model__conventions": "torchvision"}),
-        "turned": ("b", turned),
+        "permuted": ("b", permuted),
         "names missing": ("c", unknown),
         "fine-tuned": ("d", {**other, **init}),
         "other canvas": ("d", {**other, **canvas}),
@@ -77,23 +77,23 @@ def test_a_run_with_other_classes_is_refused(runs: tuple[Path, dict[str, str], s
     assert not (folder / "a" / LOCK).exists()
 
 
-def test_another_canvas_is_said(runs: tuple[Path, dict[str, str], str]) -> None:
+def test_another_canvas_is_reported(runs: tuple[Path, dict[str, str], str]) -> None:
     _, printed, err = runs
     assert printed["other canvas"].startswith("TRAINED")
     assert "giantdet.data.size was [64, 64] and is [96, 96] now" in err
 
 
-def test_validation_meets_training_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
-    """The same images with turned ids have the same scores, and results with their own ids."""
+def test_validation_classes_are_matched_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
+    """The same images with permuted ids get the same scores, and results with their own ids."""
     folder, printed, err = runs
-    assert printed["turned"].split()[-1] == printed["first"].split()[-1]
+    assert printed["permuted"].split()[-1] == printed["first"].split()[-1]
     assert "are matched by name: circle 4 for 1" in err
     results = [json.loads((folder / run / "results.json").read_text()) for run in "ab"]
-    assert [TURNED[r["category_id"]] for r in results[0]] == [r["category_id"] for r in results[1]]
+    assert [PERMUTED[r["category_id"]] for r in results[0]] == [r["category_id"] for r in results[1]]
     assert "'comet' (id 7) is not among the classes" in printed["names missing"]
 
 
-def test_class_layers_are_taken_over_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
+def test_class_layers_are_transferred_by_name(runs: tuple[Path, dict[str, str], str]) -> None:
     _, printed, err = runs
     assert printed["fine-tuned"].startswith("TRAINED")
     assert "taken over: circle, rectangle, triangle; new weights for: comet" in err

@@ -1,8 +1,8 @@
-"""Runs of `engine.train.train` on two ranks: stopped and taken up again, and evaluated, at every ZeRO stage.
+"""Runs of `engine.train.train` on two ranks: stopped and resumed, and evaluated, at every ZeRO stage.
 
-One launch trains 6 steps without a stop and, into other folders, 3 steps; a second launch takes the
-latter up to 6, one of them from the checkpoint before its newest, which is torn. On CPUs in float32 both must
-be equal bit for bit: weights, losses, LRs.
+One launch trains 6 steps without a stop and, into other folders, 3 steps; a second launch resumes the latter
+up to step 6, one of them from the checkpoint before its newest, which is corrupted. On CPUs in float32 both
+must be equal bit for bit: weights, losses, LRs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from giantdet.engine.metrics import read_metrics
 from giantdet.export import ExportConfig, export_checkpoint, load_detector, read_export_config
 
 STAGES = [0, 1, 2, 3]
-FIRST_LAUNCH, SECOND_LAUNCH = 1, 4  # of those in conftest.py
+FIRST_LAUNCH, SECOND_LAUNCH = 1, 4  # positions among the launches of conftest.py
 STEPS, STOP = 6, 3
-# Measured, or counted since the process started: they differ from run to run.
+# Timings, and counts since the process started: they differ from run to run.
 CLOCKS = ("images_per_second", "data_share", "memory_gib", "dropped_objects", "tiny_objects")
 
 
@@ -65,7 +65,7 @@ def settings_of(stage: int) -> dict[str, Any]:
 
 
 def write_runs(folder: Path, data: Path, steps: dict[str, int]) -> list[Path]:
-    """The JSONs of runs of so many steps, by name, at every stage."""
+    """Write the JSON files of the named runs, each with its number of steps, at every stage."""
     files = []
     for stage in STAGES:
         for name, count in steps.items():
@@ -80,14 +80,14 @@ def write_first(folder: Path, data: Path) -> list[Path]:
 
 
 def write_second(folder: Path, data: Path) -> list[Path]:
-    """Before it the third run loses a byte: it must go on from step_2, and clear up after a killed one."""
+    """One byte of the run at stage 2 is flipped: it resumes from step_2 and deletes a partial step_4."""
     for stage in STAGES:
         assert [p.name for p, _ in scan(folder / f"stopped{stage}/checkpoints")] == ["step_2", "step_3"]
-    torn = folder / "stopped2/checkpoints/step_3/rank_00001.safetensors"
-    content = bytearray(torn.read_bytes())
+    corrupted = folder / "stopped2/checkpoints/step_3/rank_00001.safetensors"
+    content = bytearray(corrupted.read_bytes())
     content[len(content) // 2] ^= 1
-    torn.write_bytes(content)
-    shutil.copytree(torn.parent, folder / "stopped2/checkpoints/step_4.partial")
+    corrupted.write_bytes(content)
+    shutil.copytree(corrupted.parent, folder / "stopped2/checkpoints/step_4.partial")
     return write_runs(folder, data, {"stopped": STEPS})
 
 
@@ -109,20 +109,20 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, stage: int) -> None:
     straight, stopped = runs / f"straight{stage}", runs / f"stopped{stage}"
     assert [line["step"] for line in _lines(straight)] == list(range(1, STEPS + 1))
-    assert len({line["lr"] for line in _lines(straight)}) > 3, "the schedule moves the LR"
+    assert len({line["lr"] for line in _lines(straight)}) > 3, "the schedule changes the LR"
     factors = [line["agvm/mask_head/factor"] for line in _lines(straight)]
-    assert factors[0] == 1.0 and len(set(factors)) > 2, "AGVM moves the factors"
+    assert factors[0] == 1.0 and len(set(factors)) > 2, "AGVM changes the factors"
     assert _lines(stopped) == _lines(straight)
     one, other = _weights(straight), _weights(stopped)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_torn_checkpoint_is_named_and_left_out(runs: Path) -> None:
-    """And the run that went on from the one before is the straight one, see above."""
-    said = (runs.parent / f"{SECOND_LAUNCH}.err").read_text()
+def test_corrupted_checkpoint_is_named_and_skipped(runs: Path) -> None:
+    """The run resumed from the checkpoint before it equals the straight run, see above."""
+    err = (runs.parent / f"{SECOND_LAUNCH}.err").read_text()
     problem = "step_3 is skipped: rank_00001.safetensors has changed since it was written (checksum)"
-    assert said.count("is skipped") == said.count(problem) == 1
+    assert err.count("is skipped") == err.count(problem) == 1
     for stage in STAGES:
         assert sorted(p.name for p in (runs / f"stopped{stage}/checkpoints").iterdir()) == [
             "step_5",
@@ -132,8 +132,8 @@ def test_torn_checkpoint_is_named_and_left_out(runs: Path) -> None:
     assert sorted(p.name for p in (runs / "stopped1/again").iterdir()) == ["step_3"]
 
 
-def test_a_full_disk_stops_the_run_at_its_end_only(runs: Path, demo_data: Path, tmp_path: Path) -> None:
-    """There is room for one checkpoint: that one stays whole, the run is trained and exported to its end."""
+def test_a_full_disk_only_fails_the_run_at_its_end(runs: Path, demo_data: Path, tmp_path: Path) -> None:
+    """The disk has room for one checkpoint, which stays intact; the run trains to its end and is exported."""
     output = tmp_path / "run"
     settings = {"zero_optimization__stage": 1, "giantdet__data__val": None, "giantdet__train__save_every": 1}
     raw = tiny_run(demo_data, output, **settings, giantdet__train__steps=3)
@@ -142,10 +142,10 @@ def test_a_full_disk_stops_the_run_at_its_end_only(runs: Path, demo_data: Path, 
         command = ["--deepspeed_config", _write(tmp_path / "run.json", raw)]
         ended = launch(REPO / "scripts/train.py", 2, *command)
         assert [end.code for end in ended] == [2, 2], logs(ended)
-        said = ended[0].err
-        assert said.count("this checkpoint is not saved; the run continues") == 2
-        assert said.count("giantdet: error") == 1 and "Traceback" not in said + ended[1].err
-        assert "step_3.partial/rank_0000" in said and "No space left on device" in said
+        err = ended[0].err
+        assert err.count("this checkpoint is not saved; the run continues") == 2
+        assert err.count("giantdet: error") == 1 and "Traceback" not in err + ended[1].err
+        assert "step_3.partial/rank_0000" in err and "No space left on device" in err
         assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_1"]
         assert damage(output / "checkpoints/step_1") == []
     assert [line.get("failed_saves") for line in _lines(output)] == [None, None, 1]
@@ -154,7 +154,7 @@ def test_a_full_disk_stops_the_run_at_its_end_only(runs: Path, demo_data: Path, 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoint_keeps_groups(runs: Path, stage: int) -> None:
-    """Their names, by which a resume finds out that the model's groups are others."""
+    """The names of the groups are saved, so that a resume notices other parameter groups."""
     saved = SavedTensors(runs / f"stopped{stage}/checkpoints/step_{STEPS}").state["groups"]
     assert len(saved) == 10 and all(saved.count(name) == 1 for name in saved)
 
@@ -173,7 +173,7 @@ def test_exported_checkpoint_equals_exported_engine(runs: Path, stage: int, tmp_
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_evaluate_as_one_process(runs: Path, demo_data: Path, tmp_path: Path, stage: int) -> None:
-    """5 images on 2 ranks: one slot only fills up."""
+    """5 images on 2 ranks: one slot is padding."""
     run = runs / f"straight{stage}"
     found = json.loads((run / "results.json").read_text())
     detector, config = load_detector(run / "export")

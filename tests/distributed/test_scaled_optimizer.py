@@ -1,4 +1,4 @@
-"""The values that `lr_scaling` makes reach DeepSpeed's optimizer, on two real ranks."""
+"""The values computed by `lr_scaling` reach DeepSpeed's optimizer, on two real ranks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from tiny import launch_ok
 
 WORKER = Path(__file__).with_name("worker_optim.py")
-LR, DECAY, EPS = 0.002, 0.05, 1e-4  # EPS: worker_zero's, for an optimizer that is named "AdamW"
-# 2 ranks x 2 images, from a reference of 2 images: kappa is 2.
+LR, DECAY, EPS = 0.002, 0.05, 1e-4  # EPS: worker_zero's, for an optimizer named "AdamW"
+# 2 ranks x 2 images with a reference batch of 2 images: kappa is 2.
 SCALING = {"reference_batch": 2, "rule": "sqrt", "betas": "sde", "weight_decay": "timescale"}
 ADAM: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "betas": [0.9, 0.999]}
 BY_HAND: dict[str, Any] = {
@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
         }
         for stage in (0, 2, 3)
     },
-    # "adamw": worker_zero leaves its eps alone.
+    # "adamw": worker_zero does not change its eps.
     "hand": {"by_hand": True, "optimizer": {"type": "adamw", "params": BY_HAND}},
     "hand_unscaled": {"by_hand": True, "optimizer": {"type": "AdamW", "params": ADAM}},
 }
@@ -50,7 +50,7 @@ def _weights(folder: Path, case: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_scaled_values_are_the_optimizers(folder: Path, stage: int) -> None:
+def test_optimizer_gets_the_scaled_values(folder: Path, stage: int) -> None:
     found = torch.load(folder / f"scaled{stage}.pt", weights_only=False)
     assert all(lr == pytest.approx(LR * math.sqrt(2)) for lr in found["lrs"][0].values())
     assert all(list(betas) == pytest.approx([0.8, 0.998]) for betas in found["betas"][0])

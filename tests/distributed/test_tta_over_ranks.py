@@ -12,10 +12,10 @@ from giantdet import load_predictor
 from giantdet.data.demo import make_demo
 
 WORKER = Path(__file__).with_name("worker_train.py")
-VALIDATION = 3  # images: one rank has a batch that only fills up
+VALIDATION = 3  # images: one rank gets a batch of padding
 
 
-def test_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+def test_ranks_predict_the_same_as_one_process(tmp_path: Path) -> None:
     data = tmp_path / "data"
     make_demo(data, 4, VALIDATION, 64, 0)
     raw = tiny_run(

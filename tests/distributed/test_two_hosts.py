@@ -1,6 +1,6 @@
-"""DeepSpeed's launcher on two hosts of their own addresses, by scripts/two_hosts.sh; also cut off mid-run.
+"""DeepSpeed's launcher on two hosts with their own addresses, by scripts/two_hosts.sh; with a network cut.
 
-Skips with the script's reason where such hosts cannot be made.
+Skips with the script's reason where such hosts cannot be created.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCRIPT = str(REPO / "scripts/two_hosts.sh")
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of two hosts that are up; they end with the tests, whichever way these end."""
+    """The folder of two running hosts; they are stopped after the tests, however these end."""
     check = subprocess.run(["bash", SCRIPT, "check"], capture_output=True, text=True, check=False)
     if check.returncode != 0:
         pytest.skip(check.stderr.strip())
@@ -43,7 +43,9 @@ def _on(hosts: Path, host: str, *command: str) -> list[str]:
     return ["bash", SCRIPT, "on", str(hosts), host, *command]
 
 
-def test_two_hosts_give_the_run_of_one(hosts: Path, one_host: Path, demo_data: Path, tmp_path: Path) -> None:
+def test_two_hosts_give_the_same_run_as_one(
+    hosts: Path, one_host: Path, demo_data: Path, tmp_path: Path
+) -> None:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts / "hostfile")]
     launcher += ["--ssh_port=2222", "--master_addr=192.0.2.1", str(REPO / "scripts/train.py")]
     command = _on(hosts, "host1", *launcher, *demo_run(demo_data, tmp_path / "run"))
@@ -53,10 +55,10 @@ def test_two_hosts_give_the_run_of_one(hosts: Path, one_host: Path, demo_data: P
     same_run(tmp_path / "run", one_host)
 
 
-def test_network_cut_ends_both_sides_and_the_supervisor_goes_on(
+def test_network_cut_stops_both_sides_and_the_supervisor_continues(
     hosts: Path, demo_data: Path, tmp_path: Path
 ) -> None:
-    """host1 takes the run over from its checkpoint, with the same batch in twice the micro-steps."""
+    """host1 resumes the run alone, with the same batch in twice as many micro-steps."""
     run, ranks = tmp_path / "run", tmp_path / "ranks"
     command = [sys.executable, str(REPO / "scripts/supervise.py"), "--hostfile", str(hosts / "hostfile")]
     command += ["--ssh_port=2222", "--answer_seconds=3", "--max_restarts=1", "--"]
@@ -83,16 +85,16 @@ def test_network_cut_ends_both_sides_and_the_supervisor_goes_on(
             supervisor.kill()
             subprocess.run(_on(hosts, "host2", "ip", "link", "set", "eth0", "up"), check=True)
         out.seek(0)
-        said = out.read()
-    assert code == 0, said
-    assert "1 of 2 hosts answer, not host2; restart 1 of 1 on host1" in said
+        printed = out.read()
+    assert code == 0, printed
+    assert "1 of 2 hosts answer, not host2; restart 1 of 1 on host1" in printed
     first = {path.name.split("_")[1]: path.read_text() for path in sorted(ranks.iterdir(), reverse=True)}
     for rank in (0, 1):
         assert (
             f"giantdet: stopped: rank {rank} of 2 on host{rank + 1} lost contact" in first[f"rank{rank}.log"]
         )
     left = subprocess.run(_on(hosts, "host2", "pgrep", "-f", "train.py"), capture_output=True, check=False)
-    assert left.returncode == 1, "host2 ended by itself"
+    assert left.returncode == 1, "the rank on host2 exited by itself"
     second = max(ranks.iterdir()).read_text()
     assert "batch 8 = 4 images x 2 accumulated x 1 ranks" in second
     assert "resuming after step " in second, "from a checkpoint of two ranks"

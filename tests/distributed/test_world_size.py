@@ -1,6 +1,6 @@
 """One training on 1, 2 and 4 ranks, and runs that change their number of ranks and ZeRO stage on the way.
 
-Global batch 8 in micro-batches of 2 throughout: the same images meet in each batch norm and in each step.
+Global batch 8 in micro-batches of 2 throughout: each batch norm and each step sees the same images.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from giantdet.checkpoint.files import SavedTensors, scan
 from giantdet.engine.metrics import read_metrics
 
 STEPS = 4
-# (ranks, {run: (ZeRO stage, up to which step)}), one launch after the other. A run that is there goes on.
-# Each number of ranks is taken up by each other one.
+# (ranks, {run: (ZeRO stage, last step)}), one launch after another. A run that exists is resumed.
+# Each number of ranks resumes from each other one.
 LAUNCHES: list[tuple[int, dict[str, tuple[int, int]]]] = [
     (1, {"a": (1, 1), "b": (3, 1), "sgd1": (1, 10)}),
     (
@@ -33,7 +33,7 @@ LAUNCHES: list[tuple[int, dict[str, tuple[int, int]]]] = [
     (1, {"a": (1, 4), "c": (0, 4), "other_batch": (2, 7), "float32": (1, 3)}),
     (2, {"b": (3, 4)}),
 ]
-# Runs that begin with the second step of another one.
+# Runs that start from the second step of another run.
 COPIES = {"other_batch": "d", "float32": "bf16"}
 
 
@@ -42,7 +42,7 @@ def settings_of(run: str) -> dict[str, Any]:
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": "auto",
-        # eps: far above rounding noise, which would else be blown up to steps of the size of the LR
+        # eps: far above rounding noise, which would otherwise be amplified to steps as large as the LR
         "optimizer": {"type": "AdamW", "params": {"lr": 0.002, "weight_decay": 0.05, "eps": 1e-4}},
         "giantdet__agvm": {"enabled": True, "estimator": "all_splits", "start_step": 0, "interval": 1},
         "giantdet__ema": {"enabled": True, "decay": 0.5},
@@ -75,13 +75,13 @@ def settings_of(run: str) -> dict[str, Any]:
 def write_runs(
     folder: Path, number: int, hops: dict[str, tuple[int, int]], data: Path, weights: Path
 ) -> list[Path]:
-    """The JSONs of a launch; all runs begin with the same weights, at ZeRO-3 too."""
+    """Write the JSON files of a launch; all runs start from the same weights, at ZeRO-3 too."""
     files = []
     for run, (stage, steps) in hops.items():
         if run in COPIES:
             shutil.copytree(folder / COPIES[run] / "checkpoints/step_2", folder / run / "checkpoints/step_2")
         raw = tiny_run(data, folder / run, **settings_of(run), zero_optimization__stage=stage)
-        if not (folder / run).exists():  # what goes on must have all from the checkpoint, the frozen too
+        if not (folder / run).exists():  # a resumed run must load everything, frozen weights too
             set_path(raw, "giantdet.model.init_weights", str(weights))
         set_path(raw, "giantdet.train.steps", steps)
         files.append(folder / f"{run}_{number}.json")
@@ -103,9 +103,9 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def _contents(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All its tensors put together by hand; each element must be in one file alone.
+    """All tensors of a checkpoint, assembled by hand; each element must be in exactly one file.
 
-    But for running statistics, of which each rank has its own: their mean.
+    Except running statistics, which each rank has of its own: their mean.
     """
     shapes = {name: p["shape"] for name, p in SavedTensors(checkpoint).state["parameters"].items()}
     found: dict[str, torch.Tensor] = {}
@@ -135,7 +135,7 @@ def test_ranks_and_accumulation_train_the_same(runs: Path) -> None:
     assert losses[4] == pytest.approx(losses[1], rel=1e-5)
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
     for world in losses:
-        # An average that forgets at once is that of the last step, whatever the number of micro-steps.
+        # With decay 0 the average equals the weights of the last step, whatever the number of micro-steps.
         run = runs / f"sgd{world}"
         trained = SavedTensors(run / "checkpoints/step_10")
         for name, weight in _weights(run).items():
@@ -147,12 +147,12 @@ HOPS = [(run, ranks, *hop) for ranks, hops in LAUNCHES for run, hop in hops.item
 
 
 @pytest.mark.parametrize("run", ["a", "b", "c", "d", "bf16", "cgbn"])
-def test_what_is_loaded_is_what_was_saved(runs: Path, run: str) -> None:
+def test_loaded_state_equals_saved_state(runs: Path, run: str) -> None:
     """Weights, moments, step counts, averages, running statistics: bit for bit, before any step."""
     saved = runs / run / "checkpoints"
-    taken_up = sorted(path.name for path, _ in scan(runs / run / "again"))
-    assert taken_up == sorted(f"step_{steps}" for name, _, _, steps in HOPS if name == run)[:-1]
-    for name in taken_up:
+    resumed = sorted(path.name for path, _ in scan(runs / run / "again"))
+    assert resumed == sorted(f"step_{steps}" for name, _, _, steps in HOPS if name == run)[:-1]
+    for name in resumed:
         before, after = _contents(saved / name), _contents(runs / run / "again" / name)
         kinds = {key.split("/")[0] for key in before}
         assert kinds == {"weight", "exp_avg", "exp_avg_sq", "step", "ema", "buffer"}
@@ -169,8 +169,8 @@ def test_what_is_loaded_is_what_was_saved(runs: Path, run: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["a", "b", "c", "d", "cgbn"])
-def test_a_run_on_changing_ranks_is_the_straight_run(runs: Path, run: str) -> None:
-    """Losses to 1e-5; of the weights (their averages), the same bounds and reasons as in test_zero.py."""
+def test_a_run_on_changing_ranks_equals_the_straight_run(runs: Path, run: str) -> None:
+    """Losses agree to 1e-5; averaged weights within the bounds of test_zero.py, for the same reasons."""
     straight = runs / ("straight_cgbn" if run == "cgbn" else "straight")
     assert len(_losses(straight)) == STEPS
     assert _losses(runs / run) == pytest.approx(_losses(straight), rel=1e-5)
@@ -181,7 +181,7 @@ def test_a_run_on_changing_ranks_is_the_straight_run(runs: Path, run: str) -> No
     assert torch.cat([theirs[name].flatten() for name in names]).abs().max() > 0.1
 
 
-def test_float32_takes_up_bf16(runs: Path) -> None:
+def test_float32_resumes_bf16(runs: Path) -> None:
     before, after = (_contents(runs / name / "step_2") for name in ("bf16/checkpoints", "float32/again"))
     assert before.keys() == after.keys()
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
@@ -191,8 +191,8 @@ def test_float32_takes_up_bf16(runs: Path) -> None:
     assert types == {"float32"} and len(_losses(runs / "float32")) == 1
 
 
-def test_another_batch_goes_on_at_the_images_seen(runs: Path) -> None:
-    """16 images are 5 steps of 3 and one image more; the LR follows the batch."""
+def test_another_batch_size_resumes_at_the_images_seen(runs: Path) -> None:
+    """16 images are 5 steps of 3 and one more image; the LR follows the batch size."""
     run = runs / "other_batch"
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [6, 7]

@@ -1,7 +1,6 @@
-"""Training steps under ZeRO on real processes, held to the same steps in plain PyTorch.
+"""Training steps under ZeRO on real processes, compared with the same steps in plain PyTorch.
 
-Every odd rank's images hold no object at all. In float32 on CPUs the stages differ by the order of sums
-alone.
+Images of odd ranks contain no object at all. In float32 on CPUs the stages differ only in the order of sums.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from tiny import MODEL, launch_ok
 
 WORKER = Path(__file__).with_name("worker_zero.py")
 BLOCKS = "giantdet__model__backbone__checkpoint_blocks"
-# The graphs that a compiler gets, run as they are: inductor's code is for tests/layers/test_blocks.py.
+# The graphs that a compiler gets, run uncompiled: tests/layers/test_blocks.py tests inductor's code.
 COMPILE = {"giantdet__model__backbone__compile_blocks": True, "backend": "aot_eager"}
 ACCUMULATE, CLIP = {"gradient_accumulation_steps": 2}, {"gradient_clipping": 0.5}
 
@@ -25,7 +24,7 @@ def _stage(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization__stage": stage, **more}
 
 
-# Batch norms everywhere, over both ranks, of which one has no object.
+# Batch norms everywhere, over both ranks, one of which has no object.
 CGBN: dict[str, Any] = {
     "giantdet__norm": {"type": "cgbn", "bn_size": 32},
     "giantdet__model__fpn__norm": "batch",
@@ -60,10 +59,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 def _assert_same(one: dict[str, Any], other: dict[str, Any], times: float = 1.0) -> None:
-    """Losses to 1e-5; weights to a twentieth of one step of the LR 2e-3, all but 1 % of them to 2e-6.
-    `times` is how many times farther apart weights may be.
+    """Losses agree to 1e-5; weights to a twentieth of one step at LR 2e-3, all but 1 % of them to 2e-6.
+    `times` multiplies these bounds on weights.
 
-    The last bit of a sum can turn a ReLU or the winner of a max pool, whose gradient then goes elsewhere.
+    The last bit of a sum can flip a ReLU or the winner of a max pool, whose gradient then goes elsewhere.
     """
     assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
     assert one["parameters"].keys() == other["parameters"].keys()
@@ -82,7 +81,7 @@ def test_stage_equals_plain_pytorch(found: dict[str, dict[str, Any]], stage: int
 @pytest.mark.parametrize("stage", range(4))
 def test_accumulation_and_clipping_equal_plain_pytorch(found: dict[str, dict[str, Any]], stage: int) -> None:
     mine, reference = found[f"zero{stage}_accumulate_clip"], found["hand_accumulate_clip"]
-    assert min(reference["norms"]) > 0.5, "nothing was clipped: the test shows nothing"
+    assert min(reference["norms"]) > 0.5, "nothing was clipped: the test is vacuous"
     _assert_same(mine, reference)
     for norm, expected in zip(mine["norms"], reference["norms"], strict=True):
         if norm is not None:  # stage 0 in float32 keeps none
@@ -104,9 +103,9 @@ def test_compiled_blocks_change_nothing(found: dict[str, dict[str, Any]], case: 
     "case", ["zero0", "zero1", "zero2", "zero3", "zero0_blocks", "zero3_blocks", "zero3_heads"]
 )
 def test_cgbn_equals_one_process_with_the_whole_batch(found: dict[str, dict[str, Any]], case: str) -> None:
-    """Farther apart: batches of another size round differently in every convolution.
+    """The bounds are wider: batches of another size round differently in every convolution.
 
-    By the third step that has turned a winner of the stem's max pool. In float64 they agree far better.
+    By the third step that has flipped a winner of the stem's max pool. In float64 they agree far better.
     """
     mine, reference = found[f"{case[:5]}_cgbn{case[5:]}"], found["hand_cgbn"]
     _assert_same(mine, found["zero0_cgbn"])
@@ -122,7 +121,7 @@ def test_cgbn_in_bf16_keeps_float32_statistics(found: dict[str, dict[str, Any]])
     for name, statistic in mine["moved"].items():
         assert statistic.dtype == reference["moved"][name].dtype
         expected = reference["moved"][name].float()
-        # Three steps of bf16 weights are off by that; the statistics themselves are finer than bf16.
+        # Three steps of bf16 weights cause this much error; the statistics themselves are finer than bf16.
         assert (statistic.float() - expected).norm() < 0.3 * expected.norm(), name
         if statistic.is_floating_point():
             assert not torch.equal(statistic, statistic.bfloat16().float()), name
@@ -130,7 +129,7 @@ def test_cgbn_in_bf16_keeps_float32_statistics(found: dict[str, dict[str, Any]])
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_stays_near_float32(found: dict[str, dict[str, Any]], stage: int) -> None:
-    """bf16 has 8 bits: losses to 2 %, and the steps point the same way."""
+    """bf16 has 8 bits: losses agree to 2 %, and the steps point in the same direction."""
     start = found[f"zero{stage}_bf16"]
     assert start["losses"] == pytest.approx(found["zero0"]["losses"], rel=0.05)
     assert all(torch.isfinite(p).all() for p in start["parameters"].values())

@@ -1,6 +1,6 @@
-"""Every architecture under ZeRO on two ranks, one of them without an object in one step; what AGVM measures.
+"""Every architecture under ZeRO on two ranks, one of them without objects in one step; AGVM's measurements.
 
-Both are held to the same steps in plain PyTorch in one process.
+Both are compared with the same steps in plain PyTorch in one process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Found:
-    """What all cases give, in one launch."""
+    """The results of all cases, from one launch."""
     cases: dict[str, dict[str, Any]] = {}
     for kind in MODELS:
         own = {"kind": kind, "data": str(demo_data)}
@@ -37,9 +37,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Found:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", MODELS)
 def test_stage_equals_plain_pytorch(found: Found, kind: str, stage: int) -> None:
-    """Losses to 1e-5, weights to a twentieth of one step of the LR 2e-3, all but 1 % of them to 2e-6.
+    """Losses agree to 1e-5, weights to a twentieth of one step at LR 2e-3, all but 1 % of them to 2e-6.
 
-    The last bit of a sum can turn a ReLU or the winner of a max pool, whose gradient then goes elsewhere.
+    The last bit of a sum can flip a ReLU or the winner of a max pool, whose gradient then goes elsewhere.
     """
     mine, hand = found[f"{kind}_{stage}"], found[f"{kind}_hand"]
     assert mine["losses"] == pytest.approx(hand["losses"], rel=1e-5)
@@ -60,7 +60,7 @@ def test_bf16_stays_near_float32(found: Found, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_agvm_measures_the_top_level_parts(found: Found, kind: str) -> None:
-    """All of them with parameters. In the step in which a rank has no object, those that trained on both."""
+    """All parts with parameters; in the step in which a rank has no object, those that trained on both."""
     full, half, last = (step["variances"].keys() for step in found[f"{kind}_hand"]["measured"])
     modules = found[f"{kind}_hand"]["measured"][-1]["factors"].keys()
     assert full == last == modules and half <= modules and len(modules) > 2
@@ -69,4 +69,4 @@ def test_agvm_measures_the_top_level_parts(found: Found, kind: str) -> None:
             mine = found[f"{kind}_{stage}"]["measured"][step]
             for key in ("variances", "factors"):
                 assert mine[key] == pytest.approx(hand[key], abs=1e-4), (stage, step, key)
-    assert len(set(hand["factors"].values())) == len(modules), "no factor moved: the test shows nothing"
+    assert len(set(hand["factors"].values())) == len(modules), "no factor moved: the test is vacuous"

@@ -1,7 +1,7 @@
-"""One rank of test_agvm.py: AGVM under DeepSpeed, and the same by hand in plain PyTorch.
+"""One rank of test_agvm.py: AGVM under DeepSpeed, and a reference in plain PyTorch.
 
 worker_agvm.py FOLDER CASES_JSON; writes FOLDER/CASE.pt: variances, factors, LRs and weights of every step.
-By hand means: every shard's gradient on its own, as one vector a module, and the formulas of the papers.
+The reference computes every shard's gradient separately, as one vector per module, and the papers' formulas.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS, ROWS = 8, 5
 
 
 class Toy(nn.Module):
-    """The three modules of the golden traces; `wide` makes fragments of many sizes."""
+    """The three modules of the golden traces; `wide` gives fragments of many sizes."""
 
     checkpoint_blocks = False
 
@@ -71,7 +71,7 @@ def data(case: dict[str, Any], step: int, rank: int, micro_step: int) -> tuple[T
 def groups_of(case: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
     decay = case["params"].get("weight_decay", 0.0)
     groups = parameter_groups(model, decay, case["params"]["lr"])
-    if "golden" in case:  # whose biases are decayed too
+    if "golden" in case:  # it decays biases too
         groups = [{**group, "weight_decay": decay} for group in groups]
     return groups
 
@@ -125,14 +125,14 @@ def under_deepspeed(case: dict[str, Any]) -> list[dict[str, Any]]:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 weights[name] = parameter.detach().float().clone()
         rates = {group["name"]: group["lr"] for group in engine.basic_optimizer.param_groups}
-        # state_dict completes what waited for the optimizer step
+        # state_dict completes what was deferred to the optimizer step
         records.append({**agvm.state_dict(), "weights": weights, "lr": rates})
     engine.destroy()
     return records
 
 
 def by_hand(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """One process, float64, all shards."""
+    """Compute the steps in one process, in float64, for all shards."""
     settings = AgvmConfig.model_validate(case["agvm"])
     model = build(case).double()
     world, accumulation = comm.world_size(), case.get("accumulation", 1)
@@ -192,7 +192,7 @@ def preconditioned(case: dict[str, Any]) -> bool:
 
 
 def variance(case: dict[str, Any], settings: AgvmConfig, gradients: Tensor, moment: Tensor) -> float:
-    """Of `[world, accumulation, n]` gradients. all_splits: from the products of all pairs of shards."""
+    """The variance of `[world, accumulation, n]` gradients; all_splits: from all pairs of shards."""
     world, _, size = gradients.shape
     beta2, eps = case["params"].get("betas", (0.9, 0.999))[1], case["params"].get("eps", 1e-8)
     wrong = 1.0 / world if settings.look_ahead == "released" else 1.0
@@ -222,7 +222,7 @@ def flat(tensors: Any) -> Tensor:
 
 
 def result_of(case: dict[str, Any], _: Path) -> dict[str, Any]:
-    # Only the main rank's is looked at.
+    # Only the main rank's result is used.
     return {"deepspeed": under_deepspeed(case), "hand": by_hand(case) if comm.is_main() else []}
 
 

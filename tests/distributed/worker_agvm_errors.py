@@ -1,4 +1,4 @@
-"""What AGVM refuses, in one process; prints one message a line."""
+"""Settings that AGVM refuses, in one process; prints one message a line."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ if __name__ == "__main__":
     refuse(2, named=False)
     refuse(2, modules={"one": ("0.*",)})
     refuse(2, clamp=(10.0, 0.5))
-    refuse(3, estimator="all_splits")  # fits
-    refuse(2)  # fits
+    refuse(3, estimator="all_splits")  # valid
+    refuse(2)  # valid
     comm.stop()

@@ -1,9 +1,9 @@
-"""One rank of test_zero_every_architecture.py: steps of each architecture under ZeRO, and by hand on rank 0.
+"""One rank of test_zero_every_architecture.py: each architecture under ZeRO; on rank 0 the reference.
 
 worker_architectures.py FOLDER CASES_JSON; a case is {"kind", "data", "by_hand", changes of the run by path}.
-Writes FOLDER/CASE.pt with losses, weights, and the variances and factors that AGVM measures, but does not
-apply, so that one run serves both comparisons. In every second step the images of odd ranks have no object
-and no label.
+Writes FOLDER/CASE.pt with losses, weights, and the variances and factors that AGVM measures but does not
+apply, so that one run serves both comparisons. In every second step the images of odd ranks have no objects
+and no labels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from giantdet.optim.variance import aligning_factors
 from giantdet.structures import IGNORE, Batch
 
 STEPS = 3
-# Far above rounding noise, which AdamW would else blow up to steps of the size of the LR.
+# Far above rounding noise, which AdamW would otherwise amplify to steps as large as the LR.
 PARAMS = {"lr": 0.002, "weight_decay": 0.05, "eps": 1e-4}
 AGVM = AgvmConfig(enabled=True, interval=1, start_step=0, momentum=0.5, preconditioned=True)
 
@@ -50,7 +50,7 @@ def run_of(case: dict[str, Any]) -> tuple[ResolvedRun, Dataset]:
 
 
 def batches(run: ResolvedRun, dataset: Dataset, rank: int, targets: frozenset[str]) -> Iterator[Batch]:
-    """The batches of one rank; every second one of odd ranks has nothing to learn from."""
+    """The batches of one rank; every second one of odd ranks has no targets."""
     world = comm.world_size()
     loader = train_loader(dataset, run.giantdet.data, run.batch.micro, rank, world, seed=5, targets=targets)
     for step, batch in enumerate(loader):
@@ -68,13 +68,13 @@ def without_targets(batch: Batch) -> Batch:
 
 
 def build(run: ResolvedRun) -> Architecture:
-    """The model with the weights of its seed."""
+    """The model, initialised with the run's seed."""
     torch.manual_seed(0)
     return build_model(run.giantdet.model, run.giantdet.data.size, run.giantdet.norm, run.batch.micro)
 
 
 def with_zero(run: ResolvedRun, dataset: Dataset) -> dict[str, Any]:
-    """Steps of all ranks under DeepSpeed."""
+    """Train all ranks under DeepSpeed."""
     import deepspeed
 
     model = build(run)
@@ -111,7 +111,7 @@ def by_hand(run: ResolvedRun, dataset: Dataset) -> dict[str, Any]:
     modules = {name: parameters for name, parameters in modules.items() if parameters}
     streams = [batches(run, dataset, rank, model.targets) for rank in range(world)]
     factors = dict.fromkeys(modules, 1.0)
-    # Running statistics and RetinaNet's normalizer are each rank's own.
+    # Running statistics and RetinaNet's normalizer are local to each rank.
     buffers = [{n: b.clone() for n, b in model.named_buffers()} for _ in range(world)]
     losses, measured = [], []
     for _ in range(STEPS):
@@ -156,7 +156,7 @@ def by_hand(run: ResolvedRun, dataset: Dataset) -> dict[str, Any]:
 def result_of(case: dict[str, Any], _: Path) -> dict[str, Any]:
     run, dataset = run_of(case)
     if case.get("by_hand"):
-        return by_hand(run, dataset) if comm.is_main() else {}  # only the main rank's is looked at
+        return by_hand(run, dataset) if comm.is_main() else {}  # only the main rank's result is used
     return with_zero(run, dataset)
 
 

@@ -1,4 +1,4 @@
-"""One rank: worker_bad_data.py RUN RUN trains the first, then the second by the command line."""
+"""One rank: worker_bad_data.py RUN RUN trains the first run, then the second through the command line."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One rank of test_build.py: the memory of a process while a model is handed to ZeRO-3.
+"""One rank of test_build.py: the memory of a process while a model is partitioned by ZeRO-3.
 
 worker_build.py JSON WEIGHTS OUT: builds and partitions the run's detector; rank 0 writes OUT with the bytes
-of the whole model and of the largest weight, and the most memory that any rank had at a time beyond what it
-had before. Where WEIGHTS is not "-" it also says which weights are not those of this file.
+of the whole model and of the largest weight, and the peak memory of any rank beyond its memory at the start.
+Unless WEIGHTS is "-", OUT also lists the weights that differ from this file.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ M_MMAP_THRESHOLD = -3
 
 
 def memory() -> int:
-    """Bytes of this process that are no mapped file's."""
+    """Bytes of this process, without mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def give_back_at_once() -> None:
-    """From here on glibc gives large blocks back: the process's memory is what is alive in it."""
+def release_freed_memory() -> None:
+    """Make glibc return large blocks at once, so that the process's memory is what is in use."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
 
 
 class Peak(threading.Thread):
-    """Looks at the memory every millisecond."""
+    """Samples the memory every millisecond and keeps the maximum."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -55,7 +55,7 @@ class Peak(threading.Thread):
 
 
 def build(run: RunConfig) -> tuple[MaskRcnn, int]:
-    """The model, partitioned where it can be, and how many of its weights were made one by one."""
+    """Return the model, partitioned if possible, and how many of its weights were created one by one."""
     model = zero.build(run, 1)
     deferred = sum(is_deferred(p) for p in model.parameters())
     if deferred or run.deepspeed["zero_optimization"]["stage"] == 3:
@@ -66,10 +66,10 @@ def build(run: RunConfig) -> tuple[MaskRcnn, int]:
 def main() -> None:
     path, weights, out = sys.argv[1:]
     comm.start()
-    give_back_at_once()
+    release_freed_memory()
     torch.set_num_threads(1)
     run = resolve(load_run(path), comm.world_size(), 100, Classes.numbered(4), has_gpu=False)
-    # Once in small: what is imported and cached is nothing of the model's.
+    # A small model first: imports and caches must not count as the model's memory.
     build(resolve(load_run(path, WARM_UP), comm.world_size(), 100, Classes.numbered(4), has_gpu=False))
     gc.collect()
     before, peak = memory(), Peak()

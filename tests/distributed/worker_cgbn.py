@@ -1,4 +1,4 @@
-"""One rank of test_cgbn.py: CGBN against torch's BatchNorm over the concatenated batch, which each rank has.
+"""One rank of test_cgbn.py: CGBN against torch's BatchNorm over the concatenated batch.
 
 Prints `PASSED name` after each case. Ranks differ in their numbers of images and in the images' sizes.
 """
@@ -25,7 +25,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """`images[r % 4]` images of `sizes[r % 4]` on rank r."""
+    """Rank r has `images[r % 4]` images of `sizes[r % 4]`."""
 
     name: str
     norm: Any = nn.BatchNorm2d
@@ -47,7 +47,7 @@ CASES = [
     Case("float64", **DOUBLE),
     Case("numbers of images", images=(1, 3, 2, 4)),
     Case("sizes of images", images=(1, 3, 2, 4), sizes=SIZES),
-    Case("sizes of images in float64", images=(1, 3, 2, 4), sizes=SIZES, **DOUBLE),
+    Case("image sizes in float64", images=(1, 3, 2, 4), sizes=SIZES, **DOUBLE),
     Case("first rank empty", images=(0, 3, 2, 1), sizes=SIZES),
     Case("last rank empty", images=(2, 0, 1, 0), sizes=SIZES, **DOUBLE),
     Case("channels last", images=(1, 3, 2, 4), sizes=SIZES, channels_last=True),
@@ -79,7 +79,7 @@ def make(case: Case) -> nn.Module:
 
 
 def inputs(case: Case, world: int, step: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What each rank gets and the gradient that comes back to it. Channels have different scales."""
+    """The input of each rank and the gradient of its output. Channels have different scales."""
     generator = torch.Generator().manual_seed(10 + step)
     xs, probes = [], []
     for r in range(world):
@@ -104,7 +104,7 @@ def joined(tensors: list[Tensor]) -> Tensor:
 
 
 def of_rank(whole: Tensor, parts: list[Tensor], rank: int) -> Tensor:
-    """The inverse of `joined` for one rank."""
+    """Return one rank's part: the inverse of `joined`."""
     counts = [t.numel() // CHANNELS for t in parts]
     mine, part = whole[0, :, :, 0].split(counts, 1)[rank], parts[rank]
     return mine.reshape(CHANNELS, part.shape[0], *part.shape[2:]).transpose(0, 1)
@@ -132,7 +132,7 @@ def check(case: Case, rank: int, world: int) -> None:
         reference_y = act(whole(reference_x))
         reference_y.backward(joined(probes).double())
         expected_y, expected_dx = (of_rank(t, xs, rank) for t in (reference_y, reference_x.grad))
-        # An output or gradient in bfloat16 is off by its rounding; everything else is float32.
+        # An output or gradient in bfloat16 has its rounding error; everything else is float32.
         loose = {"atol": 0.02, "rtol": 2**-7} if case.autocast else tight
         torch.testing.assert_close(y.double(), expected_y, **loose)
         torch.testing.assert_close(x.grad.double(), expected_dx, **loose)
@@ -147,7 +147,7 @@ def check(case: Case, rank: int, world: int) -> None:
 
 
 class _Shared(torch.autograd.Function):
-    """A tensor that all ranks have: each rank's gradient is of its own use, the sum is the whole."""
+    """A tensor that all ranks share: each rank's gradient covers its own use, and their sum is the whole."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _Shared(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """All ranks' outputs, on all ranks."""
+    """The outputs of all ranks, on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def numeric_gradients(rank: int, world: int) -> None:
-    """gradcheck over the ranks: every rank perturbs the whole batch and holds its share."""
+    """gradcheck across the ranks: every rank perturbs the whole batch and computes its share."""
     norm = CrossGpuBatchNorm(3, group=comm.subgroup(world), track_running_stats=False).double()
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def numeric_gradients(rank: int, world: int) -> None:
 
 
 def sub_groups(rank: int, world: int) -> None:
-    """bn_size 4 of 2 images a rank: ranks 0 and 1 together, 2 and 3 together."""
+    """With bn_size 4 and 2 images per rank, ranks 0 and 1 form one group, ranks 2 and 3 another."""
     case = Case("pairs")
     pair = rank // 2 * 2
     norm = convert_batchnorm(make(case), cgbn_group(4, images_per_rank=2))
@@ -253,7 +253,7 @@ def _recompute(group: Any, rank: int) -> None:
 
 
 def compiled(rank: int, world: int) -> None:
-    """One graph for forward and backward, the collectives inside."""
+    """Forward and backward are one graph, with the collectives inside."""
     results = []
     for compile_it in (False, True):
         torch.manual_seed(0)
@@ -268,8 +268,8 @@ def compiled(rank: int, world: int) -> None:
         torch.testing.assert_close(a, b)
 
 
-def nothing_at_all(rank: int, world: int) -> None:
-    """No rank has a value: shapes pass, statistics stay."""
+def all_ranks_empty(rank: int, world: int) -> None:
+    """No rank has a value: shapes are right and statistics do not change."""
     norm = CrossGpuBatchNorm(3, group=comm.subgroup(world))
     x = torch.zeros(0, 3, 4, 4, requires_grad=True)
     norm(x).sum().backward()
@@ -277,8 +277,8 @@ def nothing_at_all(rank: int, world: int) -> None:
     assert torch.equal(norm.running_mean, torch.zeros(3)) and torch.equal(norm.running_var, torch.ones(3))
 
 
-def copies(rank: int, world: int) -> None:
-    """An average of the weights deep-copies the model."""
+def deep_copy(rank: int, world: int) -> None:
+    """Averaging the weights deep-deep_copy the model."""
     model = nn.Sequential(CrossGpuBatchNorm(3, group=comm.subgroup(world)))
     twin = copy.deepcopy(model)
     assert twin[0].group is model[0].group and twin[0].weight is not model[0].weight
@@ -286,7 +286,7 @@ def copies(rank: int, world: int) -> None:
 
 
 def merging(rank: int, world: int) -> None:
-    """In float32 a sum of squares would leave no digit: 1e8 has a spacing of 8."""
+    """A sum of squares in float32 would lose all digits: 1e8 has a spacing of 8."""
     seeds = [torch.Generator().manual_seed(r) for r in range(world)]
     parts = [torch.randn(50 * (r + 1), 5, generator=seeds[r]) + 1e4 for r in range(world)]
     rows = [torch.stack([p.double().mean(0), p.double().var(0, unbiased=False)]).float() for p in parts]
@@ -314,8 +314,8 @@ def main() -> None:
         one_collective_each_way,
         recomputation,
         compiled,
-        nothing_at_all,
-        copies,
+        all_ranks_empty,
+        deep_copy,
         merging,
     ):
         test(rank, world)

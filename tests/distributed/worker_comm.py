@@ -1,4 +1,4 @@
-"""One rank of test_comm.py: every function of comm once; the results as JSON on stdout."""
+"""One rank of test_comm.py: calls every function of comm once and prints the results as JSON."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One rank of test_export.py: export_engine in one file and in many, at the ZeRO stage that the run says.
+"""One rank of test_export.py: export_engine in one file and in several, at the run's ZeRO stage.
 
-worker_export.py FOLDER JSON [JSON ...]; of each run writes FOLDER/NAME/{whole,sharded} and state.pt, the
+worker_export.py FOLDER JSON [JSON ...]; writes for each run FOLDER/NAME/{whole,sharded} and state.pt, the
 state of the model before DeepSpeed partitioned it.
 """
 

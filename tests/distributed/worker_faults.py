@@ -1,8 +1,8 @@
-"""One rank of test_faults.py: runs in which rank 1 meets numbers that are not finite.
+"""One rank of test_faults.py: runs in which rank 1 gets losses or gradients that are not finite.
 
-worker_faults.py JSON:KIND:FIRST:LAST ...: in the micro-steps FIRST to LAST of that run, counted from 1, rank
-1's loss is `nan` or `inf`, or only a `gradient` is not finite. The exit code is the command line's of the
-last.
+worker_faults.py JSON:KIND:FIRST:LAST ...: in micro-steps FIRST to LAST of that run, counted from 1, rank 1's
+loss is `nan` or `inf`, or only a `gradient` is not finite. The last run goes through the command line, whose
+exit code is this script's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from giantdet.engine import train
 losses_of = MaskRcnn.losses
 
 
-def spoil(kind: str, first: int, last: int) -> None:
-    """Let the loop's losses come out so."""
+def corrupt(kind: str, first: int, last: int) -> None:
+    """Patch the loss of micro-steps `first` to `last` of rank 1."""
     calls = 0
 
     def corrupted(model: MaskRcnn, predictions: Any, batch: Any) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def spoil(kind: str, first: int, last: int) -> None:
         calls += 1
         losses = losses_of(model, predictions, batch)
         if comm.rank() == 1 and first <= calls <= last:
-            if kind == "gradient":  # the derivative of a root at 0 is infinite, and times 0 no number
+            if kind == "gradient":  # sqrt has an infinite derivative at 0, and inf * 0 is NaN
                 losses["loss_cls"] = losses["loss_cls"] + (losses["loss_cls"] * 0.0).sqrt()
             else:
                 losses["loss_cls"] = losses["loss_cls"] * 0.0 + float(kind)
@@ -44,8 +44,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     *others, final = (argument.split(":") for argument in sys.argv[1:])
     for path, kind, first, last in others:
-        spoil(kind, int(first), int(last))
+        corrupt(kind, int(first), int(last))
         train.train(load_run(path))
     path, kind, first, last = final
-    spoil(kind, int(first), int(last))
+    corrupt(kind, int(first), int(last))
     sys.exit(cli.main(["train", "--config", path]))

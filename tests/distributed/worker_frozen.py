@@ -1,7 +1,7 @@
-"""One rank of test_frozen.py: steps with a frozen backbone under ZeRO, resumed too, and by hand on rank 0.
+"""One rank of test_frozen.py: steps with a frozen backbone under ZeRO, also resumed; on rank 0 the reference.
 
-worker_frozen.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with what is seen of each case. The images of rank 1
-have no object.
+worker_frozen.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with the observations of each case. The images of
+rank 1 contain no object.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from giantdet.optim.param_groups import parameter_groups
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters and buffers of a module that may be partitioned, in their own types."""
+    """Whole parameters and buffers of a module that may be partitioned, in their own dtypes."""
     import deepspeed
 
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -40,7 +40,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Watch:
-    """Counts what the backbone keeps for a backward pass, and notes if its weights are there in time."""
+    """Counts what the backbone saves for a backward pass, and records whether its weights arrive in time."""
 
     def __init__(self, model: Architecture) -> None:
         self.saved, self.early, self.gathered = 0, 0, list[str]()
@@ -68,7 +68,7 @@ class Watch:
 
 
 def is_gathered(p: Any) -> bool:
-    """Whether the whole of a parameter is there, or on its way, at ZeRO-3."""
+    """Return whether a whole parameter is present, or being gathered, at ZeRO-3."""
     return not hasattr(p, "ds_status") or p.ds_status.name != "NOT_AVAILABLE"
 
 
@@ -134,7 +134,7 @@ def with_zero(run: ResolvedRun, folder: Path) -> dict[str, Any]:
 
 
 def resumed(run: ResolvedRun, folder: Path) -> float:
-    """The last step's loss, of an engine that starts from other weights and then resumes."""
+    """The last step's loss, from an engine that starts from other weights and then resumes."""
     model = build(run)
     with torch.no_grad():
         for p in model.parameters():
@@ -150,11 +150,11 @@ def resumed(run: ResolvedRun, folder: Path) -> float:
 
 
 def by_hand(run: ResolvedRun) -> dict[str, Any]:
-    """All ranks' steps in one process: the backbone's maps come from a copy that no optimizer knows.
+    """All ranks' steps in one process; the backbone's maps come from a copy that no optimizer knows.
 
-    Written without `frozen`: a trainable model, whose backbone is in evaluation mode and has no gradients.
+    Written without `frozen`: a trainable model whose backbone is in evaluation mode and gets no gradients.
     In bf16 the optimizer works on float32 copies of the other weights.
-    DeepSpeed 0.19.8 begins bf16 at stage 0 with a step of zero gradients, which decays these copies once.
+    DeepSpeed 0.19.8 starts bf16 at stage 0 with a step of zero gradients, which decays these copies once.
     """
     trainable = run.giantdet.model.backbone.model_copy(update={"frozen": False, "drop_path_rate": 0.0})
     section = run.giantdet.model.model_copy(update={"backbone": trainable})
@@ -199,7 +199,7 @@ def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     run = run_of(case, folder.parent)
     assert isinstance(run, ResolvedRun)
     if by_itself:
-        return by_hand(run) if comm.is_main() else {}  # only the main rank's is looked at
+        return by_hand(run) if comm.is_main() else {}  # only the main rank's result is used
     return with_zero(run, folder / "checkpoints")
 
 

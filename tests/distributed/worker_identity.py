@@ -1,4 +1,4 @@
-"""One rank: worker_identity.py JSON [JSON ...] trains runs one after the other and prints what is refused."""
+"""One rank: worker_identity.py JSON [JSON ...] trains runs one after another and prints the refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of test_cli.py: rank 0 waits 3 seconds for rank 1, which comes later."""
+"""One rank of test_cli.py: rank 0 waits 3 seconds for rank 1, which arrives later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of test_muon.py: steps of DeepSpeedMuon, and on rank 0 of torch.optim's Muon and AdamW.
+"""One rank of test_muon.py: steps of DeepSpeedMuon, and on rank 0 steps of torch.optim's Muon and AdamW.
 
 worker_muon.py FOLDER CASES_JSON; writes FOLDER/CASE.pt with losses and weights.
 """
@@ -41,7 +41,7 @@ def _float32_iterations(
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """Let both libraries orthogonalise in float32: in 16 bits rounding would hide a wrong step."""
+    """Make both libraries orthogonalise in float32: rounding to 16 bits would hide a wrong step."""
     with (
         patch.object(original_muon, "ns_compute_dtype", lambda *_: torch.float32),
         patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", _float32_iterations),
@@ -52,7 +52,7 @@ def in_float32() -> Iterator[None]:
 def with_zero(run: RunConfig, folder: Path, steps: int, source: str | None, in_parts: bool) -> dict[str, Any]:
     """Train from the start, or for one step from the last checkpoint of the case `source`.
 
-    in_parts: the model is built weight by weight, as a run at ZeRO-3 does.
+    in_parts: build the model weight by weight, as a run at ZeRO-3 does.
     """
     engine = zero.initialize(zero.build(run, 2) if in_parts else build(run), run)
     engine.train()
@@ -82,9 +82,9 @@ def with_zero(run: RunConfig, folder: Path, steps: int, source: str | None, in_p
 
 
 def by_hand(run: RunConfig, steps: int, perturbation: float) -> dict[str, Any]:
-    """What all ranks together must compute, in one process without DeepSpeed.
+    """Compute in one process, without DeepSpeed, the steps of all ranks.
 
-    perturbation: relative noise on the initial weights, to see what rounding becomes in some steps.
+    perturbation: relative noise on the initial weights, to see how far rounding grows in some steps.
     """
     model, values = build(run).train(), run.deepspeed["optimizer"]["params"]
     noise = torch.Generator().manual_seed(3)

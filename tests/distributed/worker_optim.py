@@ -24,8 +24,8 @@ from giantdet.engine.train import clipping_at
 from giantdet.optim.ema import WeightEma
 
 STEPS = 3
-AP = [0.1, 0.3, 0.2]  # as if it had been evaluated after each step
-DECAY = 0.3  # below (1 + n) / (10 + n) from the third step on: both regimes are seen
+AP = [0.1, 0.3, 0.2]  # as if the model had been evaluated after each step
+DECAY = 0.3  # below (1 + n) / (10 + n) from the third step on: both regimes are covered
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def with_zero(run: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
     found["shapes"] = sorted(tuple(p.shape) for g in engine.basic_optimizer.param_groups for p in g["params"])
     with ema.applied():
         found["averages"] = weights(engine.module)
-        engine(make_batch(9, 0, comm.rank()))  # the model works with them, at ZeRO-3 too
+        engine(make_batch(9, 0, comm.rank()))  # the model runs with the averages, at ZeRO-3 too
     found["restored"] = weights(engine.module)
     if saves:
         found["resumed"] = go_back(engine, checkpoints, ema, before)
@@ -69,7 +69,7 @@ def with_zero(run: RunConfig, folder: Path, steps: int) -> dict[str, Any]:
 def go_back(
     engine: Any, checkpoints: Checkpoints, ema: WeightEma, before: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Take a step and then the last checkpoint: is all as it was?"""
+    """Take a step, load the last checkpoint, and return what differs from before."""
     counted = engine.global_steps, engine.global_samples, ema.steps, zero.learning_rates(engine)
     engine.backward(loss_of(engine(make_batch(9, 0, comm.rank()))))
     engine.step()
@@ -95,7 +95,7 @@ def plain_optimizer(run: RunConfig, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def by_hand(run: RunConfig, steps: int) -> dict[str, Any]:
-    """What all ranks together must compute, in one process without DeepSpeed."""
+    """Compute in one process, without DeepSpeed, the steps of all ranks."""
     model = build(run).train()
     optimizer = plain_optimizer(run, zero.groups_of(model, run))
     averages = weights(model)
@@ -115,7 +115,7 @@ def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     by_itself, steps = case.pop("by_hand", False), case.pop("steps", STEPS)
     run = run_of(case, folder.parent)
     if by_itself:
-        return by_hand(run, steps) if comm.is_main() else {}  # only the main rank's is looked at
+        return by_hand(run, steps) if comm.is_main() else {}  # only the main rank's result is used
     return with_zero(run, folder, steps)
 
 

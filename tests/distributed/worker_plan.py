@@ -1,7 +1,7 @@
 """One rank of test_plan.py: the bytes that DeepSpeed really keeps, and that a step really takes.
 
-worker_plan.py OUT JSON ...: rank 0 writes {JSON's name: {weights, master, moments}} into OUT, bytes of a
-rank; for a JSON named peak... the most memory of a step beyond what stays.
+worker_plan.py OUT JSON ...: rank 0 writes {JSON's name: {weights, master, moments}} into OUT, in bytes per
+rank; for a JSON named peak... the peak memory of a step beyond what is kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def kept(engine: Any) -> dict[str, int]:
 
 
 def host_gradients(engine: Any) -> int:
-    """What offload holds of gradients beside the float32 weights, for its optimizer on the CPU."""
+    """Bytes of gradients that offload keeps, besides the float32 weights, for its optimizer on the CPU."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if not getattr(optimizer, "cpu_offload", False) and not getattr(optimizer, "offload_optimizer", False):
         return 0
@@ -56,7 +56,7 @@ def host_gradients(engine: Any) -> int:
 
 
 def peak_of_a_step(run: Any, images: int) -> int:
-    """Bytes beyond weights and gradients, of a plain model: each gradient is dropped as it comes."""
+    """Peak bytes of a plain model beyond weights and gradients; each gradient is dropped as it arrives."""
     give_back_at_once()
     model = zero.build(run, images).train()
     for p in filter(lambda p: p.requires_grad, model.parameters()):

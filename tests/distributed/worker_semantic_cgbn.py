@@ -31,14 +31,14 @@ def build(name: str, norm: NormConfig) -> Architecture:
     section = {"type": name, "num_classes": CLASSES, "backbone": {"name": "test_resnet"}, **MODELS[name]}
     torch.manual_seed(0)
     model = build_model(SECTIONS[name].model_validate(section), SIZE, norm, IMAGES).train()
-    for module in model.modules():  # timm's last norm of each block has weights of 0, and so no gradients
+    for module in model.modules():  # timm zeroes the last norm of each block, so it has no gradients
         if isinstance(module, CrossGpuBatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
     return model
 
 
 def whole_batch(world: int) -> Batch:
-    """Images of all ranks in order; the first rank's have no labelled pixel, the others half of them."""
+    """All images in rank order; those of rank 0 have no labelled pixel, the others are half labelled."""
     count, rng = IMAGES * world, torch.Generator().manual_seed(1)
     images = torch.randint(0, 255, (count, 3, *SIZE), dtype=torch.uint8, generator=rng)
     labels = torch.randint(0, CLASSES, (count, *SIZE), dtype=torch.uint8, generator=rng)

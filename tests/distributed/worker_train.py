@@ -1,6 +1,6 @@
 """One rank of whole runs: worker_train.py JSON [JSON ...] trains them one after the other.
 
-A run that resumes saves what it has loaded at once, into the folder `again`: for a comparison.
+A run that resumes saves the loaded state at once, into the folder `again`, for a comparison.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Observed(Checkpoints):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     train.__globals__["Checkpoints"] = Observed
-    train.__globals__["plot_run"] = lambda *_: []  # most of a short run's time; test_cli.py looks at pictures
+    train.__globals__["plot_run"] = lambda *_: []  # takes most of a short run; test_cli.py checks the plots
     stages = set()
     for path in sys.argv[1:]:
         run = load_run(path)
         stages.add(run.deepspeed.get("zero_optimization", {}).get("stage", 0))
         train(run)
     comm.stop()
-    # A thread of gloo that outlives the interpreter can abort the process at its exit. At ZeRO-3 caches of
+    # A gloo thread that outlives the interpreter can abort the process at its exit. At ZeRO-3 caches of
     # DeepSpeed 0.19 keep the model and its groups.
     threads = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     assert 3 in stages or not [name for name in threads if "gloo" in name], threads

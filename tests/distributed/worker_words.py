@@ -1,4 +1,4 @@
-"""One rank of test_cli.py: stops with the message that its rank is given, `-` for none at all."""
+"""One rank of test_cli.py: stops with the message given for its rank; `-` means no message."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ STEPS = 3
 
 
 def make_batch(step: int, micro_step: int, rank: int) -> Batch:
-    """Noise with bright rectangles as objects; every odd rank has images without a single one."""
+    """Noise with bright rectangles as objects; images of odd ranks have none."""
     rng = torch.Generator().manual_seed(10_000 * step + 100 * micro_step + rank)
     count, slots, side = 2, 6, 14
     images = torch.randint(0, 160, (count, 3, 64, 64), dtype=torch.uint8, generator=rng)
@@ -71,7 +71,7 @@ def build(run: RunConfig, norm: NormConfig | None = None) -> MaskRcnn:
 
 def run_of(case: dict[str, Any], folder: Path) -> RunConfig:
     raw = tiny_run(folder, folder, giantdet__model__num_classes=4, **case)
-    # Far above rounding noise, which AdamW would else blow up to steps of the size of the LR.
+    # Far above rounding noise, which AdamW would otherwise amplify to steps as large as the LR.
     if raw["optimizer"]["type"] == "AdamW":
         raw["optimizer"]["params"]["eps"] = 1e-4
     return resolve(
@@ -84,7 +84,7 @@ def loss_of(predictions: Predictions) -> torch.Tensor:
 
 
 def mean_loss(model: MaskRcnn, batches: list[Batch], together: bool) -> torch.Tensor:
-    """Mean of the ranks' losses, each of its own batch; batch norms see all of them together or one only."""
+    """Mean of the ranks' losses, each of its own batch; batch norms see all batches together or one only."""
     if not together:
         return torch.stack([loss_of(model(batch)) for batch in batches]).mean()
     leaves, spec = zip(*(tree_flatten(batch) for batch in batches), strict=True)
@@ -132,7 +132,7 @@ def with_zero(run: RunConfig) -> dict[str, Any]:
 
 
 def by_hand(run: RunConfig) -> dict[str, Any]:
-    """What all ranks together must compute, in one process without DeepSpeed."""
+    """Compute in one process, without DeepSpeed, the steps of all ranks."""
     together = run.giantdet.norm.type == "cgbn"
     model = build(run, NormConfig(type="local")).train()
     params = run.deepspeed["optimizer"]["params"]
@@ -160,9 +160,9 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
 
 
 def run_cases(result_of: Callable[[dict[str, Any], Path], object]) -> None:
-    """What a rank's script does with `FOLDER CASES_JSON`: rank 0 writes FOLDER/CASE.pt of each case's result.
+    """The main program of `worker_*.py FOLDER CASES_JSON`: rank 0 writes each case's FOLDER/CASE.pt.
 
-    `result_of` takes a case and FOLDER/CASE, a folder that the case may make.
+    `result_of` takes a case and FOLDER/CASE, a folder that the case may create.
     """
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     comm.start()
@@ -179,7 +179,7 @@ def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     by_itself, backend = case.pop("by_hand", False), case.pop("backend", None)
     run = run_of(case, folder.parent)
     if by_itself:
-        return by_hand(run) if comm.is_main() else {}  # only the main rank's is looked at
+        return by_hand(run) if comm.is_main() else {}  # only the main rank's result is used
     torch._dynamo.reset()
     counters.clear()
     with patch("torch.compile", partial(torch.compile, backend=backend or "inductor")):

@@ -1,6 +1,6 @@
-"""Predict an image of 12,000 x 12,000 pixels with 100 masks, and print the peak of memory. Run by a test.
+"""Predict an image of 12,000 x 12,000 pixels with 100 masks, and print the peak memory. Run by a test.
 
-Lines: the peak after a small image, in tiles, and of the whole image at a time; MB of this process.
+Lines: the peak in MB of this process after a small image, after prediction in tiles, and of the whole image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIDE, DETECTIONS = 12_000, 100
 
 
 class Finder(torch.nn.Module):
-    """Finds the whole image once, and objects of a twentieth of its side."""
+    """Detects the whole image once, and objects of a twentieth of its side."""
 
     tasks = ("box", "mask")
 

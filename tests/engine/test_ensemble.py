@@ -29,7 +29,7 @@ def rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def members(seed: int = 0) -> list[Member]:
-    """Three members who see the same objects with noise; the last has no masks and lacks class 3."""
+    """Three members that see the same objects with noise; the last has no masks and lacks class 3."""
     rng = np.random.default_rng(seed)
     found: list[list[dict[str, Any]]] = [[], [], []]
     for image, (height, width) in SIZES.items():
@@ -65,7 +65,7 @@ def xyxy(record: dict[str, Any]) -> list[float]:
 
 
 def test_fusion_by_nms_equals_a_brute_force() -> None:
-    """Kept boxes by torchvision; masks by majority over all members whose best box agrees."""
+    """Kept boxes come from torchvision; masks are a majority over all members whose best box agrees."""
     three = members()
     fused = fuse_members(three, "nms", SIZES, 0.5)
     assert fused
@@ -83,7 +83,7 @@ def test_fusion_by_nms_equals_a_brute_force() -> None:
             assert record["category_id"] == int(labels[k]) and record["bbox"] == pytest.approx(
                 all_of[k][1]["bbox"]
             )
-            # The first kept box that overlaps a box of its class has it.
+            # It belongs to the first kept box of its class that it overlaps.
             mine = [
                 n
                 for n in range(len(all_of))
@@ -102,7 +102,7 @@ def test_fusion_by_nms_equals_a_brute_force() -> None:
             assert record["segmentation"] == rle((mean >= 0.5) & inside)
 
 
-def test_a_class_counts_only_the_members_that_know_it() -> None:
+def test_scores_average_over_the_members_that_know_the_class() -> None:
     """Both members that know class 3 agree: the score is their mean, not two thirds of it."""
     box = [5.0, 5.0, 10.0, 10.0]
     record = {"image_id": 1, "bbox": box}
@@ -113,7 +113,7 @@ def test_a_class_counts_only_the_members_that_know_it() -> None:
     ]
     fused = fuse_members(three, "wbf", SIZES)
     scores = {r["category_id"]: r["score"] for r in fused}
-    assert scores == pytest.approx({3: 0.7}), "an image has as many detections as one member found"
+    assert scores == pytest.approx({3: 0.7}), "an image has as many detections as one member"
     three[0].results.append({**record, "category_id": 1, "score": 0.3})
     scores = {r["category_id"]: r["score"] for r in fuse_members(three, "wbf", SIZES)}
     assert scores == pytest.approx({3: 0.7, 1: 0.6 * 2 / 3})
@@ -128,7 +128,7 @@ def test_masks_of_members_that_agree() -> None:
     assert (found == expected).all() and expected.any()
 
 
-def test_classes_meet_by_name() -> None:
+def test_classes_are_matched_by_name() -> None:
     reference = ((1, "cat"), (2, "dog"), (7, "cow"))
     classes, line = matched(reference, ((3, "dog"), (1, "cat"), (9, "bus")), "B")
     assert classes == ((2, "dog"), (1, "cat"), (-3, "bus"))
@@ -157,7 +157,7 @@ def test_bad_results_are_named(change: dict[str, Any], message: str, tmp_path: P
 
 
 def test_commands_fuse_models_and_results(tiny_export: Path, tmp_path: Path, capsys: Any) -> None:
-    """Two exports, the second with its classes in another order, and a file; eval and predict agree."""
+    """Two exports, the second with classes in another order, and a results file; eval and predict agree."""
     make_demo(tmp_path / "data", 1, 3, 64, 0)
     other = tmp_path / "other"
     shutil.copytree(tiny_export, other)
@@ -189,7 +189,7 @@ def test_commands_fuse_models_and_results(tiny_export: Path, tmp_path: Path, cap
     assert len(ours) == len(expected) > 3
     assert [r["score"] for r in ours] == pytest.approx([r["score"] for r in expected], abs=1e-5)
 
-    # The same with the second model as a file of results, and by predict.
+    # The same with the second model as a results file, and by predict.
     arguments = [str(tiny_export), str(tmp_path / "one_1.json")]
     assert cli.main(["eval", *arguments, *data, *images, "--fuse", "wbf", "--results", str(fused)]) == 0
     assert [r["bbox"] for r in json.loads(fused.read_text())] == [r["bbox"] for r in ours]

@@ -1,4 +1,4 @@
-"""Faster training passes: what they refuse, compiled against eager, and what a CUDA graph needs of a step."""
+"""Faster training passes: what they refuse, compiled against eager, and the requirements of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_of(
 
 
 def model_and_batches(data: Path, kind: str, **changes: Any) -> tuple[Architecture, list[Batch]]:
-    """A model, two batches of its data set, and the first one without objects and labelled pixels."""
+    """A model, two batches of its data set, and the first batch without objects and labelled pixels."""
     run, dataset = run_of(data, kind, **changes)
     torch.manual_seed(0)
     model = build_model(run.giantdet.model, run.giantdet.data.size, run.giantdet.norm).train()
@@ -109,10 +109,10 @@ def test_accepted(demo_data: Path, changes: dict[str, Any]) -> None:
 
 
 def test_compiled_pass_equals_eager(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses, gradients and running statistics, with and without objects, from one graph.
+    """One graph gives equal losses, gradients and running statistics, with and without objects.
 
-    Inductor's code of this model takes minutes to compile; AOTAutograd, which splits the pass into forward
-    and backward functions, takes seconds.
+    Inductor takes minutes to compile this model; AOTAutograd, which splits the pass into forward and backward
+    functions, takes seconds.
     """
     torch._dynamo.reset()
     eager, batches = model_and_batches(demo_data, "mask_rcnn")
@@ -140,7 +140,7 @@ def test_compiled_pass_equals_eager(demo_data: Path, monkeypatch: pytest.MonkeyP
 
 
 class Calls(TorchDispatchMode):
-    """Records each operator with all that a CUDA graph keeps of it: everything but the tensors' content."""
+    """Records each operator with everything that a CUDA graph keeps of it: all but the tensors' contents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,17 +148,17 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # Without a tensor's content, but with the numbers beside the tensors.
+        # Without the tensors' contents, but with the scalar arguments.
         kept = tree_map_only(Tensor, lambda t: (tuple(t.shape), t.stride(), t.dtype), (args, kwargs, out))
         self.made.append((str(func), str(kept)))
         return out
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_all_steps_are_the_same_operators(
+def test_all_steps_run_the_same_operators(
     demo_data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same shapes and numbers, whatever the images hold: the first step's graph fits all others."""
+    """Shapes and scalars are also the same for all images: the first step's graph fits all others."""
     monkeypatch.setattr(shapes, "ENABLED", False)  # as on a GPU
     model, batches = model_and_batches(demo_data, kind)
     assert not torch.equal(batches[0].images_B3HW, batches[1].images_B3HW)

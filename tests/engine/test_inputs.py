@@ -1,4 +1,4 @@
-"""The images of `giantdet predict`, and what the predictor takes in Python."""
+"""The images of `giantdet predict`, and the inputs of the predictor in Python."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from PIL import Image
 
 from giantdet import cli, load_predictor
 from giantdet.data.images import limit_pixels
-from giantdet.engine import draw as draw_module
 from giantdet.engine import fonts
-from giantdet.engine.draw import draw
 from giantdet.engine.found import Found
 from giantdet.engine.inputs import image_files, picture_names
 from giantdet.engine.predict import load_image
@@ -29,7 +27,7 @@ def same(one: Found, other: Found) -> bool:
     return one.to_coco(1) == other.to_coco(1) and len(one.names) > 0
 
 
-def test_the_predictor_sees_the_same_picture_in_every_form(tiny_export: Path, tmp_path: Path) -> None:
+def test_the_predictor_accepts_a_picture_in_every_form(tiny_export: Path, tmp_path: Path) -> None:
     predictor = load_predictor(tiny_export, "cpu")
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     wanted = predictor(tmp_path / "a.png", threshold=0.0)
@@ -69,7 +67,7 @@ def test_masks_without_detections(tiny_export: Path) -> None:
 
 @pytest.fixture
 def shots(tmp_path: Path) -> Path:
-    """Pictures of many formats in sub-folders, two of one name, and other files."""
+    """Pictures of many formats in sub-folders, two of the same name, and other files."""
     names = ("a.gif", "b.jfif", "c.avif", "cam1/0.PNG", "cam2/0.png", "cam2/deep/d.webp")
     for name in names:
         path = tmp_path / "shots" / name
@@ -90,7 +88,7 @@ def test_folders_give_all_formats_and_sub_folders(shots: Path, caplog: Any) -> N
     assert [p.name for p in pictures] == ["a.png", "b.png", "c.png", "0.png", "0_2.png", "d.png"]
 
 
-def test_overlays_of_an_earlier_run_are_no_input(shots: Path, tiny_export: Path, capsys: Any) -> None:
+def test_overlays_of_an_earlier_run_are_not_inputs(shots: Path, tiny_export: Path, capsys: Any) -> None:
     arguments = ["predict", str(tiny_export), str(shots), "--output", str(shots / "predictions")]
     assert cli.main(arguments) == 0 == cli.main(arguments)
     assert len(list((shots / "predictions").glob("*.png"))) == 6
@@ -113,7 +111,7 @@ def test_a_list_of_images_gives_its_ids(shots: Path, tiny_export: Path, tmp_path
     assert ids == {(901, "0.png"), (17, "a.gif")}
 
 
-def test_animations_are_named(tmp_path: Path, caplog: Any) -> None:
+def test_animations_are_reported(tmp_path: Path, caplog: Any) -> None:
     frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (200, 10)]
     for name in ("a.gif", "b.webp", "c.tif", "d.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
@@ -126,7 +124,7 @@ def test_animations_are_named(tmp_path: Path, caplog: Any) -> None:
     assert not caplog.records
 
 
-def test_the_limit_of_pixels_is_a_setting(tmp_path: Path, tiny_export: Path, capsys: Any) -> None:
+def test_the_pixel_limit_can_be_changed(tmp_path: Path, tiny_export: Path, capsys: Any) -> None:
     default = Image.MAX_IMAGE_PIXELS
     assert default is not None
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
@@ -149,41 +147,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, tiny_export: Path, monkeypat
     assert load_image("~/a.png").shape == (48, 64, 3)
 
 
-def found_of(names: list[str], boxes: list[list[float]]) -> Found:
-    labels = torch.arange(len(names))
-    return Found(torch.tensor(boxes), torch.full((len(names),), 0.9), labels, names, list(range(len(names))))
-
-
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (480, 640), (1080, 1920)])
-def test_labels_grow_with_the_picture_and_stay_inside(height: int, width: int) -> None:
-    """A box in the lower right corner: its label is moved inside, as a whole."""
-    image = np.zeros((height, width, 3), np.uint8)
-    name = "перекрёсток"
-    found = found_of([name], [[width - 9.0, height - 9.0, width - 1.0, height - 1.0]])
-    picture = np.asarray(draw(image, found))
-    label = fonts.written(f"{name} 0.90", max(12, round(min(picture.shape[:2]) / 45)))
-    assert label.text == f"{name} 0.90", "Cyrillic is in the font"
-    ground = (picture == (230, 25, 75)).all(-1)
-    rows, columns = np.nonzero(ground)
-    assert columns.max() < picture.shape[1] and columns.min() <= picture.shape[1] - label.box[2]
-    assert (picture == 255).all(-1).sum() > 20, "white letters"
-    assert rows.max() - rows.min() >= min(picture.shape[:2]) / 45
-
-
-def test_instances_of_a_class_differ_and_labels_of_narrow_pictures_are_cut(monkeypatch: Any) -> None:
-    texts: list[str] = []
-    monkeypatch.setattr(
-        draw_module, "written", lambda text, size: texts.append(text) or fonts.written(text, size)
-    )
-    boxes = [[1.0, 100, 9, 120], [11.0, 100, 19, 120], [21.0, 100, 29, 120]]
-    found = found_of(["traffic light"] * 3, boxes)._replace(labels_D=torch.zeros(3, dtype=torch.int64))
-    picture = np.asarray(draw(np.zeros((600, 60, 3), np.uint8), found))
-    colors = {tuple(picture[110, x]) for x in (1, 11, 21)}
-    assert len(colors) == 3 and (0, 0, 0) not in colors
-    assert fonts.written(texts[-1], 12).box[2] <= 60 and texts[-1].endswith(".. 0.90")
-
-
-def test_characters_of_no_font_are_numbers_and_said_once(monkeypatch: Any, caplog: Any) -> None:
+def test_characters_missing_in_all_fonts_are_numbers_and_reported_once(monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(fonts, "_system_fonts", lambda: ())
     monkeypatch.setattr(fonts, "_warned", False)
     fonts._font_of.cache_clear()
@@ -195,10 +159,10 @@ def test_characters_of_no_font_are_numbers_and_said_once(monkeypatch: Any, caplo
     assert caplog.text.count("no font of this system has the characters") == 1
 
 
-def test_a_font_of_the_system_is_taken_where_it_has_the_characters(monkeypatch: Any) -> None:
+def test_a_system_font_with_the_characters_is_used(monkeypatch: Any) -> None:
     default = fonts._default()
     monkeypatch.setattr(fonts, "_system_fonts", lambda: ("no such file", default))
-    monkeypatch.setattr(fonts, "_default", lambda: fonts.__file__)  # has no characters at all
+    monkeypatch.setattr(fonts, "_default", lambda: fonts.__file__)  # a file without any characters
     fonts._font_of.cache_clear()
     text, font = fonts.written("кошка", 12)
     fonts._font_of.cache_clear()

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder, with real processes as holders of the lock."""
+"""One run at a time in an output folder; real processes hold the lock."""
 
 from __future__ import annotations
 
@@ -39,35 +39,35 @@ def holder(tmp_path: Path) -> subprocess.Popen[str]:
     process.wait()
 
 
-def test_the_second_run_is_refused_until_the_first_is_gone(
+def test_the_second_run_is_refused_until_the_first_has_ended(
     holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=f"process {holder.pid} on {socket.gethostname()}"):
         OutputLock(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (tmp_path / LOCK).exists(), "it was killed"
+    assert (tmp_path / LOCK).exists(), "the killed process has left its lock"
     held = OutputLock(tmp_path)
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     held.release()
     assert not (tmp_path / LOCK).exists()
 
 
-def test_a_process_with_the_same_number_is_another(tmp_path: Path) -> None:
+def test_a_reused_process_id_does_not_hold_the_lock(tmp_path: Path) -> None:
     about = {"host": socket.gethostname(), "pid": os.getppid(), "started": "1", "beats": 0}
     (tmp_path / LOCK).write_text(json.dumps(about))
     OutputLock(tmp_path).release()
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"pid": 3}', "[]"])
-def test_a_torn_lock_is_taken_over(tmp_path: Path, content: str) -> None:
+def test_a_corrupted_lock_is_replaced(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
     OutputLock(tmp_path).release()
     assert not (tmp_path / LOCK).exists()
 
 
 def test_a_lock_of_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts as long as its beats go on."""
+    """It is respected as long as its heartbeat continues."""
     about = {"host": "elsewhere", "pid": 1, "started": "1", "beats": 0}
     (tmp_path / LOCK).write_text(json.dumps(about))
     monkeypatch.setattr(lock, "WATCH", 60.0)
@@ -83,7 +83,7 @@ def test_a_lock_of_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     OutputLock(tmp_path).release()
 
 
-def test_beats_are_written_and_a_lock_that_was_taken_over_is_left(
+def test_heartbeats_are_written_and_a_replaced_lock_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.01)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: means, resumed runs, a loss that is no number, the plot."""
+"""metrics.jsonl: means, resumed runs, a loss that is NaN, the plot."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
     assert scores == {"step": 4, "scores": {"box": {"AP": 0.5}}}
 
 
-def test_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> None:
+def test_resumed_run_drops_the_lines_that_it_will_rewrite(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    # The last line was cut short as its run was killed.
+    # The last line was cut off when its run was killed.
     path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (5, 10, 15)) + '{"step": 2')
     metrics = Metrics(path, total_steps=20, first_step=10)
     metrics.close()
@@ -48,7 +48,7 @@ def test_run_from_the_start_drops_an_older_run(tmp_path: Path) -> None:
     assert read_metrics(path) == []
 
 
-def test_a_step_that_was_left_out_has_no_part_in_the_means(tmp_path: Path) -> None:
+def test_a_skipped_step_does_not_count_in_the_means(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "m.jsonl", total_steps=4, first_step=0)
     for value, applied in ((1.0, True), (float("nan"), False), (3.0, True)):
         metrics.add({"loss": torch.tensor(value)}, 1, 0.0)
@@ -79,14 +79,12 @@ def test_monitors_get_the_numbers(tmp_path: Path) -> None:
     metrics.close()
     assert ("giantdet/loss", 2.0, 16) in monitor.events
     assert ("giantdet/lr", 0.5, 16) in monitor.events
-    assert monitor.events[-1] == ("giantdet/box/AP", 0.25, 16), "no value where there is none"
-    assert not any("cat" in name for name, _, _ in monitor.events), (
-        "a curve for each of 1,203 classes is noise"
-    )
+    assert monitor.events[-1] == ("giantdet/box/AP", 0.25, 16), "a missing value is not sent"
+    assert not any("cat" in name for name, _, _ in monitor.events), "1,203 curves of classes are too many"
 
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
-    """Python's own reader takes NaN; others refuse the file."""
+    """Python's own parser accepts NaN; others refuse the file."""
     metrics = Metrics(tmp_path / "m.jsonl", 4, 0)
     metrics.log(1, lr=float("nan"), norm=float("inf"), nested={"a": [float("-inf"), 1.5, None]})
     metrics.write_scores(1, {"box": {"AP": float("nan"), "per_class": {"cat": None}}}, images_seen=4)

@@ -25,28 +25,28 @@ PIXELS = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
 def test_options_of_predict(tiny_export: Path, tmp_path: Path, capsys: Any) -> None:
-    """Batches, no overlays, a device; the results are those of images one by one."""
+    """Batches, no overlays, a device: the results equal those of single images."""
     for number in range(5):
         Image.fromarray(np.roll(PIXELS, 7 * number, 1)).save(tmp_path / f"{number}.png")
     (tmp_path / "2b.png").write_bytes(b"no picture")
     arguments = ["predict", str(tiny_export), str(tmp_path), "--threshold", "0", "--device", "cpu"]
     found = []
     for name, more in (("one", []), ("two", ["--batch-size", "2", "--no-overlays"])):
-        assert cli.main([*arguments, "--output", str(tmp_path / name), *more]) == 2, "one is no picture"
+        assert cli.main([*arguments, "--output", str(tmp_path / name), *more]) == 2, "one is not an image"
         assert capsys.readouterr().out.count(" objects") == 5
         records = json.loads((tmp_path / name / "results.json").read_text())
         found.append(sorted((r["file_name"], round(r["score"], 4), r["category_id"]) for r in records))
         assert len(list((tmp_path / name).glob("*.png"))) == (5 if name == "one" else 0)
         for file in (tmp_path / name).glob("*.png"):
-            file.unlink()  # else it is an input of the next
+            file.unlink()  # otherwise it would be an input of the next run
     assert found[0] == found[1]
     for device, words in (("gpu", "no such device"), ("cuda:99", "GPUs on this machine")):
         assert cli.main([*arguments[:-1], device, "--output", str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err
 
 
-def test_batches_are_the_same(tiny_export: Path) -> None:
-    """Images of several sizes, and tiles; sums of a batch may round otherwise."""
+def test_batches_give_the_same_results(tiny_export: Path) -> None:
+    """Images of several sizes, and tiles; sums in a batch may round differently."""
     predictor = load_predictor(tiny_export, "cpu")
     images = [PIXELS, PIXELS[:40, :30], PIXELS[::-1].copy()]
     for one, many in zip(predictor(images, 0.0), predictor(images, 0.0, batch_size=2), strict=True):
@@ -60,7 +60,7 @@ def test_batches_are_the_same(tiny_export: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["semantic_fpn", "panoptic_fpn"])
 def test_maps_in_batches_are_the_same_and_have_no_tiles(kind: str) -> None:
-    """Windows of two images in one batch belong to their own image."""
+    """Each image in a batch gets the windows of its own."""
     is_panoptic = kind == "panoptic_fpn"
     raw, names = {**MODELS[kind], "num_classes": 3}, tuple((number, str(number)) for number in range(4))
     section: ArchitectureConfig = (

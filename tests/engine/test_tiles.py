@@ -1,4 +1,4 @@
-"""Prediction in tiles, against the predictor run by hand on crops and against pycocotools."""
+"""Prediction in tiles, against the predictor applied to crops by hand and against pycocotools."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_tiles_cover_the_image(size_hw: tuple[int, int], overlap: float) -> None
     assert len(tiles) == 1 or max(size_hw) > 64
 
 
-def test_wrong_tiles() -> None:
+def test_invalid_tiles() -> None:
     for side, overlap in ((0, 0.2), (64, 1.0), (64, -0.1), (64, float("nan"))):
         with pytest.raises(ValueError, match="tile"):
             tiles_of((10, 10), side, overlap)
 
 
 def test_every_object_smaller_than_the_overlap_is_kept_whole() -> None:
-    """Perfect detections of a tile: the parts of the objects that lie in it."""
+    """The detections of a tile are perfect: the visible parts of its objects."""
     rng = np.random.default_rng(0)
     corners_N2 = rng.integers(0, [136, 86], (3000, 2))
     boxes_N4 = torch.from_numpy(np.hstack([corners_N2, corners_N2 + rng.integers(4, 14, (3000, 2))])).float()
@@ -55,12 +55,12 @@ def test_every_object_smaller_than_the_overlap_is_kept_whole() -> None:
         limits_4 = torch.tensor([tile.left, tile.top, tile.right, tile.bottom]).float()
         part_N4 = torch.cat([boxes_N4[:, :2].maximum(limits_4[:2]), boxes_N4[:, 2:].minimum(limits_4[2:])], 1)
         seen_N = (part_N4[:, 2:] > part_N4[:, :2]).all(1) & kept_in_tile(part_N4, tile)
-        assert torch.equal(part_N4[seen_N], boxes_N4[seen_N]), "no part is kept"
+        assert torch.equal(part_N4[seen_N], boxes_N4[seen_N]), "only whole objects are kept"
         times_N += seen_N
     assert times_N.min() >= 1
 
 
-def test_an_object_larger_than_the_overlap_is_kept_cut() -> None:
+def test_an_object_larger_than_the_overlap_is_cut() -> None:
     tile = Tile(0, 0, 64, 64, None, None, None, inner_right=50)
     boxes_D4 = torch.tensor([[49.0, 5, 64, 9], [53, 5, 64, 9], [53, 5, 61, 9], [53, 60, 61, 64]])
     assert BORDER == 2
@@ -108,14 +108,14 @@ def test_tiled_prediction_equals_brute_force(tiny_export: Path) -> None:
                 masks.append(mask_HW)
     boxes_D4, scores_D, labels_D = torch.tensor(boxes), torch.tensor(scores), torch.tensor(labels)
     best_D = batched_nms(boxes_D4, scores_D, labels_D, 0.5)
-    assert 10 < len(best_D) < len(boxes), "more than the model's limit of an image, and NMS removes some"
+    assert 10 < len(best_D) < len(boxes), "more than the model's limit per image, and NMS removes some"
     torch.testing.assert_close(found.boxes_D4, boxes_D4[best_D])
     assert torch.equal(found.scores_D, scores_D[best_D]) and torch.equal(found.labels_D, labels_D[best_D])
     assert found.rles_D == [encode_mask(masks[d]) for d in best_D.tolist()]
     assert len(found.to_coco(1)) == len(found.names) == len(best_D) and found.size_hw == (100, 150)
 
 
-def test_an_image_of_one_tile_is_predicted_as_without(tiny_export: Path) -> None:
+def test_an_image_of_one_tile_is_predicted_as_without_tiles(tiny_export: Path) -> None:
     predictor = load_predictor(tiny_export, "cpu")
     assert predictor(PIXELS, 0.0, tile=150).to_coco(1) == predictor(PIXELS, 0.0).to_coco(1)
     nothing = predictor(PIXELS, 1.0, tile=64)

@@ -1,4 +1,4 @@
-"""Multi-scale testing against a brute force that shows a model each view by hand."""
+"""Multi-scale testing against a brute force that runs the model on each view by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def built(kind: str, **more: Any) -> tuple[Architecture, ArchitectureConfig]:
     model = build_model(section, (64, 64), NormConfig(type="local")).eval()
     for name, parameter in model.named_parameters():
         if name.startswith("mask_head") and ".masks." in name:
-            parameter.data *= 500  # else all probabilities are nearly 1/2
+            parameter.data *= 500  # otherwise all probabilities are close to 1/2
     return model, section
 
 
@@ -55,7 +55,7 @@ def whole(pixels: np.ndarray) -> Batch:
 
 
 def by_hand(model: Architecture, pixels: np.ndarray, short_side: int, flip: bool, canvas: tuple[int, int]):
-    """Return the batch of one view, made with Pillow, and its scale (y, x)."""
+    """Return the batch of one view, resized with Pillow, and its scale (y, x)."""
     height, width = pixels.shape[:2]
     new = [short_side * side / min(height, width) for side in (height, width)]
     if max(new) > CONFIG.max_side:
@@ -70,7 +70,7 @@ def by_hand(model: Architecture, pixels: np.ndarray, short_side: int, flip: bool
 
 
 CANVASES = [(64, 96), (64, 96), (64, 96), (96, 128), (96, 128), (96, 128)]
-"""Of the six views, three at a time: 40 x 56, 40 x 56, 64 x 90; 64 x 90, 86 x 120, 86 x 120."""
+"""The six views, three at a time: 40 x 56, 40 x 56, 64 x 90; 64 x 90, 86 x 120, 86 x 120."""
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def test_merged_objects_equal_a_brute_force(kind: str, branch: bool) -> None:
     for n, canvas in enumerate(CANVASES):
         flip = n % 2 == 1
         view, (scale_y, scale_x) = by_hand(model, PIXELS, CONFIG.short_sides[n // 2], flip, canvas)
-        # A model that is built for this canvas, with the same weights.
+        # A model built for this canvas, with the same weights.
         other = build_model(section, canvas, NormConfig(type="local")).eval()
         other.load_state_dict(state)
         outputs = other(view)
@@ -161,8 +161,8 @@ def test_semantic_maps_are_mean_probabilities(kind: str) -> None:
     torch.testing.assert_close(found.semantic_BCHW.exp(), total / 6, atol=1e-5, rtol=0)
 
 
-def test_views_are_those_of_resize_shortest_edge() -> None:
-    """Sizes by the rule of detectron2's ResizeShortestEdge, worked out by hand."""
+def test_views_equal_resize_shortest_edge() -> None:
+    """The sizes follow the rule of detectron2's ResizeShortestEdge, computed by hand."""
     config = TtaConfig(short_sides=(200, 400), max_side=600, flip=True)
     assert [(v.size_hw, v.flip) for v in views_of((480, 640), config)] == [
         ((200, 267), False),
@@ -206,7 +206,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_canvas_that_is_set_equals_one_that_is_built(name: str) -> None:
+def test_changing_the_canvas_equals_building_for_it(name: str) -> None:
     model, section = built("semantic_fpn", backbone=BACKBONES[name])
     other = build_model(section, (96, 160), NormConfig(type="local")).eval()
     other.load_state_dict(model.state_dict())
@@ -236,7 +236,7 @@ def test_positions_of_the_canvas_are_interpolated() -> None:
     torch.testing.assert_close(model(large).semantic_BCHW, other(large).semantic_BCHW)
 
 
-def test_models_of_one_size_are_refused() -> None:
+def test_models_of_a_fixed_size_are_refused() -> None:
     more = {"relative_positions": True}
     model, _ = built("semantic_fpn", backbone={**BACKBONES["vit, positions interpolated"], **more})
     with pytest.raises(InputError, match="relative_positions or attend_padding is built for one"):
@@ -244,7 +244,7 @@ def test_models_of_one_size_are_refused() -> None:
 
 
 def test_commands_agree_and_refuse_tiles(tiny_export: Path, tmp_path: Path, capsys: Any) -> None:
-    """eval, predict and Python find the same; the options replace what the export has."""
+    """eval, predict and Python give the same results; options override the settings of the export."""
     make_demo(tmp_path / "data", 1, 2, 64, 0)
     folder = tmp_path / "data/val"
     annotations = ["--annotations", str(tmp_path / "data/val.json")]
@@ -277,7 +277,7 @@ def test_commands_agree_and_refuse_tiles(tiny_export: Path, tmp_path: Path, caps
 
 
 def test_training_evaluates_in_several_scales(tmp_path: Path) -> None:
-    """eval.tta of the JSON counts in training and is exported; giantdet eval finds the same."""
+    """eval.tta of the JSON is used in training and exported; giantdet eval gives the same scores."""
     make_demo(tmp_path / "data", 2, 2, 64, 0)
     raw = tiny_run(tmp_path / "data", tmp_path / "run")
     raw["giantdet"]["eval"] = {"tta": {"short_sides": [48, 80]}}

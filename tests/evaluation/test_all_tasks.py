@@ -1,4 +1,4 @@
-"""A panoptic and two semantic models, trained and evaluated on a data set that has everything they need."""
+"""A panoptic and two semantic models, trained and evaluated on a data set with everything they need."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = DataConfig(size=(64, 64), short_side=64, max_objects=8, mask_frame=66, 
 
 
 class Scenes(CocoDataset):
-    """The demo set, its background two kinds of stuff: above and below; a strip of it has no label."""
+    """The demo set with two kinds of stuff as background, above and below, and an unlabelled strip."""
 
     def __init__(self, folder: Path, split: str) -> None:
         super().__init__(folder / f"{split}.json", folder / split)

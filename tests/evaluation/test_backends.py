@@ -1,4 +1,4 @@
-"""Every backend against COCOeval, and what COCOeval does not know: objects to ignore, or without a mask."""
+"""Every backend against COCOeval, and cases unknown to COCOeval: objects to ignore, or without a mask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from giantdet.evaluation.coco_results import CocoResults
 
 
 def found(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """A perfect detection of each object, by its polygon or box."""
+    """Return a perfect detection of each object, by its polygon or box."""
     results = []
     for record in content["annotations"]:
         x, y, w, h = record["bbox"]
@@ -67,7 +67,7 @@ def test_an_ignored_object_is_neither_missed_nor_found(kind: str, backend: Backe
     assert scored(content, results, kind, backend) < 0.9, "without the flag it is missed"
 
 
-def test_an_object_without_a_mask_counts_for_boxes_alone(backend: Backend) -> None:
+def test_an_object_without_a_mask_counts_only_for_boxes(backend: Backend) -> None:
     content = good_content()
     results = found(content)
     content["annotations"][0]["segmentation"] = [[]]
@@ -85,7 +85,7 @@ def test_an_object_without_a_mask_counts_for_boxes_alone(backend: Backend) -> No
 
 
 def random_mask(rng: np.random.Generator, box: list[float], size_hw: tuple[int, int], share: float) -> Any:
-    """A noisy mask in a box, as compressed RLE; now and then empty."""
+    """A noisy mask in a box, as compressed RLE; sometimes empty."""
     mask = np.zeros(size_hw, np.uint8)
     x0, y0, x1, y1 = (max(int(v), 0) for v in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
     inside = mask[y0:y1, x0:x1]
@@ -95,9 +95,9 @@ def random_mask(rng: np.random.Generator, box: list[float], size_hw: tuple[int, 
 
 
 def random_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Annotations and results with all that COCOeval treats in its own way, in random order.
+    """Annotations and results with everything that COCOeval treats specially, in random order.
 
-    Crowds, areas at the limits of the ranges, boxes that do not fit, polygons beyond images, images without
+    Crowds, areas at the limits of the ranges, inconsistent boxes, polygons beyond images, images without
     objects or results, a category without objects, equal scores, more than 10 results of a class.
     """
     rng = np.random.default_rng(seed)
@@ -146,7 +146,7 @@ def random_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def official(
     content: dict[str, Any], results: list[dict[str, Any]], kind: str, max_detections: int
 ) -> tuple[list[float], list[float | None]]:
-    """pycocotools' own numbers, and AP by category id."""
+    """Return pycocotools' own numbers, and AP by category id."""
     truth = COCO()
     truth.dataset = copy.deepcopy(content)
     left_out = "segmentation" if kind == "bbox" else "bbox"
@@ -161,7 +161,7 @@ def official(
     precision = judge.eval["precision"]
     by_class = [precision[:, :, k, 0, -1] for k in range(precision.shape[2])]
     numbers = judge.stats.tolist()
-    if max_detections != 100:  # summarize has AP for 100 alone
+    if max_detections != 100:  # summarize has AP only for 100
         of_all = precision[:, :, :, 0, -1]
         numbers[0] = float(of_all[of_all > -1].mean())
     return numbers, [
@@ -171,9 +171,7 @@ def official(
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("max_detections", [100, 13])
-def test_all_numbers_are_pycocotools_to_the_last_bit(
-    kind: Any, max_detections: int, backend: Backend
-) -> None:
+def test_all_numbers_equal_pycocotools_bit_for_bit(kind: Any, max_detections: int, backend: Backend) -> None:
     compared = 0
     for seed in range(4):
         content, results = random_set(seed)
@@ -212,8 +210,8 @@ def test_nothing_found_scores_zero(kind: Any, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_what_is_not_a_number_finds_nothing(kind: Any, backend: Backend) -> None:
-    """A model that diverges has scores all the same, and the same ones with every backend."""
+def test_nan_results_find_nothing(kind: Any, backend: Backend) -> None:
+    """A diverged model gets scores too, and the same ones with every backend."""
     content, results = random_set(2)
     nothing = mask_util.encode(np.zeros((20, 40), np.uint8, order="F"))
     lost = [result | {"score": 0.0, "bbox": [0.0] * 4, "segmentation": nothing} for result in results[::3]]
@@ -237,13 +235,13 @@ def test_a_backend_that_is_not_installed_is_refused_in_one_line(monkeypatch: pyt
     assert automatic == coco_scores(truth, CocoResults.of(results), "bbox", backend="pycocotools")
 
 
-def test_an_older_release_is_as_good_as_none() -> None:
+def test_a_too_old_release_counts_as_not_installed() -> None:
     assert backends._installed("numpy", "1.0") is np
     assert backends._installed("numpy", "1000") is None
     assert backends._installed("no-such-distribution", "1.0") is None
 
 
-def test_results_survive_arrays() -> None:
+def test_results_round_trip_through_arrays() -> None:
     _, results = random_set(1)
     arrays = CocoResults.of(results)
     assert arrays.records() == [

@@ -1,4 +1,4 @@
-"""COCO scores against the official numbers of cocoapi's example results, and the way back to the image."""
+"""COCO scores against the official numbers for cocoapi's example results, and mapping back to the image."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_official_numbers(official: Path, kind: Any) -> None:
     expected = json.loads((official / "expected_pycocotools.json").read_text())[kind]
     values = list(expected.values()) if isinstance(expected, dict) else expected
     assert [scores[name] for name in coco_numbers()] == pytest.approx(values[:12], abs=2e-6)
-    # The text that ships with cocoapi: 12 numbers for segm or bbox, each section under its own heading.
+    # The text shipped with cocoapi: 12 numbers for segm or bbox, each section under its own heading.
     text = (official / "val2014_fake_eval_res.txt").read_text()
     printed = [float(number) for number in re.findall(r"= (-?\d\.\d{3})\s*$", text, re.MULTILINE)]
     blocks = [printed[i : i + 12] for i in range(0, len(printed), 12)]
     assert [round(scores[name], 3) for name in coco_numbers()] in blocks
-    # AP is the mean of the classes that have objects.
+    # AP is the mean over the classes that have objects.
     classes = [ap for ap in scores["per_class"].values() if ap is not None]
     assert len(scores["per_class"]) == 80
     assert np.mean(classes) == pytest.approx(scores["AP"], abs=1e-9)
@@ -85,7 +85,7 @@ def test_box_only_and_by_class(tmp_path: Path) -> None:
     truth = _truth(tmp_path / "truth.json")
     results = [
         {"image_id": 7, "category_id": 3, "bbox": [10, 10, 20, 20], "score": 0.9},
-        # IoU 0.8 with its object: right at the seven thresholds 0.5 to 0.8
+        # IoU 0.8 with its object: a match at the seven thresholds 0.5 to 0.8
         {"image_id": 7, "category_id": 9, "bbox": [50, 50, 24, 10], "score": 0.9},
     ]
     scores = evaluate_results(truth, results, masks=False)
@@ -99,7 +99,7 @@ def test_box_only_and_by_class(tmp_path: Path) -> None:
 
 
 def _batch() -> Batch:
-    """Image 7, 100 x 200 in its file, scaled by a half onto a canvas of 64 x 128; then an empty slot."""
+    """Image 7, 100 x 200 in its file, scaled by a half onto a canvas of 64 x 128, and an empty slot."""
     return Batch(
         images_B3HW=torch.zeros(2, 3, 64, 128, dtype=torch.uint8),
         sizes_B2=torch.tensor([[50.0, 100.0], [64.0, 128.0]]),
@@ -110,7 +110,7 @@ def _batch() -> Batch:
     )
 
 
-def test_to_coco_scales_back_and_leaves_out_what_fills_up() -> None:
+def test_to_coco_scales_back_and_skips_padding() -> None:
     detections = Detections(
         boxes_BD4=torch.tensor([[5.0, 5.0, 15.0, 15.0], [90.0, 40.0, 110.0, 60.0], [0, 0, 9, 9]]).repeat(
             2, 1, 1
@@ -156,7 +156,7 @@ def test_perfect_masks_score_one(tmp_path: Path) -> None:
 
 
 def test_evaluators_score_what_the_model_predicts(demo_data: Path, tmp_path: Path) -> None:
-    """A model that knows the truth: masks count where the model has them, and decide the primary number."""
+    """A model that knows the truth: masks are scored if the model has them, and give the primary number."""
     dataset = CocoDataset(demo_data / "val.json", demo_data / "val")
     config = DataConfig(size=(64, 64), short_side=64, workers=0, mask_frame=64)
     truth = {
@@ -186,7 +186,7 @@ def test_evaluators_score_what_the_model_predicts(demo_data: Path, tmp_path: Pat
     assert set(found["box",].scores) == {"box"} and found["box",].primary == pytest.approx(1.0)
     both = found["box", "mask"]
     assert set(both.scores) == {"box", "mask"}
-    # Boxes are right; the masks are whole boxes, which only rectangles fill.
+    # Boxes are right; the masks fill whole boxes, which is right only for rectangles.
     assert both.scores["box"]["AP"] == pytest.approx(1.0)
     assert both.primary == both.scores["mask"]["AP"] < 0.9
     assert "mask" in both.table and len(json.loads((tmp_path / "results.json").read_text())) > 5

@@ -1,4 +1,4 @@
-"""LVIS's scores against lvis-api, whose numbers for random sets are stored here."""
+"""LVIS scores against lvis-api, whose numbers for random sets are stored here."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ LVIS_API = {
         0.05,
     ),
 }
-"""What lvis-api 0.5.3 returns for `random_set`, by its seed, the kind and the limit of detections an image.
+"""Results of lvis-api 0.5.3 for `random_set`, by its seed, the kind and the limit of detections per image.
 
 `LVISEval(LVIS, LVISResults(LVIS, results, limit), kind)`; for masks without the boxes of results.
 """
@@ -172,7 +172,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
 def blob(
     rng: np.random.Generator, box: list[float], size_hw: tuple[int, int], may_be_empty: bool = True
 ) -> Any:
-    """A noisy mask in a box, as compressed RLE; now and then empty."""
+    """A noisy mask in a box, as compressed RLE; sometimes empty."""
     mask = np.zeros(size_hw, np.uint8)
     x0, y0, x1, y1 = (max(int(v), 0) for v in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
     inside = mask[y0:y1, x0:x1]
@@ -182,7 +182,7 @@ def blob(
 
 
 def random_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Annotations and results with all that LVIS's rules tell apart.
+    """Annotations and results with everything that LVIS's rules distinguish.
 
     Categories that are present, absent, not exhaustively annotated and unknown, in objects and results of all
     sizes, equal scores, empty masks, images with many results or none, a category without any object.
@@ -240,17 +240,17 @@ def scored(content: Any, results: Any, kind: Any, limit: int = 300, backend: Bac
 
 
 @pytest.mark.parametrize(("seed", "kind", "limit"), LVIS_API)
-def test_all_numbers_are_lvis_apis(seed: int, kind: Any, limit: int, backend: Backend) -> None:
+def test_all_numbers_equal_lvis_api(seed: int, kind: Any, limit: int, backend: Backend) -> None:
     found = scored(*random_set(seed), kind, limit, backend)
     by_class = found.pop("per_class")
     assert tuple(found) == tuple(f"AR{limit}" if name == "AR" else name for name in NAMES)
     assert list(found.values()) == pytest.approx(LVIS_API[seed, kind, limit], abs=6e-7)
-    assert by_class["class_60"] is None, "it has no object"
+    assert by_class["class_60"] is None, "the class has no object"
     assert np.mean([v for v in by_class.values() if v is not None]) == pytest.approx(found["AP"])
 
 
 def hand_made() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """An image with a cat, no dog, some of its birds, and nobody knows about fish; all objects found."""
+    """An image with a cat, no dog, some of its birds, and unknown fish; all objects are found."""
     names = {1: ("cat", "f"), 2: ("dog", "c"), 3: ("bird", "r"), 4: ("fish", "r")}
     url = "http://images.cocodataset.org/train2017/000000000007.jpg"
     image = {"id": 7, "width": 100, "height": 80, "coco_url": url}
@@ -276,7 +276,7 @@ def hand_made() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         pytest.param(4, {}, id="of an unknown category"),
     ],
 )
-def test_a_better_scored_detection_of_nothing(category: int, ap: dict[str, float], backend: Backend) -> None:
+def test_a_higher_scored_false_positive(category: int, ap: dict[str, float], backend: Backend) -> None:
     content, results = hand_made()
     wrong = {"image_id": 7, "category_id": category, "bbox": [60, 50, 20, 20], "score": 0.9}
     found = scored(content, [*results, wrong], "bbox", backend=backend)
@@ -285,18 +285,18 @@ def test_a_better_scored_detection_of_nothing(category: int, ap: dict[str, float
     assert [found[f"AP{group}"] for group in "fcr"] == [pytest.approx(v) for v in expected.values()]
 
 
-def test_the_limit_is_for_all_classes_of_an_image_together(backend: Backend) -> None:
+def test_the_limit_is_over_all_classes_of_an_image(backend: Backend) -> None:
     content, results = hand_made()
     fish = [{"image_id": 7, "category_id": 4, "bbox": [1, 1, 9, 9], "score": 0.8}] * 2
     assert scored(content, [*results, *fish], "bbox", 4, backend)["AP"] == pytest.approx(1.0)
     found = scored(content, [*results, *fish], "bbox", 3, backend)
-    assert found["AR3"] == pytest.approx(2 / 3), "of equal scores the first; the bird is fourth"
+    assert found["AR3"] == pytest.approx(2 / 3), "the first of equal scores counts; the bird is fourth"
     assert found["per_class"]["bird"] == 0
 
 
 @pytest.fixture
 def lvis_data(demo_data: Path, tmp_path: Path) -> LvisDatasetConfig:
-    """The demo set's validation images as LVIS has them: in folders of COCO's splits, named by a URL."""
+    """The demo set's validation images in LVIS's layout: in folders of COCO's splits, named by a URL."""
     content = json.loads((demo_data / "val.json").read_text())
     for n, record in enumerate(content["images"]):
         split = ("train2017", "val2017")[n % 2]
@@ -325,19 +325,19 @@ def test_images_are_read_from_both_of_cocos_folders(
     assert '"format": "lvis" reads it' in caplog.text
 
 
-def test_a_cached_file_is_not_that_of_another_format(
+def test_the_cache_distinguishes_formats(
     lvis_data: LvisDatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIANTDET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(packed, "LEAST_BYTES", 1)
-    for _ in range(2):  # written, and found
+    for _ in range(2):  # written, then found
         assert open_dataset(lvis_data).path(1) == tmp_path / "val2017/1.jpg"
         assert CocoDataset(lvis_data.annotations, lvis_data.images).path(1) == tmp_path / "1.jpg"
     assert len(list((tmp_path / "cache").glob("*.pack"))) == 2
 
 
 def test_a_model_is_evaluated_by_lvis_rules(lvis_data: LvisDatasetConfig, tmp_path: Path) -> None:
-    """Every class is annotated exhaustively, and detections of others do not count."""
+    """Every class is annotated exhaustively, and detections of other classes do not count."""
     dataset = open_dataset(lvis_data)
     config = MaskRcnnConfig.model_validate({**MODEL, "num_classes": len(dataset.classes.objects)})
     torch.manual_seed(0)
@@ -362,7 +362,7 @@ def test_a_model_is_evaluated_by_lvis_rules(lvis_data: LvisDatasetConfig, tmp_pa
     Path(lvis_data.annotations).write_text(json.dumps(with_negatives))
     by_lvis = LvisEvaluator.score(open_dataset(lvis_data), results, masks=False)["box"]
     truth = ground_truth("a.json", with_negatives)
-    assert by_lvis["per_class"] == all_scores(truth, results, False, 300)["box"]["per_class"], "all is known"
+    assert by_lvis["per_class"] == all_scores(truth, results, False, 300)["box"]["per_class"], "all annotated"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_a_file_of_another_format_is_refused(lvis_data: LvisDatasetConfig, chang
         CHECKS["lvis"](lvis_data)
 
 
-def test_lvis_is_scored_alone(lvis_data: LvisDatasetConfig) -> None:
+def test_lvis_cannot_be_joined(lvis_data: LvisDatasetConfig) -> None:
     both = [lvis_data.model_dump(), {"annotations": "a.json", "images": "b"}]
     block = {"train": {"steps": 1}, "data": {"train": both, "val": both[0]}}
     parse_giantdet(block)
@@ -394,7 +394,7 @@ def test_lvis_is_scored_alone(lvis_data: LvisDatasetConfig) -> None:
         parse_giantdet(block | {"data": {"val": both}})
 
 
-def test_fewer_detections_than_lvis_scores_are_warned_of(
+def test_fewer_detections_than_lvis_scores_give_a_warning(
     lvis_data: LvisDatasetConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="giantdet"):

@@ -1,4 +1,4 @@
-"""More than COCO's 100 detections of a class in an image, and data without ground truth."""
+"""More than COCO's 100 detections per class and image, and data without ground truth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from giantdet.evaluation.coco_results import CocoResults
 
 
 def crowded(folder: Path, objects: int) -> Path:
-    """An image with as many objects of one class, side by side, and one of another."""
+    """An image with this number of objects of one class, side by side, and one of another class."""
     boxes = [[8 * (n % 40), 8 * (n // 40), 6, 6] for n in range(objects + 1)]
     annotations = [
         {"id": n + 1, "image_id": 1, "category_id": 1 + (n == objects), "bbox": box, "area": 36, "iscrowd": 0}
@@ -47,7 +47,7 @@ def perfect(truth: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_with_coco_s_limit_the_numbers_are_pycocotools_to_the_last_bit(shared: Path, kind: Any) -> None:
+def test_with_cocos_limit_the_numbers_equal_pycocotools_bit_for_bit(shared: Path, kind: Any) -> None:
     folder = shared / "data/coco_eval_fixture"
     results = json.loads((folder / f"instances_val2014_fake{kind}100_results.json").read_text())
     truth = ground_truth(folder / "instances_val2014_100.json")
@@ -69,7 +69,7 @@ def test_a_perfect_detector_is_perfect_once_the_limit_holds_all_objects(
     truth = crowded(tmp_path, 300)
     scores = evaluate_results(truth, perfect(truth), masks=False, max_detections=limit)["box"]
     assert scores[f"AR{limit}"] == pytest.approx((recall + 1) / 2)
-    # AP of a class whose every detection is right: the share of the 101 recalls that is reached.
+    # AP of a class whose detections are all right: the share of the 101 recall levels that is reached.
     reached = np.mean(np.linspace(0, 1, 101) <= recall + 1e-9)
     assert scores["per_class"] == {"cell": pytest.approx(reached), "dust": pytest.approx(1.0)}
     assert scores["AP"] == pytest.approx((reached + 1) / 2) == scores["APs"]
@@ -78,7 +78,7 @@ def test_a_perfect_detector_is_perfect_once_the_limit_holds_all_objects(
     assert f"AR{limit}" in score_table({"box": scores})
 
 
-def test_limits_below_cocos_name_what_they_are() -> None:
+def test_limits_below_cocos_are_named() -> None:
     assert coco_numbers()[6:9] == ("AR1", "AR10", "AR100")
     assert coco_numbers(10)[6:8] == ("AR1", "AR10") and len(coco_numbers(10)) == 11
     assert coco_numbers(1)[6:7] == ("AR1",) and len(coco_numbers(1)) == 10
@@ -96,7 +96,7 @@ def test_limits_below_cocos_name_what_they_are() -> None:
     ],
 )
 @pytest.mark.parametrize("model", ["mask_rcnn", "retinanet"])
-def test_limits_that_hide_objects_are_warned_of(
+def test_limits_that_hide_objects_give_a_warning(
     tmp_path: Path, caplog: Any, objects: int, predicted: int, limit: int, words: str, model: str
 ) -> None:
     dataset = CocoDataset(crowded(tmp_path, objects), tmp_path)

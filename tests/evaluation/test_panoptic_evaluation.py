@@ -29,7 +29,7 @@ from giantdet.structures import Batch, Detections, Outputs
 
 
 def read(folder: Path, name: str) -> tuple[list[dict[str, Any]], list[PanopticMap]]:
-    """Categories, those of objects first, and the maps of a COCO panoptic set, by number of the category."""
+    """Categories, things first, and the maps of a COCO panoptic set, by class number."""
     content = json.loads((folder / f"{name}.json").read_text())
     categories = sorted(content["categories"], key=lambda c: -c["isthing"])
     number = {category["id"]: k for k, category in enumerate(categories)}
@@ -46,8 +46,8 @@ def read(folder: Path, name: str) -> tuple[list[dict[str, Any]], list[PanopticMa
 def disturbed(truth: PanopticMap, classes: int, image: int) -> PanopticMap:
     """An answer with all kinds of mistakes.
 
-    The map is moved by 4 rows and 7 columns; of the segments every 7th is lost, every 5th has the next class,
-    every 11th becomes a part of the one before, and the void becomes a segment in every second image.
+    The map is shifted by 4 rows and 7 columns; every 7th segment is lost, every 5th gets the next class,
+    every 11th is merged into the one before, and the void becomes a segment in every second image.
     """
     ids = np.roll(truth.ids_HW, (4, 7), (0, 1))
     answer = np.zeros_like(ids)
@@ -98,7 +98,7 @@ def test_official_numbers(shared: Path, name: str) -> None:
 
 
 def by_sets(truth: PanopticMap, found: PanopticMap, classes: int) -> NDArray[np.float64]:
-    """From the paper's definitions."""
+    """Compute the counts from the paper's definitions."""
 
     def pixels(panoptic: PanopticMap, number: int) -> set[int]:
         return set(np.flatnonzero(panoptic.ids_HW == number).tolist())
@@ -124,7 +124,7 @@ def by_sets(truth: PanopticMap, found: PanopticMap, classes: int) -> NDArray[np.
 
 @pytest.mark.parametrize("seed", range(8))
 def test_matching_by_sets(seed: int) -> None:
-    """Blocks of 8 classes and void on a small image; segment 3 is a crowd, of a class that others have."""
+    """Blocks of 8 classes and void on a small image; segment 3 is a crowd of a class that others have too."""
     rng = np.random.default_rng(seed)
     blocks = np.kron(rng.integers(0, 6, (4, 5)), np.ones((4, 4), np.int64)).astype(np.int32) * 1000
     found = np.where(rng.random(blocks.shape) < 0.2, rng.integers(0, 6, blocks.shape) * 1000, blocks)
@@ -135,7 +135,7 @@ def test_matching_by_sets(seed: int) -> None:
     assert match_segments(truth, answer, 3) == pytest.approx(by_sets(truth, answer, 3), abs=1e-12)
 
 
-def test_ids_that_no_segment_has() -> None:
+def test_unknown_ids() -> None:
     one = PanopticMap(np.ones((2, 2), np.int32), [Segment(1, 0)])
     with pytest.raises(ValueError, match="no segment has the id 1"):
         match_segments(one._replace(segments=[]), one, 1)
@@ -150,14 +150,14 @@ def test_classes_that_do_not_occur() -> None:
 
 
 def test_merging() -> None:
-    """The better object is above; too little left, too low a score, too small stuff: left out."""
+    """The better object is on top; too small rests, too low scores and too small stuff are dropped."""
     masks = np.zeros((4, 4, 8), bool)
     masks[0, :, :3] = masks[1, :, :4] = masks[2, :, 2:6] = masks[3, :, 6:] = True
     semantic = np.full((4, 8), 2)
     semantic[0], semantic[1, 7] = 0, 1
     scores, labels = np.array([0.9, 0.8, 0.95, 0.1], np.float32), np.array([1, 0, 0, 1])
     merged = merge(masks, scores, labels, semantic, num_classes=2, rule=PanopticMergeConfig(stuff_area=2))
-    # Row 2 comes first; row 0 loses a third of itself, row 1 more than half; stuff 1 has one pixel alone.
+    # Row 2 comes first; row 0 loses a third of itself, row 1 more than half; stuff 1 has only one pixel.
     assert merged.rows == [2, 0, -1]
     assert merged.panoptic.segments == [Segment(1, 0), Segment(2, 1), Segment(3, 3)]
     expected = np.tile([2, 2, 1, 1, 1, 1, 3, 3], (4, 1))
@@ -169,7 +169,7 @@ CLASSES = Classes(objects=((7, "cat"), (9, "dog")), semantic=((0, "things"), (20
 
 
 class Panoptics:
-    """As much of a data set as the evaluator asks for: objects 7, 9; stuff 20, 30."""
+    """The part of a data set that the evaluator uses: objects 7, 9; stuff 20, 30."""
 
     image_ids = np.array([5, 6])
     annotated = True
@@ -189,8 +189,8 @@ def evaluator(maps: list[PanopticMap | None]) -> PanopticEvaluator:
     return PanopticEvaluator(data, ["panoptic"], CLASSES, PanopticFpnConfig(type="panoptic_fpn"))
 
 
-def an_answer() -> tuple[Outputs, Batch]:
-    """A dog on the left half of a road; in the other image things alone. Images are twice the canvas."""
+def example_answer() -> tuple[Outputs, Batch]:
+    """A dog on the left half of a road; the other image has only things. Images are twice the canvas."""
     semantic = torch.zeros(2, 3, 16, 16)
     semantic[0, 2], semantic[1, 0] = 1.0, 1.0
     boxes = torch.tensor([[[0.0, 0, 32, 64], [0, 0, 32, 64]]]).repeat(2, 1, 1)
@@ -214,14 +214,14 @@ def an_answer() -> tuple[Outputs, Batch]:
 
 
 def test_evaluator(tmp_path: Path) -> None:
-    """Written in COCO's format with the data set's ids, scored, shown."""
+    """The result is written in COCO's format with the data set's ids, scored, and printed."""
     ids = np.full((128, 128), 70000, np.int32)
     ids[:, :64], ids[:10] = 11, 0
     judge = evaluator([PanopticMap(ids, [Segment(70000, 30), Segment(11, 9)]), None])
-    judge.add(*an_answer())
+    judge.add(*example_answer())
     judge.merge()
     scores = judge.scores()["panoptic"]
-    # Void pixels do not count; of the pasted mask some pixels are missing at its corners.
+    # Void pixels do not count; the pasted mask lacks some pixels at its corners.
     assert [scores[name] for name in ("PQ", "PQ_th", "SQ_st", "RQ")] == pytest.approx([1.0] * 4, abs=1e-3)
     assert [k for k, v in scores["per_class"].items() if v is not None] == ["dog", "road"]
     assert "road  1.000" in judge.table(judge.scores())
@@ -232,17 +232,17 @@ def test_evaluator(tmp_path: Path) -> None:
     assert record["image_id"] == 5 and categories[written[64, 10]] == 9 and categories[written[64, 90]] == 30
 
 
-def test_no_maps_and_maps_that_do_not_fit() -> None:
+def test_missing_maps_and_mismatched_maps() -> None:
     judge = evaluator([None, None])
-    judge.add(*an_answer())
+    judge.add(*example_answer())
     judge.merge()
     assert judge.scores() == {} and judge.table({}) == ""
     with pytest.raises(DataError, match=r"0\.jpg: category 8 is none"):
-        evaluator([PanopticMap(np.ones((128, 128), np.int32), [Segment(1, 8)]), None]).add(*an_answer())
+        evaluator([PanopticMap(np.ones((128, 128), np.int32), [Segment(1, 8)]), None]).add(*example_answer())
     with pytest.raises(DataError, match=r"0\.jpg: no segment has the id 1"):
-        evaluator([PanopticMap(np.ones((128, 128), np.int32), []), None]).add(*an_answer())
+        evaluator([PanopticMap(np.ones((128, 128), np.int32), []), None]).add(*example_answer())
     with pytest.raises(DataError, match=r"0\.jpg has \(5, 5\) pixels"):
-        evaluator([PanopticMap(np.zeros((5, 5), np.int32), []), None]).add(*an_answer())
+        evaluator([PanopticMap(np.zeros((5, 5), np.int32), []), None]).add(*example_answer())
 
 
 def test_png() -> None:
@@ -250,13 +250,13 @@ def test_png() -> None:
     assert (read_panoptic_png(BytesIO(panoptic_png(ids))) == ids).all()
 
 
-def test_it_is_one_of_the_metrics() -> None:
+def test_is_one_of_the_metrics() -> None:
     assert PanopticEvaluator in EVALUATORS
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_torchmetrics(seed: int) -> None:
-    """Maps without void, of which torchmetrics takes a found one out of the union too, and without crowds."""
+    """Maps without crowds and void; torchmetrics also excludes predicted void from the union."""
     rng = np.random.default_rng(seed)
     category = {1: 0, 2: 0, 3: 1, 4: 2, 5: 2, 6: 3, 7: 4, 8: 5}  # 3 classes of things, 3 of stuff
     blocks = np.kron(rng.integers(1, 9, (6, 7)), np.ones((6, 6), np.int64)).astype(np.int32)

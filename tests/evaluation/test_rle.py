@@ -69,7 +69,7 @@ def by_pixel(mask_SS: np.ndarray, box: list[float], at_pixel_centres: bool) -> n
 def test_pasted_masks_equal_the_bitmap_of_the_image(
     kind: str, columns: int, at_pixel_centres: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every pixel whose probability is not within rounding of 1/2, for any number of columns at a time."""
+    """Pixels agree unless their probability is within rounding of 1/2, for any number of columns."""
     monkeypatch.setattr(pasting, "_COLUMNS", columns)
     boxes_D4 = boxes()
     generator = torch.Generator().manual_seed(1)
@@ -86,7 +86,7 @@ def test_pasted_masks_equal_the_bitmap_of_the_image(
     records, clear, inside = rles.records(), 0, 0
     for n, (found, box_4) in enumerate(zip(records, boxes_D4.tolist(), strict=True)):
         pasted = rle.decode_mask(found).numpy()
-        assert found == coco(pasted), "the encoding is pycocotools'"
+        assert found == coco(pasted), "the encoding equals pycocotools'"
         assert rles.areas_N[n] == pasted.sum()
         soft = by_pixel(masks_DSS[n].numpy(), box_4, at_pixel_centres)
         known = np.abs(soft - 0.5) > 1e-5
@@ -98,9 +98,9 @@ def test_pasted_masks_equal_the_bitmap_of_the_image(
 
 @pytest.mark.parametrize("at_pixel_centres", [True, False], ids=["detectron2", "torchvision"])
 def test_a_value_of_one_half_counts_as_in_the_reference(at_pixel_centres: bool) -> None:
-    """Cells of one pixel: the pixels have the mask's own values."""
+    """With cells of one pixel, the pixels have the mask's own values."""
     mask_SS = torch.tensor([0.5, 0.25, 0.5, 0.75, 0.5, 0.5, 1, 0.5]).expand(8, 8)
-    # torchvision's box grows by a cell to each side, and ends with the whole pixel that it touches.
+    # torchvision's box grows by a cell on each side, and ends with the whole pixel that it touches.
     box_4 = [2.0, 2, 10, 10] if at_pixel_centres else [2.4, 2.4, 9.6, 9.6]
     (found,) = rle.encode_pasted(mask_SS[None], torch.tensor([box_4]), (12, 12), at_pixel_centres).records()
     row = rle.decode_mask(found)[5, 2:10].tolist()
@@ -108,7 +108,7 @@ def test_a_value_of_one_half_counts_as_in_the_reference(at_pixel_centres: bool) 
     assert row == (limit if at_pixel_centres else (mask_SS[0] > 0.5).tolist())
 
 
-def test_probabilities_that_are_no_numbers_are_no_mask() -> None:
+def test_nan_probabilities_give_no_mask() -> None:
     masks_DSS = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(4))
     masks_DSS[0, 2:4, 2:4], masks_DSS[1, 0], masks_DSS[2, 3] = float("nan"), float("inf"), -float("inf")
     boxes_D4 = torch.tensor([[2.5, 3, 15, 19]] * 3)
@@ -120,7 +120,7 @@ def test_probabilities_that_are_no_numbers_are_no_mask() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_changes_of_many_masks_equal_pycocotools(seed: int) -> None:
-    """Bitmaps with long and short runs, from the first pixel and to the last, and empty ones between them."""
+    """Bitmaps with long and short runs, from the first pixel and to the last, and empty ones in between."""
     rng = np.random.default_rng(seed)
     bitmaps = [rng.random((HEIGHT, WIDTH)) < share for share in (0, 0.01, 0.5, 1, 0, 0, 0.99, 0.001, 1)]
     changes = [np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=False)) for mask in bitmaps]
@@ -143,9 +143,9 @@ def test_a_box_that_is_not_finite_has_no_mask() -> None:
 
 @pytest.mark.parametrize("at_pixel_centres", [True, False], ids=["detectron2", "torchvision"])
 def test_a_huge_image_has_the_mask_of_a_small_one(at_pixel_centres: bool) -> None:
-    """3.6 billion pixels, whose numbers exceed 32 bits: the same object in a corner, and in the middle.
+    """3.6 billion pixels, whose indices exceed 32 bits: the same object in a corner, and in the middle.
 
-    Coordinates are multiples of 1/4, which float32 holds at both places.
+    Coordinates are multiples of 1/4, which float32 represents exactly at both places.
     """
     height, width, side = 60_000, 60_000, 80
     masks_DSS = torch.rand(2, 28, 28, generator=torch.Generator().manual_seed(2))
@@ -156,7 +156,7 @@ def test_a_huge_image_has_the_mask_of_a_small_one(at_pixel_centres: bool) -> Non
         huge = rle.encode_pasted(masks_DSS, moved_D4, (height, width), at_pixel_centres).records()
         for here, there in zip(small, huge, strict=True):
             assert there["size"] == [height, width]
-            # Starts and ends of the runs, moved: no run touches another column here or there.
+            # Starts and ends of the runs, shifted: no run crosses columns in either image.
             counts = rle_counts(here["counts"].encode())
             turns = np.cumsum(np.array(counts, np.int64))[:-1]
             expected = (turns // side + x) * height + turns % side + y
@@ -167,7 +167,7 @@ def test_a_huge_image_has_the_mask_of_a_small_one(at_pixel_centres: bool) -> Non
 
 
 def test_memory_does_not_grow_with_the_masks(tiny_export: Path) -> None:
-    """Tiles need the image and little more; the whole image is also copied to be scaled, 4 bytes a pixel."""
+    """Tiles need little more than the image; a whole image is also copied for scaling, 4 bytes a pixel."""
     script = Path(__file__).parents[1] / "engine/memory_of_masks.py"
     (ended,) = launch_ok(script, 1, tiny_export, fresh=True)
     before, in_tiles, whole = map(int, ended.out.split())

@@ -1,4 +1,4 @@
-"""Scores of semantic maps against loops over pixels, and the way back to the image against detectron2's."""
+"""Scores of semantic maps against loops over pixels, and mapping back to the image against detectron2's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLASSES = Classes(semantic=tuple(enumerate(NAMES)))
 
 
 class Maps:
-    """As much of a data set as the evaluator asks for."""
+    """The part of a data set that the evaluator uses."""
 
     def __init__(self, maps: list[NDArray[np.uint8] | None]) -> None:
         self.maps, self.image_ids = maps, np.arange(len(maps)) + 10
@@ -58,7 +58,7 @@ def logits_of(classes_Bhw: Tensor) -> Tensor:
 
 
 def by_loops(pairs: list[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> dict[str, Any]:
-    """From the definitions, with sets of pixels."""
+    """Compute the scores from the definitions, with sets of pixels."""
     true, found = set[tuple[int, int, int]](), set[tuple[int, int, int]]()
     for i, (truth, answer) in enumerate(pairs):
         for n, (t, f) in enumerate(zip(truth.flat, answer.flat, strict=True)):
@@ -79,14 +79,14 @@ def by_loops(pairs: list[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> dict[s
 
 
 def random_maps(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
-    """Class 3 occurs in no truth."""
+    """Maps in which class 3 does not occur."""
     rng = np.random.default_rng(seed)
     return [rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (20 + 3 * i, 30 + i)) for i in range(count)]
 
 
 @pytest.mark.parametrize("limit", [semantic._LOGITS_BYTES, 1])
 def test_scores_by_loops(limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Three images in two batches, one slot that only fills up; all classes at once, and one at a time."""
+    """Three images in two batches with one padding slot; all classes at once, and one at a time."""
     monkeypatch.setattr(semantic, "_LOGITS_BYTES", limit)
     maps = random_maps(3)
     judge = evaluator(list(maps))
@@ -119,14 +119,14 @@ def test_scores_by_loops(limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert np.sum(saved["confusion"]) == sum((m != IGNORE).sum() for m in maps)
 
 
-def test_no_maps_no_scores() -> None:
+def test_without_maps_there_are_no_scores() -> None:
     judge = evaluator([None])
     judge.add(Outputs(semantic_BCHW=torch.zeros(1, COUNT, 6, 8)), batch_of([10], [SIZE]))
     judge.merge()
     assert judge.scores() == {} and judge.table({}) == ""
 
 
-def test_maps_that_do_not_fit() -> None:
+def test_mismatched_maps() -> None:
     outputs = Outputs(semantic_BCHW=torch.zeros(1, COUNT, 6, 8))
     with pytest.raises(DataError, match=r"0\.jpg: class 9 is none of the model's 4"):
         evaluator([np.full(SIZE, 9, np.uint8)]).add(outputs, batch_of([10], [SIZE]))
@@ -142,7 +142,7 @@ def test_a_perfect_answer() -> None:
 
 @pytest.mark.parametrize("name", ["semantic", "panoptic"])
 def test_classes_of_the_original_image(shared: Path, name: str) -> None:
-    """detectron2's `sem_seg_postprocess` of the golden logits."""
+    """Equals detectron2's `sem_seg_postprocess` of the golden logits."""
     golden = shared / "golden/models"
     expected, inputs = np.load(golden / f"{name}_A.npz"), np.load(golden / "inputs_A.npz")
     batch = Batch(
@@ -159,5 +159,5 @@ def test_classes_of_the_original_image(shared: Path, name: str) -> None:
         assert (found.numpy() == expected[f"sem_post.{i}.argmax"]).all()
 
 
-def test_it_is_one_of_the_metrics() -> None:
+def test_is_one_of_the_metrics() -> None:
     assert SemanticEvaluator in EVALUATORS

@@ -1,4 +1,4 @@
-"""Pyramids against timm's features_only and torchvision's Swin; options; finite gradients in every family."""
+"""Pyramids against timm's features_only and torchvision's Swin; options; finite gradients in all families."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equals_timm_features_only(name: str, size: tuple[int, int], channels: t
     ours = build(name, size).eval()
     theirs = timm.create_model(name, features_only=True).eval()
     for a, b in zip(theirs.state_dict().values(), ours.body.state_dict().values(), strict=True):
-        a.copy_(b)  # features_only renames keys, and keeps their order
+        a.copy_(b)  # features_only renames keys but keeps their order
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         levels = ours.body.forward_intermediates(images, indices=ours.indices, intermediates_only=True)
@@ -61,7 +61,7 @@ def test_equals_timm_features_only(name: str, size: tuple[int, int], channels: t
 
 
 def torchvision_swin(body: Any) -> nn.Module:
-    """torchvision's Swin-T, which pads before it shifts, with the weights of timm's."""
+    """torchvision's Swin-T, which pads before it shifts, with timm's weights."""
     model = torchvision.models.swin_t(weights=None).eval()
     pairs = [(model.features[0][0], body.patch_embed.proj), (model.features[0][2], body.patch_embed.norm)]
     for i, layer in enumerate(body.layers):
@@ -114,8 +114,8 @@ def test_shifted_windows_see_no_wrapped_neighbours(name: str) -> None:
     assert tested >= 5
 
 
-def test_stochastic_depth_is_what_the_configuration_says() -> None:
-    """timm's Swin has 0.1 by default."""
+def test_stochastic_depth_follows_the_configuration() -> None:
+    """timm's default for Swin is 0.1."""
     images = torch.randn(16, 3, 64, 64)
     for rate, same in ((0.0, True), (0.9, False)):
         backbone = build(SWIN, (64, 64), drop_path_rate=rate).train()
@@ -144,7 +144,7 @@ def test_stride_in_1x1_with_msra_weights(shared: Path) -> None:
 
 
 def test_statistics_and_norms_of_other_weights() -> None:
-    """Pixels on the scale 0 to 255; LayerNorms on the maps, or not, whatever the norms of the backbone."""
+    """Pixels in the range 0 to 255; LayerNorms on the maps, or not, whatever the norms of the backbone."""
     given = build("resnet18", (64, 64), pixel_mean=(102.0, 51.0, 0.0), pixel_std=(1.0, 255.0, 51.0))
     assert given.mean == pytest.approx((0.4, 0.2, 0.0)) and given.std == pytest.approx((1 / 255, 1.0, 0.2))
     swin = {"timm_args": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}}
@@ -162,15 +162,15 @@ def test_stride_in_1x1_needs_bottlenecks() -> None:
             build(name, (64, 64), stride_in_1x1=True)
 
 
-def test_frozen_stages_of_resnet_are_those_of_detectron2() -> None:
-    """FREEZE_AT=2 is stem and res2, their BatchNorms included."""
+def test_frozen_stages_of_resnet_equal_detectron2s() -> None:
+    """FREEZE_AT=2 freezes stem and res2, including their BatchNorms."""
     prefixes = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
     for count in range(6):
         body = build("resnet18", (64, 64), frozen_stages=count).body
         frozen = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
         norms = {n.split(".")[0] for n, m in body.named_modules() if isinstance(m, FrozenBatchNorm2d)}
         free = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
-        # A frozen BatchNorm has no parameters left, so that its stage shows in `norms`.
+        # A frozen BatchNorm has no parameters left, so its stage is recognised by `norms`.
         wanted = {prefix for stage in prefixes[:count] for prefix in stage}
         assert frozen | norms == wanted and not free & wanted
         assert free == {prefix for stage in prefixes[count:] for prefix in stage}
@@ -186,7 +186,7 @@ def test_frozen_stages_of_swin_and_convnext() -> None:
 
 
 def saved_bytes(backbone: Backbone, images: Tensor) -> int:
-    """Activations kept for the backward pass, which is run too."""
+    """Bytes of activations kept for the backward pass, which is run too."""
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(name: str) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_family_trains(name: str, dtype: torch.dtype) -> None:
-    """One member of every recipe's family: all parameters get finite gradients, in bf16 too."""
+    """One member of each family in the recipes: all parameters get finite gradients, in bf16 too."""
     backbone = apply_norm(build(name, (64, 96), window=3), NormConfig(type="local")).train().to(dtype)
     out = backbone(torch.randn(2, 3, 64, 96, dtype=dtype))
     assert [tuple(level.shape[2:]) for level in out] == [(64 // s, 96 // s) for s in backbone.strides]
@@ -256,7 +256,7 @@ def test_compiles_to_one_graph(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_image_statistics_are_the_weights_own() -> None:
+def test_image_statistics_come_from_the_weights() -> None:
     assert build("resnet18", (64, 64)).std == (0.229, 0.224, 0.225)
     assert build("tf_efficientnet_lite0", (64, 64)).mean == (0.5, 0.5, 0.5)
     assert build("vit_tiny_patch16_224", (64, 64)).mean == (0.5, 0.5, 0.5)
@@ -278,6 +278,6 @@ def test_image_statistics_are_the_weights_own() -> None:
         ("mvitv2_tiny", (256, 256), "works at 224x224 only"),
     ],
 )
-def test_errors_name_the_thing(name: str, size: tuple[int, int], message: str) -> None:
+def test_errors_name_the_cause(name: str, size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, size)

@@ -1,4 +1,4 @@
-"""The blocks of timm's families: found, recomputed, compiled, left out by chance."""
+"""The blocks of timm's families: found, recomputed, compiled, dropped at random."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ SMALL = {"depth": 4, "embed_dim": 32, "num_heads": 2}
     ],
 )
 def test_blocks_are_found(name: str, blocks: int) -> None:
-    """Their numbers are those of the papers: 3 + 4 + 6 + 3 of a ResNet-50, 2 + 2 + 6 + 2 of a Swin-T."""
+    """The numbers of the papers: 3 + 4 + 6 + 3 in a ResNet-50, 2 + 2 + 6 + 2 in a Swin-T."""
     with torch.device("meta"):
         body = timm.create_model(name, num_classes=0)
     assert len(blocks_of(BackboneConfig(name=name), body)) == blocks
 
 
-def test_a_family_without_known_blocks_says_so() -> None:
+def test_a_family_without_known_blocks_is_refused() -> None:
     with torch.device("meta"):
         body = timm.create_model("dla34", num_classes=0)
     with pytest.raises(ValueError, match=r"'dla34'.*set checkpoint_blocks and compile_blocks false"):
@@ -56,7 +56,7 @@ def test_a_family_without_known_blocks_says_so() -> None:
 
 
 def step(name: str, size: tuple[int, int], **options: object) -> tuple[list[Tensor], dict[str, Tensor], int]:
-    """Maps, gradients and bytes kept for the backward pass, of two images in training mode."""
+    """Maps, gradients, and bytes kept for the backward pass, for two images in training mode."""
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name=name, **options), size).train()  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
@@ -85,7 +85,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=2e-5 * scale + 1e-7, msg=name)
 
 
-def test_every_nth_block_keeps_more_the_larger_n() -> None:
+def test_recomputing_every_nth_block_keeps_more_with_larger_n() -> None:
     options = {"timm_args": SMALL, "window": 2, "drop_path_rate": 0.5}
     results = [
         step("vit_tiny_patch16_224", (64, 64), checkpoint_blocks=every, **options)
@@ -93,7 +93,7 @@ def test_every_nth_block_keeps_more_the_larger_n() -> None:
     ]
     kept = [result[2] for result in results]
     assert kept[0] == kept[1] < kept[2] < kept[3] < kept[4]
-    one = (kept[4] - kept[0]) / 4  # a block's; of the four blocks 4, 2, 1 are recomputed
+    one = (kept[4] - kept[0]) / 4  # bytes of one block; 4, 2, 1 of the four blocks are recomputed
     assert kept[4] - kept[2] == pytest.approx(2 * one, rel=0.05)
     assert kept[4] - kept[3] == pytest.approx(one, rel=0.05)
     for _, gradients, _ in results[:-1]:
@@ -102,7 +102,7 @@ def test_every_nth_block_keeps_more_the_larger_n() -> None:
 
 @pytest.mark.parametrize("checkpoint", [False, 2])
 def test_compiled_blocks_change_nothing(checkpoint: bool | int) -> None:
-    """By inductor, with windows, rotary embeddings, stochastic depth and recomputation."""
+    """Compiled by inductor, with windows, rotary embeddings, stochastic depth and recomputation."""
     options = {"timm_args": SMALL, "window": 2, "drop_path_rate": 0.5}
     name, size = "eva02_tiny_patch14_224", (64, 64)
     eager = step(name, size, checkpoint_blocks=checkpoint, **options)
@@ -123,7 +123,7 @@ def test_the_compiled_code_does_not_grow_with_depth() -> None:
         timm_args={**SMALL, "depth": 12},
     )
     backbone = build_backbone(config, (64, 64)).train()
-    for block in backbone.body.blocks:  # the same code, not handed to inductor
+    for block in backbone.body.blocks:  # the same graphs, without inductor
         block.forward = torch.compile(type(block).forward.__get__(block), dynamic=False, backend="eager")
     backbone(torch.randn(2, 3, 64, 64))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
@@ -140,12 +140,12 @@ def test_stochastic_depth_keeps_the_mean_and_drops_images() -> None:
     out = drop.train()(torch.ones(4 * 5000, 3, 2)).view(5000, 4, 6)
     kept = (out[:, 0, 0] > 0).float()
     assert float(kept.mean()) == pytest.approx(0.7, abs=0.03)
-    assert torch.equal(out, (kept / 0.7)[:, None, None].expand_as(out)), "all windows of an image alike"
+    assert torch.equal(out, (kept / 0.7)[:, None, None].expand_as(out)), "windows of one image differ"
     ones = torch.ones(4, 3, 2)
     assert torch.equal(drop.eval()(ones), ones)
 
 
-def test_stochastic_depth_stands_where_timm_has_it() -> None:
+def test_stochastic_depth_is_at_the_same_places_as_in_timm() -> None:
     size = (96, 64)
     vit = build_backbone(
         BackboneConfig(name="vit_tiny_patch16_224", drop_path_rate=0.3, window=4, global_blocks=4), size

@@ -15,7 +15,7 @@ IMAGES, OBJECTS, PROPOSALS, IOU = 3, 4, 40, 0.5
 
 
 def crowd(seed: int = 0) -> tuple[Proposals, Targets]:
-    """Objects that overlap each other, and proposals around them; the last image has one object less."""
+    """Overlapping objects with proposals around them; the last image has one object less."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(IMAGES, OBJECTS, 2, generator=generator) * 12
     boxes_BM4 = torch.cat([corner, corner + 60], -1)

@@ -1,4 +1,4 @@
-"""Large kernels and context blocks of the pyramid against plain convolutions and loops."""
+"""Large kernels and context blocks in the pyramid against plain convolutions and loops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def maps(side: int = 64) -> list[Tensor]:
 
 @pytest.mark.parametrize("size", [3, 7, 15])
 def test_each_output_sees_a_square(size: int) -> None:
-    """The gradient of one output is not 0 exactly in size x size inputs around it."""
+    """The gradient of one output is nonzero in exactly size x size inputs around it."""
     torch.manual_seed(0)
     layer = SeparableKernel(2, 3, 4, size)
     x = torch.randn(1, 2, 21, 23, requires_grad=True)
@@ -48,10 +48,10 @@ def test_each_output_sees_a_square(size: int) -> None:
 
 
 def test_equals_one_dense_convolution() -> None:
-    """Products of the two kernels of each order, summed, are the kernel of a plain convolution."""
+    """The kernel of the dense convolution is the sum over both orders of the products of their kernels."""
     torch.manual_seed(0)
     layer = SeparableKernel(2, 3, 4, 5, bias=False)
-    for order in (layer.tall_first, layer.wide_first):  # the border's zero padding takes no bias
+    for order in (layer.tall_first, layer.wide_first):  # the zero padding carries no bias
         nn.init.zeros_(order[0].bias)
     tall, wide = [[conv.weight for conv in order] for order in (layer.tall_first, layer.wide_first)]
     dense = torch.einsum("mciz,omzj->ocij", tall[0], tall[1])
@@ -61,7 +61,7 @@ def test_equals_one_dense_convolution() -> None:
 
 
 def test_parameters() -> None:
-    """2 k m (C_in + C) weights, and the biases of four convolutions."""
+    """2 k m (C_in + C) weights, plus the biases of four convolutions."""
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert count(SeparableKernel(10, 24, 32, 15)) == 2 * 15 * 24 * (10 + 32) + 2 * (24 + 32)
     large = pyramid(large_kernel={"size": 15, "width": 24, "levels": [4, 5]})
@@ -76,7 +76,7 @@ def test_context_is_a_weighted_mean_of_the_map() -> None:
     torch.manual_seed(0)
     block = GlobalContext(8, ContextConfig(reduction=2))
     x = torch.randn(2, 8, 3, 5)
-    assert torch.equal(block(x), x), "it does not begin as the identity"
+    assert torch.equal(block(x), x), "it does not start as the identity"
     nn.init.normal_(block.transform[-1].weight)
     for b in range(2):
         cells = [x[b, :, i, j] for i in range(3) for j in range(5)]
@@ -89,7 +89,7 @@ def test_context_is_a_weighted_mean_of_the_map() -> None:
 
 
 @pytest.mark.parametrize("norm", ["none", "batch", "group"])
-def test_only_the_chosen_levels_change(norm: str) -> None:
+def test_only_the_selected_levels_change(norm: str) -> None:
     plain, changed = (
         pyramid(norm=norm),
         pyramid(norm=norm, large_kernel={"width": 8}, context={"levels": [4]}),
@@ -119,8 +119,8 @@ def test_default_keys_are_unchanged() -> None:
     assert pyramid().state_dict().keys() == expected
 
 
-def test_large_kernel_of_a_level_is_its_lateral() -> None:
-    """P5 of maps by hand: both orders, norm, ReLU, and the output convolution."""
+def test_large_kernel_replaces_the_lateral_of_a_level() -> None:
+    """P5 computed from the maps by hand: both orders, norm, ReLU, and the output convolution."""
     fpn = pyramid(norm="group", large_kernel={"size": 5, "width": 8})
     c5 = maps(128)[-1]
     kernel, norm, _ = fpn.laterals[-1]
@@ -137,7 +137,7 @@ def test_batch_norms_follow_the_norm_block() -> None:
 
 
 @pytest.mark.parametrize("finest", [2, 3])
-def test_plain_vits_have_them_too(finest: int) -> None:
+def test_plain_vits_support_them_too(finest: int) -> None:
     fpn = pyramid(
         plain=True, finest=finest, large_kernel={"levels": [3, 5], "width": 8}, context={"levels": [4]}
     )

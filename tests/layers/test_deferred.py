@@ -1,4 +1,4 @@
-"""Deferred building against timm's own: constants equal, random weights of the same distribution."""
+"""Deferred building against timm's own: equal constants, random weights of the same distribution."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def test_weights_are_drawn_as_timm_draws_them(name: str) -> None:
             assert torch.equal(found, reference), key
             continue
         assert float(found.std()) == pytest.approx(std, rel=0.03), key
-        # The mean of n draws is off by std / sqrt(n).
+        # The mean of n draws has a standard error of std / sqrt(n).
         assert abs(float(found.mean() - reference.mean())) < 8 * std / reference.numel() ** 0.5, key
-        # Normal, truncated or uniform: by the mean distance from 0.
+        # Normal, truncated or uniform: distinguished by the mean absolute value.
         assert float(found.abs().mean()) == pytest.approx(float(reference.abs().mean()), rel=0.03), key
     assert seen > 5
     for (key, mine), theirs in zip(parts.named_buffers(), whole.buffers(), strict=True):
         assert torch.equal(mine, theirs), key
 
 
-def test_values_depend_on_seed_and_name_alone() -> None:
+def test_values_depend_only_on_seed_and_name() -> None:
     def weights(seed: int) -> nn.Linear:
         with deferred_init(seed):
             return nn.Linear(256, 512)
@@ -63,7 +63,7 @@ def test_values_depend_on_seed_and_name_alone() -> None:
     before = torch.get_rng_state()
     again = materialise(deferred, "a")
     assert torch.equal(first, again)
-    assert torch.equal(torch.get_rng_state(), before), "nobody else's random numbers are touched"
+    assert torch.equal(torch.get_rng_state(), before), "the global random state is not changed"
     assert not torch.equal(first, materialise(weights(0).weight, "b"))
     assert not torch.equal(first, materialise(weights(1).weight, "a"))
 
@@ -97,7 +97,7 @@ def test_filled_from_a_checkpoint() -> None:
     assert torch.equal(linear.weight, content.float().bfloat16())
 
 
-def test_what_cannot_be_recorded_is_refused_and_everything_is_put_back() -> None:
+def test_unrecordable_operations_are_refused_and_patches_are_undone() -> None:
     register, draw = nn.Module.register_parameter, nn.init.trunc_normal_
     with pytest.raises(NotImplementedError), deferred_init():
         timm.create_model("swinv2_tiny_window8_256", num_classes=0)

@@ -40,7 +40,7 @@ def build(name: str, **options: Any) -> Backbone:
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name=name, **options), SIZE)
     for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):  # timm's zeros at the end of a block would hide its layers
+        if isinstance(module, nn.BatchNorm2d):  # timm zeroes a block's last norm, which hides its layers
             nn.init.ones_(module.weight)
     return backbone
 
@@ -56,14 +56,14 @@ def converted(options: dict[str, Any]) -> tuple[Tensor, nn.Conv2d, DeformableCon
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_begins_as_the_plain_convolution(options: dict[str, Any]) -> None:
+def test_starts_as_the_plain_convolution(options: dict[str, Any]) -> None:
     x, plain, conv = converted(options)
     torch.testing.assert_close(conv(x), plain(x))
     assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def by_hand(conv: DeformableConv2d, x: Tensor) -> Tensor:
-    """Sum over taps of a 1x1 convolution of the map read at the tap's place plus its offset (equation 1)."""
+    """Sum over taps of a 1x1 convolution of the map, sampled at the tap plus its offset (equation 1)."""
     height, width = x.shape[2:]
     predicted = F.conv2d(x, conv.offset.weight, conv.offset.bias, conv.stride, conv.padding, conv.dilation)
     rows, columns = predicted.shape[2:]
@@ -82,7 +82,7 @@ def by_hand(conv: DeformableConv2d, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_equals_the_definition_with_random_offsets(options: dict[str, Any]) -> None:
-    """The output, and the gradients of all parameters and of the input."""
+    """Compare the output, and the gradients of all parameters and of the input."""
     x, _, conv = converted(options)
     nn.init.normal_(conv.offset.weight, std=0.1)
     assert conv.offset.bias is not None
@@ -113,7 +113,7 @@ def test_equals_the_definition_with_random_offsets(options: dict[str, Any]) -> N
     ],
 )
 def test_stages_are_converted_from_outside(name: str, stages: list[int], count: int) -> None:
-    """The 3x3 layers of these stages alone; other keys are timm's, the maps those of the plain model."""
+    """Only 3x3 layers of these stages change; other keys are timm's, and the maps are the plain model's."""
     plain, ours = build(name), build(name, deformable_stages=stages)
     found = [key for key, m in ours.body.named_modules() if isinstance(m, DeformableConv2d)]
     assert len(found) == count
@@ -127,14 +127,14 @@ def test_stages_are_converted_from_outside(name: str, stages: list[int], count: 
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
 
 
-def test_stages_are_resnets_own() -> None:
+def test_stage_4_is_layer3_of_a_resnet() -> None:
     found = {n for n, m in build("resnet50", deformable_stages=[4]).body.named_modules() if "offset" in n}
     assert found == {f"layer3.{i}.conv2.offset" for i in range(6)}
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_pretrained_weights_load(tmp_path: Path, in_parts: bool) -> None:
-    """Also where large weights are made one by one, as at ZeRO-3: the offsets then keep their zeros."""
+    """The offsets keep their zeros even if large weights are created one by one, as at ZeRO-3."""
     source = timm.create_model("resnet10t")
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     config = BackboneConfig(
@@ -193,8 +193,8 @@ def test_frozen_stages_and_unknown_ones_are_refused() -> None:
         BackboneConfig(deformable_stages=(1,))
 
 
-def test_offsets_can_have_a_learning_rate_of_their_own() -> None:
-    """By the settings that docs/backbones.md gives."""
+def test_offsets_can_have_their_own_learning_rate() -> None:
+    """Uses the settings given in docs/backbones.md."""
     modules = {"offsets": ("*.offset.*",), "rest": ("*",)}
     backbone = build("resnet18", deformable_stages=[5])
     groups = parameter_groups(backbone, 0.1, 1.0, modules, None, {"offsets": 0.1})
@@ -202,8 +202,8 @@ def test_offsets_can_have_a_learning_rate_of_their_own() -> None:
     assert slow == {id(p) for name, p in backbone.named_parameters() if ".offset." in name} and len(slow) == 8
 
 
-def test_flops_are_those_of_the_convolution_and_its_offsets(demo_data: Path) -> None:
-    """What the plan counts, for a forward and a backward pass."""
+def test_flops_include_the_convolution_and_its_offsets(demo_data: Path) -> None:
+    """The plan's count for a forward and a backward pass."""
     found = {}
     for stages in ([], [5]):
         backbone = {"name": "test_resnet", "deformable_stages": stages}
@@ -211,7 +211,7 @@ def test_flops_are_those_of_the_convolution_and_its_offsets(demo_data: Path) -> 
         found[len(stages)] = count(resolve(run, 1, 100, Classes.numbered(4), has_gpu=False), 1)
     body = build("test_resnet").body
     layers = [m for name, m in body.layer4.named_modules() if getattr(m, "kernel_size", 0) == (3, 3)]
-    # A map of 2 x 2, but the input of a strided layer has no part in the size of its output.
+    # On a map of 2 x 2; the input size of a strided layer does not matter to its output size.
     offsets = sum(2 * 4 * 9 * 27 * layer.in_channels for layer in layers)
     assert found[1].forward - found[0].forward == offsets > 0
     assert found[1].backward - found[0].backward == 2 * offsets

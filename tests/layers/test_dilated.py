@@ -1,4 +1,4 @@
-"""Dilated last stages: against torchvision's, and that everything after them follows the strides."""
+"""Dilated last stages against torchvision's; everything after them follows the strides."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_equals_torchvision(output_stride: int, dilated: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "regnetx_002", "efficientnet_lite0", "convnext_atto"])
-def test_every_second_cell_is_the_strided_models(name: str) -> None:
-    """The definition of atrous: the same weights give the same map, and the cells between its cells."""
+def test_every_second_cell_equals_the_strided_model(name: str) -> None:
+    """The definition of atrous convolution: equal weights give the same map, plus the cells in between."""
     dilated, strided = build(name, 16).eval(), build(name, 32).eval()
     assert dilated.state_dict().keys() == strided.state_dict().keys()
     dilated.load_state_dict(strided.state_dict())
@@ -71,7 +71,7 @@ def centre_of_cells(backbone: Backbone, size: tuple[int, int]) -> list[float]:
             nn.init.constant_(module.weight, 1 / module.weight[0].numel())
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.MaxPool2d):  # an average has the same centre and a gradient everywhere
+        elif isinstance(module, nn.MaxPool2d):  # average pooling: the same centre, a gradient everywhere
             pool = (module.kernel_size, module.stride, module.padding)
             module.forward = lambda x, pool=pool: F.avg_pool2d(x, *pool)  # type: ignore[method-assign]
     images = torch.ones(1, 3, *size, requires_grad=True)
@@ -87,10 +87,10 @@ def centre_of_cells(backbone: Backbone, size: tuple[int, int]) -> list[float]:
 
 
 def test_where_cells_are_centred() -> None:
-    """A ResNet's cell i at pixel s * i, its anchors' centre; ConvNeXt's in the middle of its s pixels.
+    """A ResNet's cell i is at pixel s * i, its anchors' centre; ConvNeXt's in the middle of its s pixels.
 
-    ConvNeXt's dilated 2x2 layer reads this cell and the next, so that the map is half a cell further right:
-    no further from where RoIAlign assumes it (s / 2) than a ResNet's.
+    ConvNeXt's dilated 2x2 layer reads this cell and the next, so the map is half a cell further right: no
+    further from where RoIAlign assumes it (s / 2) than a ResNet's.
     """
     size = (32, 1024)
     for output_stride in (32, 16):
@@ -119,8 +119,8 @@ def test_pyramid_adds_maps_of_one_stride_cell_by_cell(output_stride: int) -> Non
     torch.testing.assert_close(levels[4], levels[3][:, :, ::2, ::2])
 
 
-def test_rois_read_the_place_that_they_are_at() -> None:
-    """Cells that hold their own position: a bin gives its centre in pixels, on every level."""
+def test_rois_read_their_own_position() -> None:
+    """Cells contain their own position, so a bin gives its centre in pixels, on every level."""
     strides = FeaturePyramid(FpnConfig(), (1, 1, 1, 1), (4, 8, 16, 16), Subsampled()).strides
     assert strides == (4, 8, 16, 16, 32)
     maps = []
@@ -141,7 +141,7 @@ def test_rois_read_the_place_that_they_are_at() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "upernet"])
 def test_anchors_and_heads_follow(kind: str) -> None:
-    """A level of w cells has anchors centred at multiples of W / w pixels, and the canvas has no more."""
+    """A level with w cells has anchors centred at multiples of W / w pixels, all within the canvas."""
     section = {**MODELS[kind], "backbone": {"name": "test_resnet", "output_stride": 16}, "num_classes": 3}
     section |= {"num_stuff_classes": 2} if kind == "panoptic_fpn" else {}
     model = build_model(SECTIONS[kind].model_validate(section), (128, 128))
@@ -159,7 +159,7 @@ def test_anchors_and_heads_follow(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", [SWIN, VIT, "inception_v4", "hrnet_w18_small"])
-def test_families_that_cannot_are_named(name: str) -> None:
+def test_families_that_cannot_be_dilated_are_named(name: str) -> None:
     with pytest.raises(InputError, match=f"timm cannot dilate backbone '{name}': set output_stride to 32"):
         build(name, 16)
 

@@ -1,4 +1,4 @@
-"""Families of timm models on a canvas that none was built for: training, evaluation, weights, alignment."""
+"""Families of timm models on a canvas other than their own: training, evaluation, weights, alignment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from giantdet.layers.families import FAMILIES, family_of
 from giantdet.layers.weights import load_backbone_weights
 
 CANVAS = (96, 160)
-# Pixels that cells of stride 4 and 8 are late in without padding (kernel, stride and padding composed).
+# Delay in pixels of cells at strides 4 and 8 without padding (kernel, stride and padding composed).
 LATE = {"inception_v4": (5, 13), "inception_resnet_v2": (9, 13)}
 
 
@@ -46,7 +46,7 @@ ROWS = {row.family: row for row in PAGE.ROWS}
 
 @pytest.mark.parametrize("family", ROWS)
 def test_a_model_of_the_family_trains_and_evaluates(demo_data: Path, family: str) -> None:
-    """A step reaches every weight and lowers the RPN's loss, whose samples stay; detections are finite."""
+    """A step reaches every weight and lowers the RPN's loss on fixed samples; detections are finite."""
     torch.manual_seed(0)
     backbone = {"name": ROWS[family].small, "timm_args": ROWS[family].timm_args, "window": 4}
     config = MaskRcnnConfig.model_validate({**MODEL, "backbone": backbone, "num_classes": 4})
@@ -79,7 +79,7 @@ def test_a_model_of_the_family_trains_and_evaluates(demo_data: Path, family: str
 
 @pytest.mark.parametrize("family", ROWS)
 def test_weights_of_the_native_size_load(tmp_path: Path, family: str) -> None:
-    """With their classifier; tables of positions become those of the canvas, the others are the file's."""
+    """The classifier's file loads; tables of positions are resized to the canvas, other weights are equal."""
     row = ROWS[family]
     source = timm.create_model(row.small, **row.timm_args)
     torch.manual_seed(1)
@@ -101,8 +101,8 @@ def test_weights_of_the_native_size_load(tmp_path: Path, family: str) -> None:
             assert parameter.abs().max() > 1
 
 
-def test_positions_of_hiera_are_those_of_the_place() -> None:
-    """A ramp over the columns of the native grid is a ramp over the canvas's columns."""
+def test_positions_of_hiera_are_interpolated() -> None:
+    """A ramp over the columns of the native grid stays a ramp over the canvas's columns."""
     native = timm.create_model("hiera_tiny_224", **ROWS["Hiera"].timm_args)
     backbone = build_backbone(
         BackboneConfig(name="hiera_tiny_224", timm_args=ROWS["Hiera"].timm_args), CANVAS
@@ -118,7 +118,7 @@ def test_positions_of_hiera_are_those_of_the_place() -> None:
 
 
 def linear(backbone: Backbone) -> Backbone:
-    """Constant positive weights, averages for maxima, and no norms: responses are centred where cells are."""
+    """Constant positive weights, average pooling and no norms: responses are centred at their cells."""
     for module in backbone.body.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -142,28 +142,28 @@ def maps_of(backbone: Backbone, images: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "xception", *LATE])
-def test_straight_lines_are_where_they_are_in_the_image(name: str) -> None:
-    """A vertical and a horizontal line at pixel s * i: cell i of stride s sees it, its neighbours alike.
+def test_responses_to_lines_are_at_their_position_in_the_image(name: str) -> None:
+    """A vertical and a horizontal line at pixel s * i: cell i of stride s responds, its neighbours equally.
 
-    So cells are centred at the centres of their anchors. Unpadded, an Inception's see it 1.2 to 2.2 cells
-    too far left.
+    So cells are centred at the centres of their anchors. Without padding, cells of an Inception are centred
+    1.2 to 2.2 cells too far left.
     """
     length, at = 512, 256
     backbone = linear(build_backbone(BackboneConfig(name=name), (64, length)))
     image = torch.zeros(1, 3, 64, length, dtype=torch.float64)
     image[..., at] = 1
     vertical, horizontal = maps_of(backbone, image), maps_of(backbone, image.mT)
-    for level, turned, stride in zip(vertical, horizontal, backbone.strides, strict=True):
-        assert level.shape[2:] == turned.mT.shape[2:] == (64 // stride, length // stride)
-        for line in (level.mean((0, 1, 2)), turned.mean((0, 1, 3))):
+    for level, rotated, stride in zip(vertical, horizontal, backbone.strides, strict=True):
+        assert level.shape[2:] == rotated.mT.shape[2:] == (64 // stride, length // stride)
+        for line in (level.mean((0, 1, 2)), rotated.mean((0, 1, 3))):
             seen = line[at // stride - 3 : at // stride + 4]
             centre = float((seen * torch.arange(-3, 4)).sum() / seen.sum())
             assert abs(centre) < 0.02 and seen.argmax() == 3, (stride, centre)
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_padding_changes_no_weight_and_no_inner_cell(name: str) -> None:
-    """An unpadded network sees the same in an image that begins c pixels earlier (c as in the docstring)."""
+def test_padding_does_not_change_weights_or_inner_cells(name: str) -> None:
+    """An unpadded network sees the same in an image that starts c pixels earlier (c: the delay in LATE)."""
     torch.manual_seed(0)
     ours = build_backbone(BackboneConfig(name=name), (192, 192)).eval()
     theirs = timm.create_model(name, num_classes=0).eval()
@@ -171,7 +171,7 @@ def test_padding_changes_no_weight_and_no_inner_cell(name: str) -> None:
     images = torch.randn(1, 3, 192, 192)
     for index, stride, late in zip(ours.indices[:2], ours.strides[:2], LATE[name], strict=True):
         skip = -(-late // stride)
-        cut = images[:, :, stride * skip - late :, stride * skip - late :]  # begins `late` before cell `skip`
+        cut = images[:, :, stride * skip - late :, stride * skip - late :]  # starts `late` before cell `skip`
         run: dict[str, Any] = {"indices": [index], "intermediates_only": True, "stop_early": True}
         with torch.no_grad():
             (wanted,) = theirs.forward_intermediates(cut, **run)
@@ -189,7 +189,7 @@ def test_padding_changes_no_weight_and_no_inner_cell(name: str) -> None:
         ("naflexvit_base_patch16_siglip", "takes lists of patches"),
     ],
 )
-def test_what_cannot_work_says_why(name: str, message: str) -> None:
+def test_unsupported_families_say_why(name: str, message: str) -> None:
     with pytest.raises(InputError, match=f"backbone '{name}' {message}.*: choose"):
         build_backbone(BackboneConfig(name=name), CANVAS)
 
@@ -201,7 +201,7 @@ def test_families_do_not_overlap_and_exist() -> None:
 
 
 @pytest.mark.parametrize("family", ["ResNet", "Inception-v4", "DaViT"])
-def test_page_is_current(family: str) -> None:
+def test_page_is_up_to_date(family: str) -> None:
     text = (REPO / "docs/backbones.md").read_text()
     row = ROWS[family]
     assert PAGE.line(row, row.models[0]) in text, "run python scripts/backbones.py"

@@ -38,7 +38,7 @@ def test_equals_torchvision(size: tuple[int, int]) -> None:
     assert levels[4].shape[-2:] == (-(-size[0] // 64), -(-size[1] // 64))
 
 
-def test_initialisation_is_detectron2s() -> None:
+def test_initialisation_equals_detectron2s() -> None:
     """`c2_xavier_fill`: uniform within sqrt(3 / fan_in), biases 0."""
     torch.manual_seed(0)
     fpn = FeaturePyramid(FpnConfig(channels=64), CHANNELS, (4, 8, 16, 32), Subsampled())
@@ -59,7 +59,7 @@ def test_norms_replace_biases() -> None:
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "retinanet", "semantic_fpn"])
 def test_group_norms_need_multiples_of_their_groups(kind: str) -> None:
-    """The message names the key that gives the number of channels; unused layers are no problem."""
+    """The message names the key that sets the number of channels; unused layers are not checked."""
     head = {"mask_rcnn": "box_head", "retinanet": "head"}.get(kind)
     sections = {"fpn": {"channels": 48, "norm": "group"}}
     (problem,) = _problems(kind, sections)

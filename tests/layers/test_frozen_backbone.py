@@ -1,4 +1,4 @@
-"""Frozen backbones: evaluation mode, no graph, nothing kept, and the maps of the same model in evaluation."""
+"""Frozen backbones: evaluation mode, no graph, nothing kept, and the same maps as in evaluation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SIZE = (64, 64)
 SMALL = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "test_resnet": {},
-    "test_convnext": {},  # with norms after the body
-    "test_efficientnet": {},  # BatchNorms with their activations
+    "test_convnext": {},  # has norms after the body
+    "test_efficientnet": {},  # has BatchNorms fused with activations
     "vit_tiny_patch16_224": {"timm_args": SMALL, "window": 2},
     "vit_small_patch16_dinov3": {"timm_args": SMALL, "window": 2},
     "swin_tiny_patch4_window7_224": {"timm_args": {"embed_dim": 32, "depths": [1, 1, 1, 1]}},
@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, **more: Any) -> Backbone:
-    """A backbone of the same random weights and statistics, whatever the other options."""
+    """A backbone with the same random weights and statistics, whatever the other options."""
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name=name, **OPTIONS[name], **more), SIZE)
     draw = torch.Generator().manual_seed(1)
@@ -46,8 +46,8 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("norm", ["frozen", "local"])
-def test_maps_in_training_are_those_of_evaluation(name: str, norm: Any) -> None:
-    """Of the same model, not frozen; drop path, the norm block and training change nothing."""
+def test_maps_in_training_equal_those_in_evaluation(name: str, norm: Any) -> None:
+    """The reference is an unfrozen model; drop path, the norm block and training mode change nothing."""
     plain = build(name).eval()
     with torch.no_grad():
         expected = plain(images())
@@ -67,14 +67,14 @@ def test_maps_in_training_are_those_of_evaluation(name: str, norm: Any) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_activation_is_kept(name: str) -> None:
-    """What a backbone's modules return is freed when its maps are there; unfrozen, much of it stays."""
+    """Outputs of a backbone's modules are freed when its maps are computed; unfrozen, many are kept."""
     assert kept(build(name, frozen=True).train()) == (0, 0)
     saved, alive = kept(build(name).train())
     assert saved > 10 and alive > 5
 
 
 def kept(backbone: Backbone) -> tuple[int, int]:
-    """Number of tensors saved for the backward pass, and of outputs inside the body that still exist."""
+    """Number of tensors saved for the backward pass, and of outputs inside the body that are still alive."""
     found: list[weakref.ref[Any]] = []
     saved = []
 
@@ -113,7 +113,7 @@ def test_compiled_blocks_return_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"agvm": {"enabled": True}}, "agvm.anchor is the backbone, which has no gradients.*another module"),
     ],
 )
-def test_what_needs_a_trained_backbone_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_settings_that_need_a_trained_backbone_are_refused(changes: dict[str, Any], message: str) -> None:
     raw = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "train_batch_size": 2}
     block = {"model": {"backbone": {"frozen": True}}, "train": {"steps": 1}} | changes
     with pytest.raises(ConfigError, match=message):

@@ -1,7 +1,7 @@
-"""The giants, built without a byte of their large weights: parameters, FLOPs, strides and channels.
+"""Giant backbones, built without allocating their large weights: parameters, FLOPs, strides and channels.
 
-FLOPs are PyTorch's counter's on the meta device, 2 a multiply-add, forward, an image of 1024 x 1024. Expected
-numbers were counted with timm's own models, patch 16, window 16 and 4 global blocks for plain ViTs.
+FLOPs come from PyTorch's counter on the meta device: 2 per multiply-add, forward, one 1024 x 1024 image. The
+expected numbers were counted with timm's own models; plain ViTs with patch 16, window 16 and 4 global blocks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_backbone(name: str) -> None:
     sizes = {key: p.numel() for key, p in backbone.named_parameters()}
     assert sum(sizes.values()) / 1e6 == pytest.approx(millions, abs=0.1)
     real = sum(p.numel() for p in backbone.parameters() if not is_deferred(p))
-    assert real < 3e6, "what is in memory"
+    assert real < 3e6, "parameters in memory"
     backbone = backbone.to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         maps = backbone(torch.empty(1, 3, 1024, 1024, device="meta"))

@@ -1,4 +1,4 @@
-"""Models that are named with their source: the same backbone as timm's, and saved without the source."""
+"""Models named with their source: the same backbone as timm's, saved without the source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HUB = "timm.models._hub.hf_hub_download"
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder as timm writes and uploads it, with a model that differs from the architecture's defaults."""
+    """A folder as timm saves and uploads it; the model differs from the architecture's defaults."""
     torch.manual_seed(3)
     overlay = {"mean": MEAN, "std": STD}
     model = timm.create_model(
@@ -52,7 +52,7 @@ def offline(*_: Any, **__: Any) -> str:
 @pytest.mark.parametrize(
     "name", ["hf_hub:timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k"]
 )
-def test_timms_own_models_need_no_question(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timms_own_models_need_no_download(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HUB, offline)
     config = with_timm_name(BackboneConfig(name=name, pretrained=True))
     assert config == BackboneConfig(name="resnet18.a1_in1k", pretrained=True)
@@ -60,7 +60,7 @@ def test_timms_own_models_need_no_question(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("source", ["hf_hub", "hf-hub", "local-dir"])
-def test_the_same_model_as_timms(source: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_timms_model(source: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HUB, lambda repo_id, filename, **_: str(saved / filename))
     name = f"local-dir:{saved}" if source == "local-dir" else f"{source}:user/repository"
     config = BackboneConfig(name=name, pretrained=True)
@@ -76,7 +76,7 @@ def test_the_same_model_as_timms(source: str, saved: Path, monkeypatch: pytest.M
         torch.testing.assert_close(mine, wanted)
 
 
-def test_a_run_and_its_export_need_the_source_no_longer(saved: Path, tmp_path: Path) -> None:
+def test_a_run_and_its_export_no_longer_need_the_source(saved: Path, tmp_path: Path) -> None:
     backbone = {"name": f"local-dir:{saved}", "pretrained": True}
     raw = tiny_run(
         tmp_path, tmp_path / "out", giantdet__model={**MODEL, "num_classes": 2, "backbone": backbone}
@@ -111,8 +111,9 @@ def test_arguments_that_giantdet_sets_are_left_out_and_logged(
     )
 
 
-def test_a_source_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_source_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HUB, offline)
+    monkeypatch.setattr("giantdet.layers.hub.answers", lambda url: True)
     with pytest.raises(ValueError) as raised:
         build_backbone(BackboneConfig(name="hf_hub:user/repository"), SIZE)
     assert str(raised.value) == (
@@ -132,14 +133,14 @@ def test_a_source_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("key", OWNED)
-def test_arguments_that_other_keys_set_are_refused(key: str, tmp_path: Path) -> None:
+def test_arguments_set_by_other_keys_are_refused(key: str, tmp_path: Path) -> None:
     model = {**MODEL, "backbone": {"name": "test_resnet", "timm_args": {key: 1}}}
     with pytest.raises(ValueError) as raised:
         parse_run(tiny_run(tmp_path, tmp_path, giantdet__model=model))
     assert str(raised.value) == f"giantdet.model.backbone.timm_args.{key}: {OWNED[key]}"
 
 
-def test_a_window_size_of_the_user_is_kept() -> None:
+def test_a_window_size_set_by_the_user_is_kept() -> None:
     config = BackboneConfig(name="swinv2_cr_tiny_224", timm_args={"window_size": 2, "embed_dim": 24})
     backbone = build_backbone(config, SIZE)
     assert backbone.body.stages[0].blocks[0].window_size == (2, 2)

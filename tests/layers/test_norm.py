@@ -22,8 +22,8 @@ from giantdet.layers.norm import CrossGpuBatchNorm, FrozenBatchNorm2d, apply_nor
 FROZEN, LOCAL = NormConfig(type="frozen"), NormConfig(type="local")
 
 
-def shaken(norm: nn.BatchNorm2d, seed: int = 0) -> nn.BatchNorm2d:
-    """Statistics and affine far from their trivial initial values."""
+def randomised(norm: nn.BatchNorm2d, seed: int = 0) -> nn.BatchNorm2d:
+    """Set statistics and affine far from their trivial initial values."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor, low, high in (
@@ -37,25 +37,25 @@ def shaken(norm: nn.BatchNorm2d, seed: int = 0) -> nn.BatchNorm2d:
     return norm
 
 
-def shaken_model(name: str) -> nn.Module:
+def randomised_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0).eval()
     for i, module in enumerate(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        shaken(module, i)
-        module.weight.data.mul_(0.5)  # keeps a deep product of scales in range
+        randomised(module, i)
+        module.weight.data.mul_(0.5)  # keeps the product of many scales in range
     return model
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])  # the latter: BatchNormAct2d
 def test_frozen_model_equals_timm_frozen_and_plain_eval(name: str) -> None:
-    model = shaken_model(name)
+    model = randomised_model(name)
     x = torch.randn(2, 3, 64, 64)
     plain = model(x)
     keys = list(model.state_dict())
-    reference = freeze_batch_norm_2d(shaken_model(name))(x)
-    frozen = apply_norm(model, FROZEN).train()  # train mode must not matter
+    reference = freeze_batch_norm_2d(randomised_model(name))(x)
+    frozen = apply_norm(model, FROZEN).train()  # train mode must have no effect
     out = frozen(x)
-    # timm's multiplies and adds in two passes, ours in one that rounds once.
+    # timm multiplies and adds in two passes, giantdet in one that rounds once.
     torch.testing.assert_close(out, reference, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
@@ -63,8 +63,8 @@ def test_frozen_model_equals_timm_frozen_and_plain_eval(name: str) -> None:
     assert not [n for n, _ in frozen.named_parameters() if "bn" in n]
 
 
-def test_frozen_gradient_is_that_of_eval_mode() -> None:
-    norm = shaken(nn.BatchNorm2d(5)).eval()
+def test_frozen_gradient_equals_eval_mode() -> None:
+    norm = randomised(nn.BatchNorm2d(5)).eval()
     x = torch.randn(2, 5, 4, 4)
     grads = []
     for layer in (norm, FrozenBatchNorm2d.from_batchnorm(norm)):
@@ -74,8 +74,8 @@ def test_frozen_gradient_is_that_of_eval_mode() -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_frozen_takes_a_copy() -> None:
-    norm = shaken(nn.BatchNorm2d(5))
+def test_frozen_copies_the_statistics() -> None:
+    norm = randomised(nn.BatchNorm2d(5))
     frozen = FrozenBatchNorm2d.from_batchnorm(norm)
     before = frozen.running_mean.clone()
     norm.running_mean.add_(1)
@@ -84,7 +84,7 @@ def test_frozen_takes_a_copy() -> None:
     assert frozen.weight.max() < norm.weight.max()
 
 
-def test_frozen_of_norm_without_affine() -> None:
+def test_freezing_a_norm_without_affine() -> None:
     norm = nn.BatchNorm2d(3, affine=False).eval()
     norm.running_mean.fill_(2.0)
     x = torch.randn(1, 3, 2, 2)
@@ -93,7 +93,7 @@ def test_frozen_of_norm_without_affine() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_local_equals_batchnorm(training: bool) -> None:
-    stock, ours = shaken(nn.BatchNorm2d(6)), apply_norm(shaken(nn.BatchNorm2d(6)), LOCAL)
+    stock, ours = randomised(nn.BatchNorm2d(6)), apply_norm(randomised(nn.BatchNorm2d(6)), LOCAL)
     assert isinstance(ours, CrossGpuBatchNorm)
     x = 3 + 2 * torch.randn(4, 6, 5, 5)
     results = []
@@ -114,7 +114,7 @@ def by_hand(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def test_local_in_bfloat16_computes_in_float32() -> None:
-    """A mean of 100 with a spread of 1: bf16 statistics would be off by a third of the spread."""
+    """With a mean of 100 and a spread of 1, bf16 statistics would have an error of a third of the spread."""
     norm = CrossGpuBatchNorm.from_batchnorm(nn.BatchNorm2d(4)).bfloat16()
     assert norm.weight.dtype == torch.bfloat16 and norm.running_var.dtype == torch.float32
     x = (100 + torch.randn(8, 4, 16, 16)).bfloat16()
@@ -141,7 +141,7 @@ def test_local_in_bfloat16_computes_in_float32() -> None:
 @pytest.mark.parametrize("config", [FROZEN, LOCAL])
 @pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
 def test_casts_keep_buffers_exact(config: NormConfig, cast) -> None:  # type: ignore[no-untyped-def]
-    model = nn.Sequential(nn.Conv2d(3, 5, 1), shaken(nn.BatchNorm2d(5)))
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), randomised(nn.BatchNorm2d(5)))
     expected = {k: v.clone() for k, v in model[1].named_buffers()}
     converted = apply_norm(model, config)
     cast(converted)
@@ -182,7 +182,7 @@ def test_compiles_to_one_graph() -> None:
 
 
 def test_ranks_of_a_batch_norm_against_brute_force() -> None:
-    """All groupings into ranks that follow one another, and the whole world for sizes beyond it."""
+    """All groupings of consecutive ranks, and the whole world for sizes beyond it."""
     for world, images in itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 3)):
         fitting = {images * ranks: ranks for ranks in range(1, world + 1) if world % ranks == 0}
         for size in range(1, 30):
@@ -203,7 +203,7 @@ def test_ranks_of_a_batch_norm_against_brute_force() -> None:
         ({"fpn": {"type": "cgbn", "bn_size": 5}}, ["giantdet.norm.fpn: bn_size 5"]),
     ],
 )
-def test_norms_that_do_not_fit(norm: dict[str, Any], words: list[str]) -> None:
+def test_invalid_group_sizes(norm: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         check_norms(NormConfig.model_validate(norm), images_per_rank=2, world_size=4)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
@@ -219,7 +219,7 @@ def test_a_norm_in_several_places_is_converted_once() -> None:
     assert len([m for m in converted.modules() if isinstance(m, _BatchNorm)]) == 1
 
 
-def test_an_empty_batch_is_none_of_a_cumulative_average() -> None:
+def test_an_empty_batch_does_not_count_in_a_cumulative_average() -> None:
     norm = CrossGpuBatchNorm(3, momentum=None)
     plain = nn.BatchNorm2d(3, momentum=None)
     batches = [torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(n)) for n in (0, 2, 0, 3)]
@@ -232,8 +232,8 @@ def test_an_empty_batch_is_none_of_a_cumulative_average() -> None:
     torch.testing.assert_close(norm.running_var, plain.running_var)
 
 
-def test_gradients_of_gradients_are_an_error_or_right() -> None:
-    """Over a group they are an error; over one rank's images they are PyTorch's."""
+def test_gradients_of_gradients_are_refused_or_correct() -> None:
+    """Across a group they are an error; within one rank's images they equal PyTorch's."""
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
 
     def penalty(normalise: Callable[[Tensor], Tensor]) -> Tensor:

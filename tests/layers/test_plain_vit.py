@@ -1,4 +1,4 @@
-"""Plain ViTs against timm's own forward pass and against attention window by window in float64."""
+"""Plain ViTs against timm's own forward pass and against attention in float64, window by window."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def softmax_attention(block, x_NC: Tensor) -> Tensor:  # type: ignore[no-untyped
 def test_windows_equal_a_loop_over_windows(
     size: tuple[int, int], window: int, chosen: int | tuple[int, ...]
 ) -> None:
-    """The reference cuts windows out of the map, so that it knows neither padding nor masks."""
+    """The reference cuts windows out of the map, so it needs neither padding nor masks."""
     vit = build("vit_tiny_patch16_224", size, window=window, global_blocks=chosen).double()
     whole = (3, 7, 11) if isinstance(chosen, int) else chosen
     images = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_windows_equal_a_loop_over_windows(
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
-def test_rotations_count_from_the_corner_of_each_window(name: str) -> None:
+def test_rotary_positions_start_at_the_corner_of_each_window(name: str) -> None:
     size, window = (80, 64), 3
     vit = build(name, size, window=window, global_blocks=4).double()
     rope = timm.create_model(name, num_classes=0, img_size=size, patch_size=16, dynamic_img_size=True).rope
@@ -165,7 +165,7 @@ def test_global_blocks_beyond_the_last() -> None:
         build("vit_tiny_patch16_224", (64, 64), window=2, global_blocks=(3, 12))
 
 
-def test_every_parameter_of_windowed_mode_gets_a_gradient_but_the_frozen() -> None:
+def test_every_trainable_parameter_of_windowed_mode_gets_a_gradient() -> None:
     for name in ("vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"):
         vit = build(name, (64, 64), window=2, frozen_stages=2).train()
         vit(torch.randn(1, 3, 64, 64))[0].square().sum().backward()
@@ -191,7 +191,7 @@ def test_canvas_must_fit_the_patches() -> None:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators of what runs inside."""
+    """Counts the operators that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,8 +211,8 @@ class Operators(TorchDispatchMode):
         "vit_small_patch16_rope_mixed_224",
     ],
 )
-def test_no_table_or_mask_is_made_in_a_step(name: str) -> None:
-    """On a canvas with padded windows. Learnt frequencies have two sines and cosines to take, and no more."""
+def test_no_table_or_mask_is_created_in_a_step(name: str) -> None:
+    """On a canvas with padded windows. Learnt frequencies need two sines and two cosines, and no more."""
     backbone = build(name, (96, 64), window=4).train()
     images = torch.randn(2, 3, 96, 64)
     backbone(images)

@@ -1,4 +1,4 @@
-"""ViTDet's options of plain ViTs against attention token by token in float64."""
+"""ViTDet's options for plain ViTs against attention in float64, token by token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = {"embed_dim": 8, "depth": 2, "num_heads": 2}
 
 
 def build(size: tuple[int, int] = (80, 64), **options: Any) -> PlainViT:
-    """A ViT of two blocks, one with windows; relative positions are drawn, not zero."""
+    """A ViT with two blocks, one of them windowed; relative positions are random, not zero."""
     torch.manual_seed(0)
     config = BackboneConfig(
         name="vit_tiny_patch16_224", timm_args=SMALL, **{"window": 3, "global_blocks": 1, **options}
@@ -40,8 +40,8 @@ def build(size: tuple[int, int] = (80, 64), **options: Any) -> PlainViT:
     return backbone.eval()
 
 
-def attend(attn: RelativeAttention, x_hwC: Tensor, valid_hw: Tensor) -> Tensor:
-    """Attention of one window, a query and a key at a time; keys that are not valid are left out."""
+def attend(attn: Any, x_hwC: Tensor, valid_hw: Tensor) -> Tensor:
+    """Attention of one window, one query and one key at a time; invalid keys are skipped."""
     height, width, _ = x_hwC.shape
     heads = attn.num_heads
     q, k, v = attn.qkv(x_hwC).unflatten(-1, (3, heads, -1)).unbind(2)
@@ -51,7 +51,7 @@ def attend(attn: RelativeAttention, x_hwC: Tensor, valid_hw: Tensor) -> Tensor:
         logits, values = [], []
         for row, column in (cell for cell in cells if valid_hw[cell]):
             logit = (q[y, x] * k[row, column]).sum(-1) / q.shape[-1] ** 0.5
-            if attn.positions:
+            if isinstance(attn, RelativeAttention):
                 logit = logit + q[y, x] @ attn.rel_pos_h[y - row + height - 1]
                 logit = logit + q[y, x] @ attn.rel_pos_w[x - column + width - 1]
             logits.append(logit)
@@ -63,7 +63,7 @@ def attend(attn: RelativeAttention, x_hwC: Tensor, valid_hw: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize(("positions", "attended"), [(True, True), (True, False), (False, True)])
 def test_equals_a_loop_over_tokens(positions: bool, attended: bool) -> None:
-    """5 x 4 tokens in windows of 3 x 3, padded at two sides, and then one global block."""
+    """5 x 4 tokens in windows of 3 x 3, padded at two sides, followed by one global block."""
     vit = build(relative_positions=positions, attend_padding=attended).double()
     images = torch.randn(2, 3, 80, 64, dtype=torch.float64)
     body = vit.body
@@ -100,7 +100,7 @@ def test_without_tables_nothing_changes() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("grid", [(3, 7), (5, 4)])
 def test_positions_of_another_grid(grid: tuple[int, int]) -> None:
-    """Interpolated in the forward pass, or as they are where the grid is the canvas' own."""
+    """Tables are interpolated in the forward pass, or used directly if their grid is that of the canvas."""
     vit, own = build(position_grid=grid), build()
     assert vit.body.pos_embed.shape == (1, 1 + grid[0] * grid[1], 8)
     torch.nn.init.normal_(vit.body.pos_embed)
@@ -129,7 +129,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("attended", [True, False])
-def test_one_fused_kernel_a_block_and_no_tables_made(attended: bool) -> None:
+def test_one_fused_kernel_per_block_and_no_new_tables(attended: bool) -> None:
     vit = build(relative_positions=True, attend_padding=attended).train()
     images = torch.randn(2, 3, 80, 64)
     vit(images)
@@ -141,7 +141,7 @@ def test_one_fused_kernel_a_block_and_no_tables_made(attended: bool) -> None:
 
 
 def test_weights_may_lack_the_tables(tmp_path: Path) -> None:
-    """Such as those of a classifier: everything else is loaded, and the tables stay zero."""
+    """A classifier's weights lack them: everything else is loaded, and the tables stay zero."""
     source = build(window=3)
     save_file(source.body.state_dict(), tmp_path / "vit.safetensors")
     config = BackboneConfig(
@@ -160,7 +160,7 @@ def test_weights_may_lack_the_tables(tmp_path: Path) -> None:
     assert set(state) == set(vit.added_keys) and not any(table.any() for table in state.values())
 
 
-def test_what_is_refused() -> None:
+def test_unsupported_models_are_refused() -> None:
     for key, value in (("relative_positions", True), ("attend_padding", True), ("position_grid", (2, 2))):
         with pytest.raises(InputError, match=f"{key} is for plain ViTs, not for 'test_resnet'"):
             build_backbone(BackboneConfig(name="test_resnet", **{key: value}), (64, 64))
@@ -175,4 +175,4 @@ def test_what_is_refused() -> None:
         build_backbone(dinov3, (64, 64))
     gated = Attention(8, num_heads=2, gated=True)
     with pytest.raises(InputError, match="for the attention of ViT and DeiT"):
-        RelativeAttention(gated, (2, 2), positions=True, inside=None)
+        RelativeAttention(gated, (2, 2))

@@ -69,7 +69,7 @@ def test_head_keeps_anchors_and_deltas_together() -> None:
 
 
 def test_sampled_anchors_against_a_loop() -> None:
-    """Of each sampled anchor: its own prediction, its label, and the deltas to its object."""
+    """Compare each sampled anchor's own prediction, its label, and the deltas to its object."""
     torch.manual_seed(0)
     config = RpnConfig(anchor_sizes=(8, 16, 32, 64, 128), batch_per_image=64)
     rpn = Rpn(config, 8, (4, 8, 16, 32, 64), (64, 64), CONVENTIONS["detectron2"]).train()
@@ -115,6 +115,6 @@ def test_sampled_anchors_against_a_loop() -> None:
             assert found.target_deltas_BR4[b, r].tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_number_of_sizes_must_fit() -> None:
+def test_number_of_sizes_must_match() -> None:
     with pytest.raises(ValueError, match="anchor_sizes has 2 sizes for 5 levels"):
         Rpn(RpnConfig(anchor_sizes=(8.0, 16.0)), 8, (4, 8, 16, 32, 64), (64, 64), CONVENTIONS["detectron2"])

@@ -1,4 +1,4 @@
-"""The two passes for the RPN's loss: dense, and at the cells of sampled anchors. Values and all gradients."""
+"""Both ways to compute the RPN's loss, dense or at the cells of sampled anchors: values and gradients."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_sampled_cells_equal_the_dense_pass(two_logits: bool) -> None:
     torch.manual_seed(0)
     shapes = [(8, 9), (4, 5), (2, 3), (1, 1)]
     sampled, dense = SampledRpnHead(6, 3, two_logits), RpnHead(6, 3, two_logits=two_logits)
-    for parameter in dense.parameters():  # biases too: they are zero at the start
+    for parameter in dense.parameters():  # biases too: they are initialised to zero
         torch.nn.init.normal_(parameter, std=0.3)
     sampled.load_state_dict(dense.state_dict())
     levels = [torch.randn(2, 6, *shape, requires_grad=True) for shape in shapes]
     total = 3 * sum(height * width for height, width in shapes)
-    # Every anchor, each in another order: corners, borders and the last level's lone cell are in it.
+    # Every anchor in a random order, including corners, borders and the single cell of the last level.
     index = torch.stack([torch.randperm(total), torch.randperm(total)])
     found = [head.at_anchors(levels, *head.over_levels(levels), index) for head in (dense, sampled)]
     for expected, ours in zip(*found, strict=True):
@@ -49,7 +49,7 @@ def test_sampled_cells_equal_the_dense_pass(two_logits: bool) -> None:
 
 
 def test_two_logits_are_a_softmax_over_object_and_background() -> None:
-    """As in mmdetection: anchor by anchor its two channels, the first for an object, and cross-entropy."""
+    """As in mmdetection, each anchor has two channels, the first for an object, with cross-entropy."""
     torch.manual_seed(0)
     head, level = RpnHead(4, 3, two_logits=True), torch.randn(2, 4, 5, 6)
     torch.nn.init.normal_(head.objectness.weight)
@@ -97,7 +97,7 @@ def test_losses_and_gradients_of_both_passes(objects: tuple[int, int]) -> None:
 
 
 def test_two_convolutions() -> None:
-    """Against the convolutions one by one; only the dense pass has more than one."""
+    """Compare with the convolutions one by one; only the dense pass supports more than one."""
     torch.manual_seed(0)
     head = RpnHead(channels=4, anchors_per_cell=2, convs=2)
     for parameter in head.parameters():

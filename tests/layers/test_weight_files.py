@@ -1,4 +1,4 @@
-"""Every form of saved weights gives the same weights, and no code of a file runs."""
+"""Every file format gives the same weights, and no code in a file runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def same(body: torch.nn.Module, state: State) -> bool:
 
 
 class Hyperparameters(dict[str, Any]):
-    """A class that no reader of the file has, like those of Lightning and mmengine."""
+    """A class that the reader of the file does not have, like those of Lightning and mmengine."""
 
 
 OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -126,9 +126,9 @@ def test_every_form_gives_the_same_weights(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "form", ["timm training", "DeiT", "state_dict", "DDP", "DDP compiled", "compiled in DDP"]
 )
-def test_the_choice_is_that_of_timm(form: str, tmp_path: Path) -> None:
+def test_the_selection_equals_timms(form: str, tmp_path: Path) -> None:
     content = FORMS[form](weights())
-    content.pop("metric", None)  # which timm refuses to unpickle, as it does paths
+    content.pop("metric", None)  # timm refuses to unpickle it, as it does paths
     content.pop("history", None)
     if "args" in content:
         content["args"] = argparse.Namespace(lr=0.1)
@@ -147,7 +147,7 @@ def test_vits_are_found_before_their_positions_are_resampled(prefix: str, tmp_pa
     )
 
 
-def test_what_is_taken_and_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_loaded_and_skipped_weights_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="giantdet")
     file = tmp_path / "w.pth"
     state = weights()
@@ -165,7 +165,7 @@ def test_what_is_taken_and_left_out_is_logged(tmp_path: Path, caplog: pytest.Log
         "averages before raw weights, as timm does" in log
         and f"left out tensors of state_dict ({number})" in log
     )
-    assert "without running code" not in log, "namespaces, paths and NumPy values are no reason to warn"
+    assert "without running code" not in log, "namespaces, paths and NumPy values do not cause a warning"
     assert "not 'state_dict.module.encoder_k.' (the usual choice); left out tensors of" in log_of("MoCo")
     log = log_of("mmdetection")
     assert "took the weights under 'state_dict.backbone.'; left out tensors of neck (1), rpn_head (1)" in log
@@ -238,7 +238,7 @@ class Runs:
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("function", ["eval", "os.system", "Path.touch"])
 @pytest.mark.parametrize("beside", [True, False], ids=["beside weights", "alone"])
-def test_no_code_of_a_file_runs(function: str, beside: bool, new: bool, tmp_path: Path) -> None:
+def test_no_code_in_a_file_runs(function: str, beside: bool, new: bool, tmp_path: Path) -> None:
     marker, file = tmp_path / "ran", tmp_path / "w.pth"
     command = f"__import__('pathlib').Path({str(marker)!r}).touch()"
     evil = {
@@ -257,7 +257,7 @@ def test_no_code_of_a_file_runs(function: str, beside: bool, new: bool, tmp_path
             loaded(file)
     assert not marker.exists()
     torch.load(file, weights_only=False)
-    assert marker.exists(), "the file is not what it should be"
+    assert marker.exists(), "the file does not run code when unpickled normally"
 
 
 def test_the_backbone_of_an_export(tiny_export: Path) -> None:

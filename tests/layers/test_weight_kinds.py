@@ -1,4 +1,4 @@
-"""Files and folders that are no weights: each is named in one line that says what to do."""
+"""Files and folders that are not weights: each is identified in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_other_kind_of_file_is_named(kind: str, tmp_path: Path) -> None:
+def test_every_other_kind_of_file_is_identified(kind: str, tmp_path: Path) -> None:
     name, content, message = KINDS[kind]
     (tmp_path / name).write_bytes(content())
     with pytest.raises(ValueError) as raised:
@@ -184,7 +184,7 @@ def test_other_places_give_a_hint(place: str, tmp_path: Path) -> None:
     assert str(raised.value) == message.format(tmp_path)
 
 
-def test_addresses_and_names_of_the_hub_are_no_files() -> None:
+def test_urls_and_hub_names_are_not_files() -> None:
     with pytest.raises(ValueError, match=r"not read from https:// addresses; download the file"):
         read_tensors("https://example.org/w.pth")
     with pytest.raises(ValueError, match=r"is a name for backbone\.name"):
@@ -193,7 +193,7 @@ def test_addresses_and_names_of_the_hub_are_no_files() -> None:
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_arrays_are_read(protocol: int, tmp_path: Path) -> None:
-    """As detectron2's zoo has them: arrays in nested dicts, beside texts, numbers and arrays of texts."""
+    """The layout of detectron2's zoo: arrays in nested dicts, beside strings, numbers and string arrays."""
     arrays = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.arange(3, dtype=">f8"),
@@ -222,7 +222,7 @@ def test_pickles_of_arrays_are_read(protocol: int, tmp_path: Path) -> None:
         b"cbuiltins\neval\n(S'1'\ntR.",
         b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
         b"cnumpy\nload\n(S'x'\ntR.",
-        # A dotted name below a harmless one, which protocol 4 allows.
+        # A dotted name under a harmless one, which protocol 4 allows.
         b"\x8c\x05numpy\x8c\x10ndarray.tofile.x\x93.",
     ],
     ids=["system", "eval", "encode", "load", "dotted"],

@@ -1,4 +1,4 @@
-"""Loading of backbone weights against timm's own loading; messages of what does not fit."""
+"""Loading of backbone weights against timm's own loading; messages about mismatches."""
 
 from __future__ import annotations
 
@@ -64,7 +64,16 @@ def test_position_and_patch_embeddings_are_resampled_as_timm_does(
         assert torch.equal(value, reference[key]), key
 
 
-def test_pretrained_comes_through_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_final_norm_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the detectors of ViTDet, EVA-02 and PE do with the weights of classifiers."""
+    torch.save(classifier("vit_tiny_patch16_224"), tmp_path / "w.pth")
+    with caplog.at_level(logging.INFO, "giantdet"):
+        body = loaded("vit_tiny_patch16_224", tmp_path / "w.pth", timm_args={"final_norm": False}).body
+    assert isinstance(body.norm, torch.nn.Identity)
+    assert "norm.weight, norm.bias" in caplog.text
+
+
+def test_pretrained_weights_are_loaded_by_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = classifier("resnet18")
     torch.save(state, tmp_path / "w.pth")
     original = timm.create_model
@@ -80,7 +89,7 @@ def test_pretrained_comes_through_timm(tmp_path: Path, monkeypatch: pytest.Monke
         assert torch.equal(value, state[key]), key
 
 
-def test_pretrained_without_weights_names_the_way_out() -> None:
+def test_pretrained_without_weights_says_what_to_do() -> None:
     config = BackboneConfig(name="swinv2_cr_tiny_224", pretrained=True)
     with pytest.raises(ValueError, match=r"weights of 'swinv2_cr_tiny_224'.*init_weights"):
         load_backbone_weights(build_backbone(config, SIZE), config)
@@ -135,7 +144,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
             loaded(name, tmp_path / "w.safetensors")
 
 
-def test_report_and_strict_loading_serve_any_module() -> None:
+def test_report_and_strict_loading_work_for_any_module() -> None:
     linear = torch.nn.Linear(2, 3)
     state = {"weight": torch.ones(3, 2), "bias": torch.zeros(3), "extra": torch.ones(1)}
     assert report_mismatch(linear.state_dict(), state, "x", lambda key: key == "extra") == ["extra"]

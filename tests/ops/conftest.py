@@ -12,7 +12,7 @@ from torch import Tensor
 
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> dict[str, Tensor]:
-    """Inputs by their names, detectron2's outputs by `d2.` and theirs."""
+    """Inputs under their own names, detectron2's outputs as `d2.NAME`."""
     inputs = np.load(shared / "golden" / "ops_inputs.npz")
     outputs = np.load(shared / "golden" / "ops_detectron2.npz")
     arrays = {name: inputs[name] for name in inputs} | {f"d2.{name}": outputs[name] for name in outputs}
@@ -21,7 +21,7 @@ def golden(shared: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def random_boxes():
-    """Random valid boxes, `random_boxes(shape, low, high, seed)` -> `[*shape, 4]`."""
+    """A function that draws random valid boxes: `random_boxes(shape, low, high, seed)` -> `[*shape, 4]`."""
 
     def make(*shape: int, extent: float = 200.0, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

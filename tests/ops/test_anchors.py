@@ -56,7 +56,7 @@ def test_wrong_number_of_levels_is_an_error():
 
 
 def test_order_by_ratio() -> None:
-    """As mmdetection has it: [ratio, size] instead of [size, ratio]."""
+    """mmdetection's order: [ratio, size] instead of [size, ratio]."""
     sizes, ratios = (8.0, 16.0), (0.5, 1.0, 2.0)
     by_size, by_ratio = (base_anchors(sizes, ratios, by_ratio=order) for order in (False, True))
     assert by_ratio.view(3, 2, 4).equal(by_size.view(2, 3, 4).transpose(0, 1))

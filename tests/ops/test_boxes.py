@@ -43,7 +43,7 @@ def test_deltas_equal_torchvision(random_boxes):
     assert_close(deltas, coder.encode_single(boxes, anchors), rtol=1e-5, atol=1e-5)
     large = deltas * 20
     expected = coder.decode_single(large, anchors)
-    assert (large[:, 2:] / 5 > box_ops.MAX_LOG_SCALE).any(), "the clamp must be reached"
+    assert (large[:, 2:] / 5 > box_ops.MAX_LOG_SCALE).any(), "the clamp is never reached"
     assert_close(box_ops.decode_deltas(large, anchors, BOX_WEIGHTS), expected, rtol=1e-5, atol=1e-2)
 
 

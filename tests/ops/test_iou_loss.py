@@ -1,4 +1,4 @@
-"""GIoU, DIoU and CIoU losses against torchvision's, values and gradients; degenerate boxes."""
+"""GIoU, DIoU and CIoU losses against torchvision's: values, gradients and degenerate boxes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_boxes(count: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_torchvision_on_decoded_boxes(kind: Any) -> None:
-    """Boxes that overlap their targets, and boxes far from them."""
+    """Boxes that overlap their targets, and boxes far away from them."""
     g = torch.Generator().manual_seed(0)
     deltas = torch.randn(400, 4, generator=g) * 3
     rois, near = random_boxes(400, 1), torch.arange(400) < 300
@@ -46,8 +46,8 @@ def test_equals_torchvision_on_decoded_boxes(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_total(kind: Any) -> None:
-    """Equal boxes cost nothing; points and lines give finite values and gradients."""
+def test_degenerate_boxes_are_finite(kind: Any) -> None:
+    """Equal boxes have a loss of 0; points and lines give finite values and gradients."""
     boxes = random_boxes(5, 0)
     torch.testing.assert_close(iou_loss(boxes, boxes, kind), torch.zeros(5), atol=1e-6, rtol=0)
     odd = torch.tensor([[0.0, 0, 0, 0], [3.0, 3, 3, 9], [3.0, 3, 9, 3], [0.0, 0, 4, 4]])

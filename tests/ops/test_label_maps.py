@@ -1,4 +1,4 @@
-"""Maps painted from objects against a painter's loop, and against pycocotools' masks of whole images."""
+"""Maps painted from objects against a loop that paints cell by cell, and pycocotools' whole-image masks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ B, M, S, STRIDE, GRID, BACKGROUND = 2, 6, 10, 8, (7, 9), 40
 
 
 def scene(seed: int) -> tuple[Tensor, ...]:
-    """Objects of all sizes, some of them without a mask, in slots of which some are empty."""
+    """Objects of all sizes, some without a mask, in slots of which some are empty."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -70,7 +70,7 @@ def test_equals_painting_the_largest_first(seed: int, boxes_alone: bool) -> None
     assert len(painted.unique()) > 4
 
 
-def test_nothing_is_background() -> None:
+def test_cells_without_objects_are_background() -> None:
     boxes, labels, valid, masks, frames = scene(0)
     none = torch.zeros_like(valid)
     painted = paint_objects(boxes, labels, none, masks, frames, GRID, STRIDE, BACKGROUND)
@@ -78,7 +78,7 @@ def test_nothing_is_background() -> None:
 
 
 def test_equals_the_masks_of_whole_images(tmp_path: Path) -> None:
-    """At scale 1 a cell of a frame is a pixel, so that nothing but the order could differ."""
+    """At scale 1 a cell of a frame is a pixel, so only the painting order could differ."""
     make_demo(tmp_path, train_images=6, val_images=1, size=64)
     dataset = CocoDataset(tmp_path / "train.json", tmp_path / "train")
     config = DataConfig(

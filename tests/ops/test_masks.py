@@ -14,9 +14,9 @@ from giantdet.ops.masks import mask_targets
 
 
 def cut_frames(masks: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Cells of one pixel, a margin of one: `(bitmaps [M, side, side] uint8, frames [M, 4])`.
+    """Cut 1-pixel cells with a margin of one: `(bitmaps [M, side, side] uint8, frames [M, 4])`.
 
-    Beyond the image the margin repeats its edge, as RoIAlign does on a full bitmap.
+    Outside the image the margin repeats its edge, as RoIAlign does on a full bitmap.
     """
     padded = F.pad(masks[None].float(), (1, 1, 1, 1), mode="replicate")[0]
     padded = F.pad(padded, (0, side, 0, side))
@@ -43,7 +43,7 @@ def test_targets_from_frames_equal_detectron2(golden):
     masks, frames = cut_frames(golden["gt_masks"], 144)
     index, boxes = golden["mask_prop_gt"][None], golden["mask_props"][None]
     soft = mask_targets(masks[None], frames[None], index, boxes, 28, aligned=True, binarize=False)[0]
-    # In the frame's coordinates a mean of points may round to the other side of one half, nothing more.
+    # In the frame's coordinates a mean of points may round to the other side of 0.5.
     wrong = (soft >= 0.5) != golden["d2.mask_target28"]
     assert (soft[wrong] - 0.5).abs().max() < 1e-5 if wrong.any() else True
     assert wrong.float().mean() < 1e-3
@@ -55,7 +55,7 @@ def test_soft_targets_equal_torchvision_in_a_batch(golden):
     full = golden["gt_masks"]
     masks, frames = cut_frames(full, 144)
     index, boxes = golden["mask_prop_gt"], golden["mask_props"]
-    # The second image has the same objects in reverse order, and one slot more without an object.
+    # The second image has the same objects in reverse order, and one empty slot more.
     empty = torch.zeros(1, 144, 144, dtype=torch.uint8), torch.zeros(1, 4)
     masks_BMSS = torch.stack([torch.cat([masks, empty[0]]), torch.cat([masks.flip(0), empty[0]])])
     frames_BM4 = torch.stack([torch.cat([frames, empty[1]]), torch.cat([frames.flip(0), empty[1]])])
@@ -68,7 +68,7 @@ def test_soft_targets_equal_torchvision_in_a_batch(golden):
 
 
 def test_larger_cells_and_degenerate_proposals():
-    """A rectangle in cells of 2.5 x 5 pixels; interpolation rounds its corners, so those are left out."""
+    """A rectangle in cells of 2.5 x 5 pixels; interpolation rounds its corners, so those are excluded."""
     masks = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
     masks[0, 0, 4:12, 4:12] = 255
     frames = torch.tensor([[[100.0, 50, 140, 130]]])  # covered: x from 110 to 130, y from 70 to 110
@@ -113,7 +113,7 @@ def test_paste_equals_torchvision(random_boxes):
     masks = torch.rand(7, 28, 28, generator=torch.Generator().manual_seed(7))
     boxes[5], boxes[6] = torch.tensor([-9.0, -8, 12, 30]), torch.tensor([120.0, 60, 170, 170])
     expected = paste_masks_in_image(masks[:, None], boxes, (100, 140))[:, 0] > 0.5
-    # torchvision fails on a box that lies outside of the image; ours leaves it out.
+    # torchvision fails on a box outside the image; giantdet skips it.
     boxes[0] = torch.tensor([150.0, 0, 180, 40])
     expected[0] = False
     assert paste_masks(masks, boxes, 100, 140, at_pixel_centres=False).equal(expected)

@@ -46,7 +46,7 @@ def test_equal_detectron2(golden, name, key):
 @pytest.mark.parametrize("low_quality", [False, True])
 def test_equal_torchvision_with_invalid_slots(low_quality):
     generator = torch.Generator().manual_seed(0)
-    # Two digits, so that there are ties.
+    # Rounded to two digits, so that there are ties.
     iou = (torch.rand(4, 6, 200, generator=generator) * 100).round() / 100
     valid = torch.rand(4, 6, generator=generator) < 0.6
     index, label = match(iou, valid, 0.3, 0.7, low_quality)
@@ -71,14 +71,14 @@ def test_object_without_overlap_makes_nothing_positive():
     assert index.tolist() == [[1, 0, 1]]
 
 
-def test_low_quality_ties_are_all_positive_and_keep_their_own_object():
+def test_low_quality_ties_are_all_positive_and_keep_their_object():
     iou = torch.tensor([[[0.2, 0.2, 0.1], [0.1, 0.25, 0.9]]])
     index, label = match(iou, torch.ones(1, 2, dtype=torch.bool), 0.3, 0.7, True)
     assert label.tolist() == [[1, 1, 1]]
     assert index.tolist() == [[0, 1, 1]]
 
 
-def test_input_is_left_alone_and_it_compiles():
+def test_input_is_not_modified_and_it_compiles():
     iou, valid = torch.rand(2, 3, 50), torch.tensor([[True, False, True], [False, False, False]])
     before = iou.clone()
     compiled = torch.compile(match, fullgraph=True, backend="aot_eager")
@@ -90,7 +90,7 @@ def test_input_is_left_alone_and_it_compiles():
 
 
 def by_loops(iou: Tensor, low: float, high: float, least: float) -> tuple[list[int], list[int]]:
-    """mmdetection's rule for one image: the best candidates of an object take it, the last object wins."""
+    """mmdetection's rule for one image: an object gets its best candidates; the last object wins."""
     objects, candidates = iou.shape
     index, label = [], []
     for n in range(candidates):

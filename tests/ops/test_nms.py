@@ -22,7 +22,7 @@ def test_equal_detectron2(golden, nms, threshold):
     boxes, scores, groups = golden["nms_boxes"], golden["nms_scores"], golden["nms_idxs"]
     keep = nms(boxes[None], scores[None], torch.ones(1, 500, dtype=torch.bool), threshold)[0]
     assert keep.equal(as_mask(golden[f"d2.nms_{threshold}"], 500))
-    # One group of ours for each of theirs, all boxes in each, those of the others invalid.
+    # One of our groups for each of theirs; each contains all boxes, with those of other groups invalid.
     number = int(groups.max()) + 1
     valid = groups == torch.arange(number)[:, None]
     keep = nms(boxes.expand(number, -1, -1), scores.expand(number, -1), valid, threshold)
@@ -33,9 +33,9 @@ def test_equal_detectron2(golden, nms, threshold):
 @IMPLEMENTATIONS
 def test_equal_torchvision(nms, random_boxes):
     boxes = random_boxes(4, 300, extent=60.0)
-    boxes[1, 50:60, 2:] = boxes[1, 50:60, :2]  # without area
-    boxes[2, 100:110] = boxes[2, 0]  # the same box many times
-    # Two digits: equal scores, of which the earlier box wins.
+    boxes[1, 50:60, 2:] = boxes[1, 50:60, :2]  # zero area
+    boxes[2, 100:110] = boxes[2, 0]  # duplicates of one box
+    # Rounded to two digits: of equal scores the earlier box wins.
     scores = (torch.rand(4, 300, generator=torch.Generator().manual_seed(1)) * 100).round() / 100
     valid = torch.rand(4, 300, generator=torch.Generator().manual_seed(2)) < 0.7
     valid[3] = False
@@ -46,8 +46,8 @@ def test_equal_torchvision(nms, random_boxes):
         assert keep[group].equal(as_mask(slots[kept], 300))
 
 
-def test_rounds_that_a_chain_of_suppressions_needs():
-    """Box i overlaps i + 1 alone, so every other one stays; n rounds settle chains of n suppressions."""
+def test_number_of_rounds_for_a_chain_of_suppressions():
+    """Box i overlaps only i + 1, so every other one survives; n rounds settle chains of n suppressions."""
     left = torch.arange(15.0) * 4
     boxes = torch.stack([left, torch.zeros(15), left + 10, torch.full((15,), 10.0)], dim=1)[None]
     scores, valid = torch.linspace(1, 0.1, 15)[None], torch.ones(1, 15, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """The NMS kernels in Triton's interpreter against torchvision's greedy NMS; compiled for GPUs.
 
-As a script it runs the kernels: `interpret FILE` saves the results of all cases, `compile ARCH` prints what
-the compiled kernels use.
+As a script: `interpret FILE` runs the kernels and saves the results of all cases, `compile ARCH` prints the
+resources of the compiled kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton_offline import ARCHITECTURES, describe, only_compile, run_script
 
 from giantdet.ops import nms, nms_triton
 
-# Around a word of 32 boxes and a block of 64 rows; the last is a chain.
+# Sizes around a word of 32 boxes and a block of 64 rows; the last is a chain.
 COUNTS = (1, 31, 32, 33, 65, 130, 200)
 THRESHOLD = 0.5
 
@@ -30,16 +30,16 @@ THRESHOLD = 0.5
 def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(count)
     if count == COUNTS[-1]:
-        # Box i overlaps i + 1 alone: 200 decisions, each of which depends on the one before.
+        # Box i overlaps only i + 1: 200 decisions, each of which depends on the one before.
         left = torch.arange(float(count)) * 3
         boxes = torch.stack([left, torch.zeros(count), left + 10, torch.full((count,), 10.0)], dim=1)[None]
         return boxes, torch.linspace(1, 0.1, count)[None], torch.ones(1, count, dtype=torch.bool)
     corner = torch.rand(2, count, 2, generator=generator) * 40
     boxes = torch.cat([corner, corner + torch.rand(2, count, 2, generator=generator) * 30], dim=-1)
-    boxes[0, : count // 4] = boxes[0, :1]  # the same box many times
-    boxes[1, : count // 8, 2:] = boxes[1, : count // 8, :2]  # without area
+    boxes[0, : count // 4] = boxes[0, :1]  # duplicates of one box
+    boxes[1, : count // 8, 2:] = boxes[1, : count // 8, :2]  # zero area
     boxes[1, -1] = float("nan")
-    # Two digits: equal scores, of which the earlier box wins.
+    # Rounded to two digits: of equal scores the earlier box wins.
     scores = (torch.rand(2, count, generator=generator) * 100).round() / 100
     valid = torch.rand(2, count, generator=generator) < 0.8
     valid[1, -1] = False

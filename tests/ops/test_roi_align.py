@@ -18,7 +18,7 @@ SETTINGS = pytest.mark.parametrize(("aligned", "sampling"), [(a, s) for a in (Fa
 
 
 def of_golden_images(pooled: Tensor, batch: Tensor) -> Tensor:
-    """All golden RoIs were pooled from both images; each one's own."""
+    """Select each RoI's own image: all golden RoIs were pooled from both images."""
     return pooled.view(2, len(batch), *pooled.shape[1:])[batch, torch.arange(len(batch))]
 
 
@@ -50,7 +50,7 @@ def pyramid(channels: int = 5, canvas: tuple[int, int] = (256, 320)) -> list[Ten
 
 
 def boxes_of_all_levels() -> Tensor:
-    """Random boxes of all sizes, some of them beyond the canvas of 256 x 320."""
+    """Random boxes of all sizes, some of them partly outside the canvas of 256 x 320."""
     generator = torch.Generator().manual_seed(4)
     corner = torch.rand(2, 60, 2, generator=generator) * 320 - 40
     size = torch.exp(torch.rand(2, 60, 2, generator=generator) * 5 + 1.6)
@@ -75,7 +75,7 @@ def test_pyramid_equals_torchvision(sampling, size):
 
 @SETTINGS
 def test_border_rules_equal_torchvision(aligned, sampling):
-    """Boxes that put points on, just inside and just outside of the borders of the map."""
+    """Boxes whose sampling points are on, just inside and just outside the borders of the map."""
     features = pyramid()[2]
     edges = [-40.0, -16.0, -15.9, -8.0, -0.1, 0.0, 0.1, 8.0, 247.0, 256.0, 264.0, 272.0, 300.0]
     pairs = [(a, b) for a in edges for b in edges if a <= b]
@@ -89,9 +89,7 @@ def test_border_rules_equal_torchvision(aligned, sampling):
 def test_degenerate_boxes_are_finite(aligned, sampling):
     boxes = torch.tensor([[0.0, 0, 0, 0], [9, 9, 3, 3], [-1e6, -1e6, 1e3, 1e3], [1e5, 1e5, 2e5, 2e5]])
     if sampling == 0:
-        boxes = boxes[[0, 1, 3]].clamp(
-            max=1e5
-        )  # adaptive sampling of a giant box takes as long as it is large
+        boxes = boxes[[0, 1, 3]].clamp(max=1e5)  # the cost of adaptive sampling grows with the box
     levels = [level.requires_grad_() for level in pyramid()]
     pooled = roi_align_pyramid(levels, boxes.expand(2, -1, -1), STRIDES, 7, sampling, aligned)
     pooled.square().sum().backward()
@@ -99,7 +97,7 @@ def test_degenerate_boxes_are_finite(aligned, sampling):
     assert all(level.grad is not None and level.grad.isfinite().all() for level in levels)
 
 
-def test_nan_boxes_read_nothing():
+def test_nan_boxes_give_zeros():
     boxes = torch.full((2, 3, 4), float("nan"))
     assert (roi_align_pyramid(pyramid(), boxes, STRIDES, 7, 2, True) == 0).all()
 
@@ -137,7 +135,7 @@ def test_levels_at_the_thresholds():
 
 
 def test_levels_as_in_mmdetection() -> None:
-    """floor(log2(sqrt(area) / 56 + 1e-6)): a box that is just too small for a level still belongs to it."""
+    """floor(log2(sqrt(area) / 56 + 1e-6)): a box just too small for a level still belongs to it."""
     sides = [30.0, 56.0, 112 * (1 - 2e-6), 112 * (1 - 4e-7), 112.0, 200.0, 224.0, 300.0, 448.0, 2000.0]
     expected = [min(max(math.floor(math.log2(side / 56 + 1e-6)), 0), 3) for side in sides]
     boxes = torch.tensor([[0.0, 0.0, side, side] for side in sides])

@@ -1,7 +1,7 @@
 """The RoIAlign kernel in Triton's interpreter against torchvision; compiled for GPUs; as an operator.
 
-As a script it runs the kernel: `interpret FILE` saves the results of all cases, `compile ARCH` prints what
-the compiled kernels use.
+As a script: `interpret FILE` runs the kernel and saves the results of all cases, `compile ARCH` prints the
+resources of the compiled kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STRIDES = (4.0, 8.0)
 NAN, INF = float("nan"), float("inf")
 INSIDE = [[3.0, 5, 30, 41], [10, 2, 14, 60], [20, 20, 23, 21], [0, 0, 40, 30]]
 BORDERS = [[-40.0, -9, -8, 3], [-4, -4, 9, 68], [44, 60, 60, 80], [48, 64, 52, 72], [90, 90, 99, 99]]
-# The last two differ from torchvision, see `test_boxes_that_are_not_finite_read_nothing`.
+# The last two differ from torchvision, see `test_boxes_that_are_not_finite_give_zeros`.
 DEGENERATE = [[0.0, 0, 0, 0], [9, 9, 9, 30], [-4, 0, -4, 3], [NAN, 0, 9, 9], [0, 0, INF, 9]]
 
 
@@ -72,7 +72,7 @@ def inputs(case: Case) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
 
 
 def torchvisions(case: Case) -> tuple[Tensor, list[Tensor]]:
-    """Return features and gradients by torchvision in float64, RoI by RoI; those not finite read nothing."""
+    """Return torchvision's features and gradients in float64, RoI by RoI; non-finite boxes give 0."""
     levels, boxes_K4, batch_K, level_K, weight = inputs(case)
     levels = [level.detach().double().requires_grad_() for level in levels]
     pooled = [torch.zeros(0, 3, case.size, case.size, dtype=torch.float64)]
@@ -97,9 +97,9 @@ def kernels(case: Case) -> tuple[Tensor, list[Tensor]]:
 
 
 def check_operators() -> None:
-    """Compare each operator with its schema and its fake, and both with autograd's registration."""
+    """Check each operator against its schema and its fake, and both with autograd's registration."""
     levels, boxes_K4, batch_K, level_K, weight = inputs(CASES["bf16"])
-    boxes = boxes_K4[2:3], batch_K[2:3], level_K[2:3], STRIDES  # a small one, because they run many times
+    boxes = boxes_K4[2:3], batch_K[2:3], level_K[2:3], STRIDES  # small, because the checks run many times
     torch.library.opcheck(torch.ops.giantdet.roi_align_pyramid.default, (levels, *boxes, 2, 1, True))
     torch.library.opcheck(
         torch.ops.giantdet.roi_align_pyramid_backward.default,
@@ -134,14 +134,14 @@ def test_equal_torchvision(interpreted: dict[str, tuple[Tensor, list[Tensor]]], 
     pooled, grads = interpreted[name]
     expected, expected_grads = torchvisions(CASES[name])
     assert pooled.dtype == grads[0].dtype == CASES[name].dtype
-    # The interpreter truncates to bf16 where a GPU rounds.
+    # The interpreter truncates to bf16, whereas a GPU rounds.
     tolerance = 2**-7 if CASES[name].dtype == torch.bfloat16 else 2e-6
     assert_close(pooled.double(), expected.detach(), rtol=tolerance, atol=tolerance)
     assert_close([g.double() for g in grads], expected_grads, rtol=tolerance, atol=4 * tolerance)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.boxes is DEGENERATE])
-def test_boxes_that_are_not_finite_read_nothing(
+def test_boxes_that_are_not_finite_give_zeros(
     interpreted: dict[str, tuple[Tensor, list[Tensor]]], name: str
 ) -> None:
     assert (interpreted[name][0][-2:] == 0).all()
@@ -149,7 +149,7 @@ def test_boxes_that_are_not_finite_read_nothing(
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_gpus(arch: int) -> None:
-    """Through the real call: loads of 16 bytes per thread, no spills; on sm_90 additions of 16 bytes."""
+    """Compiled through the real call: 16-byte loads per thread, no spills; on sm_90 16-byte additions."""
     found = json.loads(run_script(__file__, "compile", str(arch)))
     assert [kernel["name"] for kernel in found] == ["_forward", "_backward"] * 3
     assert all(kernel["arch"] == arch and kernel["wide_loads"] for kernel in found)
@@ -182,7 +182,7 @@ def test_operator_on_fake_cuda_tensors() -> None:
     with FakeTensorMode():
         levels, boxes = fake_pyramid()
         out = roi_align.roi_align_pyramid(levels, boxes, STRIDES, 7, 2, True)
-        # Not by autograd, whose engine asks for a device.
+        # Without autograd, whose engine needs a device.
         k = torch.zeros(10, dtype=torch.int64, device="cuda")
         sizes = [level.shape[2] for level in levels], [level.shape[3] for level in levels]
         contiguous = torch.empty_like(out, memory_format=torch.contiguous_format)

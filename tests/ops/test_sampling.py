@@ -1,4 +1,4 @@
-"""Sampling: the noise is uniform, independent and pinned; the choice equals a plain loop's."""
+"""Sampling: the noise is uniform, independent and pinned; the selection equals a plain loop's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PINNED = [[1258220, 5959884, 15196641], [3558914, 14236230, 14896548], [8156525,
 
 
 def test_noise_is_pinned():
-    """A resumed run must draw what the interrupted one would have; change this and every run changes."""
+    """A resumed run must draw what the interrupted one would have: a change here changes every run."""
     bits = (uniform_noise(torch.tensor([0, 7, 2**40 + 1]), 3, salt=1) * 2**24).to(torch.int64)
     assert bits.tolist() == PINNED
 
@@ -36,7 +36,7 @@ def test_noise_is_uniform():
     expected = noise.numel() / 256
     chi2 = ((counts - expected) ** 2 / expected).sum()
     assert abs(chi2 - 255) < 6 * (2 * 255) ** 0.5
-    # Of each sample and each position too, not only on the whole.
+    # Also for each sample and each position, not only overall.
     for dim, number in ((1, 16384), (0, 64)):
         deviation = (noise.mean(dim) - 0.5) * (12 * number) ** 0.5
         assert deviation.abs().max() < 5.5
@@ -54,7 +54,7 @@ def test_seeds_and_salts_are_independent(difference):
 
 
 def test_neighbouring_seeds_do_not_share_winners():
-    """The top of each sample's noise: what is drawn must not depend on the neighbour's draw."""
+    """The top of each sample's noise must not depend on the neighbouring sample's draw."""
     top = uniform_noise(torch.arange(200), 4096, 0).topk(64, dim=1).indices
     drawn = torch.zeros(200, 4096).scatter_(1, top, 1.0)
     shared = drawn @ drawn.T - 64 * torch.eye(200)

@@ -1,7 +1,7 @@
 """The kernel between the passes of CGBN, in Triton's interpreter against BatchNorm; compiled for GPUs.
 
-As a script it runs the kernel: `interpret FILE` saves the results of all cases, `compile ARCH` prints what
-the compiled kernel uses.
+As a script: `interpret FILE` runs the kernel and saves the results of all cases, `compile ARCH` prints the
+resources of the compiled kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton_offline import ARCHITECTURES, describe, only_compile, run_script
 from giantdet.ops.statistics_triton import Moving, merge
 
 EPS = 1e-5
-# Values of each rank, and channels: one rank, ranks without values at either end, none at all.
+# Number of values on each rank, and channels: one rank, ranks without values at either end, no values at all.
 CASES = {"one": ([40], 64), "empty": ([0, 7, 130, 0], 300), "single": ([0, 1], 5), "none": ([0, 0], 5)}
 
 
@@ -36,7 +36,7 @@ def values_of(name: str) -> list[Tensor]:
 
 
 def parts_of(name: str, constant: float) -> Tensor:
-    """The ranks' rows as `batch_norm_stats` makes them; it gives a constant channel an invstd of 0 or inf."""
+    """The ranks' rows as from `batch_norm_stats`, whose invstd of a constant channel is 0 or inf."""
     rows = []
     for part in values_of(name):
         count, channels = part.shape
@@ -50,7 +50,7 @@ def parts_of(name: str, constant: float) -> Tensor:
 
 
 def merged(name: str, constant: float) -> list[Tensor]:
-    """Mean, invstd, count, and the running statistics afterwards."""
+    """Mean, invstd, count, and the updated running statistics."""
     channels = CASES[name][1]
     moving = Moving(torch.zeros(channels), torch.ones(channels), torch.tensor(0), 0.1)
     mean, invstd, count = merge(parts_of(name, constant), EPS, moving)
@@ -86,7 +86,7 @@ def test_equals_batch_norm_of_all_values(
     assert int(batches) == 1
 
 
-def test_nothing_moves_without_values(interpreted: dict[tuple[str, float], list[Tensor]]) -> None:
+def test_nothing_changes_without_values(interpreted: dict[tuple[str, float], list[Tensor]]) -> None:
     _, _, count, running_mean, running_var, batches = interpreted["none", 0.0]
     assert count.tolist() == [0] and int(batches) == 0
     assert running_mean.eq(0).all() and running_var.eq(1).all()

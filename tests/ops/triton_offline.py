@@ -1,6 +1,6 @@
-"""Triton kernels without a GPU: run by Triton's interpreter, or compiled for a GPU and not run.
+"""Triton kernels without a GPU: run by Triton's interpreter, or compiled for a GPU but not run.
 
-Both change the process, so tests start one of their own for them.
+Both change the process, so tests run them in a subprocess.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _version(package: str) -> tuple[int, ...]:
 
 
 def only_compile(arch: int) -> list[Any]:
-    """Let launches compile for `arch` and do nothing else; return the list that collects the kernels."""
+    """Make launches only compile for `arch`; return the list that collects the kernels."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -61,7 +61,7 @@ def only_compile(arch: int) -> list[Any]:
 
 
 def describe(kernel: Any) -> dict[str, Any]:
-    """Return a kernel's name and what it uses, by the assembler's own report."""
+    """Return a kernel's name and its resources, as reported by the assembler."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,4 +1,4 @@
-"""Parameter groups: every trainable parameter once, in the right group, found by name."""
+"""Parameter groups: every trainable parameter once, in the right group, with a name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_decay_by_dimension_and_by_timms_list() -> None:
     groups = {group["name"]: group for group in parameter_groups(model, 0.1, 0.01)}
     part = model.one[0]
     same = lambda found, wanted: [id(p) for p in found] == [id(p) for p in wanted]  # noqa: E731
-    assert set(groups) == {"one", "one/no_decay", "two"}, "no empty group for a module without biases"
+    assert set(groups) == {"one", "one/no_decay", "two"}, "a module without biases has no empty group"
     assert same(groups["one"]["params"], [part.linear.weight])
     exempt = [part.table, part.linear.bias, part.norm.weight, part.norm.bias]
     assert same(groups["one/no_decay"]["params"], exempt)
@@ -55,7 +55,7 @@ def test_decay_of_everything() -> None:
     assert sum(len(group["params"]) for group in groups) == len(trainable)
 
 
-def test_detector_each_trainable_parameter_once() -> None:
+def test_detector_has_each_trainable_parameter_once() -> None:
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_resnet", "frozen_stages": 2}}
     model = build_model(MaskRcnnConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     groups = parameter_groups(model, 0.05, 0.1)
@@ -64,7 +64,7 @@ def test_detector_each_trainable_parameter_once() -> None:
     assert len(ids) < len(list(model.parameters())), "the frozen stages are left out"
     modules = {group["name"].removesuffix("/no_decay") for group in groups}
     assert modules == {"backbone", "fpn", "rpn", "box_head", "mask_head"}
-    torch.optim.AdamW(groups)  # takes them as they are
+    torch.optim.AdamW(groups)  # accepts the groups as they are
 
 
 def test_position_embeddings_of_a_vit_are_not_decayed() -> None:
@@ -77,13 +77,13 @@ def test_position_embeddings_of_a_vit_are_not_decayed() -> None:
     assert not any("pos_embed" in named[id(p)] for p in groups["backbone"]["params"])
 
 
-def test_table_counts_what_zero3_partitioned() -> None:
+def test_table_counts_parameters_partitioned_by_zero3() -> None:
     groups = parameter_groups(Whole(), 0.1, 0.01)
     lines = group_table(groups).splitlines()
     assert [line.split()[0] for line in lines] == ["group", "one/no_decay", "one", "two"]
     assert lines[3].split()[1:] == ["1", "8", "0.1", "0.01", "-"]
     empty = nn.Parameter(torch.zeros(0))
-    empty.ds_numel = 1_000_000  # what DeepSpeed leaves of a partitioned parameter
+    empty.ds_numel = 1_000_000  # as DeepSpeed leaves a partitioned parameter
     table = group_table([{"params": [empty], "name": "giant", "weight_decay": 0.0}])
     assert "1,000,000" in table
 
@@ -91,8 +91,8 @@ def test_table_counts_what_zero3_partitioned() -> None:
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "test_resnet"]
 )
-def test_layer_decay_is_timms_one_layer_further(name: str) -> None:
-    """timm gives the top layer of a model without classifier the scale 1, ViTDet one decay."""
+def test_layer_decay_is_timms_shifted_by_one_layer(name: str) -> None:
+    """timm scales the top layer of a model without classifier by 1, ViTDet by one decay."""
     with torch.device("meta"):
         body = timm.create_model(name, num_classes=0)
     model = nn.ModuleDict({"backbone": nn.ModuleDict({"body": body}), "head": Part()})
@@ -106,7 +106,7 @@ def test_layer_decay_is_timms_one_layer_further(name: str) -> None:
 
 
 def test_layer_decay_of_vitdet() -> None:
-    """`get_vit_lr_decay_rate` of detectron2: rate ** (layers + 1 - id), the embeddings 0, block i i + 1."""
+    """`get_vit_lr_decay_rate` of detectron2: rate ** (layers + 1 - id); id 0: embeddings, i + 1: block i."""
     config = {**MODEL, "num_classes": 4, "backbone": {"name": "test_vit", "window": 2}}
     model = build_model(MaskRcnnConfig.model_validate(config), (64, 64), NormConfig(type="local"))
     named = {id(p): name for name, p in model.named_parameters()}
@@ -120,12 +120,12 @@ def test_layer_decay_of_vitdet() -> None:
             if ".blocks." in name:
                 number = int(name.split(".blocks.")[1].split(".")[0]) + 1
             elif not any(word in name for word in ("pos_embed", "patch_embed")):
-                continue  # the final norm, which ViTDet has not
+                continue  # the final norm, which ViTDet does not have
             wanted = 0.5 ** (depth + 1 - number)
         assert lr == wanted, name
 
 
-def test_what_does_not_fit() -> None:
+def test_unknown_modules_are_refused() -> None:
     with pytest.raises(ValueError, match="no module neck with trainable parameters; there are one, two"):
         parameter_groups(Whole(), 0.1, 0.01, None, None, {"neck": 2.0})
     with pytest.raises(ValueError, match="no part of the model knows its layers"):

@@ -16,7 +16,7 @@ from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
 from giantdet.errors import ConfigError
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
 
-# What resolve makes of "auto" where nothing depends on a run.
+# What resolve sets for "auto" if it does not depend on a run.
 RESOLVED = {"warmup_num_steps": 0, "warmup_min_ratio": 1e-3}
 
 
@@ -87,7 +87,7 @@ def optimizer_of(*lrs: float) -> torch.optim.AdamW:
 
 
 def trace(optimizer: torch.optim.Optimizer, schedule: Any) -> list[tuple[float, tuple[float, float]]]:
-    """LR and betas of the first group that each optimizer step sees."""
+    """Return the LR and betas of the first group in each optimizer step."""
     seen = []
     for _ in range(STEPS):
         seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]))
@@ -97,7 +97,7 @@ def trace(optimizer: torch.optim.Optimizer, schedule: Any) -> list[tuple[float, 
 
 
 @pytest.mark.parametrize(("kind", "params"), DEEPSPEED)
-def test_deepspeeds_types_are_deepspeeds(kind: str, params: dict[str, Any]) -> None:
+def test_deepspeeds_types_equal_deepspeeds(kind: str, params: dict[str, Any]) -> None:
     theirs = optimizer_of(0.1)
     reference = trace(theirs, getattr(lr_schedules, kind)(theirs, **params))
     ours = optimizer_of(0.1)
@@ -108,7 +108,7 @@ def test_deepspeeds_types_are_deepspeeds(kind: str, params: dict[str, Any]) -> N
     mine = trace(ours, LrSchedule(ours, function, 0.1, momentum))
     assert [lr for lr, _ in mine] == pytest.approx([lr for lr, _ in reference], rel=1e-9, abs=1e-12)
     assert [b for _, betas in mine for b in betas] == pytest.approx([b for _, bs in reference for b in bs])
-    assert len({lr for lr, _ in reference}) > 1, "a constant shows nothing"
+    assert len({lr for lr, _ in reference}) > 1, "a constant LR makes the test vacuous"
 
 
 def test_all_of_deepspeeds_types_are_compared() -> None:
@@ -118,10 +118,10 @@ def test_all_of_deepspeeds_types_are_compared() -> None:
 
 
 @pytest.mark.parametrize(("kind", "params"), [*DEEPSPEED[3:10], ("WarmupMultiStepLR", {"milestones": [20]})])
-def test_ratios_of_the_groups_survive(kind: str, params: dict[str, Any]) -> None:
+def test_ratios_of_the_groups_are_kept(kind: str, params: dict[str, Any]) -> None:
     optimizer = optimizer_of(0.1, 0.02, 0.4)
     schedule = LrSchedule(optimizer, lr_function(section(kind, params), 0.1), 0.1)
-    optimizer.param_groups.reverse()  # groups are known by name
+    optimizer.param_groups.reverse()  # groups are identified by name
     for step in range(STEPS):
         lr = lr_function(section(kind, params), 0.1)(step)
         found = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -130,7 +130,7 @@ def test_ratios_of_the_groups_survive(kind: str, params: dict[str, Any]) -> None
         schedule.step()
 
 
-def test_any_step_can_be_taken_up() -> None:
+def test_resuming_at_any_step() -> None:
     params = {"milestones": [10, 20], "warmup_num_steps": 5}
     function = lr_function(section("WarmupMultiStepLR", params), 0.1)
     straight = optimizer_of(0.1, 0.05)
@@ -145,8 +145,8 @@ def test_any_step_can_be_taken_up() -> None:
 
 
 @pytest.mark.parametrize("warmup_type", ["linear", "exponential", "constant"])
-def test_warmup_is_mmdetections(warmup_type: str) -> None:
-    """mmcv 1.x, `LrUpdaterHook.get_warmup_lr`, from its formulas, with the decay of the step inside."""
+def test_warmup_equals_mmdetections(warmup_type: str) -> None:
+    """The formulas of mmcv 1.x, `LrUpdaterHook.get_warmup_lr`, applied to the decayed LR of the step."""
     params = {
         "milestones": [4, 40],
         "warmup_num_steps": 12,
@@ -169,7 +169,7 @@ def torch_trace(schedule: Any, optimizer: torch.optim.Optimizer) -> list[float]:
     return [lr for lr, _ in trace(optimizer, schedule)]
 
 
-def test_decays_are_torchs() -> None:
+def test_decays_equal_torchs() -> None:
     optimizer = optimizer_of(0.3)
     wanted = torch_trace(MultiStepLR(optimizer, [15, 30, 45], gamma=0.1), optimizer)
     function = lr_function(
@@ -198,7 +198,7 @@ def test_decays_are_torchs() -> None:
 
 
 def test_megdets_long_policy() -> None:
-    """Divided by 10 after epochs 11 and 14, then by 2 after 17 (a step an epoch here)."""
+    """Divided by 10 after epochs 11 and 14, then by 2 after 17 (one step per epoch here)."""
     params = {"milestones": [11, 14, 17], "gamma": [0.1, 0.1, 0.5], "warmup_num_steps": 0}
     function = lr_function(section("WarmupMultiStepLR", params), 0.32)
     assert [function(e) for e in (0, 10, 11, 13, 14, 16, 17)] == pytest.approx(
@@ -206,7 +206,7 @@ def test_megdets_long_policy() -> None:
     )
 
 
-def test_the_ends() -> None:
+def test_values_at_the_ends() -> None:
     params = {"total_num_steps": 50, "warmup_num_steps": 10, "min_ratio": 0.1}
     for kind in ("WarmupCosineDecayLR", "WarmupPolyLR"):
         function = lr_function(section(kind, params), 1.0)
@@ -238,7 +238,7 @@ def test_an_lr_of_zero_stays_zero(name: str) -> None:
         ("LRRangeTest", {}, "lr_range_test_min_lr"),
     ],
 )
-def test_an_lr_of_zero_beside_the_schedules_own_is_refused(
+def test_an_lr_of_zero_with_the_schedules_own_lr_is_refused(
     name: str, params: dict[str, Any], key: str
 ) -> None:
     raw = {

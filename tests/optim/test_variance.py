@@ -1,4 +1,4 @@
-"""AGVM's numbers against brute force over all splits of a batch into halves."""
+"""AGVM's formulas against brute force over all splits of a batch into halves."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_halves() -> None:
     one, two = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = 1 - float(torch.cosine_similarity(one, two, 0))
     assert variance_of_halves(float(one @ two), float(one @ one), float(two @ two)) == pytest.approx(expected)
-    assert math.isnan(variance_of_halves(0.0, 0.0, 1.0)), "no gradient, no variance"
+    assert math.isnan(variance_of_halves(0.0, 0.0, 1.0)), "without a gradient there is no variance"
 
 
 @pytest.mark.parametrize("shards", [2, 4, 6])
 @pytest.mark.parametrize("signal", [0.0, 0.3, 3.0])
 def test_all_splits(shards: int, signal: float) -> None:
-    """1 - mean dot product / mean square of the halves, the means over all ways to halve the shards."""
+    """1 - mean dot product / mean square of the halves, with means over all ways to halve the shards."""
     generator = torch.Generator().manual_seed(shards)
     gradients = torch.randn(shards, 20, dtype=torch.float64, generator=generator) + signal
     dots, squares = [], []
@@ -45,7 +45,7 @@ def test_all_splits(shards: int, signal: float) -> None:
     assert math.isnan(variance_of_all_splits(0.0, 0.0, shards))
 
 
-def test_noise_scale_is_the_noise_that_was_put_in() -> None:
+def test_noise_scale_recovers_the_added_noise() -> None:
     """Images with gradient (1, 0, ...) plus noise of total variance B_n = 40 |signal|^2."""
     generator = torch.Generator().manual_seed(0)
     size, batch, scale = 2000, 64, 40.0
@@ -77,8 +77,8 @@ def test_modules_by_patterns() -> None:
         module_of("head.weight", {"backbone": ("backbone.*",)})
 
 
-def test_which_batch_norms_tie_the_halves() -> None:
-    """By the groups themselves: does one have ranks of both halves?"""
+def test_which_batch_norms_couple_the_halves() -> None:
+    """Computed from the groups: does one contain ranks of both halves?"""
     for world in (1, 2, 3, 4, 6, 8, 12):
         for ranks in (r for r in range(1, world + 1) if world % r == 0):
             groups = [range(first, first + ranks) for first in range(0, world, ranks)]

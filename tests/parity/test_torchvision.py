@@ -1,11 +1,11 @@
 """The whole detector against torchvision's Mask R-CNN: same weights, pixels, boxes, masks and losses.
 
-No trained detector is at hand, so the weights are random, with batch norms calibrated on the images and
-predictors scaled until scores and deltas spread: thousands of proposals, a hundred detections an image.
+No trained detector is available, so the weights are random, with batch norms calibrated on the images and
+predictors scaled until scores and deltas spread: thousands of proposals, a hundred detections per image.
 
-Where detectron2's conventions (our defaults) differ on purpose, the last two tests measure it: unrounded
-anchors and strides, none centred in the padding, RoIAlign's half pixel. Of the losses (L1 instead of smooth
-L1, normalisers) `tests/architectures/test_losses.py` has both conventions.
+detectron2's conventions (our defaults) differ on purpose; the last two tests measure by how much: unrounded
+anchors and strides, no anchor centred in the padding, RoIAlign's half pixel. The losses (L1 instead of smooth
+L1, normalisers) are tested in both conventions in `tests/architectures/test_losses.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from giantdet.layers.roi_pool import RoiMaps
 from giantdet.layers.weights import load_strictly
 from giantdet.structures import Batch, Detections
 
-# No multiples of 64: P6 has 6 columns of 58 pixels in torchvision's eyes, of 64 in detectron2's.
+# Not multiples of 64: P6 has 6 columns, of 58 pixels for torchvision and of 64 for detectron2.
 HEIGHT, WIDTH = 288, 352
 CLASSES = 90
 SLOTS = 24
@@ -86,7 +86,7 @@ def scene(shared: Path) -> Scene:
 
 
 def without_objects(scene: Scene, b: int) -> Scene:
-    """The same images, the objects of image `b` gone."""
+    """The same scene without the objects of image `b`."""
     keep_B = torch.arange(len(scene.bitmaps)) != b
     targets = scene.batch.targets._replace(
         **{
@@ -99,17 +99,17 @@ def without_objects(scene: Scene, b: int) -> Scene:
 
 
 def pixels_of(batch: Batch) -> Tensor:
-    """torchvision's own normalisation."""
+    """Return the images with torchvision's own normalisation."""
     transform = GeneralizedRCNNTransform(HEIGHT, WIDTH, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     return torch.stack([transform.normalize(image / 255) for image in batch.images_B3HW])
 
 
 def calibrate(model: MaskRCNN, pixels: Tensor) -> None:
-    """Random weights that give sane activations and spread predictions."""
+    """Set random weights that give reasonable activations and spread predictions."""
     for name, norm in model.backbone.named_modules():
         if isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-            # Small residual branches, as trained networks have: large random ones amplify rounding so much
-            # that torchvision's own scores move by 2e-4 when its pixels move by 3e-7 of themselves.
+            # Small residual branches, as in trained networks: large random ones amplify rounding so much that
+            # torchvision's own scores change by 2e-4 when its pixels change by a relative 3e-7.
             low, high = (0.1, 0.3) if name.endswith("bn3") else (0.5, 1.5)
             nn.init.uniform_(norm.weight, low, high)
             nn.init.normal_(norm.bias, std=0.2 * high)
@@ -124,7 +124,7 @@ def calibrate(model: MaskRCNN, pixels: Tensor) -> None:
                 layer.spread = True
                 channels = output.movedim(1, -1).flatten(
                     0, -2
-                )  # centred and scaled each, or a few would rule
+                )  # each is centred and scaled, otherwise a few would dominate
                 scale = std / channels.std(0)
                 layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
                 layer.bias.copy_(-channels.mean(0) * scale)
@@ -144,7 +144,7 @@ def calibrate(model: MaskRCNN, pixels: Tensor) -> None:
         handles.append(layer.register_forward_hook(spread(std)))
     model.eval()
     with torch.no_grad():
-        for _ in range(2):  # no detections, and so no masks, before the scores spread
+        for _ in range(2):  # before the scores spread there are no detections and no masks
             run_torchvision(model, pixels)
     for handle in handles:
         handle.remove()
@@ -153,7 +153,7 @@ def calibrate(model: MaskRCNN, pixels: Tensor) -> None:
 def run_torchvision(
     model: MaskRCNN, pixels: Tensor, targets: Any = None
 ) -> tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Proposals, detections and losses of the parts, on pixels that are ready."""
+    """Return proposals, detections and losses of the parts, on normalised pixels."""
     images = ImageList(pixels, [(HEIGHT, WIDTH)] * len(pixels))
     features = model.backbone(pixels)
     proposals, rpn_losses = model.rpn(images, features, targets)
@@ -190,8 +190,10 @@ def reference(scene: Scene) -> MaskRCNN:
 
 
 def assert_same_boxes(ours_N4: Tensor, theirs_N4: Tensor) -> Tensor:
-    """The same boxes, each at the rank it has there or next to it, since equal scores may swap: torchvision
-    ranks proposals by the sigmoid, whose float32 has ties that logits do not have. Returns our ranks.
+    """Assert that the boxes are the same up to swaps of neighbours; return the ranks of ours.
+
+    Equal scores may swap: torchvision ranks proposals by the sigmoid, whose float32 has ties, unlike
+    logits.
     """
     assert len(ours_N4) == len(theirs_N4)
     nearest_N, rank_N = torch.cdist(theirs_N4, ours_N4, p=torch.inf).min(1)
@@ -218,7 +220,7 @@ def test_proposals(scene: Scene, reference: MaskRCNN) -> None:
         detector.rpn.training = reference.rpn.training = training
         proposals, _ = detector.rpn(levels, batch.sizes_B2, None, batch.seeds_B)
         images = ImageList(pixels_of(batch), [(HEIGHT, WIDTH)] * 2)
-        reference.rpn.training = False  # in training it wants targets; the numbers of boxes are what differs
+        reference.rpn.training = False  # training mode needs targets; only the numbers of boxes differ
         reference.rpn._pre_nms_top_n["testing"] = 2000 if training else 1000
         reference.rpn._post_nms_top_n["testing"] = 2000 if training else 1000
         expected, _ = reference.rpn(images, reference.backbone(pixels_of(batch)))
@@ -241,7 +243,7 @@ def test_detections_and_masks(scene: Scene, reference: MaskRCNN) -> None:
         assert count == int(found.valid_BD[b].sum()) >= 50
         assert len(theirs["labels"].unique()) > 5
         torch.testing.assert_close(found.scores_BD[b, :count], theirs["scores"], atol=1e-4, rtol=0)
-        # The label tells apart equal boxes of two classes.
+        # The label distinguishes equal boxes of two classes.
         rank_D = assert_same_boxes(
             found.boxes_BD4[b, :count] + 1e4 * (found.labels_BD[b, :count, None] + 1),
             theirs["boxes"] + 1e4 * theirs["labels"][:, None],
@@ -269,7 +271,7 @@ def torchvision_targets(scene: Scene) -> list[dict[str, Tensor]]:
 
 
 def exhaustive(reference: MaskRCNN, slots: int, **changes: Any) -> MaskRcnn:
-    """All anchors and RoIs are sampled; of positives as many as there are, of negatives what is left."""
+    """A model that samples all anchors and RoIs: all positives, and all remaining negatives."""
     everything: dict[str, Any] = {
         "rpn__batch_per_image": 10**6,
         "rpn__positive_fraction": 1.0,
@@ -302,13 +304,13 @@ def test_losses(scene: Scene, reference: MaskRCNN, empty: int | None) -> None:
     losses = mask_rcnn_losses(predictions, CONVENTIONS["torchvision"])
     assert losses.keys() == NAMES.keys()
     for name, theirs in NAMES.items():
-        assert expected[theirs] > 1e-4  # small where all anchors are the divisor
+        assert expected[theirs] > 1e-4  # small if the divisor is the number of anchors
         torch.testing.assert_close(losses[name], expected[theirs], atol=1e-6, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_backbone_of_published_weights(scene: Scene) -> None:
-    """torchvision's COCO weights have frozen norms of epsilon 0, which shows where a variance is small."""
+    """torchvision's COCO weights have frozen norms with epsilon 0, which matters if a variance is small."""
     torch.manual_seed(1)
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=lambda c: FrozenBatchNorm2d(c, eps=0.0)
@@ -333,12 +335,12 @@ def test_backbone_of_published_weights(scene: Scene) -> None:
 
 @torch.no_grad()
 def test_detectron2_conventions_differ(reference: MaskRCNN) -> None:
-    """torchvision rounds anchors, takes image // grid for the stride, and keeps anchors in the padding."""
+    """torchvision rounds anchors, uses image // grid as the stride, and keeps anchors in the padding."""
     detector, theirs = converted(reference, conventions="detectron2"), converted(reference)
     anchors = [torch.cat(d.rpn.anchors(_grids())) for d in (detector, theirs)]
     moved = (anchors[0] - anchors[1]).abs().max(1).values
     assert 0.3 < moved[:-90].max() < 0.5  # rounded corners
-    assert 25 < moved[-90:].max() < 70  # P6, whose stride is 58 or 57 instead of 64
+    assert 25 < moved[-90:].max() < 70  # P6, with a stride of 58 or 57 instead of 64
     half = torch.tensor([[HEIGHT, WIDTH / 2]])
     for rpn, share in ((detector.rpn, 0.5), (theirs.rpn, 0.0)):
         outside = torch.cat([rpn._outside(a, half) for a in rpn.anchors(_grids())], 1)
@@ -347,8 +349,8 @@ def test_detectron2_conventions_differ(reference: MaskRCNN) -> None:
 
 @torch.no_grad()
 def test_roi_align_conventions_differ(scene: Scene, reference: MaskRCNN) -> None:
-    """By how much features of the annotated objects change: by the half pixel (0.23 of their norm), and by
-    one point a cell (adaptive, detectron2's own default) instead of two a bin (0.07).
+    """Features of the annotated objects change by the half pixel (0.23 of their norm), and by one sampling
+    point per cell (adaptive, detectron2's own default) instead of two per bin (0.07).
     """
     batch, theirs = scene.batch, converted(reference)
     maps = RoiMaps(theirs.fpn(theirs.backbone(pixels_of(batch))))

@@ -1,4 +1,4 @@
-"""torchvision's models of both versions by `import_weights`: the same detections and losses.
+"""torchvision's models of both versions through `import_weights`: the same detections and losses.
 
 Random weights are calibrated as in `test_torchvision.py`, so that predictions spread.
 """
@@ -42,9 +42,9 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 def same_detections(found: Any, expected: list[dict[str, Tensor]], first_class: int, least: int) -> None:
-    """Assert equal sets of boxes with classes and scores; torchvision's classes begin at `first_class`.
+    """Assert equal sets of boxes with classes and scores; torchvision's classes start at `first_class`.
 
-    Up to 2% may differ: IoUs near NMS's threshold, where rounding decides, and what they then suppress.
+    Up to 2% may differ: rounding decides IoUs near NMS's threshold, and thereby which boxes are suppressed.
     """
     for b, theirs in enumerate(expected):
         valid_D = found.valid_BD[b]
@@ -91,8 +91,8 @@ def test_mask_rcnn_version_2(scene: Scene, tmp_path: Path) -> None:  # noqa: F81
         ("maskrcnn_resnet50_fpn", 1, True),
     ],
 )
-def test_every_tensor_has_its_place(name: str, version: int, masks: bool, monkeypatch: Any) -> None:
-    """Names and shapes; import_weights raises for missing, unknown and misshapen tensors."""
+def test_every_tensor_is_mapped(name: str, version: int, masks: bool, monkeypatch: Any) -> None:
+    """Names and shapes match; import_weights raises on missing, unknown and misshapen tensors."""
     with torch.device("meta"):
         theirs = getattr(detection, name)(weights=None, weights_backbone=None).state_dict()
     state = {key: torch.ones(()).expand(value.shape) for key, value in theirs.items()}
@@ -105,7 +105,7 @@ def test_every_tensor_has_its_place(name: str, version: int, masks: bool, monkey
 
 
 def calibrate_retinanet(model: Any, pixels: Tensor) -> None:
-    """Statistics of the norms, and predictors whose outputs spread: some scores are over 0.05."""
+    """Set the norms' statistics, and predictors whose outputs spread: some scores are over 0.05."""
 
     def statistics(norm: Any, inputs: tuple[Tensor, ...]) -> None:
         norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
@@ -165,7 +165,7 @@ def test_retinanet(scene: Scene, tmp_path: Path, version: int) -> None:  # noqa:
 
 
 def test_names_before_version_0_13(tmp_path: Path) -> None:
-    """RetinaNet's published file counts the ReLUs of its towers."""
+    """RetinaNet's published file counts the ReLUs of its towers in the names."""
     state = untrained(detection.retinanet_resnet50_fpn).state_dict()
     new = import_weights(_save(state, tmp_path)).model.state_dict()
     old = {}

@@ -1,4 +1,4 @@
-"""The doctor on this machine: alone, on two ranks, and with two ranks that really differ."""
+"""`giantdet doctor` on this machine: alone, on two ranks, and with two ranks that really differ."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SCRIPT = str(REPO / "scripts/doctor.py")
 
 
 def _report(text: str) -> dict[str, str]:
-    """Status, what was found and the sentence about it, by subject."""
+    """Return status, finding and explanation by subject."""
     lines = re.findall(r"^(OK|WARN|BAD) +(\w+(?: \w+)?)  +(.*(?:\n {6}.*)?)$", text, flags=re.MULTILINE)
     return {subject: f"{status} {found}" for status, subject, found in lines}
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment of a world of one, or a rank of a larger one; what comm.start sets is taken back."""
+    """The environment of a world of one, or a rank of a larger one; what comm.start sets is undone."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -45,14 +45,14 @@ def test_alone(alone: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_output_that_cannot_be_written(alone: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+def test_unwritable_output(alone: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").touch()
     assert cli.main(["doctor", "--output", str(tmp_path / "file/runs")]) == 1
     report = _report(capsys.readouterr().out)
     assert report["output"].startswith("BAD") and "Not a directory" in report["output"]
 
 
-def test_rank_that_never_comes(alone: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+def test_missing_rank(alone: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     alone.setenv("WORLD_SIZE", "2")
     assert cli.main(["doctor", "--output", str(tmp_path), "--timeout-minutes", "0.02"]) == 1
     out = capsys.readouterr().out
@@ -69,7 +69,7 @@ def _two(*commands: list[str], **rank_1: str) -> list[Ended]:
     return run_together(list(zip(commands, ranks, strict=True)))
 
 
-def test_two_ranks_that_are_well(tmp_path: Path) -> None:
+def test_two_healthy_ranks(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--output", str(tmp_path), "--mebibytes", "8"]
     ended = _two(command, command)
     assert [end.code for end in ended] == [0, 0], logs(ended)
@@ -81,11 +81,11 @@ def test_two_ranks_that_are_well(tmp_path: Path) -> None:
     milliseconds, bandwidth = map(float, found.groups())
     assert bandwidth == pytest.approx(8 * 2**20 / milliseconds / 1e6, rel=0.01)  # 2 (n - 1) / n is 1
     assert "the same on 2 ranks; a new file is seen after" in report["output"]
-    assert not _report(ended[1].out), "the main rank reports"
+    assert not _report(ended[1].out), "only the main rank reports"
 
 
 def test_two_ranks_that_differ(tmp_path: Path) -> None:
-    """Rank 1 has a folder of its own under the same name, another timm, and few open files."""
+    """Rank 1 has its own folder under the same name, another timm, and few open files."""
     package = tmp_path / "other/timm-0.0.1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.0.1\n")
@@ -106,18 +106,18 @@ def test_two_ranks_that_differ(tmp_path: Path) -> None:
     assert "file system that all hosts share" in report["output"]
     assert report["open files"].startswith("WARN at most 256") and "ulimit -n" in report["open files"]
     assert report["gloo"].split(" ", 1)[0] in ("OK", "WARN")
-    assert not list(homes[0].glob("runs/.*")), "the doctor's file is gone"
+    assert not list(homes[0].glob("runs/.*")), "the doctor's file is deleted"
 
 
 @pytest.fixture(scope="module")
 def here() -> Facts:
-    """Facts of this machine, in plenty."""
+    """Facts of a machine with plenty of resources."""
     facts = collect(torch.device("cpu"), REPO)
     return replace(facts, host="a", disk=500.0, shared_memory=8.0, open_files=65536, unmet=[])
 
 
 @pytest.mark.parametrize(
-    ("changes", "subject", "said"),
+    ("changes", "subject", "text"),
     [
         ({"disk": 5.0}, "free disk", "WARN 5.0 GiB for the output, on b"),
         ({"disk": 0.5}, "free disk", "BAD 0.5 GiB"),
@@ -131,22 +131,20 @@ def here() -> Facts:
         ({"gpus": 8, "device": "H100, 80 GiB"}, "accelerators", "torch sees no GPU on a"),
     ],
 )
-def test_judgement_of_hosts_that_differ(
-    here: Facts, changes: dict[str, Any], subject: str, said: str
-) -> None:
+def test_assessment_of_different_hosts(here: Facts, changes: dict[str, Any], subject: str, text: str) -> None:
     findings = {finding.subject: finding for finding in judge([here, replace(here, host="b", **changes)])}
     finding = findings.pop(subject)
-    assert said in f"{finding.status} {finding.found} {finding.advice}"
+    assert text in f"{finding.status} {finding.found} {finding.advice}"
     assert all(other.status == "OK" for name, other in findings.items() if name != "accelerators")
 
 
-def test_judgement_of_gpus(here: Facts) -> None:
+def test_assessment_of_gpus(here: Facts) -> None:
     gpu = replace(here, gpus=2, device="H100, 80 GiB")
     other = replace(gpu, host="b", device="A100, 40 GiB")
-    for facts, status, said in (
+    for facts, status, text in (
         ([gpu, gpu], "OK", "2 ranks on 1 hosts: 2 x H100, 80 GiB"),
         ([gpu, gpu, other, other], "WARN", "2 x H100, 80 GiB, 2 x A100, 40 GiB The slowest"),
         ([gpu, gpu, replace(gpu, host="b")], "WARN", "b has more GPUs than ranks"),
     ):
         finding = judge(facts)[1]
-        assert finding.status == status and said in f"{finding.found} {finding.advice}"
+        assert finding.status == status and text in f"{finding.found} {finding.advice}"

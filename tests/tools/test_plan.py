@@ -25,13 +25,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-4}},
     "SGD": {"type": "SGD", "params": {"lr": 1e-4, "momentum": 0.9}},
 }
-# Large enough that DeepSpeed's padding of partitions is nothing beside it.
+# Large enough that DeepSpeed's padding of partitions is negligible.
 BACKBONE = {"name": "resnet18", "frozen_stages": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def counted_once() -> Iterator[None]:
-    """Plans of one model for other machines need no second count."""
+    """Count each model once, because plans of the same model for other machines need no second count."""
     found: dict[Any, Count] = {}
 
     def count_once(run: RunConfig, images: int) -> Count:
@@ -51,9 +51,9 @@ def write(path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_states_are_deepspeeds(tmp_path: Path, world: int) -> None:
+def test_states_equal_deepspeeds(tmp_path: Path, world: int) -> None:
     model = {**MODEL, "backbone": BACKBONE, "num_classes": 4}
-    # All of it on two ranks; on one and four what depends on their number.
+    # All cases on two ranks; on one and four only what depends on the number of ranks.
     paths = {}
     for stage in range(4):
         for name in ["AdamW", "SGD"] if world == 2 and stage in (0, 3) else ["AdamW"]:
@@ -119,10 +119,10 @@ STEPS = [
 
 
 def test_memory_of_a_step(tmp_path: Path) -> None:
-    """The most memory of a process in a real step on the CPU, to 15%.
+    """The peak memory of a process in a real step on the CPU, to 15%.
 
-    resnet18 has a larger canvas, and no checkpointing: in a smaller step, what convolutions allocate for
-    themselves, which no tensor shows, is 16% (docs/plan.md).
+    resnet18 has a larger canvas and no checkpointing: in a smaller step, internal buffers of convolutions,
+    which no tensor shows, are 16% (docs/plan.md).
     """
     paths = {}
     for name, option in STEPS:
@@ -170,7 +170,7 @@ def test_plan_of_a_frozen_giant() -> None:
 
 
 def test_report_of_a_giant() -> None:
-    """EVA-g on 480 GPUs: what fits, what is quickest, and the same numbers by hand."""
+    """EVA-g on 480 GPUs: what fits, what is fastest, and the same numbers computed by hand."""
     recipe = REPO / "ds_configs/mask_rcnn_vitdet_giant_960_agvm_adamw.json"
     run = load_run(recipe, ["model.backbone.pretrained=false"])
     plan = make_plan(run, 480, MACHINES["h200"], 50e9, 0.4, 117_266)
@@ -182,12 +182,12 @@ def test_report_of_a_giant() -> None:
     assert one.forward == pytest.approx(9.924e12, rel=1e-3) and two.forward == 2 * one.forward
     assert one.backward == pytest.approx(2 * one.forward, rel=0.05)
     again = plan.counts[1][0]
-    blocks = 40 * 12 * 1408 * 1408 * 4096 * 2  # their matrix products, without attention
+    blocks = 40 * 12 * 1408 * 1408 * 4096 * 2  # matrix products of the blocks, without attention
     assert again.backward - one.backward > 0.8 * blocks
     assert again.memory < 0.7 * one.memory
     own = next(c for c in plan.choices if c.stage == 3 and c.every == 1)
     assert own is plan.own and own.fits(plan.machine)
-    # Weights are gathered three times, gradients scattered once; AGVM's two float32 rows every 10 steps.
+    # Weights are gathered three times, gradients are scattered once; AGVM's two float32 rows every 10 steps.
     sent = 479 / 480 * trainable * (2 * 4 + 2 * 8 / 10)
     assert own.communication == pytest.approx(sent / 50e9)
     text = report(plan)
@@ -197,13 +197,13 @@ def test_report_of_a_giant() -> None:
     assert plan.run.giantdet.train.steps == 1344 and "1,344 steps:" in text
 
 
-def test_what_does_not_fit() -> None:
+def test_models_that_do_not_fit() -> None:
     run = load_run(REPO / "ds_configs/mask_rcnn_resnet50_16_sgd.json", ["model.backbone.pretrained=false"])
 
     def plan(gpus: int, memory: float) -> Plan:
         return make_plan(run, gpus, Machine("small", memory, 300e12), 50e9, 0.4, 117_266)
 
-    one = plan(1, 4.9e9)  # 3 GiB of it are the reserve
+    one = plan(1, 4.9e9)  # 3 GiB of it are reserved
     assert one.best() is None and "does not fit" in report(one)
     fewest = one.fewest_gpus()
     assert fewest is not None and fewest > 1 and f"fits on {fewest} or more" in report(one)
@@ -229,7 +229,7 @@ def test_offload_where_nothing_fits() -> None:
     assert "with offload_optimizer" in report(plan).replace("With", "with")
 
 
-def test_every_nth_block_lies_between() -> None:
+def test_recomputing_every_nth_block_is_in_between() -> None:
     change = ["model.backbone.checkpoint_blocks=3", "model.backbone.pretrained=false"]
     run = load_run(REPO / "ds_configs/mask_rcnn_vitdet_base_64_adamw.json", change)
     plan = make_plan(run, 64, MACHINES["h100"], 50e9, 0.4, 117_266)
@@ -250,8 +250,8 @@ def test_search_for_the_largest(largest_possible: int) -> None:
     assert len(tried) == len(set(tried)) <= 2 + 2 * largest_possible.bit_length()
 
 
-def test_tries_on_this_machine(tmp_path: Path) -> None:
-    """Real steps in processes of their own, one of which may not take what it needs."""
+def test_trial_steps_on_this_machine(tmp_path: Path) -> None:
+    """Real steps in separate processes, one of which may not allocate what it needs."""
     path = write(tmp_path / "run.json", giantdet__data__size=[128, 128])
     tried = start(path, ["agvm.enabled=true"], 1, None, 2)
     assert tried.fits and 2**28 < tried.memory < 2**33

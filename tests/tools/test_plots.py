@@ -1,4 +1,4 @@
-"""The pictures of a run and the command that draws them."""
+"""The plots of a run and the command that draws them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def write(path: Path, modulated: bool) -> Path:
-    """Ten lines; AGVM begins to measure at the fifth."""
+    """Write ten lines of metrics; AGVM starts measuring at the fifth."""
     lines = []
     for step in range(1, 11):
         line = {"step": step, "loss": 1.0 / step, "lr": 0.1}
@@ -29,7 +29,7 @@ def write(path: Path, modulated: bool) -> Path:
     return path
 
 
-def test_command_draws_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_draws_the_available_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plot", str(write(tmp_path / "with", True))]) == 0
     assert (
         cli.main(["plot", str(write(tmp_path / "without", False)), "--output", str(tmp_path / "there")]) == 0

@@ -22,7 +22,7 @@ from giantdet.tools.precise_bn import bn_images, reestimate
 WORKER = Path(__file__).resolve().parents[1] / "distributed/worker_train.py"
 
 
-def test_statistics_are_those_of_all_batches_at_once() -> None:
+def test_statistics_equal_those_of_all_batches_at_once() -> None:
     torch.manual_seed(0)
     model = convert_batchnorm(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), None)
     batches = [torch.randn(n, 3, 9, 7) * n + 100 for n in (1, 4, 2)]
@@ -41,7 +41,7 @@ def test_evaluation_equals_training_on_the_batch_of_the_estimate() -> None:
     reestimate(model, [batch], 1, "cpu")  # type: ignore[list-item]
     expected = model.train()(batch)
     reestimate(model, [batch], 1, "cpu")  # type: ignore[list-item]
-    # The running variance is the unbiased one, 1 + 1 / 8663 of the batch's.
+    # The running variance is unbiased, 1 + 1 / 8663 times the batch's.
     torch.testing.assert_close(model.eval()(batch), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -58,7 +58,7 @@ def test_images_of_a_batch_norm(tmp_path: Path, norm: dict[str, object], expecte
 
 
 def test_command(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run of two ranks with CGBN; other weights stay, statistics move towards those of the data."""
+    """A run on two ranks with CGBN; weights stay the same, statistics move towards those of the data."""
     norm = {"type": "cgbn", "bn_size": 4}
     raw = tiny_run(demo_data, tmp_path / "run", gradient_accumulation_steps=2, giantdet__norm=norm)
     (tmp_path / "run.json").write_text(json.dumps(raw))

@@ -1,4 +1,4 @@
-"""The profile of a few steps: a trace that opens, and a table of what was expensive."""
+"""The profile of a few steps: a valid trace, and a table of the most expensive operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from giantdet.tools.profile import RECORDED, SKIPPED, TOP, WARMUP, Profile
 
 
 def test_profile(tmp_path: Path) -> None:
-    """Three products of large matrices a step are what costs, and the steps before are left out."""
+    """Three products of large matrices per step are the cost; the steps before are not profiled."""
     profile = Profile(tmp_path)
     large, small = torch.randn(400, 400), torch.randn(4)
     for step in range(SKIPPED + WARMUP + RECORDED + 2):
@@ -35,7 +35,7 @@ def test_profile(tmp_path: Path) -> None:
     assert "aten::mm" in names and not any("inv" in str(name) for name in names)
 
 
-def test_a_run_that_ends_before(tmp_path: Path) -> None:
+def test_a_run_that_ends_before_the_profile(tmp_path: Path) -> None:
     profile = Profile(tmp_path)
     torch.ones(3).sum()
     profile.step()

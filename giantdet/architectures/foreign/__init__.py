@@ -13,8 +13,10 @@ from torch import Tensor
 from giantdet.architectures.base import Architecture
 from giantdet.architectures.foreign.classes import usual_classes
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
+from giantdet.architectures.foreign.eva02 import EVA02
 from giantdet.architectures.foreign.mmdetection import MMDETECTION
 from giantdet.architectures.foreign.mmsegmentation import MMSEGMENTATION
+from giantdet.architectures.foreign.pe import PE
 from giantdet.architectures.foreign.project import Converted, Project
 from giantdet.architectures.foreign.sections import section_of
 from giantdet.architectures.foreign.torchvision import TORCHVISION
@@ -22,12 +24,14 @@ from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import ArchitectureConfig
 from giantdet.config.classes import Classes
 from giantdet.errors import InputError
+from giantdet.layers.plain_vit import global_block_indices
 
 __all__ = ["PROJECTS", "Converted", "Project", "classes_of", "from_project", "project_of", "translate"]
 
 _log = logging.getLogger(__name__)
 
-PROJECTS: tuple[Project, ...] = (TORCHVISION, DETECTRON2, MMSEGMENTATION, MMDETECTION)
+# EVA-02's and PE's detectors have detectron2's heads: they are looked for before it.
+PROJECTS: tuple[Project, ...] = (TORCHVISION, EVA02, PE, DETECTRON2, MMSEGMENTATION, MMDETECTION)
 
 
 def project_of(keys: Collection[str]) -> Project | None:
@@ -52,7 +56,12 @@ def from_project(
     project = project_of(state)
     if project is None:
         return state
-    converted = project.convert(state)
+    try:
+        converted = project.convert(state)
+    except InputError as error:
+        raise InputError(f"{what}: weights of {project.title}, but {error}") from None
+    if problem := converted.settings.problem:
+        raise InputError(f"{what}: weights of {project.title}, but {problem}")
     if converted.left:
         _log.info("%s: left out %s", what, "; ".join(sorted(set(converted.left.values()))))
     if differs := _differences(converted, model, config):
@@ -84,7 +93,16 @@ def _differences(converted: Converted, model: Architecture, config: Architecture
         theirs, ours = backbone.get(key), [255 * value for value in own]
         if theirs is not None and max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 0.5:
             found.append(f"backbone.{key} {[*theirs]}, not {[round(value, 3) for value in ours]}")
-    strided = config.backbone.stride_in_1x1
-    if "stride_in_1x1" in backbone and backbone["stride_in_1x1"] != strided:
-        found.append(f"backbone.stride_in_1x1 {backbone['stride_in_1x1']}, not {strided}")
+    for key in ("stride_in_1x1", "window", "position_fit"):
+        mine = getattr(config.backbone, key)
+        if backbone.get(key, mine) != mine:
+            found.append(f"backbone.{key} {backbone[key]}, not {mine}")
+    if (chosen := backbone.get("global_blocks")) is not None:
+        depth = len(model.backbone.body.blocks)
+        theirs, mine = (
+            global_block_indices(depth, tuple(blocks) if isinstance(blocks, list) else blocks)
+            for blocks in (chosen, config.backbone.global_blocks)
+        )
+        if theirs != mine:
+            found.append(f"backbone.global_blocks {sorted(theirs)}, not {sorted(mine)}")
     return found

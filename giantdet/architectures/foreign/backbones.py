@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -32,18 +33,24 @@ _VITS = {
     (1024, 24): "vit_large_patch16_224",
     (1280, 32): "vit_huge_patch14_224",
 }
+_EVA02S = {(768, 12): "eva02_base_patch14_224", (1024, 24): "eva02_large_patch14_224"}
+_EVA02_HEAD, _EVA02_RATIO = 64, 4 * 2 / 3  # width of a head, and of the MLP by that of the model
+_PE_GIANT, _PE_HEAD = (1536, 50, 8960), 96  # width, depth and width of the MLP
 _PATCH = 16  # timm's name for other sizes of a plain ViT is that of a model with patches of 16 pixels
 
 
 def backbone_of(state: State) -> dict[str, Any]:
     """Return the `backbone` section for tensors under giantdet's names.
 
-    Raises InputError for another model than a ResNet, a ResNeXt, a Swin or a plain ViT.
+    Raises InputError for another model than a ResNet, a ResNeXt, a Swin or a plain ViT. The windows of EVA-02
+    and PE are in tables that have no place in giantdet's model: their projects add them (`rotary.py`).
     """
     if f"{BODY}layer1.0.conv1.weight" in state:
         return _resnet(state)
+    if f"{BODY}blocks.0.mlp.fc1_g.weight" in state:
+        return _eva02(state)
     if f"{BODY}blocks.0.attn.qkv.weight" in state:
-        return _vit(state)
+        return _pe(state) if f"{BODY}norm_pre.weight" in state else _vit(state)
     if f"{BODY}layers.0.blocks.0.attn.relative_position_bias_table" in state:
         return _swin(state)
     raise InputError("its backbone is not a ResNet, ResNeXt, Swin or plain ViT, and others are not read")
@@ -98,14 +105,12 @@ def _swin(state: State) -> dict[str, Any]:
 
 def _vit(state: State) -> dict[str, Any]:
     """Return the section of ViTDet's plain ViT: windows and global blocks by their relative positions."""
-    width, _, patch, _ = state[f"{BODY}patch_embed.proj.weight"].shape
+    width = len(state[f"{BODY}patch_embed.proj.weight"])
     depth = len(numbers(state, rf"{BODY}blocks\.(\d+)\."))
     sides = [_side(state, index) for index in range(depth)]
     if None in sides:
         raise InputError("its plain ViT has no relative positions, from which ViTDet's windows are read")
     window = min(side for side in sides if side is not None)
-    last = [index for index, side in enumerate(sides) if side != window]
-    is_even = last == sorted(global_block_indices(depth, max(len(last), 1)))
     args: dict[str, Any] = {} if f"{BODY}norm.weight" in state else {"final_norm": False}
     name = _VITS.get((width, depth))
     if name is None:
@@ -115,15 +120,68 @@ def _vit(state: State) -> dict[str, Any]:
         "name": name,
         "timm_args": args,
         "window": window,
-        "global_blocks": len(last) if is_even else last,
+        "global_blocks": chosen_blocks([side != window for side in sides]),
         "relative_positions": True,
     }
-    if patch != _PATCH:
+    return section | _embedding(state)
+
+
+def chosen_blocks(is_global: Sequence[bool]) -> int | list[int]:
+    """Return `backbone.global_blocks`: their number where they are evenly spaced, otherwise the blocks."""
+    chosen = [index for index, value in enumerate(is_global) if value]
+    is_even = chosen == sorted(global_block_indices(len(is_global), max(len(chosen), 1)))
+    return len(chosen) if is_even else chosen
+
+
+def _embedding(state: State) -> dict[str, Any]:
+    """Return the keys of a plain ViT's patches and absolute positions."""
+    section: dict[str, Any] = {}
+    if (patch := state[f"{BODY}patch_embed.proj.weight"].shape[2]) != _PATCH:
         section["patch_size"] = patch
     if f"{BODY}pos_embed" in state:
         side = math.isqrt(state[f"{BODY}pos_embed"].shape[1])  # without the class token, if there is one
         section["position_grid"] = (side, side)
     return section
+
+
+def _eva02(state: State) -> dict[str, Any]:
+    width, depth, hidden = _sizes(state, "fc1_g")
+    name = _EVA02S.get((width, depth))
+    args: dict[str, Any] = {}
+    if name is None:
+        name = "eva02_base_patch14_224"
+        args = {"embed_dim": width, "depth": depth, "num_heads": max(width // _EVA02_HEAD, 1)}
+    if hidden != int(width * _EVA02_RATIO):
+        args["mlp_ratio"] = _ratio(hidden, width)
+    return {"name": name, "timm_args": args} | _embedding(state)
+
+
+def _pe(state: State) -> dict[str, Any]:
+    sizes = width, depth, hidden = _sizes(state, "fc1")
+    args: dict[str, Any] = {}
+    if sizes != _PE_GIANT:
+        args = {"embed_dim": width, "depth": depth, "num_heads": max(width // _PE_HEAD, 1)}
+        args["mlp_ratio"] = _ratio(hidden, width)
+    name = "vit_pe_spatial_gigantic_patch14_448"
+    if f"{BODY}blocks.0.gamma_1" not in state:
+        name = "vit_pe_core_gigantic_patch14_448"
+        args["use_post_transformer_norm"] = f"{BODY}norm.weight" in state
+    tokens = state[f"{BODY}pos_embed"].shape[1]
+    if tokens != math.isqrt(tokens) ** 2:
+        args["class_token"] = True  # which only the positions still have
+    return {"name": name, "timm_args": args} | _embedding(state)
+
+
+def _sizes(state: State, layer: str) -> tuple[int, int, int]:
+    """Return width, depth and width of the MLP, whose first layer is `layer`, of a plain ViT."""
+    hidden, width = state[f"{BODY}blocks.0.mlp.{layer}.weight"].shape
+    return width, len(numbers(state, rf"{BODY}blocks\.(\d+)\.")), hidden
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Return the ratio that timm multiplies by the width, and rounds down, to get `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _side(state: State, block: int) -> int | None:

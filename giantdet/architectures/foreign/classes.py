@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from giantdet.config.architectures import ArchitectureConfig
+from giantdet.config.class_names import PUBLISHED, published
 from giantdet.config.classes import Category, Classes, unique_names
 from giantdet.errors import InputError
 
@@ -39,12 +40,15 @@ def _coco() -> tuple[Category, ...]:
 
 
 def usual_classes(config: ArchitectureConfig) -> Classes | None:
-    """Return COCO's or Cityscapes' classes where a model has as many; None for other numbers."""
+    """Return the classes of COCO, Cityscapes, Objects365 or LVIS where a model has as many; else None."""
     every = _coco()
     coco = tuple(c for c in every[1:] if not c[1].startswith(_MISSING))
     known: dict[str, dict[int, tuple[Category, ...]]] = {
         # torchvision's models have a class for each id, and its RetinaNet one for 0, too.
-        "objects": {len(coco): coco, len(every) - 1: every[1:], len(every): every},
+        "objects": {
+            **{len(classes): classes for classes in map(published, PUBLISHED)},
+            **{len(coco): coco, len(every) - 1: every[1:], len(every): every},
+        },
         "stuff": {len(_STUFF): (THINGS, *_STUFF)},
         "semantic": {
             len(_STUFF) + 1: (THINGS, *_STUFF),

@@ -29,6 +29,19 @@ class Settings(NamedTuple):
     """The norm of pyramid and heads where it has no running statistics: shapes do not tell them apart."""
     assumed: str = ""
     """What the file does not tell, for the report."""
+    note: str = ""
+    """What else the user must know, for the report."""
+    canvas: int | None = None
+    """Side in pixels of the square canvas, where only tensors that are left out tell it."""
+    untold: tuple[str, ...] = ()
+    """Keys of config.json that the file should tell and does not: the user must."""
+    problem: str = ""
+    """Why giantdet's model would not compute what theirs does."""
+
+    def of_backbone(self, section: Mapping[str, Any], **others: Any) -> Settings:
+        """Return these settings with further keys of the `backbone` section, and with other fields."""
+        backbone = {**self.section.get("backbone", {}), **section}
+        return self._replace(section=self.section | {"backbone": backbone}, **others)
 
 
 class Converted(NamedTuple):

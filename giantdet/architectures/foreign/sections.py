@@ -9,6 +9,8 @@ from giantdet.architectures.foreign.backbones import backbone_of
 from giantdet.architectures.foreign.project import State, numbers
 from giantdet.errors import InputError
 
+_LVIS = 1203  # classes of LVIS v1; with a softmax there is a logit more
+
 
 def section_of(state: State, affine_norm: Literal["group", "layer"]) -> dict[str, Any]:
     """Return the section for tensors under giantdet's names, those of any supported project.
@@ -71,6 +73,11 @@ class _Shapes:
         if stages not in (0, 3):
             raise InputError(f"its cascade has {stages} stages; only 3 are supported")
         classes = self.shape(f"{box_head}.classes")[0] - 1
+        if classes + 1 == _LVIS:
+            raise InputError(
+                f"its boxes have {_LVIS} logits, those of LVIS without a background: sigmoid losses "
+                "(use_sigmoid_ce), which giantdet does not support"
+            )
         agnostic = self.shape(f"{box_head}.deltas")[0] == 4
         if agnostic != bool(stages) and classes > 1:
             kind = "class-agnostic boxes" if agnostic else "a cascade with boxes for each class"
