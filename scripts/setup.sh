@@ -16,7 +16,8 @@ _complete() {
     (cd / && "$1" - "$_root") >/dev/null 2>&1 <<'PY'
 import importlib.util as util, os, sys
 names = ("torch torchvision timm deepspeed pycocotools einops safetensors pydantic PIL tqdm matplotlib "
-         "pytest pytest_timeout ruff mypy jsonschema torchmetrics hotcoco mkdocs material").split()
+         "pytest pytest_timeout ruff mypy jsonschema torchmetrics hotcoco mkdocs material "
+         "tensorboard wandb supervision onnx onnxruntime onnxscript").split()
 found = util.find_spec("giantdet")
 here = found is not None and found.origin is not None
 here = here and os.path.realpath(found.origin).startswith(os.path.realpath(sys.argv[1]) + os.sep)

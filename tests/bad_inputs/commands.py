@@ -188,5 +188,10 @@ COMMANDS = [
         ["plot", "{empty}"],
         Error("...: no metrics.jsonl here; name the folder of a run"),
     ),
+    Case(
+        "report: a folder that is not a run",
+        ["report", "{empty}"],
+        Error("...: no config.json in it; give the folder of a run, its train.output"),
+    ),
     Case("configs: no such folder", ["configs", "{empty}/no"], Error("...: no such folder; ...")),
 ]
