@@ -10,6 +10,7 @@ from giantdet.config.json_text import json_text
 from giantdet.config.resolved import load_resolved
 from giantdet.data.dataset import meet, open_dataset
 from giantdet.engine.evaluate import evaluate
+from giantdet.engine.progress import shown_batches
 from giantdet.errors import InputError
 from giantdet.export import load_detector
 from giantdet.report.run import RESULTS
@@ -50,7 +51,7 @@ def predict_validation(folder: Path, device: str | None = None) -> None:
         backend=config.eval.backend,
         results=folder / RESULTS,
         tta=config.eval.tta,
-        progress=True,
+        batches=shown_batches,
     )
     (folder / "scores.json").write_text(json_text(found.scores, indent=2) + "\n")
     print(found.table, flush=True)
