@@ -34,6 +34,7 @@ from giantdet.config.section import Section
 from giantdet.config.types import DataConfig, TtaConfig
 from giantdet.distributed import comm
 from giantdet.errors import InputError
+from giantdet.export_folder import CONFIG, INDEX, WEIGHTS, export_folder
 from giantdet.layers.deferred import is_deferred, materialise
 from giantdet.layers.frozen import BESIDE, PREFIX, LeftOut, fill_in, left_out_of, magnitude, round_and_check
 from giantdet.layers.model_names import with_timm_name, without_source
@@ -44,7 +45,6 @@ from giantdet.optim.fragments import local_share
 
 logger = logging.getLogger("giantdet")
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GIB = 2**30
 
 
@@ -120,7 +120,7 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
         named = model.named_parameters()
         config = _with_magnitude(config, (local_share(p) for name, p in named if name.startswith(PREFIX)))
         tensors = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
-    sizes = {name: _full_numel(tensor) * tensor.element_size() for name, tensor in tensors.items()}
+    sizes = {n: int(getattr(t, "ds_numel", t.numel())) * t.element_size() for n, t in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
     for names in shard_plan(sizes, int(shard * GIB)):
         partitioned = [tensors[name] for name in names if hasattr(tensors[name], "ds_id")]
@@ -228,10 +228,6 @@ class _ShardWriter:
         return self.folder / f"shard-{i}.safetensors.part"
 
 
-def _full_numel(tensor: Tensor) -> int:
-    return int(getattr(tensor, "ds_numel", tensor.numel()))
-
-
 def _gathered(parameters: list[Tensor]) -> Any:
     if not parameters:
         return nullcontext()
@@ -263,11 +259,11 @@ def load_detector(
 ) -> tuple[Architecture, ExportConfig]:
     """Return the detector of an export, in evaluation mode and float32, and its config.json.
 
-    `backbone` is the file of the frozen backbone's weights, where the export leaves them out and timm's tag
-    is not to be asked. Raises InputError, a ValueError, where the folder is not an export or its weights do
-    not match.
+    `folder` is what `export_folder` takes. `backbone` is the file of the frozen backbone's weights, where the
+    export leaves them out and timm's tag is not to be asked. Raises InputError, a ValueError, where the
+    folder is not an export or its weights do not match.
     """
-    folder = Path(folder)
+    folder = export_folder(folder)
     config = read_export_config(folder)
     model = build_model(config.model, config.size, config.norm)
     state = read_tensors(folder)

@@ -26,7 +26,8 @@ from giantdet.config.checks import validate
 from giantdet.config.class_names import PUBLISHED, published
 from giantdet.config.classes import Category, Classes
 from giantdet.errors import ConfigError, InputError
-from giantdet.export import CONFIG, ExportConfig
+from giantdet.export import ExportConfig
+from giantdet.export_folder import CONFIG
 from giantdet.layers.deferred import deferred_init, real_parameters
 from giantdet.layers.weight_files import first_line, read_tensors
 from giantdet.layers.weight_names import below, model_tensors, prefixes

@@ -42,10 +42,13 @@ PY
 python -m giantdet.cli predict "$run/export" "$data/val/$first" --output "$run/predictions"
 python -m giantdet.cli eval "$run/export" --annotations "$data/val.json" --images "$data/val"
 
+python scripts/demo_picture.py "$run" "$run/predictions/demo.jpg" >/dev/null
+
 echo
 echo "model      $run/export/model.safetensors"
 echo "overlay    $run/predictions/${first%.*}.png"
 echo "report     $run/report.html"
+echo "picture    $run/predictions/demo.jpg"
 echo "loss plot  $run/losses.png"
 echo "scores     $run/scores.json"
 echo "metrics    $run/metrics.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giantdet.commands.arguments import (
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def add(subparsers: Any) -> None:
     """Add the command and its arguments."""
     parser = subparsers.add_parser("eval", help="score an exported model on a data set")
-    parser.add_argument("export", type=as_path, help="folder with model.safetensors and config.json")
+    parser.add_argument("export", type=as_path, help="folder of a run or of an export, or hf_hub:OWNER/NAME")
     parser.add_argument(
         "members", nargs="*", type=as_path, help="with --fuse: more exports, or results in COCO's format"
     )
@@ -35,7 +36,9 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--images", type=as_path, help="folder of its images")
     parser.add_argument(
-        "--config", type=as_path, help="instead of both: a run's JSON, whose data.val may have any format"
+        "--config",
+        type=as_path,
+        help="instead of both: a run's JSON, whose data.val may have any format; default: that of the run",
     )
     parser.add_argument("--batch-size", type=at_least(1), default=1, help="images at a time; default: 1")
     parser.add_argument("--workers", type=at_least(0), default=2, help="loader processes; default: 2")
@@ -124,6 +127,8 @@ def _validation_set(options: argparse.Namespace) -> tuple[Dataset, GiantdetConfi
     from giantdet.data.dataset import check_files, open_dataset
     from giantdet.data.images import limit_pixels
 
+    if (options.annotations, options.images, options.config) == (None, None, None):
+        options.config = _json_of(options.export)
     usage = "eval: give --annotations and --images, or --config, a run's JSON with data.val"
     data, run_config = data_sets(options, ["val"], usage)
     limit_pixels(_limits(options, run_config)[1])
@@ -131,6 +136,14 @@ def _validation_set(options: argparse.Namespace) -> tuple[Dataset, GiantdetConfi
     dataset = open_dataset(section)
     check_files(dataset)
     return dataset, run_config
+
+
+def _json_of(export: Path) -> Path | None:
+    """Return the JSON of the run that an export lies in, or that is named itself; None for other exports."""
+    for run in (export, export.parent):
+        if (run / "export").is_dir() and (run / "config.json").is_file():
+            return run / "config.json"
+    return None
 
 
 def _prepare_results(options: argparse.Namespace, dataset: Dataset) -> None:

@@ -39,7 +39,8 @@ def add(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from giantdet.export import CONFIG, export_model
+    from giantdet.export import export_model
+    from giantdet.export_folder import CONFIG
     from giantdet.import_weights import import_weights
 
     if options.output.exists() and any(options.output.iterdir()) and not (options.output / CONFIG).is_file():

@@ -21,7 +21,7 @@ from giantdet.errors import InputError
 def add(subparsers: Any) -> None:
     """Add the command and its arguments."""
     parser = subparsers.add_parser("predict", help="detect objects in image files")
-    parser.add_argument("export", type=as_path, help="folder with model.safetensors and config.json")
+    parser.add_argument("export", type=as_path, help="folder of a run or of an export, or hf_hub:OWNER/NAME")
     parser.add_argument(
         "images",
         nargs="+",

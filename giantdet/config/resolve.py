@@ -132,7 +132,8 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
             where = f"giantdet.data.{split}{place}.{source.key}"
             if source.is_folder and not source.path.is_dir():
                 raise ConfigError(f"{where}: folder {source.path} does not exist")
-            if not source.is_folder and not source.path.is_file():
+            # A folder for a file is left to the reader, which knows what other formats look like.
+            if not source.is_folder and not source.path.exists():
                 folder = source.path.parent
                 beside = [p.name for p in folder.glob(f"*{source.path.suffix}")] if folder.is_dir() else []
                 raise ConfigError(

@@ -1,28 +1,38 @@
-"""Pictures of what was found in an image: boxes with masks, or maps with a legend."""
+"""Pictures of what was found in an image: objects with masks and labels, or maps with a legend."""
 
 from __future__ import annotations
 
-import colorsys
+import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageFilter
+from pycocotools import mask as mask_util
 
 from giantdet.config.classes import Classes
 from giantdet.data.panoptic import PanopticMap
-from giantdet.engine.fonts import Written, written
-from giantdet.engine.found import Found
+from giantdet.engine.colors import Color, color_of, muted_color_of
+from giantdet.engine.labels import (
+    Box,
+    Label,
+    Point,
+    Region,
+    Row,
+    text_size,
+    with_caption,
+    with_legend,
+    write_labels,
+)
+from giantdet.engine.outlines import Shape, outlines, paint, rectangle
 
-Color = tuple[int, int, int]
-_PALETTE: tuple[Color, ...] = (
-    (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180),
-    (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128),
-)  # fmt: skip
-_ROWS = 256  # painted at a time, for large pictures: floats take 12 bytes a pixel
+if TYPE_CHECKING:
+    from giantdet.engine.found import Found  # which draws itself
+
 _SMALLEST = 512  # pixels of the longer side; smaller pictures are enlarged, or labels would cover them
+_WHITE: Color = (255, 255, 255)
 
 
 class Entry(NamedTuple):
@@ -33,34 +43,42 @@ class Entry(NamedTuple):
     name: str
 
 
-def color_of(number: int) -> Color:
-    """Return a colour unlike those of nearby numbers: from the palette, then hues by the golden ratio."""
-    if number < len(_PALETTE):
-        return _PALETTE[number]
-    hue, value = (number * 0.618034) % 1.0, 0.55 + 0.45 * ((number * 7) % 5) / 4
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def instance_color(number: int, instance: int) -> Color:
-    """Return the colour of an object: that of its class, in one of three shades in turns."""
-    red, green, blue = color_of(number)
-    shade = (1.0, 0.75, 0.55)[instance % 3]
-    return round(red * shade), round(green * shade), round(blue * shade)
-
-
-def draw(image: NDArray[np.uint8], found: Found) -> Image.Image:
+def draw(image: NDArray[np.uint8], found: Found, *, scores: bool = True) -> Image.Image:
     """Return the image `[h, w, 3]` with what was found drawn on it.
 
-    That is the panoptic map where there is one, else the semantic map, else boxes, masks, names and scores.
-    Maps have a legend of the classes that occur, the largest first.
+    That is the panoptic map where there is one, else the semantic map, else masks or boxes, names and, with
+    `scores`, scores. Below it is a legend of the classes, the largest first, for maps and where there is no
+    room for the name of each object. An image of less than 512 pixels is enlarged.
     """
+    picture, rows = _drawn(image, found, scores)
+    return with_legend(picture, rows)
+
+
+def compare(
+    image: NDArray[np.uint8],
+    truth: Found,
+    found: Found,
+    captions: tuple[str, str] = ("Ground truth", "Prediction"),
+) -> Image.Image:
+    """Return the ground truth, without scores, beside what was found, under captions and over one legend."""
+    (left, rows), (right, more) = _drawn(image, truth, False), _drawn(image, found, True)
+    size, gap = text_size(left), round(min(left.size) / 50)
+    left, right = with_caption(left, captions[0], size), with_caption(right, captions[1], size)
+    both = Image.new("RGB", (left.width + gap + right.width, left.height), _WHITE)
+    both.paste(left)
+    both.paste(right, (left.width + gap, 0))
+    colors = {row.name: row.color for row in [*rows, *more]}
+    return with_legend(both, [Row(name, color) for name, color in colors.items()], size)
+
+
+def _drawn(image: NDArray[np.uint8], found: Found, scores: bool) -> tuple[Image.Image, list[Row]]:
+    """Return the picture and the rows of its legend."""
     if found.panoptic is not None:
         return _draw_map(image, found.panoptic.ids_HW, panoptic_entries(found.panoptic, found.classes))
     if found.semantic_HW is not None:
         map_HW = found.semantic_HW.numpy()
         return _draw_map(image, map_HW, semantic_entries(map_HW, found.classes))
-    return _draw_objects(image, found)
+    return _draw_objects(image, found, scores)
 
 
 def panoptic_entries(panoptic: PanopticMap, classes: Classes) -> list[Entry]:
@@ -71,7 +89,7 @@ def panoptic_entries(panoptic: PanopticMap, classes: Classes) -> list[Entry]:
     entries = []
     for segment in panoptic.segments:
         n = number[segment.category]
-        color = instance_color(n, objects[n] if n < len(classes.objects) else 0)
+        color = color_of(n, objects[n]) if n < len(classes.objects) else muted_color_of(n)
         objects[n] += 1
         entries.append(Entry(segment.id, color, categories[n][1]))
     return entries
@@ -88,126 +106,114 @@ def semantic_entries(map_HW: NDArray[np.int64], classes: Classes) -> list[Entry]
 
 def _draw_map(
     image: NDArray[np.uint8], map_HW: NDArray[np.integer[Any]], entries: Sequence[Entry]
-) -> Image.Image:
-    canvas = image.copy()
-    region_HW = np.zeros(image.shape[:2], np.int32)
+) -> tuple[Image.Image, list[Row]]:
+    picture, zoom = _enlarged(image)
+    width = line_width(picture)
+    fills, lines, labels = [], [], []
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     colors: dict[str, Color] = {}
-    for region, entry in enumerate(entries, 1):
+    for entry in entries:
         mask_HW = map_HW == entry.number
-        _paint(canvas, mask_HW, entry.color, 0.6)
-        region_HW[mask_HW] = region
-        sizes[entry.name] += int(mask_HW.sum())
+        area = int(mask_HW.sum())
+        if area == 0:
+            continue
+        rings, window, corner = _rings(mask_HW, zoom)
+        sizes[entry.name] += area
         counts[entry.name] += 1
         colors.setdefault(entry.name, entry.color)
-    canvas[_borders(region_HW)] = 255
-    picture = _enlarged(canvas)
-    names = sorted(sizes, key=lambda name: -sizes[name])
-    rows = [
-        (f"{name[:24]} ({counts[name]})" if counts[name] > 1 else name[:24], colors[name]) for name in names
-    ]
-    return _with_legend(picture, rows)
+        fills.append(Shape(rings, fill=(entry.color, 0.55)))
+        lines.append(Shape(rings, line=(_WHITE, 0.9), width=0.6 * width))
+        x, y = _middle(window)
+        middle = ((corner[0] + x) * zoom, (corner[1] + y) * zoom)
+        labels.append((area, Region(entry.name, entry.color, middle)))
+    paint(picture, [*fills, *lines])
+    rows = [Row(name, colors[name], counts[name]) for name, _ in sizes.most_common()]
+    large = [label for area, label in sorted(labels, key=lambda a: -a[0]) if area > 0.01 * map_HW.size]
+    write_labels(picture, large)
+    return picture, rows
 
 
-def _with_legend(picture: Image.Image, rows: Sequence[tuple[str, Color]]) -> Image.Image:
-    """Return the picture with as many names and their colours on its right as there is room for."""
-    size = _text_size(picture)
-    line = round(1.35 * size)
-    rows = rows[: max(1, (picture.height - size) // line)]
-    texts = [written(text, size) for text, _ in rows]
-    width = 3 * size + max((text.box[2] for text in texts), default=0)
-    whole = Image.new("RGB", (picture.width + width, max(picture.height, 2 * size)), (255, 255, 255))
-    whole.paste(picture)
-    pen = ImageDraw.Draw(whole)
-    for row, ((_, color), (text, font)) in enumerate(zip(rows, texts, strict=True)):
-        x, y = picture.width + size // 2, size // 4 + row * line
-        pen.rectangle((x, y, x + size, y + size), fill=color, outline=(0, 0, 0))
-        pen.text((x + 3 * size // 2, y + size), text, fill=(0, 0, 0), font=font, anchor="ls")
-    return whole
+def _draw_objects(image: NDArray[np.uint8], found: Found, scores: bool) -> tuple[Image.Image, list[Row]]:
+    picture, zoom = _enlarged(image)
+    width = line_width(picture)
+    shapes, labels = [], []
+    counts: Counter[int] = Counter()
+    names: dict[int, str] = {}
+    for d, (label, name) in enumerate(zip(found.labels_D.tolist(), found.names, strict=True)):
+        color = color_of(label, counts[label])
+        counts[label] += 1
+        names[label] = name
+        x0, y0, x1, y1 = (value * zoom for value in found.boxes_D4[d].tolist())
+        box = (x0, y0, max(x0, x1), max(y0, y1))
+        rings = [] if found.rles_D is None else _rings_of(found.rles_D[d], zoom)
+        if rings:
+            shapes.append((_area(box), Shape(rings, (color, _opacity(box, picture)), (color, 1.0), width)))
+        else:
+            shapes.append((_area(box), Shape([rectangle(box)], None, (color, 1.0), width)))
+        score = f"{found.scores_D[d]:.2f}" if scores else ""
+        labels.append(Label(name, score, color, box, _ends(rings) if rings else None))
+    # The largest lowest: small objects stay visible.
+    paint(picture, [shape for _, shape in sorted(shapes, key=lambda pair: -pair[0])])
+    if write_labels(picture, labels):
+        return picture, []
+    return picture, [Row(names[n], color_of(n), count) for n, count in counts.most_common()]
 
 
-def _text_size(picture: Image.Image) -> int:
-    """Return the height of letters in pixels, which grows with the picture: it may be shown at any size."""
-    return max(12, round(min(picture.size) / 45))
+def line_width(picture: Image.Image) -> float:
+    """Return the width of outlines in pixels."""
+    return max(1.8, min(picture.size) / 270)
 
 
-def _paint(canvas: NDArray[np.uint8], mask_HW: NDArray[np.bool_], color: Color, opacity: float) -> None:
-    for top in range(0, len(canvas), _ROWS):
-        rows, mask = canvas[top : top + _ROWS], mask_HW[top : top + _ROWS]
-        mixed = (1 - opacity) * rows[mask].astype(np.float32) + opacity * np.array(color, np.float32)
-        rows[mask] = mixed.astype(np.uint8)
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _borders(region_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Return the pixels whose right or lower neighbour belongs to another region."""
-    border_HW = np.zeros(region_HW.shape, bool)
-    border_HW[:, :-1] |= region_HW[:, :-1] != region_HW[:, 1:]
-    border_HW[:-1] |= region_HW[:-1] != region_HW[1:]
-    return border_HW
+def _opacity(box: Box, picture: Image.Image) -> float:
+    """Return the opacity of a mask: a large one would give the picture its colour."""
+    return 0.45 - 0.2 * math.sqrt(min(1.0, _area(box) / (picture.width * picture.height)))
 
 
-def _draw_objects(image: NDArray[np.uint8], found: Found) -> Image.Image:
-    canvas = image.copy()
-    objects: Counter[int] = Counter()
-    colors = []
-    for label in found.labels_D.tolist():
-        colors.append(instance_color(label, objects[label]))
-        objects[label] += 1
-    for d, color in enumerate(colors if found.rles_D is not None else ()):
-        # One at a time: the masks of a large image take gigabytes.
-        _paint(canvas, found.mask(d).numpy(), color, 0.5)
-    picture = _enlarged(canvas)
-    zoom = picture.width // image.shape[1]
-    pen = ImageDraw.Draw(picture)
-    line = max(2, _text_size(picture) // 8)
-    for box, color, name, score in zip(
-        found.boxes_D4.tolist(), colors, found.names, found.scores_D.tolist(), strict=True
-    ):
-        x0, y0, x1, y1 = (value * zoom for value in box)
-        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=color, width=line)
-        _label(pen, picture.size, (x0, y0), _fitting(name, f"{score:.2f}", picture), color)
-    return picture
+def _ends(rings: Sequence[NDArray[Any]]) -> tuple[Point, Point]:
+    """Return the highest and the lowest point of polygons; the middle one, where there are several."""
+    points_N2 = np.concatenate(rings)
+    ends = []
+    for y in (points_N2[:, 1].min(), points_N2[:, 1].max()):
+        x = float(np.median(points_N2[np.abs(points_N2[:, 1] - y) < 1, 0]))
+        ends.append((x, float(y)))
+    return ends[0], ends[1]
 
 
-def _fitting(name: str, score: str, picture: Image.Image) -> Written:
-    """Return a label, whose name is cut where the picture is too narrow for it."""
-    size = _text_size(picture)
-    label, kept = written(f"{name} {score}", size), len(name)
-    while label.box[2] + size > picture.width and kept > 1:
-        kept -= 1
-        label = written(f"{name[:kept]}.. {score}", size)
-    return label
+def _rings_of(rle: dict[str, Any], zoom: float) -> list[NDArray[Any]]:
+    x, y, w, h = map(int, mask_util.toBbox(rle))
+    # One mask at a time: those of a large image take gigabytes.
+    window = mask_util.decode(rle)[y : y + h, x : x + w]
+    return outlines(window, (x, y), zoom)
 
 
-def _label(
-    pen: ImageDraw.ImageDraw,
-    size: tuple[int, int],
-    corner: tuple[float, float],
-    label: Written,
-    color: Color,
-) -> None:
-    """Write a label on a ground of its colour: above the corner where there is room, and whole."""
-    left, top, right, bottom = label.box
-    margin = max(1, (bottom - top) // 6)
-    width, height = right - left + 2 * margin, bottom - top + 2 * margin
-    x = max(0, min(round(corner[0]), size[0] - width))
-    y = round(corner[1]) - height
-    y = max(0, min(y if y >= 0 else round(corner[1]), size[1] - height))
-    pen.rectangle((x, y, x + width, y + height), fill=color)
-    red, green, blue = color
-    is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
-    pen.text(
-        (x + margin - left, y + margin - top),
-        label.text,
-        fill=(0, 0, 0) if is_light else (255, 255, 255),
-        font=label.font,
-    )
+def _rings(mask_HW: NDArray[np.bool_], zoom: float) -> Any:
+    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    corner = int(columns[0]), int(rows[0])
+    window = mask_HW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return outlines(window, corner, zoom), window, corner
 
 
-def _enlarged(canvas: NDArray[np.uint8]) -> Image.Image:
-    picture = Image.fromarray(canvas)
-    zoom = round(_SMALLEST / max(picture.size))
-    if zoom < 2:
-        return picture  # without a copy: the image may be large
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+def _middle(window: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the place xy of a mask's window that is farthest from its border, roughly."""
+    mask = Image.fromarray(window.astype(np.uint8) * np.uint8(255))
+    factor = max(1, -(-max(mask.size) // 96))
+    small = mask.reduce(factor)
+    padded = Image.new("L", (small.width + 16, small.height + 16))
+    padded.paste(small, (8, 8))
+    thick = np.asarray(padded.filter(ImageFilter.GaussianBlur(8)))
+    y, x = np.unravel_index(int(thick.argmax()), thick.shape)
+    return (float(x) - 7.5) * factor, (float(y) - 7.5) * factor
+
+
+def _enlarged(image: NDArray[np.uint8]) -> tuple[Image.Image, int]:
+    """Return a picture of the image, enlarged where it is small, and by how much."""
+    picture = Image.fromarray(image)
+    zoom = max(1, round(_SMALLEST / max(picture.size)))
+    if zoom > 1:
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.LANCZOS)
+    return picture, zoom

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from giantdet.data.images import image_endings, read_image
 from giantdet.data.records import image_fault
-from giantdet.engine.predict import load_image
+from giantdet.engine.images import load_image
 from giantdet.errors import InputError
 
 logger = logging.getLogger("giantdet")

@@ -1,34 +1,31 @@
 """Run an exported model on image files, without DeepSpeed.
 
 from giantdet import load_predictor
-predictor = load_predictor("runs/demo/export")
-found = predictor("image.jpg")
+predictor = load_predictor("runs/demo")
+predictor("image.jpg").save("picture.png")
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from torch import Tensor
 from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from giantdet.architectures import Architecture
 from giantdet.config.types import TtaConfig
-from giantdet.data.images import bomb_text, has_frames, limit_pixels
+from giantdet.data.images import limit_pixels
 from giantdet.data.panoptic import PanopticMap
-from giantdet.data.pixels import is_batch, rgb_pixels, to_rgb
+from giantdet.data.pixels import is_batch
 from giantdet.data.views import image_batch, image_batches, no_targets, whole_image
 from giantdet.engine.found import Found
+from giantdet.engine.images import ImageLike, load_image, pixels_of
 from giantdet.engine.tiles import kept_in_tile, shifted_rle, tiles_of
 from giantdet.engine.tta import MultiScale, check_tta
 from giantdet.errors import InputError
@@ -37,6 +34,7 @@ from giantdet.evaluation.panoptic import panoptic_map
 from giantdet.evaluation.rle import Rle
 from giantdet.evaluation.semantic import SemanticMaps
 from giantdet.export import ExportConfig, load_detector
+from giantdet.layers.precision import cast
 from giantdet.structures import Batch, Detections, Outputs, joined
 
 __all__ = [
@@ -49,9 +47,7 @@ __all__ = [
     "no_targets",
 ]
 
-logger = logging.getLogger("giantdet")
-ImageLike = str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[Any] | Tensor
-"""A file, or what `pixels.rgb_pixels` takes."""
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Predictor:
@@ -131,12 +127,13 @@ class Predictor:
         if any(map(is_batch, images)):
             raise InputError("a list of images contains another list; give a flat list")
         if tile is None:
-            found = list(self._found(map(_pixels, images), threshold, batch_size, tta))
+            found = list(self._found(map(pixels_of, images), threshold, batch_size, tta))
         else:
             found = [
-                self._in_tiles(_pixels(one), threshold, tile, tile_overlap, batch_size, progress)
+                self._in_tiles(pixels_of(one), threshold, tile, tile_overlap, batch_size, progress)
                 for one in images
             ]
+        found = [one._replace(image=given) for one, given in zip(found, images, strict=True)]
         return found if is_batch(image) else found[0]
 
     def check_tta(self, tile: int | None = None) -> None:
@@ -301,30 +298,6 @@ class Predictor:
         )
 
 
-def _pixels(image: Any) -> NDArray[np.uint8]:
-    is_file = isinstance(image, str | os.PathLike) or hasattr(image, "read")
-    return load_image(image) if is_file else rgb_pixels(image)
-
-
-def load_image(path: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.uint8]:
-    """Return an image file, by its path or open, as uint8 RGB `[h, w, 3]`, rotated as its EXIF data say.
-
-    Of a file with several frames the first is returned, and a warning says so. Raises InputError, a
-    ValueError, that names the file.
-    """
-    try:
-        source = Path(path).expanduser() if isinstance(path, str | os.PathLike) else path
-        with Image.open(source) as file:
-            pixels_HW3 = np.array(to_rgb(ImageOps.exif_transpose(file)))
-            if has_frames(file):
-                logger.warning("%s has several frames, only the first is read", path)
-            return pixels_HW3
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {bomb_text(error)}") from error
-    except Exception as error:  # PIL's plugins raise exceptions of many types for broken files
-        raise InputError(f"{path}: not a readable image ({error})") from error
-
-
 def _known(device: torch.device | str) -> torch.device:
     try:
         known = torch.device(device)
@@ -336,16 +309,33 @@ def _known(device: torch.device | str) -> torch.device:
 
 
 def load_predictor(
-    folder: str | Path, device: torch.device | str | None = None, max_image_pixels: int | None = None
+    source: str | Path,
+    device: torch.device | str | None = None,
+    max_image_pixels: int | None = None,
+    dtype: Precision | torch.dtype = "float32",
 ) -> Predictor:
-    """Return a predictor for the export in a folder; without `device`, on the GPU if there is one.
+    """Return a predictor for an export; without `device`, on the GPU if there is one.
 
-    `device` is "cpu", "cuda", "cuda:1" or another of PyTorch. `max_image_pixels` lets this process read
-    larger files than Pillow's limit of 178,956,970 pixels. Raises InputError, a ValueError, for a folder that
-    is not an export, and for a GPU that is not there.
+    Args:
+        source: folder of an export or of a run, or `hf_hub:OWNER/NAME` for one of the Hugging Face hub.
+        device: "cpu", "cuda", "cuda:1" or another of PyTorch.
+        max_image_pixels: lets this process read larger files than Pillow's limit of 178,956,970 pixels.
+        dtype: type of weights and activations: "float32", "bfloat16" or "float16". Boxes, scores and maps are
+            computed in float32.
+
+    Raises InputError, a ValueError, for a folder that is not an export, and for a GPU that is not there.
     """
     if max_image_pixels is not None:
         limit_pixels(max_image_pixels)
     device = _known(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    detector, config = load_detector(Path(folder).expanduser(), device)
+    detector, config = load_detector(source, device)
+    cast(detector, _dtype(dtype))
     return Predictor(detector, config, device)
+
+
+def _dtype(dtype: Precision | torch.dtype) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in get_args(Precision):
+        raise InputError(f"dtype {name}: give one of {', '.join(get_args(Precision))}")
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -22,6 +22,7 @@ from giantdet.layers.blocks import blocks_of
 from giantdet.layers.deferred import deferred_init, is_deferred, real_parameters
 from giantdet.layers.frozen import DTYPES
 from giantdet.layers.norm import moving_norms
+from giantdet.layers.precision import cast_buffers
 from giantdet.optim.optimizers import optimizer_factory, with_muon
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
@@ -63,20 +64,6 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
             dist_init_required=False,
         )[0]
     return engine
-
-
-def cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the floating-point buffers of other libraries' modules to the type of the weights, in place.
-
-    DeepSpeed 0.19.8 casts parameters only, and in some of timm's modules, EVA's attention among them, a
-    buffer is an operand beside weights. giantdet's own modules take care of the types of their buffers.
-    """
-    for module in model.modules():
-        if type(module).__module__.startswith("giantdet."):
-            continue
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(dtype)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ other levels lie outside and give 0; it is also what the kernel is compared with
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,20 @@ from giantdet.ops.triton_kernels import INSTALLED, use_triton
 
 if INSTALLED:
     from giantdet.ops import roi_align_triton
+
+
+_gathers = True  # on CPUs, where it is faster
+
+
+@contextmanager
+def pooling_by_level() -> Iterator[None]:
+    """Within the block, pool by torchvision's operator, which ONNX has too."""
+    global _gathers
+    _gathers = False
+    try:
+        yield
+    finally:
+        _gathers = True
 
 
 def assign_levels(
@@ -153,7 +168,7 @@ def roi_align_pyramid(
     # The kernel's backward adds in any order. torchvision has a deterministic implementation, a slow one.
     if use_triton(boxes_BR4.device) and not torch.are_deterministic_algorithms_enabled():
         pool = roi_align_triton.pool
-    elif sampling_ratio > 0 and boxes_BR4.device.type in ("cpu", "meta"):
+    elif _gathers and sampling_ratio > 0 and boxes_BR4.device.type in ("cpu", "meta"):
         pool = _gather_pool
     pooled = pool(levels, boxes_K4, batch_K, level_K, strides, output_size, sampling_ratio, aligned)
     return pooled.to(levels[0].dtype)

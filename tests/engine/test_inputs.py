@@ -14,9 +14,7 @@ from PIL import Image
 
 from giantdet import cli, load_predictor
 from giantdet.data.images import limit_pixels
-from giantdet.engine import draw as draw_module
 from giantdet.engine import fonts
-from giantdet.engine.draw import draw
 from giantdet.engine.found import Found
 from giantdet.engine.inputs import image_files, picture_names
 from giantdet.engine.predict import load_image
@@ -147,40 +145,6 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, tiny_export: Path, monkeypat
     assert cli.main(["predict", str(tiny_export), "~/a.png", "--output=~/out"]) == 0
     assert (tmp_path / "out/a.png").is_file() and not (tmp_path / "~").exists()
     assert load_image("~/a.png").shape == (48, 64, 3)
-
-
-def found_of(names: list[str], boxes: list[list[float]]) -> Found:
-    labels = torch.arange(len(names))
-    return Found(torch.tensor(boxes), torch.full((len(names),), 0.9), labels, names, list(range(len(names))))
-
-
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (480, 640), (1080, 1920)])
-def test_labels_scale_with_the_picture_and_stay_inside(height: int, width: int) -> None:
-    """The label of a box in the lower right corner is moved inside completely."""
-    image = np.zeros((height, width, 3), np.uint8)
-    name = "перекрёсток"
-    found = found_of([name], [[width - 9.0, height - 9.0, width - 1.0, height - 1.0]])
-    picture = np.asarray(draw(image, found))
-    label = fonts.written(f"{name} 0.90", max(12, round(min(picture.shape[:2]) / 45)))
-    assert label.text == f"{name} 0.90", "the font has Cyrillic characters"
-    ground = (picture == (230, 25, 75)).all(-1)
-    rows, columns = np.nonzero(ground)
-    assert columns.max() < picture.shape[1] and columns.min() <= picture.shape[1] - label.box[2]
-    assert (picture == 255).all(-1).sum() > 20, "white letters"
-    assert rows.max() - rows.min() >= min(picture.shape[:2]) / 45
-
-
-def test_instances_differ_and_labels_of_narrow_pictures_are_cut(monkeypatch: Any) -> None:
-    texts: list[str] = []
-    monkeypatch.setattr(
-        draw_module, "written", lambda text, size: texts.append(text) or fonts.written(text, size)
-    )
-    boxes = [[1.0, 100, 9, 120], [11.0, 100, 19, 120], [21.0, 100, 29, 120]]
-    found = found_of(["traffic light"] * 3, boxes)._replace(labels_D=torch.zeros(3, dtype=torch.int64))
-    picture = np.asarray(draw(np.zeros((600, 60, 3), np.uint8), found))
-    colors = {tuple(picture[110, x]) for x in (1, 11, 21)}
-    assert len(colors) == 3 and (0, 0, 0) not in colors
-    assert fonts.written(texts[-1], 12).box[2] <= 60 and texts[-1].endswith(".. 0.90")
 
 
 def test_characters_missing_in_all_fonts_are_numbers_and_reported_once(monkeypatch: Any, caplog: Any) -> None:
