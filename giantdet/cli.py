@@ -10,6 +10,7 @@ import signal
 import sys
 
 from giantdet.commands import COMMANDS
+from giantdet.engine.quiet import quieten
 from giantdet.errors import GiantdetError, InputError, LostContactError
 
 
@@ -18,12 +19,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     An error of `errors.py` ends it with one line on stderr and that error's code; a bug shows its traceback.
     """
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    logging.basicConfig(level=logging.WARNING, format="giantdet: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Named("%(package)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    if not getattr(options, "verbose", False):
+        quieten()
     try:
         return int(options.command(options) or 0)
     except BrokenPipeError:
@@ -52,6 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
             sys.modules["giantdet.distributed.comm"].stop()
 
 
+class _Named(logging.Formatter):
+    """Begins a line with the package that has logged it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.package = record.name.partition(".")[0]
+        return super().format(record)
+
+
 def _say(message: str) -> None:
     """Print to stderr, once: if many ranks stop for one reason, only the main rank prints it.
 
@@ -66,6 +78,22 @@ def _say(message: str) -> None:
             return
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed arguments; overrides may come before, between and after options."""
+    parser = build_parser()
+    # argparse takes positional arguments in one place only, and leaves the others.
+    options, left = parser.parse_known_args(arguments)
+    if left and not (hasattr(options, "overrides") and all(map(_is_override, left))):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides += left
+    return options
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ else
     processes=$((gpus < 2 ? gpus : 2))
 fi
 echo "demo: training with $processes processes"
-python -m deepspeed.launcher.runner --num_accelerators "$processes" scripts/train.py \
+python -m deepspeed.launcher.runner --quiet --num_accelerators "$processes" scripts/train.py \
     --deepspeed_config ds_configs/demo.json "$@"
 
 echo "demo: reloading the export, without DeepSpeed"
@@ -47,6 +47,7 @@ python scripts/demo_picture.py "$run" "$run/predictions/demo.jpg" >/dev/null
 echo
 echo "model      $run/export/model.safetensors"
 echo "overlay    $run/predictions/${first%.*}.png"
+echo "report     $run/report.html"
 echo "picture    $run/predictions/demo.jpg"
 echo "loss plot  $run/losses.png"
 echo "scores     $run/scores.json"

@@ -17,7 +17,7 @@ _complete() {
 import importlib.util as util, os, sys
 names = ("torch torchvision timm deepspeed pycocotools einops safetensors pydantic PIL tqdm matplotlib "
          "pytest pytest_timeout ruff mypy jsonschema torchmetrics hotcoco mkdocs material "
-         "supervision onnx onnxruntime onnxscript").split()
+         "tensorboard wandb supervision onnx onnxruntime onnxscript").split()
 found = util.find_spec("giantdet")
 here = found is not None and found.origin is not None
 here = here and os.path.realpath(found.origin).startswith(os.path.realpath(sys.argv[1]) + os.sep)

@@ -293,6 +293,14 @@ def test_command(case: Case, data: Path, tiny_export: Path, tmp_path: Path, caps
     (data / "foreign.json").write_text(json.dumps(foreign))
     known = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
     (data / "list.json").write_text(json.dumps({"images": foreign["images"], "categories": known}))
+    (data / "voc").mkdir()
+    (data / "voc/gone.xml").write_text("<annotation><filename>no_such_image.jpg</filename></annotation>")
+    (data / "labelme.json").write_text(json.dumps({"imagePath": "a.png", "shapes": []}))
+    for name, part in (("train", slice(0, 2)), ("val", slice(2, 3))):
+        (data / f"splits/{name}").mkdir(parents=True)
+        content = good_content()
+        content |= {key: content[key][part] for key in ("images", "annotations")}
+        (data / f"splits/{name}/instances.json").write_text(json.dumps(content))
     (data / "run").mkdir()
     (data / "run/config.json").write_text(json.dumps(run_of(data, {})))
     places = {"export": tiny_export, "data": data, "empty": tmp_path / "empty"}

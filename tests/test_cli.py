@@ -171,10 +171,20 @@ def test_script_in_one_process(demo_data: Path, tmp_path: Path) -> None:
     run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
     done = _run(SCRIPT, "--deepspeed_config", run, "--local_rank=0", "model.backbone.name=resnet51")
     _one_line(done.code, done.err, "unknown backbone 'resnet51'")
-    done = _run(SCRIPT, "--deepspeed", "--deepspeed_config", run, "--local-rank=0", "train.steps=1")
+    done = _run(
+        SCRIPT,
+        "--deepspeed",
+        "--deepspeed_config",
+        run,
+        "--local-rank=0",
+        "train.steps=1",
+        "train.report=true",
+    )
     assert done.code == 0, done.err
     assert (tmp_path / "out/export/model.safetensors").is_file()
     assert (tmp_path / "out/losses.png").is_file()
+    assert "could not be made" not in (tmp_path / "out/report.html").read_text()
+    assert str(tmp_path / "out/report.html") in done.out
 
 
 def test_missing_rank_gives_one_line(demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -246,6 +256,38 @@ def test_print_config_round_trips(demo_data: Path, tmp_path: Path, capsys: Any) 
     assert json.loads(capsys.readouterr().out) == printed
     assert load_run(tmp_path / "again.json").giantdet == parse_run(printed).giantdet
     assert not (tmp_path / "out").exists()
+
+
+def test_overrides_may_stand_before_and_after_options(
+    demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _write(tmp_path, tiny_run(demo_data, tmp_path / "out"))
+    options = ["train.steps=3", "--config", str(run), "train.seed=4", "--print-config", "train.steps=7"]
+    assert cli.main(["train", *options, "~giantdet.data.val"]) == 0
+    printed = json.loads(capsys.readouterr().out)["giantdet"]
+    assert (printed["train"]["steps"], printed["train"]["seed"], printed["data"]["val"]) == (7, 4, None)
+    assert cli.parse(["plan", str(run), "a=1", "--gpus", "8", "b=2"]).overrides == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "x", "a=1", "--print-config", "nonsense"],
+        ["train", "--config", "x", "--prnt-config=1"],
+        ["doctor", "a=1"],
+    ],
+)
+def test_other_arguments_that_are_left_are_errors(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(arguments)
+    assert "unrecognized arguments: " + arguments[-1] in capsys.readouterr().err
+
+
+def test_verbose_shows_the_lines_of_deepspeed(demo_data: Path, tmp_path: Path, capsys: Any) -> None:
+    run = str(_write(tmp_path, tiny_run(demo_data, tmp_path / "out")))
+    for options, level in ((["--verbose"], "info"), (["--verbose", "log_level=debug"], "debug"), ([], None)):
+        assert cli.main(["train", "--config", run, "--print-config", *options]) == 0
+        assert json.loads(capsys.readouterr().out).get("log_level") == level
 
 
 def test_invalid_bn_size_is_found_before_anything_is_built(

@@ -119,7 +119,8 @@ def tiny_run(data: Path, output: Path, kind: str = "mask_rcnn", **changes: Any) 
                 "mask_frame": 28,
                 "workers": 0,
             },
-            "train": {"steps": 2, "output": str(output), "log_every": 1},
+            # Without the report, which takes longer than the steps; tests/report has it.
+            "train": {"steps": 2, "output": str(output), "log_every": 1, "report": False},
         },
     }
     for path, value in changes.items():
@@ -141,6 +142,7 @@ def demo_run(data: Path, output: Path, steps: int = 2) -> list[str]:
         f"data.val.images={data / 'val'}",
         f"train.steps={steps}",
         "train.log_every=1",
+        "train.report=false",
         f"train.output={output}",
     ]
 

@@ -13,15 +13,18 @@ from giantdet.errors import InputError
 
 def add(subparsers: Any) -> None:
     """Add the command and its arguments."""
-    parser = subparsers.add_parser("configs", help="list the recipes of a folder")
-    parser.add_argument("folder", nargs="?", type=as_path, default=Path("ds_configs"))
+    parser = subparsers.add_parser("configs", help="list the recipes")
+    parser.add_argument("folder", nargs="?", type=as_path, help="folder; default: giantdet's own recipes")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    if not options.folder.is_dir():
-        raise InputError(f"{options.folder}: no such folder; name the folder of the recipes")
-    for path in sorted(options.folder.glob("*.json")):
+    from giantdet.config.recipes import RECIPES
+
+    folder = options.folder or (Path("ds_configs") if Path("ds_configs").is_dir() else RECIPES)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name the folder of the recipes")
+    for path in sorted(folder.glob("*.json")):
         try:
             about = json.loads(path.read_text()).get("about", "")
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):

@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from giantdet.data.dataset import meet
     from giantdet.distributed import comm
     from giantdet.engine.evaluate import evaluate, warn_of_limits
+    from giantdet.engine.progress import shown_batches
     from giantdet.export import load_detector
 
     if options.members or options.fuse is not None:
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         backend=options.backend or run_config.eval.backend,
         results=options.results,
         tta=tta_of(options, config.tta) or run_config.eval.tta,
-        progress=True,
+        batches=shown_batches,
     )
     if comm.is_main():
         print(found.table)

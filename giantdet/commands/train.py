@@ -22,7 +22,8 @@ def add(subparsers: Any) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="overrides of the JSON by dotted path: train.steps=100 zero_optimization.stage=3",
+        help="overrides of the JSON by dotted path: train.steps=100 zero_optimization.stage=3; ~key removes "
+        "a key",
     )
     parser.add_argument(
         "--profile",
@@ -30,6 +31,11 @@ def add(subparsers: Any) -> None:
         help="record a few steps: writes a trace and the ten most expensive operators to OUTPUT/profile/",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved JSON and stop")
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show DeepSpeed's INFO lines and the deprecation warnings of libraries",
+    )
     # Launchers pass the local rank in either spelling; it is also in the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -39,13 +45,16 @@ def add(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from giantdet.config.load import load_run
 
-    run = load_run(options.deepspeed_config, options.overrides)
+    verbosity = ["log_level=info"] if options.verbose else []
+    run = load_run(options.deepspeed_config, [*verbosity, *options.overrides])
     if options.print_config:
         print_config(run)
         return
     from giantdet.distributed import comm
+    from giantdet.engine.announce import ending
     from giantdet.engine.faults import listen
     from giantdet.engine.train import train
+    from giantdet.report.build import report_of_finished
     from giantdet.tools.plots import plot_run
     from giantdet.tools.profile import Profile
 
@@ -57,8 +66,13 @@ def run(options: argparse.Namespace) -> None:
     train(run, profile.step if profile is not None else lambda: None)
     if profile is not None:
         profile.close()
-    if comm.is_main():
+    is_main = comm.is_main()
+    comm.stop()  # the report takes a while, and no rank has to wait for it
+    if is_main:
         plot_run(output / "metrics.jsonl", output)
+        if run.giantdet.train.report:
+            report_of_finished(output)
+        print("\n" + ending(output), flush=True)
 
 
 def print_config(run: Any) -> None:

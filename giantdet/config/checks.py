@@ -111,7 +111,8 @@ def _one_liners(
         if kind == "extra_forbidden":
             of = f" of {owner}" if owner else ""
             path = _join(prefix, *names)
-            messages[path] = f"unknown key {path}{of}{_hint(section, names, where, chosen)}"
+            removal = f"; remove it with the override ~{path}" if owner else ""  # of the file's former type
+            messages[path] = f"unknown key {path}{of}{_hint(section, names, where, chosen) or removal}"
             continue
         if kind == "missing":
             needs = f"; {owner} needs it" if owner else ""

@@ -41,8 +41,9 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     An override is `key=value` with a dotted key: `train_batch_size=8`, `zero_optimization.stage=3`,
     `giantdet.train.steps=10`. `giantdet.` may be left out before one of its sections (`train.steps=10`). The
-    value is read as JSON, or as a string where it is not JSON. A run has either epochs or steps, so
-    overriding one of them removes the other from the file's values.
+    value is read as JSON, or as a string where it is not JSON. `~key` removes the key, so that its default
+    applies. They are applied in their order: the last of several for one key counts. A run has either epochs
+    or steps, so overriding one of them removes the other from the file's values.
 
     Raises ConfigError with one line that names the key.
     """
@@ -127,27 +128,25 @@ def _is_text(text: str) -> bool:
 def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     given: set[str] = set()
     for override in overrides:
-        key, equals, text = override.partition("=")
+        removes = override.startswith("~")
+        key, equals, text = override.removeprefix("~").partition("=")
         key = key.strip()
         parts = key.split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"override {override!r} is not of the form key=value, as in train.steps=100")
+        if bool(equals) == removes or not all(parts):
+            raise ConfigError(
+                f"override {override!r} is not of the form key=value, as in train.steps=100, or ~key, which "
+                "removes a key"
+            )
         if parts[0] in GiantdetConfig.model_fields:
             parts.insert(0, "giantdet")
         elif parts[0] not in DEEPSPEED_KEYS and parts[0] not in (*OWN_KEYS, *UNSUPPORTED):
             raise ConfigError(f"override {override!r}: unknown key {key}{nearest(key, all_paths())}")
-        key = ".".join(parts)
-        if key in given:
-            raise ConfigError(f"override {override!r}: {key} is given twice")
-        given.add(key)
-        try:
-            value = _parse_json(text)
-        except json.JSONDecodeError:
-            value = text
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"override {override[:60]!r}: {error}") from None
-        if isinstance(value, str) and not _is_text(value):
-            raise ConfigError(f"override {override!r}: its value contains characters that are not text")
+        if removes:
+            _remove(raw, parts, override)
+            given.discard(".".join(parts))
+            continue
+        given.add(".".join(parts))
+        value = _override_value(override, text)
         node = raw
         for depth, part in enumerate(parts[:-1], start=1):
             node[part] = {} if node.get(part) is None else node[part]
@@ -162,3 +161,29 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if f"giantdet.train.{one}" in given and f"giantdet.train.{other}" not in given:
             raw["giantdet"]["train"].pop(other, None)
+
+
+def _override_value(override: str, text: str) -> Any:
+    """Return the value of an override: JSON, or a string where it is not JSON."""
+    try:
+        value = _parse_json(text)
+    except json.JSONDecodeError:
+        value = text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"override {override[:60]!r}: {error}") from None
+    if isinstance(value, str) and not _is_text(value):
+        raise ConfigError(f"override {override!r}: its value contains characters that are not text")
+    return value
+
+
+def _remove(raw: dict[str, Any], parts: Sequence[str], override: str) -> None:
+    """Remove a key. Raises ConfigError if it is not there, as a mistyped key would not be."""
+    node: Any = raw
+    for part in parts[:-1]:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or parts[-1] not in node:
+        siblings = node if isinstance(node, dict) else ()
+        raise ConfigError(
+            f"override {override!r}: the run has no key {'.'.join(parts)}{nearest(parts[-1], siblings)}"
+        )
+    del node[parts[-1]]

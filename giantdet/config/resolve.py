@@ -69,6 +69,7 @@ def resolve(
     _resolve_optimizer(deepspeed, has_gpu)
 
     giantdet = run.giantdet
+    _resolve_monitors(deepspeed, giantdet.train.output)
     _check_norm_parts(giantdet)
     if giantdet.train.steps is None and train_images is not None:
         assert giantdet.train.epochs is not None
@@ -131,7 +132,8 @@ def check_data(run: RunConfig, splits: Sequence[str] = ("train", "val")) -> None
             where = f"giantdet.data.{split}{place}.{source.key}"
             if source.is_folder and not source.path.is_dir():
                 raise ConfigError(f"{where}: folder {source.path} does not exist")
-            if not source.is_folder and not source.path.is_file():
+            # A folder for a file is left to the reader, which knows what other formats look like.
+            if not source.is_folder and not source.path.exists():
                 folder = source.path.parent
                 beside = [p.name for p in folder.glob(f"*{source.path.suffix}")] if folder.is_dir() else []
                 raise ConfigError(
@@ -262,6 +264,14 @@ def _resolve_optimizer(deepspeed: dict[str, Any], has_gpu: bool) -> None:
         deepspeed.setdefault("zero_allow_untested_optimizer", True)
     if offload != "none" and (not adam or params.get("torch_adam", False)):
         deepspeed.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _resolve_monitors(deepspeed: dict[str, Any], output: str) -> None:
+    """Let monitors write to the run's folder: DeepSpeed would write to the current one."""
+    for block, folder in (("tensorboard", "tensorboard"), ("csv_monitor", "csv")):
+        section = deepspeed.get(block, {})
+        if section.get("enabled") and not section.get("output_path"):
+            section |= {"output_path": output, "job_name": section.get("job_name") or folder}
 
 
 def _resolve_scheduler(deepspeed: dict[str, Any], steps: int | None, images: int | None) -> None:

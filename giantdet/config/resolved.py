@@ -88,6 +88,13 @@ class ResolvedRun(RunConfig):
         assert isinstance(found, SchedulerConfig)
         return found
 
+    @property
+    def monitors(self) -> tuple[str, ...]:
+        """The names of the enabled monitors' blocks."""
+        typed = self._typed
+        names = ("tensorboard", "csv_monitor", "wandb", "comet")
+        return tuple(name for name in names if getattr(typed, name).enabled)
+
     def deepspeed_json(self) -> dict[str, Any]:
         """Return the JSON for `deepspeed.initialize(config=...)`, without the blocks of what giantdet builds.
 

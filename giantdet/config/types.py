@@ -189,6 +189,9 @@ class TrainConfig(Section):
     """Also save and keep the checkpoint with the best evaluation, by mask AP (box AP without masks)."""
     async_save: bool = False
     """Write checkpoints while training continues; each rank needs CPU memory for a copy of what it saves."""
+    report: bool = True
+    """Write report.html at the end of `giantdet train` (docs/report.md); it opens the data sets again, in the
+    main process alone."""
     export_shard: PositiveFloat = 2.0
     """Largest size of an exported file in GiB; a larger model is written in several files, with an index."""
     export_backbone: bool = True

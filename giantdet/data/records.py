@@ -14,6 +14,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from giantdet.data.importing.recognise import hint
 from giantdet.data.segments import Fault, Size
 from giantdet.errors import DataError
 
@@ -35,15 +36,15 @@ def read_instances(path: str | Path, kind: str = "instances", images_only: bool 
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise DataError(f"cannot read the annotations {path}: {error.strerror}") from error
+        raise DataError(f"cannot read the annotations {path}: {error.strerror}{hint(path)}") from error
     except (ValueError, RecursionError) as error:  # also a wrong encoding; deeply nested lists
-        raise DataError(f"annotations {path} are not valid JSON: {error}") from error
+        raise DataError(f"annotations {path} are not valid JSON: {error}{hint(path)}") from error
     unlabelled = isinstance(content, dict) and bool(content.get("images")) and "annotations" not in content
     for key in ("images", "categories") if images_only and unlabelled else _KEYS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(
                 f'annotations {path} have no list "{key}"; '
-                f"a COCO {kind} file has images, annotations and categories"
+                f"a COCO {kind} file has images, annotations and categories{hint(path)}"
             )
     if not content["images"]:
         raise DataError(f"annotations {path} contain no images")

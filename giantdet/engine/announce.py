@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 
 import torch
@@ -54,6 +55,36 @@ def write_summary(dataset: Dataset, validation: Dataset | None, config: DataConf
     print(sampling_text(dataset, config), end="", flush=True)
     content = {split: summary.as_json() for split, summary in found.items()}
     file.write_text(json_text(content, indent=2) + "\n")
+
+
+def resume_line(first_step: int, steps: int | None, checkpoints: Path) -> str:
+    """Return from where a run resumes, or that nothing is left of it."""
+    if steps is None or first_step < steps:
+        return f"resuming after step {first_step} from {checkpoints}"
+    return (
+        f"already finished: {checkpoints} has all {first_step} steps, so only the export is written again; "
+        "to train longer, raise train.steps or train.epochs; to train again, name another train.output"
+    )
+
+
+def ending(output: Path) -> str:
+    """Return where the files of a finished run are, and what to do with them, as lines."""
+    export = output / "export"
+    found = [
+        ("model", export, f"giantdet predict {shlex.quote(str(export))} IMAGES"),
+        (
+            "checkpoints",
+            output / "checkpoints",
+            "the same command with more train.steps resumes from the last",
+        ),
+        ("scores", output / "scores.json", "of the last evaluation; its results are in results.json"),
+        ("report", output / "report.html", "open it in a browser"),
+        ("plots", output / "losses.png", "losses and learning rate; the numbers are in metrics.jsonl"),
+        ("curves", output / "tensorboard", f"tensorboard --logdir {shlex.quote(str(output))}"),
+    ]
+    rows = [(name, str(path), use) for name, path, use in found if path.exists()]
+    width = max((len(path) for _, path, _ in rows), default=0)
+    return "\n".join(f"{name:<12} {path:<{width}}  {use}" for name, path, use in rows)
 
 
 def frozen_line(run: ResolvedRun, model: Architecture) -> str:

@@ -6,20 +6,19 @@ partitioned model match.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from giantdet.config.architectures import ArchitectureConfig
 from giantdet.config.classes import Classes
 from giantdet.config.types import Backend, DataConfig, TtaConfig
 from giantdet.data.dataset import Dataset
 from giantdet.data.images import limit_pixels
-from giantdet.data.loader import eval_loader
+from giantdet.data.loader import Loader, eval_loader
 from giantdet.data.records import logger
 from giantdet.distributed import comm
 from giantdet.engine.tta import MultiScale
@@ -38,6 +37,13 @@ class Evaluation(NamedTuple):
     """The scores as text, on the main rank."""
 
 
+class Observer(Protocol):
+    """Something that looks at the outputs of an evaluation beside the evaluators; see `Evaluator`."""
+
+    def add(self, outputs: Outputs, batch: Batch) -> None: ...
+    def merge(self) -> None: ...
+
+
 @torch.no_grad()
 def evaluate(
     model: Callable[[Batch], Outputs],
@@ -54,7 +60,8 @@ def evaluate(
     backend: Backend = "auto",
     results: Path | None = None,
     tta: TtaConfig | None = None,
-    progress: bool = False,
+    batches: Callable[[Loader], Iterable[Batch]] = iter,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Score a model on a data set and return the scores. All ranks call it.
 
@@ -67,7 +74,8 @@ def evaluate(
         classes: the classes that the model predicts.
         window_stride, max_detections, backend, tta: see `EvalConfig`.
         results: file to which the main rank writes the detections, maps beside it; None: nothing is written.
-        progress: show a bar on the main rank, if stderr is a terminal.
+        batches: yields the batches of the loader, and may show the progress.
+        observers: get the outputs too.
     """
     check_windows(tasks, window_stride)
     limit_pixels(data.max_image_pixels)  # for the true maps, which evaluators read
@@ -93,14 +101,15 @@ def evaluate(
         window_stride=window_stride,
         unscaled=tta is not None,
     )
-    hidden = None if progress and comm.is_main() else True
-    for batch in tqdm(loader, total=loader.steps, unit="batch", dynamic_ncols=True, disable=hidden):
+    for batch in batches(loader):
         if multi_scale is None:
             outputs = model(batch.to(device))
         else:
             outputs, batch = multi_scale(batch)
-        for evaluator in evaluators:
-            evaluator.add(outputs, batch)
+        for part in (*evaluators, *observers):
+            part.add(outputs, batch)
+    for observer in observers:
+        observer.merge()
     scores: Scores = {}
     tables: list[str] = []
     numbers: dict[str, str] = {}

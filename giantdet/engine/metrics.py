@@ -1,4 +1,4 @@
-"""The output of a run: a progress bar, metrics.jsonl and DeepSpeed's monitors.
+"""The output of a run: its progress, metrics.jsonl and DeepSpeed's monitors.
 
 Losses stay on the device until a line is written; the only host synchronisation is in `Metrics.log`.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from giantdet.config.json_text import json_text
 from giantdet.distributed import comm
-from giantdet.evaluation import Scores
+from giantdet.engine.progress import Progress
+from giantdet.evaluation import NOTHING_TO_SCORE, Scores
 
 
 class Metrics:
@@ -27,12 +28,20 @@ class Metrics:
         path: metrics.jsonl, appended to; a resumed run removes the lines after its first step.
         total_steps: length of the run in optimizer steps.
         first_step: number of steps that were done before.
+        eval_every: see `Progress`.
         monitor: DeepSpeed's monitor, which gets the same numbers and scores; None: no monitor. They are
             logged by the number of images, as DeepSpeed's own values are: W&B drops a value with a smaller x
             than the last one.
     """
 
-    def __init__(self, path: Path, total_steps: int, first_step: int, monitor: Any = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        total_steps: int,
+        first_step: int,
+        monitor: Any = None,
+        eval_every: int | None = None,
+    ) -> None:
         self.path, self.monitor = path, monitor
         self.sums: dict[str, Tensor] = {}
         self.pending: list[dict[str, Tensor]] = []
@@ -40,12 +49,10 @@ class Metrics:
         self.images = 0
         self.data_seconds = 0.0
         self.since = time.perf_counter()
-        self.bar: tqdm | None = None
         if comm.is_main():
             _drop_lines_after(path, first_step)
-            self.bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5
-            )
+        stream = sys.stderr if comm.is_main() else None
+        self.progress = Progress(total_steps, first_step, eval_every, stream)
 
     def add(self, scalars: dict[str, Tensor], images: int, data_seconds: float) -> None:
         """Add one micro-step of this rank; nothing is copied from the device."""
@@ -60,8 +67,7 @@ class Metrics:
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.count += 1
         self.pending.clear()
-        if self.bar is not None:
-            self.bar.update()
+        self.progress.step()
 
     def log(self, step: int, images_seen: int = 0, **more: Any) -> dict[str, Any]:
         """Write and return the means since the last line, with the values of `more`. All ranks call it.
@@ -87,18 +93,18 @@ class Metrics:
 
     def _write(self, line: dict[str, Any], images_seen: int) -> None:
         self._append(line)
-        if self.bar is not None:
-            loss = {"loss": f"{line['loss']:.3f}"} if "loss" in line else {}
-            self.bar.set_postfix(
-                loss | {"lr": f"{line.get('lr', 0):.1e}", "img/s": f"{line['images_per_second']:.1f}"}
-            )
+        loss = f"loss {line['loss']:.3f}, " if "loss" in line else ""
+        self.progress.show(f"{loss}lr {line.get('lr', 0):.1e}, {line['images_per_second']:.1f} img/s")
         self._monitor(line, images_seen)
 
     def write_scores(self, step: int, scores: Scores, images_seen: int) -> None:
-        """Write the scores of an evaluation. Main rank only. Scores by class go to metrics.jsonl only."""
+        """Write the scores of an evaluation, on the main rank. Scores by class go to metrics.jsonl only."""
+        if not (scores and comm.is_main()):
+            return
         self._append({"step": step, "scores": scores})
         for task, numbers in scores.items():
-            self._monitor({f"{task}/{name}": value for name, value in numbers.items()}, images_seen)
+            found = {f"{task}/{name}": value for name, value in numbers.items() if value != NOTHING_TO_SCORE}
+            self._monitor(found, images_seen)
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -110,8 +116,7 @@ class Metrics:
             self.monitor.write_events([(f"giantdet/{k}", v, images_seen) for k, v in numbers.items()])
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.progress.close()
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -216,13 +216,22 @@ class Predictor:
         maps = SemanticMaps()
         answers = self._on_canvas(images, batch_size) if tta is None else self._in_scales(images, tta)
         for outputs, batch in answers:
-            logits_BChw = outputs.semantic_BCHW
-            complete = {} if logits_BChw is None else dict(maps.add(logits_BChw, batch))
-            last_view = {number: b for b, number in enumerate(batch.image_ids_B.tolist())}
-            for number, b in last_view.items():
-                if logits_BChw is None or number in complete:  # else the image has more windows
-                    found = self._found_in_view(outputs, batch, b, threshold)
-                    yield found._replace(semantic_HW=complete.get(number))
+            yield from (found for _, found in self.found_in(outputs, batch, maps, threshold))
+
+    def found_in(
+        self, outputs: Outputs, batch: Batch, maps: SemanticMaps, threshold: float
+    ) -> Iterator[tuple[int, Found]]:
+        """Yield (image id, what is in the image) for the images that a batch completes.
+
+        `maps` keeps the windows of an image until its last one.
+        """
+        logits_BChw = outputs.semantic_BCHW
+        complete = {} if logits_BChw is None else dict(maps.add(logits_BChw, batch))
+        last_view = {number: b for b, number in enumerate(batch.image_ids_B.tolist()) if number >= 0}
+        for number, b in last_view.items():
+            if logits_BChw is None or number in complete:  # else the image has more windows
+                found = self._found_in_view(outputs, batch, b, threshold)
+                yield number, found._replace(semantic_HW=complete.get(number))
 
     def _on_canvas(
         self, images: Iterable[NDArray[np.uint8]], batch_size: int

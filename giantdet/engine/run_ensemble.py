@@ -24,6 +24,7 @@ from giantdet.engine.found import Found
 from giantdet.engine.fusion import Fusion
 from giantdet.engine.inputs import InputImage
 from giantdet.engine.predict import Predictor, load_predictor
+from giantdet.engine.progress import shown_batches
 from giantdet.engine.results import Results
 from giantdet.errors import InputError
 from giantdet.evaluation import detection_metric
@@ -90,7 +91,7 @@ def evaluate_ensemble(
                 backend=backend,
                 results=Path(folder) / "member.json",
                 tta=choice.tta,
-                progress=True,
+                batches=shown_batches,
             )
             results: list[Result] = []
             if comm.is_main():

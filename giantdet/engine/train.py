@@ -1,23 +1,19 @@
-"""The training loop, its preparation, and what it logs."""
+"""The training loop and its preparation."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from giantdet.architectures import Architecture, total_loss
+from giantdet.architectures import total_loss
 from giantdet.checkpoint.saver import Checkpoints
 from giantdet.config.classes import Classes
 from giantdet.config.identity import identity
-from giantdet.config.json_text import json_text
 from giantdet.config.load import RunConfig
 from giantdet.config.resolve import check_data, describe, resolve
 from giantdet.config.resolved import ResolvedRun
@@ -32,18 +28,19 @@ from giantdet.data.dataset import (
 from giantdet.data.images import limit_pixels
 from giantdet.data.loader import train_loader
 from giantdet.distributed import comm
-from giantdet.distributed.engine import Engine
 from giantdet.engine import faster, zero
-from giantdet.engine.announce import announce, write_summary
-from giantdet.engine.evaluate import Evaluation, check_windows, evaluate, warn_of_limits
+from giantdet.engine.announce import announce, resume_line, write_summary
+from giantdet.engine.environment import record_start
+from giantdet.engine.evaluate import check_windows, warn_of_limits
 from giantdet.engine.faults import StepGuard, poisoned, stop_asked, stop_reason
 from giantdet.engine.lock import OutputLock
 from giantdet.engine.metrics import Metrics
+from giantdet.engine.trackers import prepare_trackers, validation_pictures, write_config
+from giantdet.engine.training import Training
 from giantdet.engine.tta import check_tta
 from giantdet.errors import StoppedError
 from giantdet.evaluation import Scores
 from giantdet.evaluation.backends import check_backend
-from giantdet.export import export_config, export_model
 from giantdet.layers.body import check_name
 from giantdet.layers.frozen import check_frozen, check_left_out
 from giantdet.layers.model_names import with_timm_name
@@ -52,79 +49,6 @@ from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
 
 logger = logging.getLogger("giantdet")
-
-
-@dataclass
-class Training:
-    """All parts of a run, ready for its first step."""
-
-    run: ResolvedRun
-    device: torch.device
-    dataset: Dataset
-    validation: Dataset | None
-    model: Architecture
-    engine: Engine
-    agvm: Agvm | None
-    ema: WeightEma | None
-    checkpoints: Checkpoints
-    scored: Classes
-    """The model's classes with the ids of the validation set."""
-    first_step: int
-    """Number of optimizer steps that were done before."""
-    lock: OutputLock
-
-    @property
-    def output(self) -> Path:
-        """The folder of the run."""
-        return Path(self.run.giantdet.train.output)
-
-    @property
-    def classes(self) -> Classes:
-        """The classes that the model predicts."""
-        return self.run.giantdet.data.classes or Classes()
-
-    @contextmanager
-    def as_evaluated(self) -> Iterator[None]:
-        """Put the weights and statistics to evaluate or export into the model, and restore its own on exit.
-
-        These are the averaged weights, if the run keeps them, and statistics averaged over the ranks.
-        """
-        with nullcontext() if self.ema is None else self.ema.applied(), zero.averaged_statistics(self.engine):
-            yield
-
-    def evaluate(self) -> Evaluation:
-        """Score the model on the validation set; the main rank writes and prints the scores."""
-        assert self.validation is not None
-        config = self.run.giantdet
-        self.engine.eval()
-        with self.as_evaluated():
-            found = evaluate(
-                self.engine,
-                self.validation,
-                config.data,
-                config.eval.batch_size,
-                self.device,
-                tasks=self.model.tasks,
-                model_config=config.model,
-                classes=self.scored,
-                window_stride=config.eval.window_stride,
-                max_detections=config.eval.max_detections,
-                backend=config.eval.backend,
-                results=self.output / "results.json",
-                tta=config.eval.tta,
-            )
-        self.engine.train()
-        if comm.is_main():
-            (self.output / "scores.json").write_text(json_text(found.scores, indent=2) + "\n")
-            print("\n" + found.table, flush=True)
-        return found
-
-    def export(self) -> None:
-        """Write the model to the folder export/ of the run."""
-        described = export_config(self.run, self.classes)
-        with self.as_evaluated():
-            shard = self.run.giantdet.train.export_shard
-            export_model(self.engine.module, self.output / "export", described, shard)
 
 
 def prepare(run: RunConfig) -> Training:
@@ -180,6 +104,7 @@ def _build(
 ) -> Training:
     """Build the parts of a resolved run, and resume; the run's config.json is written if it can."""
     config, output = run.giantdet, Path(run.giantdet.train.output)
+    prepare_trackers(run)
     set_determinism(config.train.deterministic)
     model = zero.build(run, run.batch.micro)
     check_targets(dataset, model.targets, model.WITHOUT_MASKS)
@@ -201,23 +126,17 @@ def _build(
     if comm.is_main():
         # Not before: that of a run whose checkpoints do not fit must stay.
         (output / "config.json").write_text(describe(run) + "\n")
+        write_config(run, engine.monitor)
         write_summary(dataset, validation, config.data, output / "data.json")
+        if first_step < (config.train.steps or 0):
+            record_start(run, device, first_step, output / "environment.json")
         if first_step:
-            print(f"resuming after step {first_step} from {checkpoints.folder}", flush=True)
+            print(resume_line(first_step, config.train.steps, checkpoints.folder), flush=True)
     comm.barrier()
+    pictures = validation_pictures(run, engine.monitor, validation, model)
     return Training(
-        run,
-        device,
-        dataset,
-        validation,
-        model,
-        engine,
-        agvm,
-        ema,
-        checkpoints,
-        scored,
-        first_step,
-        lock,
+        *(run, device, dataset, validation, model, engine, agvm, ema, checkpoints, scored),
+        *(pictures, first_step, lock),
     )
 
 
@@ -231,14 +150,16 @@ def train(run: RunConfig, after_step: Callable[[], None] = lambda: None) -> Scor
     finite, and StoppedError, after saving a checkpoint, where the run was asked to stop.
     """
     training = prepare(run)
+    metrics = training.metrics()
     try:
-        return _train(training, after_step)
+        return _train(training, metrics, after_step)
     finally:
+        metrics.close()
         training.lock.release()
         training.engine.destroy()  # its hooks would keep the weights and the process groups
 
 
-def _train(training: Training, after_step: Callable[[], None]) -> Scores:
+def _train(training: Training, metrics: Metrics, after_step: Callable[[], None]) -> Scores:
     engine, model, agvm, checkpoints = training.engine, training.model, training.agvm, training.checkpoints
     config, (_, micro_batch, accumulation) = training.run.giantdet.train, training.run.batch
     total_steps = config.steps
@@ -255,7 +176,6 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
         targets=model.targets,
     )
     guard = StepGuard(engine, config.max_skipped_steps)
-    metrics = Metrics(training.output / "metrics.jsonl", total_steps, training.first_step, engine.monitor)
     scores: Scores = {}
 
     engine.train()
@@ -275,7 +195,7 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
             if agvm is not None:
                 agvm.observe()
                 agvm.scale()
-            lr = max(zero.learning_rates(engine).values())  # the step advances the schedule
+            rates = zero.learning_rates(engine)  # the step advances the schedule
             applied = guard.step()  # DeepSpeed steps optimizer and schedule at the last micro-step
             metrics.add({"loss": loss, **losses, **model.counts(predictions)}, micro_batch, data_seconds)
         if training.ema is not None and applied:
@@ -285,15 +205,13 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
         stopping = stop_asked()
         if is_due(step, config.log_every, total_steps):
             checkpoints.finish(wait=False)
-            values = progress(training, batches.counters, guard.skipped)
-            metrics.log(step, engine.global_samples, lr=lr, **values)
-        evaluation: Evaluation | None = None
+            values = zero.highest_rates(rates) | training.measured(batches.counters, guard.skipped)
+            metrics.log(step, engine.global_samples, **values)
+        score = None
         if training.validation is not None and is_due(step, config.eval_every, total_steps) and not stopping:
-            evaluation = training.evaluate()
-            scores = evaluation.scores
-            if comm.is_main() and scores:
-                metrics.write_scores(step, scores, engine.global_samples)
-        score = None if evaluation is None else evaluation.primary
+            with metrics.progress.evaluating():
+                scores, score, _ = training.evaluate(metrics.progress.batches)
+            metrics.write_scores(step, scores, engine.global_samples)
         if is_due(step, config.save_every, total_steps) or stopping or checkpoints.is_best(score):
             checkpoints.save(step, score)
         if stopping:
@@ -301,8 +219,8 @@ def _train(training: Training, after_step: Callable[[], None]) -> Scores:
             raise StoppedError(
                 f"{stop_reason()} after step {step}; the same command resumes from {checkpoints.folder}"
             )
-    metrics.close()
     batches.close()
+    metrics.progress.exporting()
     training.export()
     checkpoints.close()
     comm.barrier()
@@ -332,19 +250,3 @@ def set_determinism(wanted: bool) -> None:
         torch.backends.cudnn.benchmark = False
     else:
         torch.backends.cudnn.benchmark = True  # shapes are fixed, so the search runs only once
-
-
-def progress(training: Training, counters: dict[str, int], skipped: int) -> dict[str, Any]:
-    """Return the values of a log line except the losses and the LR. All ranks call it."""
-    norm = zero.gradient_norm(training.engine)
-    line: dict[str, Any] = {"memory_gib": zero.peak_memory(training.device)}
-    if norm is not None and math.isfinite(norm):  # DeepSpeed returns inf for a step that it skipped
-        line["grad_norm"] = norm
-    if skipped:
-        line["skipped_steps"] = skipped
-    # What the loaders of all ranks left out, so that no data is lost silently.
-    names = sorted(counters)
-    totals = comm.mean_over_ranks([float(counters[name] * comm.world_size()) for name in names])
-    line |= {name: round(total) for name, total in zip(names, totals, strict=True) if total}
-    line |= training.checkpoints.counters()
-    return line | (training.agvm.scalars() if training.agvm is not None else {})

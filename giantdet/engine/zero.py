@@ -37,9 +37,7 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
     InputError, a ValueError, for a JSON that DeepSpeed refuses.
     """
     import deepspeed
-    from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
     cast_buffers(model, weight_dtype(run))
     if any(is_deferred(parameter) for parameter in model.parameters()):
         with _refusal_in_one_line():
@@ -144,6 +142,15 @@ def groups_of(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
 def learning_rates(engine: Engine) -> dict[str, float]:
     """Return the current LR by the name of the parameter group."""
     return {group["name"]: float(group["lr"]) for group in engine.basic_optimizer.param_groups}
+
+
+def highest_rates(rates: dict[str, float]) -> dict[str, float]:
+    """Return the highest of the LRs of parameter groups as `lr`, and that of each module as `lr/MODULE`."""
+    found = {"lr": max(rates.values())}
+    for group, rate in rates.items():
+        name = f"lr/{group.partition('/')[0]}"
+        found[name] = max(rate, found.get(name, 0.0))
+    return found
 
 
 def set_gradient_clipping(engine: Engine, limit: float) -> None:

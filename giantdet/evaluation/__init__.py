@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 from giantdet.data.dataset import Dataset
 from giantdet.evaluation.coco import CocoEvaluator
-from giantdet.evaluation.evaluator import Evaluator, Scores, primary_score
+from giantdet.evaluation.evaluator import NOTHING_TO_SCORE, Evaluator, Scores, primary_score
 from giantdet.evaluation.lvis import LvisEvaluator
 from giantdet.evaluation.panoptic import PanopticEvaluator
 from giantdet.evaluation.semantic import SemanticEvaluator
 
-__all__ = ["EVALUATORS", "Evaluator", "Scores", "detection_metric", "metrics_of", "primary_score"]
+__all__ = [
+    "EVALUATORS",
+    "NOTHING_TO_SCORE",
+    "Evaluator",
+    "Scores",
+    "detection_metric",
+    "metrics_of",
+    "primary_score",
+]
 
 DETECTION: tuple[type[CocoEvaluator], ...] = (CocoEvaluator, LvisEvaluator)
 """The metrics of boxes and masks, one for each protocol of data sets."""

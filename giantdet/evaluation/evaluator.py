@@ -13,7 +13,11 @@ from giantdet.data.dataset import Dataset
 from giantdet.structures import Batch, Outputs
 
 Scores = dict[str, dict[str, Any]]
-"""Numbers by task: {"box": {"AP": 0.4, ...}, "mask": ...}; None where there is nothing to score."""
+"""Numbers by task: {"box": {"AP": 0.4, ...}, "mask": ...}; None where there is nothing to score.
+
+COCO's numbers are -1 there, as in pycocotools.
+"""
+NOTHING_TO_SCORE = -1.0
 
 
 class Evaluator(Protocol):
@@ -72,4 +76,4 @@ def primary_score(scores: Scores, tasks: Sequence[str], numbers: Mapping[str, st
 
 def shown(value: float | None) -> str:
     """Return a score as a cell of a table, 7 characters wide; "-" where there is nothing to score."""
-    return f"{'-':>7}" if value is None else f"{value:>7.3f}"
+    return f"{'-':>7}" if value is None or value == NOTHING_TO_SCORE else f"{value:>7.3f}"

@@ -22,6 +22,7 @@ from giantdet.data.dataset import Dataset
 from giantdet.distributed import comm
 from giantdet.errors import DataError
 from giantdet.evaluation.evaluator import Scores, shown
+from giantdet.evaluation.examples import Examples
 from giantdet.evaluation.truth import Truth
 from giantdet.structures import IGNORE, Batch, Outputs
 
@@ -46,7 +47,7 @@ class SemanticEvaluator:
         backend: Backend = "auto",
     ) -> None:
         self.names = unique_names(classes.semantic)
-        self.truth, self.maps = Truth(dataset, "semantic"), SemanticMaps()
+        self.truth, self.maps, self.examples = Truth(dataset, "semantic"), SemanticMaps(), Examples()
         # The last column counts the pixels of images that could not be read.
         self.confusion_CX = torch.zeros(len(self.names), len(self.names) + 1, dtype=torch.int64)
 
@@ -55,18 +56,21 @@ class SemanticEvaluator:
         assert outputs.semantic_BCHW is not None
         for image_id, found_HW in self.maps.add(outputs.semantic_BCHW, batch):
             if (truth := self.truth.of(image_id)) is not None:
-                self._count(image_id, torch.from_numpy(truth), found_HW)
+                counts_CX = self._count(image_id, torch.from_numpy(truth), found_HW)
+                self.examples.add(image_id, float(_iou(counts_CX).nanmean()), found_HW)
 
-    def _count(self, image_id: int, truth_HW: Tensor, found_HW: Tensor) -> None:
+    def _count(self, image_id: int, truth_HW: Tensor, found_HW: Tensor) -> Tensor:
         name = f"the semantic map of {self.truth.path(image_id)}"
         if truth_HW.shape != found_HW.shape:
             raise DataError(f"{name} has {tuple(truth_HW.shape)} pixels, its image {tuple(found_HW.shape)}")
         try:
             # A model may have more classes than names: those mean nothing.
             found_HW = found_HW.clamp_max(len(self.names))
-            self.confusion_CX += confusion(truth_HW, found_HW, len(self.names))
+            counts_CX = confusion(truth_HW, found_HW, len(self.names))
         except ValueError as error:
             raise DataError(f"{name}: {error}") from None
+        self.confusion_CX += counts_CX
+        return counts_CX
 
     def merge(self) -> None:
         """See `Evaluator.merge`. The pixels of images that could not be read are of no class."""
@@ -74,6 +78,7 @@ class SemanticEvaluator:
             truth_HW = torch.from_numpy(truth)
             self._count(image_id, truth_HW, torch.full(truth_HW.shape, len(self.names)))
         comm.sum_on_cpus_(self.confusion_CX)
+        self.examples.merge()
 
     def scores(self) -> Scores:
         """Return mIoU, mACC, pACC and IoU by class; {} where no image has a semantic map."""
@@ -82,9 +87,14 @@ class SemanticEvaluator:
         return {"semantic": semantic_scores(self.confusion_CX, self.names)}
 
     def save(self, file: Path) -> None:
-        """Write the confusion matrix, rows the true classes, beside `file` as NAME_semantic.json."""
+        """Write the confusion matrix, rows the true classes, beside `file` as NAME_semantic.json.
+
+        The maps of some images are written to the folder NAME_semantic; `examples` in the JSON lists them.
+        """
+        folder = file.with_name(f"{file.stem}_semantic")
         content = {"classes": [*self.names, "none"], "confusion": self.confusion_CX.tolist()}
-        file.with_name(f"{file.stem}_semantic.json").write_text(json_text(content))
+        content["examples"] = self.examples.save(folder)
+        folder.with_suffix(".json").write_text(json_text(content))
 
     def table(self, scores: Scores) -> str:
         """Return the numbers and IoU by class as text."""
@@ -188,11 +198,10 @@ def semantic_scores(confusion_CX: Tensor, names: Sequence[str]) -> dict[str, Any
     others is None. mmsegmentation counts a class that is found but nowhere true as 0.
     """
     counts_CX = confusion_CX.double()
-    true_C = counts_CX.sum(1)
-    found_C, both_C = counts_CX.sum(0)[: len(true_C)], counts_CX.diagonal()
+    true_C, both_C = counts_CX.sum(1), counts_CX.diagonal()
     occurs_C = true_C > 0
     accuracy_C = torch.where(occurs_C, both_C / true_C, torch.nan)
-    iou_C = torch.where(occurs_C, both_C / (true_C + found_C - both_C), torch.nan)
+    iou_C = _iou(confusion_CX)
     return {
         "mIoU": float(iou_C.nanmean()),
         "mACC": float(accuracy_C.nanmean()),
@@ -202,6 +211,14 @@ def semantic_scores(confusion_CX: Tensor, names: Sequence[str]) -> dict[str, Any
             for name, iou, occurs in zip(names, iou_C.tolist(), occurs_C.tolist(), strict=True)
         },
     }
+
+
+def _iou(confusion_CX: Tensor) -> Tensor:
+    """Return the IoU of each class, `[C]` float64; NaN for a class that is not in the truth."""
+    counts_CX = confusion_CX.double()
+    true_C, both_C = counts_CX.sum(1), counts_CX.diagonal()
+    found_C = counts_CX.sum(0)[: len(true_C)]
+    return torch.where(true_C > 0, both_C / (true_C + found_C - both_C), torch.nan)
 
 
 def semantic_table(scores: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from timm.models._hub import load_model_config_from_path
 from giantdet.config.architectures.common import BackboneConfig
 from giantdet.config.timm_args import OWNED
 from giantdet.errors import InputError
+from giantdet.layers.hub import hub
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def with_timm_name(config: BackboneConfig) -> BackboneConfig:
         if named[1].lower() == "local-dir":
             weights, name, args = load_model_config_from_path(os.path.expanduser(named[2]))
         else:
-            weights, name, args = load_model_config_from_hf(named[2])
+            with hub():
+                weights, name, args = load_model_config_from_hf(named[2])
     except Exception as error:  # no network, a missing file, a config.json of another library
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(

@@ -19,6 +19,7 @@ from giantdet.config.architectures.common import BackboneConfig
 from giantdet.errors import InputError
 from giantdet.layers.body import Backbone, checkpoint_filter
 from giantdet.layers.deferred import fill, is_deferred
+from giantdet.layers.hub import hub
 from giantdet.layers.weight_files import first_line, flatten, read_tensors
 from giantdet.layers.weight_names import FOREIGN, model_tensors
 
@@ -123,7 +124,10 @@ def _tagged_tensors(source: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     try:
         if source.get("hf_hub_id"):
             chosen = source.get("hf_hub_filename")
-            state = load_state_dict_from_hf(source["hf_hub_id"], **({"filename": chosen} if chosen else {}))
+            with hub():
+                state = load_state_dict_from_hf(
+                    source["hf_hub_id"], **({"filename": chosen} if chosen else {})
+                )
         elif source.get("url"):
             state = torch.hub.load_state_dict_from_url(source["url"], map_location="cpu", weights_only=True)
         else:

@@ -69,6 +69,75 @@ COMMANDS = [
         Error("validate-data: give a COCO instances JSON and the folder of its images, or --config JSON"),
     ),
     Case(
+        "validate-data: a folder of Pascal VOC in place of a COCO JSON",
+        ["validate-data", "{data}/voc", "{data}/images"],
+        Error(
+            "cannot read the annotations ...voc: Is a directory; this looks like Pascal VOC: "
+            "`giantdet import-data voc ...voc OUT` makes a COCO JSON of it"
+        ),
+    ),
+    Case(
+        "validate-data: a labelme file in place of a COCO JSON",
+        ["validate-data", "{data}/labelme.json", "{data}/images"],
+        Error(
+            'annotations ... have no list "images"; ...; this looks like labelme: `giantdet import-data ...'
+        ),
+    ),
+    Case(
+        "import-data: no such source",
+        ["import-data", "voc", "{data}/nothing", "{empty}"],
+        Error("...nothing does not exist"),
+    ),
+    Case(
+        "import-data: annotations of no known format",
+        ["import-data", "auto", "{empty}", "{data}/new"],
+        Error("...: its format is not recognised; name it, one of voc, yolo, ..."),
+    ),
+    Case(
+        "import-data: another format than the one named",
+        ["import-data", "voc", "{data}/images", "{empty}"],
+        Error("...images has no .xml file"),
+    ),
+    Case(
+        "import-data: no image is where the annotations say",
+        ["import-data", "voc", "{data}/voc", "{empty}", "--images", "{empty}"],
+        Error("...: no image can be used as Pascal VOC, e.g. gone.xml: no_such_image.jpg"),
+    ),
+    Case(
+        "import-data: a folder with JSON files in it",
+        ["import-data", "voc", "{data}/voc", "{data}"],
+        Error("... has foreign.json already; name a new folder, or add --overwrite"),
+    ),
+    Case(
+        "import-data: a share for validation, but there is such a set",
+        [
+            "import-data",
+            "coco",
+            "{data}/splits",
+            "{empty}",
+            "--images",
+            "{data}/images",
+            "--val-share",
+            "0.5",
+        ],
+        Error("the source has a validation set of its own; leave out --val-share"),
+    ),
+    Case(
+        "new: annotations that do not name the folder of their images",
+        ["new", "{empty}/run.json", "--data", "{data}/train.json"],
+        Error("...train.json does not tell where its images are; give their folder with --images"),
+    ),
+    Case(
+        "new: a size that is none, and no recipe",
+        ["new", "{empty}/run.json", "--data", "{data}/train.json", "--size", "demmo"],
+        Error("demmo: no such recipe; did you mean demo?; `giantdet configs` lists them"),
+    ),
+    Case(
+        "new: a run that exists",
+        ["new", "{data}/run/config.json", "--data", "{data}/train.json"],
+        Error("...config.json exists; name another file, or add --overwrite"),
+    ),
+    Case(
         "eval: a list of images without annotations, and no file for results",
         [
             "eval",
@@ -118,6 +187,11 @@ COMMANDS = [
         "plot: a folder that is not a run",
         ["plot", "{empty}"],
         Error("...: no metrics.jsonl here; name the folder of a run"),
+    ),
+    Case(
+        "report: a folder that is not a run",
+        ["report", "{empty}"],
+        Error("...: no config.json in it; give the folder of a run, its train.output"),
     ),
     Case("configs: no such folder", ["configs", "{empty}/no"], Error("...: no such folder; ...")),
 ]

@@ -259,9 +259,21 @@ CONFIGURATIONS = [
         Error("unknown key max_iters; did you mean giantdet.train.steps?"),
     ),
     Case(
-        "an override given twice",
-        ["train.steps=3", "giantdet.train.steps=4"],
-        Error("giantdet.train.steps is given twice"),
+        "an override that removes a key that is not there",
+        ["~optimizer.params.weight_dcay"],
+        Error("the run has no key optimizer.params.weight_dcay; did you mean weight_decay?"),
+    ),
+    Case(
+        "an override that removes a key, with a value",
+        ["~train.steps=3"],
+        Error("override '~train.steps=3' is not of the form key=value, ... or ~key, ..."),
+    ),
+    Case(
+        "another optimizer, which does not know a parameter of the file's",
+        ["optimizer.type=SGD", "optimizer.params.betas=[0.9, 0.99]"],
+        Error(
+            "unknown key optimizer.params.betas of SGD; remove it with the override ~optimizer.params.betas"
+        ),
     ),
     Case(
         "an override of 5,000 digits", ["train.steps=" + "1" * 5000], Error("override ... Exceeds the limit")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from giantdet.config.load import RunConfig, load_run
+from giantdet.config.load import RunConfig, load_run, parse_run
 from giantdet.errors import ConfigError
 
 RUN: dict[str, Any] = {
@@ -78,6 +78,22 @@ def test_override_of_a_member_creates_the_block_and_keeps_the_rest(tmp_path: Pat
     assert run.deepspeed["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5e8}
 
 
+def test_the_last_override_of_a_key_counts(tmp_path: Path) -> None:
+    """So that a script may have its own, and hand on those of its caller."""
+    assert load(tmp_path, "train.steps=3", "giantdet.train.steps=4").giantdet.train.steps == 4
+    assert load(tmp_path, "train.epochs=3", "~train.epochs", "train.steps=4").giantdet.train.steps == 4
+
+
+def test_an_override_removes_a_key(tmp_path: Path) -> None:
+    given = load(tmp_path, "~scheduler", "~data.size", "~bf16.enabled")
+    assert "scheduler" not in given.deepspeed and given.deepspeed["bf16"] == {}
+    assert (
+        given.giantdet.data.size == parse_run(RUN | {"giantdet": {"train": {"steps": 1}}}).giantdet.data.size
+    )
+    params = ["optimizer.params.betas=[0.9, 0.99]", "optimizer.type=SGD", "~optimizer.params.betas"]
+    assert load(tmp_path, *params).deepspeed["optimizer"] == {"type": "SGD", "params": {"lr": 1e-4}}
+
+
 # override(s), fragments of the message
 BAD_OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["train.steps"], ["'train.steps'", "key=value"]),
@@ -102,7 +118,11 @@ BAD_OVERRIDES: list[tuple[list[str], list[str]]] = [
     (["optimizer=SGD"], ['optimizer must be an object, got "SGD"; set optimizer.type']),
     (["data.train=coco"], ['giantdet.data.train must be an object or a list of objects, got "coco"']),
     (["train_batch_sizes=3"], ["train_batch_sizes", "did you mean train_batch_size?"]),
-    (["train.steps=3", "giantdet.train.steps=4"], ["giantdet.train.steps is given twice"]),
+    (["~train.stpes"], ["the run has no key giantdet.train.stpes", "did you mean steps?"]),
+    (["~bf16.enabled.x"], ["the run has no key bf16.enabled.x"]),
+    (["~train.steps=3"], ["~key"]),
+    (["~"], ["~key"]),
+    (["optimizer.params.betas=[0, 0]", "optimizer.type=SGD"], ["with the override ~optimizer.params.betas"]),
     (
         ["train.steps=3", "train.epochs=4"],
         ["either giantdet.train.epochs or giantdet.train.steps", "not both"],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import PHONE, blank_charts, look
 from PIL import Image
 from pq import quality, read_panoptic
 from pycocotools import mask as mask_util
@@ -28,6 +29,7 @@ from giantdet.distributed import comm
 from giantdet.engine.found import Found
 from giantdet.engine.predict import load_predictor
 from giantdet.export import load_detector
+from giantdet.report.build import SECTIONS, write_report
 
 WORKER = Path(__file__).with_name("worker_train.py")
 STEPS, STOP = 4, 2
@@ -119,6 +121,31 @@ def test_eval_gives_the_scores_of_the_training(runs: Path, tmp_path: Path, kind:
         "panoptic": "results_panoptic.json",
     }
     assert {endings[task] for task in detector.tasks if task in endings} <= {path.name for path in mine}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_report(runs: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each section is there, or is left out for a reason that is not an error."""
+    blank_charts(monkeypatch)
+    page = write_report(runs / kind)
+    text = page.read_text()
+    assert "could not be made" not in text
+    boxes, maps = FORMATS[kind] != "semantic_png", FORMATS[kind] != "coco"
+    absent = {"agvm"} | (set() if maps else {"pixels"})
+    absent |= set() if boxes else {"recall", "confusion", "calibration"}
+    found = {name for name, *_ in SECTIONS if f'id="{name}"' in text}
+    assert found == {name for name, *_ in SECTIONS} - absent
+    assert len(list((runs / kind / "report/validation").glob("*_predicted.jpg"))) == 5  # all images
+    if kind in PANOPTIC:
+        seen = look(page, PHONE)
+        assert (seen.complaints, seen.overflowing, seen.broken_images) == ([], [], 0)
+
+
+def test_report_without_a_validation_set(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blank_charts(monkeypatch)
+    text = write_report(runs / "mask_rcnn_stopped").read_text()
+    assert "the run has no data.val" in text and "could not be made" not in text
+    assert 'id="batches"' in text and 'id="confusion"' not in text
 
 
 @pytest.mark.parametrize("kind", PANOPTIC)

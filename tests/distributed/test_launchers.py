@@ -24,7 +24,8 @@ def _deepspeed(folder: Path, arguments: list[str]) -> list[Command]:
     """`deepspeed --no_ssh` on each of the two hosts of a hostfile."""
     hosts = folder / "hosts"
     hosts.write_text("one slots=1\ntwo slots=1\n")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), "--no_ssh"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    launcher += ["--hostfile", str(hosts), "--no_ssh"]
     launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     return [([*launcher, f"--node_rank={node}", *arguments], environment()) for node in range(2)]
 
@@ -54,14 +55,33 @@ def runs(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = str(REPO / "scripts/train.py")
     of = {name: [script, *demo_run(demo_data, folder / name)] for name in LAUNCHERS}
     commands = _deepspeed(folder, of[LAUNCHERS[0]]) + _torchrun(of[LAUNCHERS[1]]) + _srun(of[LAUNCHERS[2]])
+    for _, variables in commands:
+        del variables["PYTHONWARNINGS"]  # what users see
     ended = run_together(commands)
     assert all(end.code == 0 for end in ended), logs(ended)
+    for number, end in enumerate(ended):
+        (folder / f"{LAUNCHERS[number // 2]}.{number % 2}.log").write_text(end.out + end.err)
     return folder
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_give_the_same_run(launcher: str, runs: Path, one_host: Path) -> None:
     same_run(runs / launcher, one_host)
+
+
+# Deprecation warnings of torch.distributed, which DeepSpeed causes; lines of DeepSpeed, of its launcher with
+# --quiet; fragments of a bar that redraws itself.
+NOISE = ("FutureWarning", "DeprecationWarning", "[INFO]", "[WARNING]", "\r")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_screen_is_ours(launcher: str, runs: Path) -> None:
+    first, second = ((runs / f"{launcher}.{rank}.log").read_text() for rank in range(2))
+    assert first.startswith("giantdet: mask_rcnn, test_resnet, ")
+    assert "training: step 1/2 (50%), loss " in first and "done: step 2/2 (100%)" in first
+    for text in (first, second):
+        assert not [word for word in NOISE if word in text], text
+    assert "training:" not in second
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,31 @@ def test_ranks_score_as_one_process(results: Results, name: str, data: str) -> N
     assert 0.01 < expected["primary"] < 0.9, "nothing is found, or everything: the test is vacuous"
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_trackers_get_pictures_of_the_same_images(results: Results, folder: Path, name: str) -> None:
+    """Every second of the seven images; the fifth cannot be read in the broken set."""
+    expected = [f"giantdet/val/{number}_{image:06d}" for number, image in enumerate((0, 2, 4, 6), 1)]
+    for world in WORLDS:
+        whole, broken = results[world, name, "whole"], results[world, name, "broken"]
+        assert list(whole["pictures"]) == expected
+        assert list(broken["pictures"]) == [expected[0], expected[1], expected[3]]
+        for key, picture in results[1, name, "whole"]["pictures"].items():
+            assert torch.equal(whole["pictures"][key], picture), (world, key)
+        assert whole["shown"] == results[1, name, "whole"]["shown"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in MAPS])
+def test_pictures_have_the_detections_that_are_scored(results: Results, folder: Path, kind: str) -> None:
+    shown = results[2, kind, "whole"]["shown"]
+    records = json.loads((folder / f"2/{kind}_whole/results.json").read_text())
+    for image_id, found in shown.items():
+        theirs = sorted(
+            (r["score"], *r["bbox"]) for r in records if r["image_id"] == image_id and r["score"] >= 0.5
+        )
+        assert np.array(sorted(found)) == pytest.approx(np.array(theirs), abs=1e-5)
+    assert sum(map(len, shown.values())) > 5
+
+
 def test_the_unreadable_image_changes_the_scores(results: Results) -> None:
     for name in CASES:
         for task, scores in results[1, name, "whole"]["scores"].items():

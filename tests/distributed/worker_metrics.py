@@ -1,16 +1,18 @@
 """One rank of test_metrics_over_ranks.py: every architecture's evaluation of a small set.
 
 worker_metrics.py FOLDER CASES_JSON; a case is {"kind", "data", "window_stride"}. Writes FOLDER/CASE.pt with
-the scores, and the results of the metrics into FOLDER/CASE/.
+the scores and the validation pictures, and the results of the metrics into FOLDER/CASE/.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 from tiny import tiny_run
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from giantdet.config.resolved import ResolvedRun
 from giantdet.data.dataset import Dataset, open_dataset
 from giantdet.distributed import comm
 from giantdet.engine.evaluate import evaluate
+from giantdet.engine.trackers import validation_pictures
 from giantdet.errors import DataError
 from giantdet.structures import Batch, Detections, Outputs
 
@@ -78,9 +81,24 @@ class Helped(nn.Module):
         return tuple(torch.from_numpy(np.asarray(array)) for array in arrays)
 
 
+class Writer:
+    """What DeepSpeed's TensorBoard monitor is for pictures, and its summary writer."""
+
+    def __init__(self) -> None:
+        self.summary_writer = self
+        self.pictures: dict[str, NDArray[np.uint8]] = {}
+
+    def add_image(self, name: str, picture: NDArray[np.uint8], x: int, dataformats: str) -> None:
+        assert (x, dataformats, name in self.pictures) == (5, "HWC", False)
+        self.pictures[name] = picture
+
+    def flush(self) -> None:
+        pass
+
+
 def run_of(kind: str, data: Path) -> tuple[ResolvedRun, Dataset]:
     """A resolved run of one architecture, and its validation set."""
-    run = parse_run(tiny_run(data, data, kind))
+    run = parse_run(tiny_run(data, data, kind, tensorboard__enabled=True))
     assert run.giantdet.data.val is not None
     dataset = open_dataset(run.giantdet.data.val)
     return resolve(run, comm.world_size(), 10, dataset.classes, has_gpu=False), dataset
@@ -97,6 +115,9 @@ def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = build_model(run.giantdet.model, data.size, run.giantdet.norm).eval()
     if comm.is_main():
         folder.mkdir()
+    writer = Writer()
+    pictures = validation_pictures(run, SimpleNamespace(tb_monitor=writer), dataset, model)
+    assert pictures is not None
     found = evaluate(
         Helped(model, dataset),
         dataset,
@@ -108,8 +129,21 @@ def result_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         classes=run.giantdet.model.predicted(dataset.classes),
         window_stride=stride,
         results=folder / "results.json",
+        observers=[pictures],
     )
-    return {"scores": found.scores, "primary": found.primary, "table": found.table}
+    shown = {
+        image_id: [(record["score"], *record["bbox"]) for record in one.to_coco(image_id)]
+        for image_id, one in sorted(pictures.found.items())
+    }
+    if comm.is_main():
+        pictures.write(5)
+    return {
+        "scores": found.scores,
+        "primary": found.primary,
+        "table": found.table,
+        "shown": shown,
+        "pictures": {name: torch.from_numpy(picture.copy()) for name, picture in writer.pictures.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import REPO, launch, logs, tiny_run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import REPO, environment, launch, logs, run_together, tiny_run
+from wandb.proto import wandb_internal_pb2
 
 from giantdet import cli
 from giantdet.config.load import parse_run
@@ -23,13 +30,15 @@ STEPS, BATCH = 4, 2
 
 @pytest.fixture(scope="module")
 def run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps with a schedule, an evaluation every 4 images, and the CSV monitor."""
+    """Four steps with a schedule, an evaluation every 4 images, and all trackers that need no account."""
     folder = tmp_path_factory.mktemp("numbers")
     raw = tiny_run(
         demo_data,
         folder / "out",
         scheduler={"type": "WarmupPolyLR", "params": {"warmup_num_steps": 2, "warmup_min_ratio": 0.5}},
         csv_monitor={"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"},
+        tensorboard={"enabled": True},
+        wandb={"enabled": True},
         giantdet__train__steps=STEPS,
         giantdet__train__eval_every=f"{2 * BATCH} images",
         giantdet__train__save_every="3 steps",
@@ -37,8 +46,11 @@ def run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         giantdet__train__keep_best=False,
     )
     (folder / "run.json").write_text(json.dumps(raw))
-    (ended,) = launch(REPO / "scripts/train.py", 1, "--deepspeed_config", folder / "run.json")
+    command = [sys.executable, str(REPO / "scripts/train.py"), "--deepspeed_config", str(folder / "run.json")]
+    (ended,) = run_together([(command, environment(WANDB_MODE="offline"))], fresh=False)
     assert ended.code == 0, logs([ended])
+    (folder / "out.txt").write_text(ended.out)
+    (folder / "err.txt").write_text(ended.err)
     return folder
 
 
@@ -88,6 +100,95 @@ def test_the_csv_monitor_has_losses_and_scores_by_deepspeeds_sample_count(run: P
     assert [x for x, _ in column("giantdet_box_AP")] == [2 * BATCH, 4 * BATCH]
     assert column("giantdet_box_AP50")[-1][1] == pytest.approx(scores["box"]["AP50"])
     assert column("giantdet_mask_AR100")[-1][1] == pytest.approx(scores["mask"]["AR100"])
+
+
+PICTURES = [
+    "giantdet/val/1_000000",
+    "giantdet/val/2_000001",
+    "giantdet/val/3_000002",
+    "giantdet/val/4_000004",
+]
+EVALUATED = [2 * BATCH, 4 * BATCH]
+
+
+def test_tensorboard_has_losses_scores_and_pictures_in_the_runs_folder(run: Path) -> None:
+    found = EventAccumulator(str(run / "out/tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    lines = [line for line in read_metrics(run / "out/metrics.jsonl") if "loss" in line]
+    for name in ("loss", "lr", "lr/backbone", "lr/rpn", "images_per_second"):
+        events = found.Scalars(f"giantdet/{name}")
+        assert [event.step for event in events] == [BATCH * line["step"] for line in lines]
+        assert [event.value for event in events] == pytest.approx([line[name] for line in lines], rel=1e-6)
+    assert [event.step for event in found.Scalars("giantdet/box/AP")] == EVALUATED
+    tags = found.Tags()
+    assert "giantdet/box/APl" not in tags["scalars"], "no object is large: COCO's -1 is no AP"
+    assert tags["images"] == PICTURES
+    (text,) = found.Tensors("giantdet/config/text_summary")
+    assert '"warmup_num_steps": 2' in text.tensor_proto.string_val[0].decode()
+    for name in PICTURES:
+        events = found.Images(name)
+        assert [event.step for event in events] == EVALUATED
+        assert Image.open(io.BytesIO(events[-1].encoded_image_string)).size == (512, 512)
+
+
+def test_wandb_offline_has_them_too(run: Path) -> None:
+    """W&B drops, with a warning, what has a smaller step than its last row."""
+    (file,) = (run / "out/wandb").glob("offline-run-*/run-*.wandb")
+    rows, settings = {}, {}
+    for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "config":
+            settings |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            rows[record.history.step.num] = row
+    logged = {
+        BATCH * line["step"]: line for line in read_metrics(run / "out/metrics.jsonl") if "loss" in line
+    }
+    assert rows.keys() == logged.keys()
+    for x, row in rows.items():
+        assert json.loads(row["giantdet/loss"]) == pytest.approx(logged[x]["loss"], rel=1e-6)
+        assert json.loads(row["giantdet/lr"]) == pytest.approx(logged[x]["lr"], rel=1e-6)
+        assert "Train/Samples/lr" in row, "DeepSpeed's own"
+        assert ("giantdet/box/AP" in row) == (x in EVALUATED)
+        for name in PICTURES:
+            assert (f"{name}/path" in row) == (x in EVALUATED)
+    assert settings["scheduler"]["params"]["warmup_num_steps"] == 2
+    assert settings["giantdet"]["train"]["steps"] == STEPS
+    picture = file.parent / "files" / json.loads(rows[EVALUATED[-1]][f"{PICTURES[0]}/path"])
+    assert Image.open(picture).size == (512, 512)
+    assert "Tried to log to step" not in (run / "err.txt").read_text()
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """W&B's file is a log in LevelDB's format: blocks of 32 KiB of chunks (checksum 4, length 2, type 1).
+
+    After a header of 7 bytes; the types are 1: whole, 2: first, 3: middle, 4: last.
+    """
+    content, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        room = 32_768 - at % 32_768
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        if room < 7 or kind == 0:
+            at += room
+            continue
+        whole, at = whole + content[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+
+
+def test_a_run_says_where_its_files_are(run: Path) -> None:
+    out = (run / "out.txt").read_text()
+    ending = out[out.rindex("\n\n") :].split("\n")
+    for name in ("export", "checkpoints", "scores.json", "losses.png", "tensorboard"):
+        assert any(str(run / "out" / name) in line for line in ending), name
+    assert f"giantdet predict {run / 'out/export'} IMAGES" in out
+
+
+def test_a_finished_run_says_so(run: Path, demo_data: Path) -> None:
+    (ended,) = launch(REPO / "scripts/train.py", 1, "--config", run / "run.json", "~tensorboard", "~wandb")
+    assert ended.code == 0, logs([ended])
+    assert "already finished" in ended.out and f"has all {STEPS} steps" in ended.out
+    assert "training:" not in ended.err and "done: step 4/4" in ended.err
 
 
 def test_scores_are_valid_json(run: Path) -> None:

@@ -113,6 +113,7 @@ def test_arguments_that_giantdet_sets_are_left_out_and_logged(
 
 def test_an_unreachable_source_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HUB, offline)
+    monkeypatch.setattr("giantdet.layers.hub.answers", lambda url: True)
     with pytest.raises(ValueError) as raised:
         build_backbone(BackboneConfig(name="hf_hub:user/repository"), SIZE)
     assert str(raised.value) == (
