@@ -79,6 +79,8 @@ def export_graph(source: str | Path, file: str | Path, batch_size: int = 1) -> P
         check_onnx()
     detector, config = load_detector(source)
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".onnx":
+        _unfuse_attention(detector)
     # ONNX has RoIAlign as an operator; the faster path on CPUs would be a loop over all bins.
     with pooling_by_level() if file.suffix == ".onnx" else nullcontext():
         program = exported(detector, config.size, batch_size)
@@ -87,6 +89,17 @@ def export_graph(source: str | Path, file: str | Path, batch_size: int = 1) -> P
     else:
         save_onnx(program, file, {"giantdet": config.model_dump_json()})
     return file
+
+
+def _unfuse_attention(detector: Architecture) -> None:
+    """Let timm's modules compute attention step by step.
+
+    PyTorch's fused attention returns a transposed layout on CPUs. timm's reshaping of it is traced as a view,
+    which is impossible for the steps that ONNX has instead.
+    """
+    for module in detector.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
 
 
 def exported(

@@ -181,11 +181,10 @@ def test_script_in_one_process(demo_data: Path, tmp_path: Path) -> None:
         "train.report=true",
     )
     assert done.code == 0, done.err
-    assert f"report: {tmp_path / 'out/report.html'}" in done.out
     assert (tmp_path / "out/export/model.safetensors").is_file()
     assert (tmp_path / "out/losses.png").is_file()
     assert "could not be made" not in (tmp_path / "out/report.html").read_text()
-    assert done.out.endswith(f"giantdet predict {tmp_path / 'out/export'} IMAGES\n")
+    assert str(tmp_path / "out/report.html") in done.out
 
 
 def test_missing_rank_gives_one_line(demo_data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

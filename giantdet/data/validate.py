@@ -29,6 +29,7 @@ from giantdet.data.summary import Summary, summarize
 from giantdet.errors import DataError
 
 _OVERHANG = 1.0  # pixels a box may extend beyond the image because of rounding
+_TWICE_IOU = 0.85  # of the boxes of two objects of one class
 _BOX_MASK_SLACK = 2.0  # allowed pixels between the sides of a box and of its mask
 
 
@@ -83,7 +84,7 @@ def check_instances(annotations: str, images: str, content: Instances) -> Report
         *(p for record in records.images.values() for p in file_problems(record, Path(images))),
     ]
     if "annotations" in content:
-        problems += [*object_problems(records), *class_problems(records)]
+        problems += [*object_problems(records), *twice_problems(records), *class_problems(records)]
     else:
         text = 'there is no list "annotations"; a list of images can be evaluated, but not trained on'
         problems.append(Problem("no annotations", None, text, "warning"))
@@ -194,6 +195,23 @@ def object_problems(records: Records) -> Iterator[Problem]:
     seen: set[Any] = set()
     for record in records.annotations:
         yield from _object_problems(record, sizes[record["image_id"]], seen)
+
+
+def twice_problems(records: Records) -> Iterator[Problem]:
+    """Yield the objects that nearly have the box of an earlier one of their class."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for record in records.annotations:
+        if not record.get("iscrowd") and not record.get("ignore"):
+            groups.setdefault((record["image_id"], record["category_id"]), []).append(record)
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        boxes_N4 = np.array([record["bbox"] for record in group], np.float64)
+        iou_NN = np.triu(mask_util.iou(boxes_N4, boxes_N4, np.zeros(len(group), np.uint8)), k=1)
+        for second in np.flatnonzero((iou_NN > _TWICE_IOU).any(axis=0)):
+            first = int(iou_NN[:, second].argmax())
+            text = f"IoU {iou_NN[first, second]:.2f} with {group[first].get('id')}, of the same class"
+            yield problem_of(("annotated twice?", text), "annotation", group[second].get("id"), "warning")
 
 
 def _object_problems(record: dict[str, Any], size: Size, seen: set[Any]) -> Iterator[Problem]:

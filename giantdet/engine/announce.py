@@ -78,7 +78,7 @@ def ending(output: Path) -> str:
             "the same command with more train.steps resumes from the last",
         ),
         ("scores", output / "scores.json", "of the last evaluation; its results are in results.json"),
-        ("report", output / "report.html", "everything about the run on one page: open it in a browser"),
+        ("report", output / "report.html", "open it in a browser"),
         ("plots", output / "losses.png", "losses and learning rate; the numbers are in metrics.jsonl"),
         ("curves", output / "tensorboard", f"tensorboard --logdir {shlex.quote(str(output))}"),
     ]

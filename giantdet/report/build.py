@@ -76,9 +76,10 @@ def write_report(folder: Path) -> Path:
 
 
 def report_of_finished(folder: Path) -> None:
-    """Write the report at the end of a run, and print where it is; if it fails, print why and return."""
+    """Write the report at the end of a run; if that fails, print why and return."""
     try:
-        print(f"report: {write_report(folder)}", flush=True)
+        print(f"writing {folder / 'report.html'} (train.report)", flush=True)
+        write_report(folder)
     except Exception as error:
         # The run is complete: nothing that happens here may make it fail.
         print(

@@ -39,9 +39,9 @@ class Photo(NamedTuple):
         return cls(file.getvalue(), image.size)
 
 
-def drawn(image: NDArray[np.uint8], found: Found) -> Image.Image:
-    """Return the image with what was found on it, no larger than a page needs."""
-    picture = draw(*_shrunk(image, found))
+def drawn(image: NDArray[np.uint8], found: Found, scores: bool = True) -> Image.Image:
+    """Return the image with what was found on it, no larger than a page needs; a truth has no `scores`."""
+    picture = draw(*_shrunk(image, found), scores=scores)
     scale = _SIDE / max(picture.size)
     if scale >= 1:
         return picture

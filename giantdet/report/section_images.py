@@ -12,7 +12,7 @@ from PIL import Image
 
 from giantdet.data.panoptic import PanopticMap, Segment, read_panoptic_png
 from giantdet.data.streams import TrainStream
-from giantdet.engine.found import Found
+from giantdet.engine.found import Found, truth_of
 from giantdet.errors import DataError
 from giantdet.evaluation.examples import EACH, random_order
 from giantdet.evaluation.panoptic import match_segments
@@ -58,7 +58,7 @@ def validation(run: Run) -> Html:
         except DataError as error:
             parts.append(paragraph(f"{name}: {error}"))
             continue
-        pair = [Photo.of(drawn(image, part)) for part in (one.truth, one.found)]
+        pair = [Photo.of(drawn(image, one.truth, scores=False)), Photo.of(drawn(image, one.found))]
         for photo, what in zip(pair, ("annotated", "predicted"), strict=True):
             (folder / f"{number:02d}_{one.kind}_{what}.jpg").write_bytes(photo.jpeg)
         parts.append(photos(pair, f"{one.kind}, {score_text(one.score, 2)} · {name}"))
@@ -83,7 +83,7 @@ def batches(run: Run) -> Html:
         founds = [sample_found(sample, classes)]
         if len(sample.labels_N) and sample.semantic_HW.size:
             founds.append(map_found(sample.semantic_HW[:height, :width], classes))
-        pictures = [Photo.of(drawn(sample.image_hw3, found)) for found in founds]
+        pictures = [Photo.of(drawn(sample.image_hw3, found, scores=False)) for found in founds]
         for number, picture in enumerate(pictures):
             (folder / f"{k:02d}_{number}.jpg").write_bytes(picture.jpeg)
         objects = f", {len(sample.labels_N)} objects" if "boxes" in stream.targets else ""
@@ -156,18 +156,9 @@ def _with_objects(run: Run, kind: str, score: float, image: ImageBoxes) -> Compa
     classes = run.validation.classes
     i = int(np.flatnonzero(run.validation.image_ids == image.image_id)[0])
     height, width = (int(side) for side in run.validation.sizes_hw[i])
-    objects = run.validation.objects(i)
-    boxes_N4 = objects.boxes_N4.astype(np.float64)
-    boxes_N4[:, 2:] -= boxes_N4[:, :2]
-    masks = all(objects.has_mask(n) for n in range(len(objects))) and "mask" in run.model.tasks
-    truth = objects_found(
-        boxes_N4,
-        objects.labels_N.astype(np.int64),
-        np.ones(len(boxes_N4)),
-        [objects.rle(n) for n in range(len(objects))] if masks else None,
-        classes,
-        (height, width),
-    )
+    truth = truth_of(run.validation, i)._replace(semantic_HW=None, panoptic=None)
+    if "mask" not in run.model.tasks:
+        truth = truth._replace(rles_D=None)
     numbers = {category: k for k, category in enumerate(sorted(run.truth.cats))}
     position = {numbers[category]: k for k, (category, _) in enumerate(classes.objects)}
     rles = run.results.rles

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import UTC, datetime
+from shlex import quote
 from typing import Any
 
 from giantdet.config.load import parse_run
@@ -123,13 +124,15 @@ def _next(run: Run) -> Html:
     rows: list[tuple[str, object]] = []
     if (folder / "export").is_dir():
         rows.append(("Model", code(folder / "export")))
-        rows.append(("Predict", code(f"giantdet predict {folder / 'export'} IMAGES --output predictions")))
+        rows.append(
+            ("Predict", code(f"giantdet predict {quote(str(folder / 'export'))} IMAGES --output predictions"))
+        )
     elif (folder / "checkpoints").is_dir():
-        rows.append(("The run has no export yet", code(f"giantdet export {folder}")))
+        rows.append(("The run has no export yet", code(f"giantdet export {quote(str(folder))}")))
     results = sorted(path.name for path in folder.glob("results*.json"))
     if results:
         rows.append(("Predictions for the validation images", code(", ".join(results))))
-    rows.append(("This page again", code(f"giantdet report {folder}")))
+    rows.append(("This page again", code(f"giantdet report {quote(str(folder))}")))
     return tag(
         "div",
         tag("dl", *(joined([tag("dt", name), tag("dd", value)]) for name, value in rows)),

