@@ -316,7 +316,12 @@ def test_configs_lists_every_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_validate_data(demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     annotations, images = str(demo_data / "val.json"), str(demo_data / "val")
-    assert cli.main(["validate-data", annotations, images]) == 0
+    pictures = tmp_path / "pictures"
+    assert cli.main(["validate-data", annotations, images, "--pictures", str(pictures)]) == 0
+    assert "objects by size" in capsys.readouterr().out
+    drawn = sorted(path.name.split("_", 1)[1] for path in (pictures / "val").iterdir())
+    names = [image["file_name"] for image in json.loads(Path(annotations).read_text())["images"]]
+    assert drawn == sorted(Path(name).stem + ".png" for name in names)[:12]
     content = json.loads(Path(annotations).read_text())
     content["annotations"][0]["category_id"] = 99
     (tmp_path / "bad.json").write_text(json.dumps(content))

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from giantdet.commands.arguments import add_pixel_limit, as_path, data_sets
+
+if TYPE_CHECKING:
+    from giantdet.data.dataset import Dataset
+
+PICTURES = 12
+"""Images that --pictures draws."""
 
 
 def add(subparsers: Any) -> None:
@@ -22,6 +29,12 @@ def add(subparsers: Any) -> None:
         "--config",
         type=as_path,
         help="instead of both: a run's JSON, whose data.train and data.val may have any format",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=as_path,
+        metavar="FOLDER",
+        help=f"also draw the annotations of {PICTURES} images of each data set to this folder",
     )
     add_pixel_limit(parser)
     parser.set_defaults(command=run)
@@ -48,5 +61,21 @@ def run(options: argparse.Namespace) -> int:
         has_errors = any(report.has_errors for report in reports)
         if len(parts) > 1 and not has_errors:
             print(open_dataset(config).summary().text(name))  # an error if they do not fit each other
+        if options.pictures is not None and not has_errors:
+            folder = name.removeprefix("data.") if options.config else Path(name).stem
+            _draw(open_dataset(config), options.pictures / folder)
         failed |= has_errors
     return 1 if failed else 0
+
+
+def _draw(dataset: Dataset, folder: Path) -> None:
+    """Draw the annotations of images from all over the data set, which keep their file names."""
+    from giantdet.engine.draw import draw
+    from giantdet.engine.found import truth_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    step = max(len(dataset) // PICTURES, 1)
+    for i in range(0, len(dataset), step)[:PICTURES]:
+        picture = draw(dataset.read_image(i), truth_of(dataset, i), scores=False)
+        picture.save(folder / f"{i}_{dataset.path(i).stem}.png")
+    print(f"pictures: {folder}")

@@ -133,6 +133,11 @@ class JoinedDataset:
                 per_class[names[label]] += count
             left_out.update(one.left_out)
             otherwise.update(one.used_otherwise)
+        by_size = Counter[str]({name: 0 for one in found for name in one.objects_by_size})
+        for one in found:
+            by_size.update(one.objects_by_size)
+        sizes = [size for one in found for size in (one.smallest_image, one.largest_image) if size]
+        sizes.sort(key=lambda size: (size[0] * size[1], size[::-1]))
         return Summary(
             images=sum(one.images for one in found),
             images_without_objects=sum(one.images_without_objects for one in found),
@@ -142,6 +147,9 @@ class JoinedDataset:
             without_mask=sum(one.without_mask for one in found),
             tiny=sum(one.tiny for one in found),
             objects_per_class=per_class,
+            objects_by_size=dict(by_size),
+            smallest_image=sizes[0] if sizes else [],
+            largest_image=sizes[-1] if sizes else [],
             left_out=dict(left_out),
             used_otherwise=dict(otherwise),
             images_by_part=tuple((str(part.annotations), len(part)) for part in self.parts),

@@ -149,6 +149,9 @@ def test_summary(tmp_path: Path) -> None:
     assert {key: found[key] for key in expected} == expected and found["without_mask"] == 1
     assert found["objects_per_class"] == {"cell": 4, "dust": 0}
     assert found["classes_without_objects"] == ["dust"] and found["left_out"] == {"bad box": 1}
+    assert found["objects_by_size"] == {"small": 4, "medium": 0, "large": 0}
+    sizes = sorted((i["width"] * i["height"], i["width"], i["height"]) for i in content["images"])
+    assert (found["smallest_image"], found["largest_image"]) == (list(sizes[0][1:]), list(sizes[-1][1:]))
     assert "cell 4, dust 0" in summary.text("x") and "classes without objects: dust" in summary.text("x")
 
 
