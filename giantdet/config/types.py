@@ -6,16 +6,43 @@ Each component of the system reads only its own section. The sections of models 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
 from giantdet.config.architectures import SECTIONS, ModelConfig
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.architectures.mask_rcnn import MaskRcnnConfig
 from giantdet.config.classes import Classes
 from giantdet.config.datasets import FORMATS, DatasetConfigs
-from giantdet.config.section import Auto, Fraction, Length, PathText, PositiveFloat, PositiveInt, Section
+from giantdet.config.section import (
+    Auto,
+    Fraction,
+    Length,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    wish,
+)
+
+
+def _canvas(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise wish("one side or [height, width] in pixels")
+    return value[0], value[1]
+
+
+_SIDE_SCHEMA = {"type": "integer", "exclusiveMinimum": 0}
+_PAIR_SCHEMA = {"type": "array", "prefixItems": [_SIDE_SCHEMA] * 2, "minItems": 2, "maxItems": 2}
+CanvasSize = Annotated[
+    tuple[PositiveInt, PositiveInt],
+    BeforeValidator(_canvas),
+    WithJsonSchema({"anyOf": [_SIDE_SCHEMA, _PAIR_SCHEMA]}),
+]
+"""(height, width) in pixels; one number is the side of a square."""
 
 
 class AugmentConfig(Section):
@@ -23,6 +50,8 @@ class AugmentConfig(Section):
 
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    vertical_flip: Fraction = 0.0
+    """Probability of a vertical flip, for images without an up and down (aerial, microscope)."""
     short_sides: tuple[PositiveInt, ...] | None = None
     """Multi-scale training: the short side, in pixels, is drawn from these. null: the `short_side` of the
     data block."""
@@ -59,8 +88,9 @@ class DataConfig(Section):
     classes: Classes | None = None
     """Names and ids of the classes that the model predicts. Training writes them here; if they are given,
     training data with others are refused. null: those of the training data."""
-    size: tuple[PositiveInt, PositiveInt] = (1024, 1024)
-    """Canvas (height, width) of every batch in pixels; multiples of 32, or of 64 with P6 (see docs)."""
+    size: CanvasSize = (1024, 1024)
+    """Canvas of every batch in pixels, [height, width] or the side of a square; multiples of 32, or of 64
+    with P6 (see docs)."""
     short_side: PositiveInt = 800
     """Images are scaled to this short side in pixels, or less where they would not fit on the canvas."""
     long_side: PositiveInt | None = None

@@ -3,7 +3,7 @@
 One `Geometry` describes the transform of an image, its boxes and its masks. Training draws it at random:
 multi-scale (detectron2's ResizeShortestEdge), large-scale jitter (Ghiasi et al. 2021, as in detectron2's
 ResizeScale and FixedSizeCrop) or a random scale and crop (mmsegmentation's RandomResize and RandomCrop), and
-a horizontal flip. In evaluation it is deterministic.
+flips. In evaluation it is deterministic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_RESIZED = 4  # pixels that torch may resize per pixel of the crop; Pillow 
 
 
 class Geometry(NamedTuple):
-    """The map from pixels of the original image to the canvas: scale, then flip, then subtract the offset.
+    """The map from pixels of the original image to the canvas: scale, then flips, then subtract the offset.
 
     All sizes are (height, width). The scales of the axes differ slightly, because sizes are whole numbers.
     """
@@ -34,19 +34,24 @@ class Geometry(NamedTuple):
     resized_hw: tuple[int, int]  # the whole image after scaling
     offset_yx: tuple[int, int]  # of the crop in the resized and flipped image
     size_hw: tuple[int, int]  # of the crop: the part of the canvas that holds the image
-    flip: bool
+    flip: bool  # left and right
+    flip_y: bool = False  # top and bottom
 
     @property
     def scale_yx(self) -> tuple[float, float]:
         return self.resized_hw[0] / self.source_hw[0], self.resized_hw[1] / self.source_hw[1]
+
+    @property
+    def flip_yx(self) -> tuple[bool, bool]:
+        return self.flip_y, self.flip
 
     def source_range(
         self, axis: int, lo: NDArray[Any], hi: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Map intervals [lo, hi] of the canvas along axis 0 (y) or 1 (x) to the original image."""
         lo, hi = lo + self.offset_yx[axis], hi + self.offset_yx[axis]
-        if axis == 1 and self.flip:
-            lo, hi = self.resized_hw[1] - hi, self.resized_hw[1] - lo
+        if self.flip_yx[axis]:
+            lo, hi = self.resized_hw[axis] - hi, self.resized_hw[axis] - lo
         return lo / self.scale_yx[axis], hi / self.scale_yx[axis]
 
 
@@ -79,7 +84,11 @@ def draw_geometry(
     )
     if cropped:
         geometry = draw_crop(rng, geometry)
-    return geometry._replace(flip=training and bool(rng.random() < augment.flip))
+    geometry = geometry._replace(flip=training and bool(rng.random() < augment.flip))
+    # Without vertical flips no number is drawn for them: what is drawn later, colours for example, stays.
+    if training and augment.vertical_flip > 0:
+        geometry = geometry._replace(flip_y=bool(rng.random() < augment.vertical_flip))
+    return geometry
 
 
 def scaled(size_hw: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -159,8 +168,11 @@ def scaled_crop(image_hw3: NDArray[np.uint8], geometry: Geometry, exact: bool) -
         )
     )
     # Slicing from the other end and then flipping is faster than flipping the larger result.
-    part = image_hw3[:rows, image_hw3.shape[1] - columns :] if geometry.flip else image_hw3[:rows, :columns]
-    source_13HW = torch.from_numpy(_flipped(part, geometry))[None].permute(0, 3, 1, 2)
+    y, x = (
+        slice(whole - size, whole) if flip else slice(size)
+        for size, whole, flip in zip((rows, columns), geometry.source_hw, geometry.flip_yx, strict=True)
+    )
+    source_13HW = torch.from_numpy(_flipped(image_hw3[y, x], geometry))[None].permute(0, 3, 1, 2)
     resized_13HW = F.interpolate(source_13HW, scale_factor=scale_yx, mode="bilinear", antialias=True)
     resized_HW3: NDArray[np.uint8] = resized_13HW[0].permute(1, 2, 0).numpy()
     return resized_HW3[top : top + height, left : left + width]
@@ -182,16 +194,19 @@ def _onto(canvas: NDArray[np.uint8], part: NDArray[np.uint8]) -> NDArray[np.uint
 
 def _flipped(pixels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
     """Return pixels, mirrored if the geometry is, that can be written: torch takes no others."""
-    if not geometry.flip:
+    axes = tuple(axis for axis in (0, 1) if geometry.flip_yx[axis])
+    if not axes:
         return pixels if pixels.flags.writeable else pixels.copy()
     if not pixels.flags.writeable:
-        return np.ascontiguousarray(pixels[:, ::-1])
-    flipped: NDArray[np.uint8] = torch.from_numpy(pixels).flip(1).numpy()  # much faster than NumPy's
+        return np.ascontiguousarray(np.flip(pixels, axes))
+    flipped: NDArray[np.uint8] = torch.from_numpy(pixels).flip(axes).numpy()  # much faster than NumPy's
     return flipped
 
 
 def _crop(source: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
     (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
+    if geometry.flip_y:
+        top = source.shape[0] - top - height
     if geometry.flip:
         left = source.shape[1] - left - width
     return _flipped(source[top : top + height, left : left + width], geometry)
@@ -223,6 +238,8 @@ def transform_boxes(boxes_N4: NDArray[Any], geometry: Geometry) -> NDArray[np.fl
     x0, y0, x1, y1 = boxes_N4.astype(np.float64).T * np.array([scale_x, scale_y, scale_x, scale_y])[:, None]
     if geometry.flip:
         x0, x1 = geometry.resized_hw[1] - x1, geometry.resized_hw[1] - x0
+    if geometry.flip_y:
+        y0, y1 = geometry.resized_hw[0] - y1, geometry.resized_hw[0] - y0
     return np.stack([x0 - left, y0 - top, x1 - left, y1 - top], axis=1)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from giantdet.config.architectures.suited import SUITED, Facts, Suited, slots
 from giantdet.config.load import parse_run
 from giantdet.config.recipes import recipe_path
+from giantdet.config.types import DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.dataset import check_files, nothing_to_train
 from giantdet.errors import ConfigError, DataError
@@ -96,7 +97,7 @@ def new_run(wishes: Wishes) -> NewRun:
     """Return the run's JSON. Raises ConfigError or DataError where there can be none."""
     recipe = recipe_path(SIZES.get(wishes.size, wishes.size))
     raw = json.loads(recipe.read_text(encoding="utf-8-sig"))
-    parse_run(raw, recipe)  # an old or broken JSON is refused by its own key
+    of_recipe = parse_run(raw, recipe).giantdet.data  # an old or broken JSON is refused by its own key
     dataset = _open(wishes.data, wishes.images)
     new = NewRun(copy.deepcopy(raw))
     new.raw.pop("$schema", None)
@@ -104,7 +105,7 @@ def new_run(wishes: Wishes) -> NewRun:
     if model not in SUITED:
         raise ConfigError(f"{recipe.stem}: {model} is not a model of objects alone; use {', '.join(SUITED)}")
     _set_data(new, wishes, dataset)
-    scale = _set_canvas(new, dataset, wishes.side)
+    scale = _set_canvas(new, dataset, of_recipe, wishes.side)
     facts = _facts(dataset, scale)
     for path, suited in SUITED[model](facts).items():
         new.set(f"giantdet.model.{path}", suited)
@@ -172,10 +173,10 @@ def _own_images(annotations: Path, default: Path) -> Path | None:
         return default
 
 
-def _set_canvas(new: NewRun, dataset: CocoDataset, most: int | None) -> float:
+def _set_canvas(new: NewRun, dataset: CocoDataset, of_recipe: DataConfig, most: int | None) -> float:
     """Set the canvas and the short sides; return the median scale of the images on it."""
     data = new.raw["giantdet"]["data"]
-    limits = (int(data.get("short_side", 800)), max(data.get("size", [1024, 1024])))
+    limits = (of_recipe.short_side, max(of_recipe.size))
     if most is not None:
         limits = (most, max(most // STRIDE, 1) * STRIDE)
     found = canvas(dataset.sizes_hw, *limits)

@@ -194,6 +194,11 @@ CONFIGURATIONS = [
         Error("data.size must be multiples of 32, got [64, 72]; ..."),
     ),
     Case(
+        "a canvas that is neither a side nor a pair",
+        {"giantdet.data.size": "640x480"},
+        Error('data.size must be one side or [height, width] in pixels, got "640x480"'),
+    ),
+    Case(
         "steps and epochs",
         {"giantdet.train.epochs": 2},
         Error("give either giantdet.train.epochs or ..., not both"),

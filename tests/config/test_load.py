@@ -46,6 +46,8 @@ OVERRIDES = [
     ("giantdet.train.steps=20", lambda r: r.giantdet.train.steps, 20),
     ("train.steps=20", lambda r: r.giantdet.train.steps, 20),
     ("data.size=[64, 96]", lambda r: r.giantdet.data.size, (64, 96)),
+    ("data.size=320", lambda r: r.giantdet.data.size, (320, 320)),
+    ("data.size=320", lambda r: r.giantdet.data.given()["size"], [320, 320]),
     ("train.output=runs/x=y", lambda r: r.giantdet.train.output, "runs/x=y"),
     ('train.output="7"', lambda r: r.giantdet.train.output, "7"),
     ("norm.type=local", lambda r: r.giantdet.norm.type, "local"),
@@ -225,7 +227,13 @@ BAD: list[tuple[str, Any, list[str]]] = [
     ("giantdet.batch_size", 3, ["giantdet.batch_size", "did you mean train_batch_size?"]),
     ("giantdet.data.train", {"images": "x"}, ["giantdet.data.train.annotations is missing"]),
     ("giantdet.data.max_objects", 0, ["giantdet.data.max_objects must be greater than 0", "got 0"]),
-    ("giantdet.data.size", [512], ["giantdet.data.size"]),
+    *(
+        ("giantdet.data.size", bad, ["data.size must be one side or [height, width] in pixels, got"])
+        for bad in ([512], [512, 512, 3], "512x512", 512.5, True, None, {"height": 512})
+    ),
+    ("giantdet.data.size", 0, ["giantdet.data.size must be greater than 0, got 0"]),
+    ("giantdet.data.size", [512, "x"], ["giantdet.data.size.1 must be an integer", '"x"']),
+    ("giantdet.data.size", 500, ["multiples of 32", "[500, 500]", "[512, 512]"]),
     ("giantdet.data.size", [512, 500], ["multiples of 32", "[512, 500]", "[512, 512]"]),
     ("giantdet.data.augment", {"flip": 1.5}, ["giantdet.data.augment.flip must be at most 1", "got 1.5"]),
     ("giantdet.data.augment", {"jitter": [2, 0.1]}, ["jitter", "low <= high"]),

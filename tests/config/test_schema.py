@@ -52,6 +52,8 @@ def test_recipe_is_valid_and_names_the_schema(recipe: Path) -> None:
         (("giantdet", "modle"), {}),
         (("giantdet", "train", "steps"), "ten"),
         (("giantdet", "data", "augment"), {"flip": 2}),
+        (("giantdet", "data", "size"), [64]),
+        (("giantdet", "data", "size"), 0),
         (("bf16",), True),
     ],
 )
@@ -62,6 +64,13 @@ def test_mistakes_are_refused(path: tuple[str, ...], value: object) -> None:
         node = node[name]
     node[path[-1]] = value
     assert not VALIDATOR.is_valid(run)
+
+
+def test_a_canvas_is_a_side_or_a_pair() -> None:
+    run = json.loads((RECIPES[0].parent / "demo.json").read_text())
+    for size in (128, [128, 96]):
+        run["giantdet"]["data"]["size"] = size
+        VALIDATOR.validate(run)
 
 
 def test_descriptions_come_from_the_docstrings() -> None:

@@ -28,7 +28,8 @@ def by_pillow(image_hw3: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.ui
     height, width = geometry.resized_hw
     whole = np.asarray(Image.fromarray(image_hw3).resize((width, height), Image.Resampling.BILINEAR))
     (top, left), (rows, columns) = geometry.offset_yx, geometry.size_hw
-    return (whole[:, ::-1] if geometry.flip else whole)[top : top + rows, left : left + columns]
+    whole = whole[:, ::-1] if geometry.flip else whole
+    return (whole[::-1] if geometry.flip_y else whole)[top : top + rows, left : left + columns]
 
 
 @pytest.mark.parametrize("config", [JITTER, SHORT], ids=["jitter", "short side"])
@@ -56,8 +57,9 @@ def test_evaluation_resizes_with_pillow() -> None:
     assert (canvas[:91, :130] == by_pillow(image, geometry)).all()
 
 
+@pytest.mark.parametrize("flip_y", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-def test_crops_at_borders_and_far_from_the_corner(flip: bool) -> None:
+def test_crops_at_borders_and_far_from_the_corner(flip: bool, flip_y: bool) -> None:
     image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
     for resized in ((91, 140), (20, 31), (1, 1), (37, 60), (300, 7)):
         size = (min(resized[0], 16), min(resized[1], 16))
@@ -66,14 +68,15 @@ def test_crops_at_borders_and_far_from_the_corner(flip: bool) -> None:
             resized[1] - size[1],
         )  # in large images outside torch's resized part
         for offset in ((0, 0), last, (0, last[1]), (last[0] // 2, last[1] // 3)):
-            geometry = Geometry((37, 53), resized, offset, size, flip)
+            geometry = Geometry((37, 53), resized, offset, size, flip, flip_y)
             canvas = transform_image(image, geometry, (16, 16), exact=False)[: size[0], : size[1]]
             assert np.abs(canvas.astype(int) - by_pillow(image, geometry)).max() <= 2
 
 
-def test_a_read_only_image(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("flips_xy", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_read_only_image(recwarn: pytest.WarningsRecorder, flips_xy: tuple[bool, bool]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    geometry = Geometry((20, 30), (40, 60), (0, 0), (40, 60), False)
+    geometry = Geometry((20, 30), (40, 60), (0, 0), (40, 60), *flips_xy)
     want = transform_image(image, geometry, (40, 60), exact=False)
     image.flags.writeable = False
     assert (transform_image(image, geometry, (40, 60), exact=False) == want).all()

@@ -49,6 +49,8 @@ def full_coverage(mask_hw: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.
         values = values.reshape(shape).mean(axis=axis + 1)
     if geometry.flip:
         values = values[:, ::-1]
+    if geometry.flip_y:
+        values = values[::-1]
     (top, left), (height, width) = geometry.offset_yx, geometry.size_hw
     return values[top : top + height, left : left + width]
 
@@ -68,6 +70,9 @@ GEOMETRIES = [
     Geometry((30, 40), (20, 26), (0, 0), (20, 26), True),
     Geometry((30, 40), (75, 100), (20, 31), (50, 60), True),
     Geometry((30, 40), (75, 100), (25, 40), (50, 60), False),
+    Geometry((30, 40), (30, 40), (3, 5), (25, 20), False, flip_y=True),
+    Geometry((30, 40), (48, 65), (0, 0), (48, 65), False, flip_y=True),
+    Geometry((30, 40), (75, 100), (20, 31), (50, 60), True, flip_y=True),
 ]
 
 

@@ -101,6 +101,15 @@ def test_canvas(sizes: list[tuple[int, int]], size: list[int], short: int, scale
     assert found.scale == pytest.approx(scale)
 
 
+def test_the_canvas_of_a_recipe_may_be_one_number(tmp_path: Path, recipe: Path) -> None:
+    data = data_set(tmp_path / "data", (800, 600))
+    expected = made(data, recipe)["giantdet"]["data"]
+    raw = json.loads(recipe.read_text())
+    raw["giantdet"]["data"]["size"] = 512
+    recipe.write_text(json.dumps(raw))
+    assert made(data, recipe)["giantdet"]["data"] == expected
+
+
 @pytest.mark.parametrize("side, sizes", [(24, 16), (26, 32)])
 def test_anchors_are_those_of_the_objects_on_the_canvas(
     tmp_path: Path, recipe: Path, side: int, sizes: int
