@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worker_build import Peak, give_back_at_once, memory
+from worker_build import Peak, release_freed_memory, memory
 
 from giantdet.architectures import total_loss
 from giantdet.architectures.mask_rcnn import mask_rcnn_losses
@@ -57,7 +57,7 @@ def host_gradients(engine: Any) -> int:
 
 def peak_of_a_step(run: Any, images: int) -> int:
     """Peak bytes of a plain model beyond weights and gradients; each gradient is dropped as it arrives."""
-    give_back_at_once()
+    release_freed_memory()
     model = zero.build(run, images).train()
     for p in filter(lambda p: p.requires_grad, model.parameters()):
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
