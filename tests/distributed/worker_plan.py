@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worker_build import Peak, release_freed_memory, memory
+from worker_build import Peak, memory, release_freed_memory
 
 from giantdet.architectures import total_loss
 from giantdet.architectures.mask_rcnn import mask_rcnn_losses
