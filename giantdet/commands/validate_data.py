@@ -59,12 +59,15 @@ def run(options: argparse.Namespace) -> int:
             print(reports[-1].summary.text(f"{name}{place}"))
             print(format_report(reports[-1].problems))
         has_errors = any(report.has_errors for report in reports)
-        if len(parts) > 1 and not has_errors:
-            print(open_dataset(config).summary().text(name))  # an error if they do not fit each other
-        if options.pictures is not None and not has_errors:
-            folder = name.removeprefix("data.") if options.config else Path(name).stem
-            _draw(open_dataset(config), options.pictures / folder)
         failed |= has_errors
+        if has_errors or (len(parts) == 1 and options.pictures is None):
+            continue
+        dataset = open_dataset(config)  # an error if its parts do not fit each other
+        if len(parts) > 1:
+            print(dataset.summary().text(name))
+        if options.pictures is not None:
+            folder = name.removeprefix("data.") if options.config else Path(name).stem
+            _draw(dataset, options.pictures / folder)
     return 1 if failed else 0
 
 

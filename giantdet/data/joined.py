@@ -127,15 +127,13 @@ class JoinedDataset:
         found = [part.summary() for part in self.parts]
         names = list(found[0].objects_per_class)
         per_class = dict.fromkeys(names, 0)
-        left_out, otherwise = Counter[str](), Counter[str]()
+        by_size, left_out, otherwise = Counter[str](), Counter[str](), Counter[str]()
         for one, labels in zip(found, self.labels, strict=True):
             for label, count in zip(labels.tolist(), one.objects_per_class.values(), strict=True):
                 per_class[names[label]] += count
+            by_size.update(one.objects_by_size)
             left_out.update(one.left_out)
             otherwise.update(one.used_otherwise)
-        by_size = Counter[str]({name: 0 for one in found for name in one.objects_by_size})
-        for one in found:
-            by_size.update(one.objects_by_size)
         sizes = [size for one in found for size in (one.smallest_image, one.largest_image) if size]
         sizes.sort(key=lambda size: (size[0] * size[1], size[::-1]))
         return Summary(

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
-from giantdet.architectures.foreign.project import Project, Replacement, Settings, State, renamed
-from giantdet.architectures.foreign.rotary import NET, UNCHECKED, UNUSED, rotary_of
+from giantdet.architectures.foreign.project import Project, Replacement, Settings, State
+from giantdet.architectures.foreign.rotary import NET, UNUSED, further_names, rotary_of
 
 _HEAD_WIDTH, _REFERENCE = 64, 16
 _RULES: tuple[tuple[str, Replacement], ...] = (
@@ -29,20 +29,13 @@ def _recognises(keys: Collection[str]) -> bool:
 
 
 def _names(keys: Collection[str]) -> dict[str, str]:
-    return {key: renamed(name, _RULES) for key, name in DETECTRON2.names(keys).items()}
+    return further_names(keys, _RULES)
 
 
 def _settings(state: State) -> Settings:
     width, _, patch, _ = state[f"{NET}patch_embed.proj.weight"].shape
     rotary = rotary_of(state, "blocks", True, _HEAD_WIDTH, _REFERENCE, patch, width)
-    return DETECTRON2.settings(state).of_backbone(
-        rotary.section,
-        canvas=rotary.canvas,
-        untold=rotary.untold,
-        problem=rotary.problem,
-        assumed="ImageNet's pixel statistics, as in EVA-02's configurations",
-        note=f"names and formulas were checked against EVA-02's code, {UNCHECKED}",
-    )
+    return rotary.settings(state, "EVA-02", "ImageNet's pixel statistics", {})
 
 
 EVA02 = Project(
@@ -50,5 +43,5 @@ EVA02 = Project(
     recognises=_recognises,
     names=_names,
     settings=_settings,
-    unused=(*DETECTRON2.unused, UNUSED),
+    unused=UNUSED,
 )

@@ -13,8 +13,8 @@ from collections.abc import Collection
 from typing import Any
 
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
-from giantdet.architectures.foreign.project import Project, Replacement, Settings, State, renamed
-from giantdet.architectures.foreign.rotary import NET, UNCHECKED, UNUSED, rotary_of
+from giantdet.architectures.foreign.project import Project, Replacement, Settings, State
+from giantdet.architectures.foreign.rotary import NET, UNUSED, further_names, rotary_of
 
 _BLOCKS = "transformer.resblocks"
 _HEAD_WIDTH, _REFERENCE = 96, 32
@@ -38,21 +38,15 @@ def _recognises(keys: Collection[str]) -> bool:
 
 
 def _names(keys: Collection[str]) -> dict[str, str]:
-    return {key: renamed(name, _RULES) for key, name in DETECTRON2.names(keys).items()}
+    return further_names(keys, _RULES)
 
 
 def _settings(state: State) -> Settings:
     width, _, patch, _ = state[f"{NET}conv1.weight"].shape
     rotary = rotary_of(state, _BLOCKS, False, _HEAD_WIDTH, _REFERENCE, patch, width)
     backbone: dict[str, Any] = {"pixel_mean": _PIXELS, "pixel_std": _PIXELS, "position_fit": "tile"}
-    return DETECTRON2.settings(state).of_backbone(
-        backbone | rotary.section,
-        canvas=rotary.canvas,
-        untold=rotary.untold,
-        problem=rotary.problem,
-        assumed="pixels (x - 127) / 127 and positions tiled over the canvas, as in PE's configurations",
-        note=f"names and formulas were checked against PE's code, {UNCHECKED}",
-    )
+    assumed = "pixels (x - 127) / 127 and positions tiled over the canvas"
+    return rotary.settings(state, "PE", assumed, backbone)
 
 
 PE = Project(
@@ -60,5 +54,5 @@ PE = Project(
     recognises=_recognises,
     names=_names,
     settings=_settings,
-    unused=(*DETECTRON2.unused, UNUSED),
+    unused=UNUSED,
 )

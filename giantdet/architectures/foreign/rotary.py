@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from giantdet.architectures.foreign.backbones import chosen_blocks
-from giantdet.architectures.foreign.project import State, numbers
+from giantdet.architectures.foreign.detectron2 import DETECTRON2
+from giantdet.architectures.foreign.project import Replacement, Settings, State, numbers, renamed
 
 NET = "backbone.net."
-UNUSED = (r"^backbone\.net\..*rope(_win|_glb)?\.freqs_(cos|sin)$", "rotary tables, which giantdet computes")
-UNCHECKED = "trained numbers were not (no published file was at hand): look at a few predictions first"
+UNUSED = (
+    *DETECTRON2.unused,
+    (r"^backbone\.net\..*rope(_win|_glb)?\.freqs_(cos|sin)$", "rotary tables, which giantdet computes"),
+)
+_UNCHECKED = "trained numbers were not (no published file was at hand): look at a few predictions first"
 _BASE = 10000.0  # of the frequencies
 _TOLERANCE = 0.02  # of sines and cosines: files may be in half precision
 _KEY = "model.backbone."
@@ -38,6 +43,25 @@ class Rotary(NamedTuple):
     """Keys of config.json that only missing tables would tell."""
     problem: str
     """Why the tables are not those that giantdet computes; empty if they are."""
+
+    def settings(self, state: State, title: str, assumed: str, backbone: Mapping[str, Any]) -> Settings:
+        """Return detectron2's settings with what the tables tell.
+
+        `title` is the project's, `backbone` has further keys of its section.
+        """
+        return DETECTRON2.settings(state).of_backbone(
+            {**backbone, **self.section},
+            canvas=self.canvas,
+            untold=self.untold,
+            problem=self.problem,
+            assumed=f"{assumed}, as in {title}'s configurations",
+            note=f"names and formulas were checked against {title}'s code, {_UNCHECKED}",
+        )
+
+
+def further_names(keys: Collection[str], rules: tuple[tuple[str, Replacement], ...]) -> dict[str, str]:
+    """Return detectron2's names of the parameters, renamed further by a project's own rules."""
+    return {key: renamed(name, rules) for key, name in DETECTRON2.names(keys).items()}
 
 
 def rotary_of(
