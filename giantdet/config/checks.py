@@ -17,6 +17,7 @@ from giantdet.config.deepspeed import DeepSpeedConfig
 from giantdet.config.lengths import LENGTH_WORDS
 from giantdet.config.names import all_paths, keys_of, nearest
 from giantdet.config.optimizers import OPTIMIZERS, OptimizerConfig
+from giantdet.config.precision import check_precision
 from giantdet.config.schedulers import SCHEDULERS, SchedulerConfig
 from giantdet.config.section import LISTS, Section
 from giantdet.config.types import UNIONS, DataConfig, GiantdetConfig
@@ -215,9 +216,7 @@ def check_deepspeed(raw: dict[str, Any]) -> DeepSpeedConfig:
         if block == "optimizer" or block in raw:
             plugin(block, raw.get(block, {}))
     config = validate(DeepSpeedConfig, raw)
-    on = [name for name in ("bf16", "fp16", "torch_autocast") if getattr(config, name).enabled]
-    if len(on) > 1:
-        raise ConfigError(f"{' and '.join(f'{n}.enabled' for n in on)} exclude each other; switch one off")
+    check_precision(config)
     return config
 
 

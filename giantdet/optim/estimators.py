@@ -116,6 +116,10 @@ class _OfModules:
         """Return the factor that fp16 multiplies the loss by; 1 in bf16 and float32."""
         return float(getattr(self.engine.optimizer, "loss_scale", 1.0) or 1.0)
 
+    def copy(self, gradient: Tensor) -> Tensor:
+        """Return a flat float32 copy, unscaled: DeepSpeed reduces the gradient that a hook gets in place."""
+        return gradient.detach().flatten().to(torch.float32, copy=True).div_(self.loss_scale())
+
     def shard_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter's flat gradient of this micro-step, averaged over the ranks of the shard.
 
@@ -182,8 +186,7 @@ class _Elementwise(_OfModules):
                 if fragment is None and fragments is not None:
                     continue  # other ranks have all of it
                 first, last = even_share(_numel(p)) if fragment is None else fragment[:2]
-                both = part[:, first:last] / self.loss_scale()
-                sums[self.index[self.modules[p]]] += self.sums(both, fragment)
+                sums[self.index[self.modules[p]]] += self.sums(part[:, first:last], fragment)
         comm.sum_over_ranks_(sums)
         self._rows = [{}, {}]
         return self.by_module(sums, lambda row: self.products(*row))
@@ -216,7 +219,7 @@ class HalfSplit(_Elementwise):
     """
 
     def read(self, p: nn.Parameter, gradient: Tensor) -> None:
-        self.add(self._half(), p, _copy(gradient))
+        self.add(self._half(), p, self.copy(gradient))
 
     def _half(self) -> int:
         if comm.world_size() % 2 == 0:
@@ -237,7 +240,7 @@ class AllSplits(_Elementwise):
     """The ratio of expectations over all splits, of preconditioned gradients: rows of sums and of squares."""
 
     def read(self, p: nn.Parameter, gradient: Tensor) -> None:
-        gradient = _copy(gradient)
+        gradient = self.copy(gradient)
         self.add(0, p, gradient)
         if self.group is None:
             self.add(1, p, gradient.square())
@@ -269,14 +272,13 @@ class AllSplitsOfNorms(_OfModules):
         # By step, [modules, 2]: squares of the shards' gradients, square of their mean. Two steps at a time:
         # the next step's first gradients are read before this step's sums are complete.
         self._sums: dict[int, Tensor] = {}
-        # Of the step that was measured last: both may differ by the time its sums are complete.
-        self._clipping, self._loss_scale = 0.0, 1.0
+        self._clipping = 0.0  # of the step that was measured last: it may differ once its sums are complete
 
     def read(self, p: nn.Parameter, gradient: Tensor) -> None:
         if self.group is None:
-            self._add_square(p, gradient)
+            self._add_square(p, gradient, self.loss_scale())
         else:
-            _add(self._micro_step, p, _copy(gradient))
+            _add(self._micro_step, p, self.copy(gradient))
 
     def after_micro_step(self) -> None:
         if self.group is not None:
@@ -285,7 +287,7 @@ class AllSplitsOfNorms(_OfModules):
 
     def after_backward(self) -> Measured | None:
         sums = self._sums_of_step()
-        self._clipping, self._loss_scale = self.engine.gradient_clipping(), self.loss_scale()
+        self._clipping = self.engine.gradient_clipping()
         if self.engine.zero_optimization_stage() == 0:
             # The reduced gradient is complete on all ranks here, and not clipped yet.
             for p, name in self.modules.items():
@@ -309,7 +311,7 @@ class AllSplitsOfNorms(_OfModules):
             sums = self._sums.pop(step)
             comm.sum_over_ranks_(sums)
             # Each of a shard's ranks has added the same square.
-            squares = (self.accumulation / self._loss_scale) ** 2 / self.ranks
+            squares = self.accumulation**2 / self.ranks
             clipped = self._clip_coefficient() ** 2 if self.engine.zero_optimization_stage() > 0 else 1.0
             sums = sums * sums.new_tensor([squares, 1.0 / clipped])
             if self.engine.was_step_applied():
@@ -319,8 +321,8 @@ class AllSplitsOfNorms(_OfModules):
     def _products(self, row: list[float]) -> Products:
         return products_of_all_splits(row[0], row[1], self.shards)
 
-    def _add_square(self, p: nn.Parameter, gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
+    def _add_square(self, p: nn.Parameter, gradient: Tensor, scale: float = 1.0) -> None:
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double() / scale
         self._sums_of_step()[self.index[self.modules[p]], 0] += norm.square()
 
     def _sums_of_step(self) -> Tensor:
@@ -337,11 +339,6 @@ class AllSplitsOfNorms(_OfModules):
 
 def _add(gradients: dict[nn.Parameter, Tensor], p: nn.Parameter, gradient: Tensor) -> None:
     gradients[p] = gradients[p] + gradient if p in gradients else gradient
-
-
-def _copy(gradient: Tensor) -> Tensor:
-    """Return a flat float32 copy: DeepSpeed reduces the gradient that a hook gets in place."""
-    return gradient.detach().flatten().to(torch.float32, copy=True)
 
 
 def _numel(p: nn.Parameter) -> int:

@@ -189,6 +189,11 @@ CONFIGURATIONS = [
         Error("... exclude each other; switch one off"),
     ),
     Case(
+        "fp16 without ZeRO",
+        {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}},
+        Error("fp16.enabled: at zero_optimization.stage 0 ...; set the stage to 1, 2 or 3, or ..."),
+    ),
+    Case(
         "a canvas of 64 x 72",
         {"giantdet.data.size": [64, 72]},
         Error("data.size must be multiples of 32, got [64, 72]; ..."),

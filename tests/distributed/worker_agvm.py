@@ -102,7 +102,8 @@ def under_deepspeed(case: dict[str, Any]) -> list[dict[str, Any]]:
         "gradient_clipping": case.get("clip", 0.0),
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "optimizer": {"type": case["optimizer"], "params": case["params"]},
-        "bf16": {"enabled": case.get("bf16", False)},
+        "bf16": {"enabled": case.get("precision") == "bf16"},
+        "fp16": {"enabled": case.get("precision") == "fp16", "initial_scale_power": 8},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
