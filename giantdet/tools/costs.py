@@ -10,6 +10,7 @@ from typing import NamedTuple
 from giantdet.architectures import Architecture
 from giantdet.config.resolved import ResolvedRun
 from giantdet.layers.cgbn import CrossGpuBatchNorm
+from giantdet.optim.agvm import ranks_of_shard
 
 GIB = 2**30
 # Memory besides tensors: CUDA's context, NCCL's buffers, and fragments that the allocator cannot use.
@@ -67,15 +68,22 @@ def traffic(
     return accumulation * part * (gathered + trainable)
 
 
-def agvm_traffic(run: ResolvedRun, trainable: int, ranks: int) -> float:
+def agvm_traffic(
+    run: ResolvedRun, model: Architecture, trainable: int, ranks: int, accumulation: int
+) -> float:
     """Return the bytes that a rank sends for AGVM per step, averaged over the interval of its measurements.
 
-    Two float32 values per parameter are all-reduced, or none with all_splits of unscaled gradients.
+    Two float32 values per parameter are all-reduced, or none with all_splits of unscaled gradients. Where
+    groups of batch norms are the shards of all_splits, each micro-step all-reduces one inside the group.
     """
     agvm = run.giantdet.agvm
-    if not agvm.enabled or (agvm.estimator == "all_splits" and not agvm.preconditioned):
+    if not agvm.enabled:
         return 0.0
-    return 2 * (ranks - 1) / ranks * 8 * trainable / agvm.interval
+    shard = ranks_of_shard(norm_ranks(run, model, ranks), ranks, accumulation, agvm.estimator)
+    inside = accumulation * 2 * (shard - 1) / shard * 4 * trainable
+    takes_norms = agvm.estimator == "all_splits" and not agvm.preconditioned
+    across = 0.0 if takes_norms else 2 * (ranks - 1) / ranks * 8 * trainable
+    return (inside + across) / agvm.interval
 
 
 def cgbn_traffic(run: ResolvedRun, model: Architecture, ranks: int) -> float:
@@ -83,9 +91,15 @@ def cgbn_traffic(run: ResolvedRun, model: Architecture, ranks: int) -> float:
 
     The forward pass gathers means and variances over the group, the backward pass all-reduces two sums.
     """
-    group = min(ranks, max(1, run.giantdet.norm.bn_size // run.batch.micro))
     channels = sum(m.num_features for m in model.modules() if isinstance(m, CrossGpuBatchNorm))
-    return 4.0 * (2 * channels + 2 * channels * 2) * (group - 1)
+    return 4.0 * (2 * channels + 2 * channels * 2) * (norm_ranks(run, model, ranks) - 1)
+
+
+def norm_ranks(run: ResolvedRun, model: Architecture, ranks: int) -> int:
+    """Return how many ranks the batch norms of CGBN span; 1 without any."""
+    if not any(isinstance(m, CrossGpuBatchNorm) for m in model.modules()):
+        return 1
+    return min(ranks, max(1, run.giantdet.norm.bn_size // run.batch.micro))
 
 
 def offloads(run: ResolvedRun) -> bool:

@@ -168,7 +168,7 @@ class Plan:
             self.accumulation,
             every > 0,
         )
-        sent += agvm_traffic(self.run, self.trainable, self.gpus)
+        sent += agvm_traffic(self.run, self.model, self.trainable, self.gpus, self.accumulation)
         sent += self.accumulation * cgbn_traffic(self.run, self.model, self.gpus)
         return Choice(
             stage,

@@ -197,6 +197,22 @@ def test_report_of_a_giant() -> None:
     assert plan.run.giantdet.train.steps == 1344 and "1,344 steps:" in text
 
 
+def test_traffic_of_agvm_inside_groups_of_batch_norms() -> None:
+    """MegDet at 256 on 128 GPUs, batch norms over 32 images and so over 16 ranks, which are one shard."""
+    change = ["model.backbone.pretrained=false", "agvm.estimator=all_splits", "agvm.interval=10"]
+    recipe = REPO / "ds_configs/megdet_resnet50_256_sgd.json"
+
+    def sent(*more: str) -> float:
+        plan = make_plan(load_run(recipe, [*change, *more]), 128, MACHINES["h200"], 50e9, 0.4, 117_266)
+        return plan.own.communication * 50e9 / plan.trainable
+
+    without, with_sgd = sent(), sent("agvm.enabled=true")
+    # One float32 value per parameter in each group, every 10 steps; norms of gradients need no more.
+    assert with_sgd - without == pytest.approx(2 * 15 / 16 * 4 / 10, rel=1e-4)
+    with_single = sent("agvm.enabled=true", "norm.bn_size=2") - sent("norm.bn_size=2")
+    assert with_single == pytest.approx(0.0, abs=1e-6)
+
+
 def test_models_that_do_not_fit() -> None:
     run = load_run(REPO / "ds_configs/mask_rcnn_resnet50_16_sgd.json", ["model.backbone.pretrained=false"])
 
