@@ -37,6 +37,7 @@ from rules_report import (
     Job,
     Row,
     append,
+    contrasts,
     label_of,
     last_rows,
     plot,
@@ -148,6 +149,7 @@ def main() -> None:
     blocks = [b for b in blocks if any((row["task"], row["optimizer"]) == b for row in found)]
     for block in blocks:
         print(table(found, names, *block, options.target))
+    print(contrasts(found, names, blocks))
     if options.plot is not None:
         plot(found, names, blocks, options.plot)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 REFERENCE = 8  # images per step that the LR is tuned for
 TUNE = "tune"  # runs at the reference batch that choose the LR
 BASE = "sqrt"  # the arm that the others are compared with
+CONTRASTS = (("agvm", "uniform"), ("agvm", "inverse"), ("noise_scale", "agvm"))
 SCORES = {"detection": ("box", "AP"), "semantic": ("semantic", "mIoU")}
 MODULES = ("backbone", "fpn", "rpn", "box_head", "semantic_head")
 COLUMNS: tuple[str, ...] = (
@@ -27,8 +28,9 @@ COLUMNS: tuple[str, ...] = (
 COLUMNS += tuple(f"{module}_{value}" for module in MODULES for value in ("factor", "noise_scale"))
 TEXTS = ("task", "optimizer", "arm")
 Row = dict[str, Any]
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5% quantile of Student's distribution by degrees of freedom."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+STUDENT += (2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+"""97.5% quantiles of Student's distribution, by degrees of freedom from 1 on."""
 
 
 class Job(NamedTuple):
@@ -118,6 +120,26 @@ def table(found: list[Row], names: dict[str, str], task: str, optimizer: str, sh
     return "\n".join([*lines, f"\nTarget: {target:.3f}. Intervals: 95%, Student's t over the seeds.\n"])
 
 
+def contrasts(found: list[Row], names: dict[str, str], blocks: list[tuple[str, str]]) -> str:
+    """Return a Markdown table of differences between two arms, seed by seed, in each block and over all."""
+    heads = [*(f"{task}, {optimizer}" for task, optimizer in blocks), "all"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for one, other in CONTRASTS:
+        cells, pooled = [], []
+        for block in blocks:
+            of_one, of_other = (
+                {row["seed"]: row["score"] for row in last_rows(select(found, *block, arm))}
+                for arm in (one, other)
+            )
+            pairs = [of_one[seed] - of_other[seed] for seed in of_one if seed in of_other]
+            pooled += pairs
+            cells.append(interval(pairs, "+.3f"))
+        lines.append(
+            f"| {names[one]} minus {names[other]} | {' | '.join([*cells, interval(pooled, '+.3f')])} |"
+        )
+    return "\n".join(lines)
+
+
 def interval(values: list[float], form: str) -> str:
     """Return the mean and half the width of its 95% interval."""
     if not values:
@@ -125,7 +147,8 @@ def interval(values: list[float], form: str) -> str:
     mean = format(statistics.fmean(values), form)
     if len(values) == 1:
         return mean
-    half = STUDENT.get(len(values) - 1, 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean} ± {format(half, form.replace('+', ''))}"
 
 
