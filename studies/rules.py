@@ -91,6 +91,7 @@ class Arm(NamedTuple):
     scaling: dict[str, Any]
     agvm: dict[str, Any]
     optimizers: tuple[str, ...] = ("AdamW", "SGD")
+    lr_factor: float = 1.0
 
 
 HELD = {"clamp": [1, 1]}  # factors of 1
@@ -100,9 +101,13 @@ ARMS: dict[str, Arm] = {
     BASE: Arm("square root", SQRT, HELD),
     "agvm": Arm("square root, AGVM", SQRT, {"rule": "agvm"}),
     "noise_scale": Arm("noise scale", {}, {"rule": "noise_scale", "clamp": [0.25, 16]}),
+    "noise_scale_uniform": Arm(
+        "noise scale, uniform", {}, {"rule": "noise_scale_uniform", "clamp": [0.25, 16]}
+    ),
     "uniform": Arm("square root, uniform", SQRT, {"rule": "uniform"}),
     "inverse": Arm("square root, inverse AGVM", SQRT, {"rule": "inverse"}),
     "none": Arm("LR of batch 8", {}, HELD),
+    "double": Arm("twice the LR of batch 8", {}, HELD, lr_factor=2.0),
     "linear": Arm("linear", {"rule": "linear"}, HELD, ("SGD",)),
     "adam_full": Arm(
         "square root, beta2 and decay",
@@ -111,8 +116,18 @@ ARMS: dict[str, Arm] = {
         ("AdamW",),
     ),
 }
-FIRST = ("reference", BASE, "agvm", "noise_scale", "uniform", "inverse")
-LAST = ("none", "linear", "adam_full")  # after all blocks
+FIRST = (
+    "reference",
+    BASE,
+    "agvm",
+    "noise_scale",
+    "noise_scale_uniform",
+    "uniform",
+    "inverse",
+    "none",
+    "double",
+)
+LAST = ("linear", "adam_full")  # after all blocks
 
 
 def main() -> None:
@@ -246,7 +261,10 @@ def config_of(options: argparse.Namespace, job: Job, folder: Path) -> dict[str, 
         "train_batch_size": job.batch,
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": "auto",
-        "optimizer": {"type": job.optimizer, "params": {"lr": job.lr, **OPTIMIZERS[job.optimizer]}},
+        "optimizer": {
+            "type": job.optimizer,
+            "params": {"lr": job.lr * arm.lr_factor, **OPTIMIZERS[job.optimizer]},
+        },
         "scheduler": {
             "type": "WarmupCosineDecayLR",
             "params": {"warmup_num_steps": warmup, "warmup_min_ratio": 1e-3},

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 REFERENCE = 8  # images per step that the LR is tuned for
 TUNE = "tune"  # runs at the reference batch that choose the LR
 BASE = "sqrt"  # the arm that the others are compared with
-CONTRASTS = (("agvm", "uniform"), ("agvm", "inverse"), ("noise_scale", "agvm"))
+CONTRASTS = (
+    ("agvm", "uniform"),
+    ("agvm", "inverse"),
+    ("noise_scale", "agvm"),
+    ("noise_scale", "noise_scale_uniform"),
+    ("noise_scale", "none"),
+    ("noise_scale", "double"),
+)
 SCORES = {"detection": ("box", "AP"), "semantic": ("semantic", "mIoU")}
 MODULES = ("backbone", "fpn", "rpn", "box_head", "semantic_head")
 COLUMNS: tuple[str, ...] = (

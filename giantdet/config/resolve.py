@@ -231,13 +231,13 @@ def _resolve_agvm(
     optimizer = deepspeed["optimizer"]["type"]
     agvm, steps = giantdet.agvm.resolved(optimizer), giantdet.train.steps
     warmup = _warmup_steps(deepspeed)
-    if agvm.enabled and agvm.rule == "noise_scale":
+    if agvm.enabled and agvm.uses_noise_scale:
         agvm = agvm.model_copy(update={"reference_batch": agvm.reference_batch or reference_batch})
         for problem in agvm.problems(optimizer):
             raise ConfigError(f"giantdet.agvm.{problem}")
         if giantdet.lr_scaling.rule != "none":
             raise ConfigError(
-                f'giantdet.agvm.rule "noise_scale" scales the LR with the batch, and so does '
+                f'giantdet.agvm.rule "{agvm.rule}" scales the LR with the batch, and so does '
                 f'giantdet.lr_scaling.rule "{giantdet.lr_scaling.rule}": set the latter to "none"'
             )
     if agvm.start_step == "auto" and steps is not None and isinstance(warmup, int):

@@ -117,12 +117,13 @@ class AgvmConfig(Section):
 
     enabled: bool = False
     """Scale the LR of each module by its gradient variance."""
-    rule: Literal["agvm", "uniform", "inverse", "noise_scale"] = "agvm"
+    rule: Literal["agvm", "uniform", "inverse", "noise_scale", "noise_scale_uniform"] = "agvm"
     """What the factors are computed from (`optim/rules.py`). agvm: the paper; uniform: the geometric mean of
     its factors for all modules; inverse: 1 / its factors; noise_scale: from the LR of `reference_batch`, by
-    the noise scale of each module (McCandlish et al. 2018; with Adam, Li et al. 2024)."""
+    the noise scale of each module (McCandlish et al. 2018; with Adam, Li et al. 2024); noise_scale_uniform:
+    the geometric mean of its factors."""
     reference_batch: PositiveInt | None = None
-    """Rule noise_scale: batch that the LR was chosen for. null: `lr_scaling.reference_batch`."""
+    """Rules of the noise scale: batch that the LR was chosen for. null: `lr_scaling.reference_batch`."""
     estimator: Literal["half_split", "all_splits"] = "half_split"
     """half_split: two halves of the batch, as in the paper; all_splits: the ratio of two
     expectations over all splits, 1 - E[G_1 G_2] / E|G_1|^2."""
@@ -141,7 +142,8 @@ class AgvmConfig(Section):
     stop_step: Annotated[int, Field(ge=0)] | None = None
     """Last such step; null: the last step of the run."""
     clamp: tuple[PositiveFloat, PositiveFloat] = (0.5, 10.0)
-    """Bounds of the ratio of variances, before the square root. Rule noise_scale: bounds of the factor."""
+    """Bounds of the ratio of variances, before the square root. Rules of the noise scale: bounds of the
+    factor."""
     anchor: str = "backbone"
     """Module that the variances of the others are aligned with; its factor is 1."""
     modules: dict[str, tuple[str, ...]] | None = None
@@ -158,22 +160,26 @@ class AgvmConfig(Section):
         """Return the exponent of the batch in the LR of an optimizer, given by name: 1 for SGD, else 0.5."""
         return 1.0 if "SGD" in optimizer else 0.5
 
+    @property
+    def uses_noise_scale(self) -> bool:
+        return self.rule in ("noise_scale", "noise_scale_uniform")
+
     def problems(self, optimizer: str) -> Iterator[str]:
         """Yield what is missing for the rule, with an optimizer given by name; each begins with a key."""
-        if self.rule != "noise_scale":
+        if not self.uses_noise_scale:
             return
         if self.estimator != "all_splits":
             yield (
-                'rule "noise_scale" needs agvm.estimator "all_splits": two halves tell little about the '
+                f'rule "{self.rule}" needs agvm.estimator "all_splits": two halves tell little about the '
                 "signal in the noise"
             )
         if self.reference_batch is None:
             yield (
-                'rule "noise_scale" needs agvm.reference_batch or lr_scaling.reference_batch, the batch that '
-                "the learning rate was chosen for"
+                f'rule "{self.rule}" needs agvm.reference_batch or lr_scaling.reference_batch, the batch '
+                "that the learning rate was chosen for"
             )
         if not any(name in optimizer for name in ("SGD", "Adam", "Lion")):
-            yield f'rule "noise_scale" is for SGD, Adam, AdamW and Lion, and the optimizer is {optimizer}'
+            yield f'rule "{self.rule}" is for SGD, Adam, AdamW and Lion, and the optimizer is {optimizer}'
 
 
 class LrScalingConfig(Section):

@@ -10,6 +10,7 @@ averages into the factors of the LRs.
 - inverse: AGVM the other way round.
 - noise_scale: from the LR of a reference batch, by each module's noise scale (McCandlish et al. 2018 for SGD,
   Li et al. 2024 for Adam).
+- noise_scale_uniform: the geometric mean of its factors for all modules, a control as `uniform` is of agvm.
 """
 
 from __future__ import annotations
@@ -106,8 +107,7 @@ def unchanged(factors: Factors) -> Factors:
 def geometric_mean(factors: Factors) -> Factors:
     """Return the geometric mean of the factors for all modules.
 
-    Each module counts once, whatever its size, and the anchor with its 1: so the mean logarithm of the LRs is
-    that of AGVM's.
+    Each module counts once, whatever its size, AGVM's anchor too: the mean logarithm of the LRs stays.
     """
     mean = math.exp(sum(map(math.log, factors.values())) / len(factors))
     return dict.fromkeys(factors, mean)
@@ -123,4 +123,5 @@ RULES: dict[str, Rule] = {
     "uniform": Rule(aligning_factors, geometric_mean),
     "inverse": Rule(aligning_factors, reciprocal),
     "noise_scale": Rule(noise_scale_factors, unchanged),
+    "noise_scale_uniform": Rule(noise_scale_factors, geometric_mean),
 }

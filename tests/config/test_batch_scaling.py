@@ -178,6 +178,7 @@ def test_the_rule_noise_scale_starts_from_the_lr_of_the_reference_batch() -> Non
     ("scaling", "agvm", "optimizer", "message"),
     [
         ({"rule": "sqrt"}, {}, None, 'giantdet.lr_scaling.rule "sqrt": set the latter to "none"'),
+        ({"rule": "sqrt"}, {"rule": "noise_scale_uniform"}, None, 'agvm.rule "noise_scale_uniform" scales'),
         ({"reference_batch": None}, {}, None, "giantdet.agvm.rule .* needs agvm.reference_batch"),
         ({}, {"estimator": "half_split"}, None, 'needs agvm.estimator "all_splits"'),
         ({}, {}, {"type": "Lamb", "params": {"lr": 0.1}}, "is for SGD, .* the optimizer is Lamb"),

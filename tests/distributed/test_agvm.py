@@ -130,6 +130,7 @@ MORE: dict[int, dict[str, dict[str, Any]]] = {
         "uniform": case(SGD, 2, "half_split", rule="uniform"),
         "inverse": case(ADAMW, 1, "all_splits", rule="inverse"),
         "noise_scale_sgd": case(SGD, 1, "all_splits", **NOISE_SCALE),
+        "noise_scale_uniform": case(SGD, 2, "all_splits", **NOISE_SCALE | {"rule": "noise_scale_uniform"}),
         "noise_scale_adamw": case(ADAMW, 3, "all_splits", resume_after=4, **NOISE_SCALE),
         "offload_norms": case(ADAMW, 3, "all_splits", offload=True, preconditioned=False),
     },

@@ -192,7 +192,7 @@ def by_hand(case: dict[str, Any]) -> list[dict[str, Any]]:
             for name in names:
                 ratio = (variances[settings.anchor] + 1e-6) / (variances[name] + 1e-6)
                 goal = 1.0 if name == settings.anchor else min(max(ratio, low), high) ** 0.5
-                if settings.rule == "noise_scale":
+                if settings.rule.startswith("noise_scale"):
                     goal = surge(case, settings, signals[name], squares[name])
                 new[name] = settings.momentum * factors[name] + (1 - settings.momentum) * goal
         lagged = settings.estimator == "all_splits" and not preconditioned(case)
@@ -226,7 +226,7 @@ def surge(case: dict[str, Any], settings: AgvmConfig, signal: float, square: flo
 
 
 def applied(rule: str, factors: dict[str, float]) -> dict[str, float]:
-    if rule == "uniform":
+    if rule in ("uniform", "noise_scale_uniform"):
         return dict.fromkeys(factors, float(np.prod([*factors.values()]) ** (1 / len(factors))))
     return {name: 1 / f for name, f in factors.items()} if rule == "inverse" else factors
 
