@@ -177,42 +177,56 @@ def factors(rows: list[Row]) -> str:
 
 
 def plot(found: list[Row], names: dict[str, str], blocks: list[tuple[str, str]], path: Path) -> None:
-    """Draw scores and noise scales over the images seen, a column for each (task, optimizer)."""
+    """Draw scores, noise scales and LRs over the images seen, a column for each (task, optimizer)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        2, len(blocks), figsize=(4 * len(blocks), 7), squeeze=False, layout="constrained"
+        3, len(blocks), figsize=(4.5 * len(blocks), 10), squeeze=False, layout="constrained"
     )
     for column, (task, optimizer) in enumerate(blocks):
-        upper, lower = axes[:, column]
+        scores, scales, rates = axes[:, column]
         for number, (arm, name) in enumerate(names.items()):
-            curve(upper, select(found, task, optimizer, arm), "score", f"C{number}", name)
+            curve(scores, select(found, task, optimizer, arm), "score", f"C{number}", name)
         for number, module in enumerate(MODULES):
             rows = select(found, task, optimizer, BASE)
-            curve(lower, rows, f"{module}_noise_scale", f"C{number}", module)
-        upper.set_title(f"{task}, {optimizer}")
-        upper.set_ylabel(" ".join(SCORES[task]))
-        lower.set(xlabel="images seen", ylabel="noise scale in images", yscale="log")
+            curve(scales, rows, f"{module}_noise_scale", f"C{number}", module)
+            for arm, style in (("noise_scale", "-"), ("agvm", "--")):
+                rows = [
+                    {**row, "rate": row[f"{module}_factor"] * (1.0 if arm == "noise_scale" else root(row))}
+                    for row in select(found, task, optimizer, arm)
+                    if f"{module}_factor" in row
+                ]
+                curve(rates, rows, "rate", f"C{number}", f"{module}, {names[arm]}", style)
+        scores.set_title(f"{task}, {optimizer}")
+        scores.set_ylabel(" ".join(SCORES[task]))
+        scales.set(ylabel=f"noise scale in images, {names[BASE]}", yscale="log")
+        rates.set(xlabel="thousand images seen", ylabel=f"LR, relative to that of batch {REFERENCE}")
         for batch in {row["batch"] for row in found}:
-            lower.axhline(batch, color="grey", linestyle=":")
-        for axis in (upper, lower):
+            scales.axhline(batch, color="grey", linestyle=":")
+        for axis in (scores, scales, rates):
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=6)
     figure.savefig(path, dpi=110)
 
 
-def curve(axis: Any, rows: list[Row], key: str, color: str, label: str) -> None:
+def root(row: Row) -> float:
+    """Return the factor of square-root scaling."""
+    return math.sqrt(row["batch"] / REFERENCE)
+
+
+def curve(axis: Any, rows: list[Row], key: str, color: str, label: str, style: str = "-") -> None:
     """Draw the mean of the runs over the images, and each run thinly."""
-    points: dict[int, list[float]] = {}
-    runs: dict[str, list[tuple[int, float]]] = {}
+    points: dict[float, list[float]] = {}
+    runs: dict[str, list[tuple[float, float]]] = {}
     for row in (row for row in rows if key in row):
-        points.setdefault(row["images"], []).append(row[key])
-        runs.setdefault(label_of(row), []).append((row["images"], row[key]))
+        points.setdefault(row["images"] / 1000, []).append(row[key])
+        runs.setdefault(label_of(row), []).append((row["images"] / 1000, row[key]))
     if not points:
         return
     for run_points in runs.values():
-        axis.plot(*zip(*run_points, strict=True), color=color, alpha=0.25, linewidth=0.7)
-    axis.plot(list(points), [statistics.fmean(v) for v in points.values()], color=color, label=label)
+        axis.plot(*zip(*run_points, strict=True), color=color, alpha=0.25, linewidth=0.7, linestyle=style)
+    means = [statistics.fmean(values) for values in points.values()]
+    axis.plot(list(points), means, color=color, label=label, linestyle=style)
