@@ -1,9 +1,12 @@
 """Compare rules of the learning rate at a large batch: AGVM, its controls, and the noise scale.
 
-python studies/rules.py                 # trains what studies/rules.csv does not have; prints the tables
+python studies/rules.py --bccd DATA     # trains what studies/rules.csv does not have; prints the tables
 python studies/rules.py --read --plot docs/rules.png
 
-Faster R-CNN and Semantic FPN on generated scenes of 64 x 64 pixels (giantdet/data/demo.py), SGD and AdamW.
+Faster R-CNN and Semantic FPN on generated scenes of 64 x 64 pixels (giantdet/data/demo.py), and Faster R-CNN
+on blood cells (BCCD: a folder in COCO's format, annotations/instances_{train,val}.json and images/), whose
+photographs are shrunk to 85 x 64 pixels first; SGD and AdamW.
+
 The LR is tuned at the reference batch of 8 images, with a seed that the study does not use. At the large
 batch it follows from the arm's rule alone. All runs of a task see the same number of images. One process
 accumulates micro-batches of 8 images at both batches, so that batch norms see 8 images in all runs.
@@ -28,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
 from rules_report import (
     BASE,
     MODULES,
@@ -60,21 +64,40 @@ RPN = {
     "post_nms_train": 50,
     "post_nms_test": 50,
 }
-TASKS: dict[str, dict[str, Any]] = {
-    "detection": {
+
+
+def faster_rcnn(detections: int) -> dict[str, Any]:
+    """Return the model section of a Faster R-CNN that keeps so many detections of an image."""
+    return {
         "type": "mask_rcnn",
         "backbone": BACKBONE,
         "fpn": {"channels": 32},
         "rpn": RPN,
-        "box_head": {"width": 64, "batch_per_image": 32, "detections": 30},
+        "box_head": {"width": 64, "batch_per_image": 32, "detections": detections},
         "mask_head": {"enabled": False},
-    },
-    "semantic": {
-        "type": "semantic_fpn",
-        "backbone": BACKBONE,
-        "fpn": {"channels": 32},
-        "semantic_head": {"width": 32},
-    },
+    }
+
+
+SEMANTIC_FPN = {
+    "type": "semantic_fpn",
+    "backbone": BACKBONE,
+    "fpn": {"channels": 32},
+    "semantic_head": {"width": 32},
+}
+
+
+class Task(NamedTuple):
+    """A model, and what its images need."""
+
+    model: dict[str, Any]
+    width: int = SIZE
+    max_objects: int = 20
+
+
+TASKS: dict[str, Task] = {
+    "detection": Task(faster_rcnn(30)),
+    "cells": Task(faster_rcnn(60), width=96, max_objects=40),
+    "semantic": Task(SEMANTIC_FPN),
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"betas": [0.9, 0.999], "weight_decay": 0.05},
@@ -137,6 +160,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/rules"))
     parser.add_argument("--csv", type=Path, default=REPO / "studies/rules.csv")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--bccd", type=Path, help="folder of the task cells")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*FIRST, *LAST])
     parser.add_argument("--batch", type=int, default=128, help="the large batch")
@@ -175,6 +199,10 @@ def main() -> None:
 def study(options: argparse.Namespace) -> None:
     """Train all runs that the CSV does not have."""
     data = options.output / "data"
+    if "cells" in options.tasks and not (data / "cells").exists():
+        if options.bccd is None:
+            raise SystemExit("the task cells needs --bccd; name the other tasks by --tasks to leave it out")
+        shrink(options.bccd, data / "cells")
     if not (data / "semantic_val").exists():
         counts = ["--train-images", str(options.train_images), "--val-images", str(options.val_images)]
         command = [sys.executable, "-m", "giantdet.cli", "make-demo-data", str(data), *counts]
@@ -190,6 +218,28 @@ def study(options: argparse.Namespace) -> None:
                     if arm in options.arms and optimizer in ARMS[arm].optimizers
                 ]
                 run_all(options, jobs)
+
+
+def shrink(source: Path, folder: Path) -> None:
+    """Write the images of a COCO-format folder with a height of `SIZE`, and their annotations."""
+    partial = folder.with_suffix(".partial")
+    (partial / "images").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        content = json.loads((source / f"annotations/instances_{split}.json").read_text())
+        factors = {}
+        for image in content["images"]:
+            with Image.open(source / "images" / image["file_name"]) as opened:
+                small = opened.convert("RGB").resize((round(opened.width * SIZE / opened.height), SIZE))
+            factors[image["id"]] = (small.width / image["width"], small.height / image["height"])
+            image |= {"width": small.width, "height": small.height}
+            image["file_name"] = str(Path(image["file_name"]).with_suffix(".png"))
+            small.save(partial / "images" / image["file_name"])
+        for entry in content["annotations"]:
+            x, y = factors[entry["image_id"]]
+            entry["bbox"] = [v * f for v, f in zip(entry["bbox"], (x, y, x, y), strict=True)]
+            entry["area"] = entry["area"] * x * y
+        (partial / f"{split}.json").write_text(json.dumps(content))
+    partial.rename(folder)
 
 
 def tuned(options: argparse.Namespace, task: str, optimizer: str) -> float:
@@ -244,7 +294,8 @@ def environment() -> dict[str, str]:
 
 def config_of(options: argparse.Namespace, job: Job, folder: Path) -> dict[str, Any]:
     """Return the JSON of a run."""
-    arm, data = ARMS["reference" if job.arm == TUNE else job.arm], options.output.resolve() / "data"
+    arm, task = ARMS["reference" if job.arm == TUNE else job.arm], TASKS[job.task]
+    data = options.output.resolve() / "data"
     steps = options.images // job.batch
     every = max(1, steps // POINTS)
     warmup = max(1, steps // 10)
@@ -272,16 +323,16 @@ def config_of(options: argparse.Namespace, job: Job, folder: Path) -> dict[str, 
         "gradient_clipping": 5.0,
         "zero_optimization": {"stage": 0},
         "giantdet": {
-            "model": TASKS[job.task],
+            "model": task.model,
             "norm": {"type": "local"},
             "lr_scaling": {"reference_batch": REFERENCE, **arm.scaling},
             "agvm": agvm,
             "data": {
                 "train": split_of(job.task, data, "train"),
                 "val": split_of(job.task, data, "val"),
-                "size": [SIZE, SIZE],
+                "size": [SIZE, task.width],
                 "short_side": SIZE,
-                "max_objects": 20,
+                "max_objects": task.max_objects,
                 "workers": 0,
             },
             "train": {
@@ -300,6 +351,8 @@ def config_of(options: argparse.Namespace, job: Job, folder: Path) -> dict[str, 
 
 
 def split_of(task: str, data: Path, split: str) -> dict[str, Any]:
+    if task == "cells":
+        return {"annotations": str(data / f"cells/{split}.json"), "images": str(data / "cells/images")}
     if task == "detection":
         return {"annotations": str(data / f"{split}.json"), "images": str(data / split)}
     labels, classes = data / f"semantic_{split}", data / "semantic_classes.json"

@@ -19,7 +19,7 @@ CONTRASTS = (
     ("noise_scale", "none"),
     ("noise_scale", "double"),
 )
-SCORES = {"detection": ("box", "AP"), "semantic": ("semantic", "mIoU")}
+SCORES = {"detection": ("box", "AP"), "cells": ("box", "AP"), "semantic": ("semantic", "mIoU")}
 MODULES = ("backbone", "fpn", "rpn", "box_head", "semantic_head")
 COLUMNS: tuple[str, ...] = (
     "task",
