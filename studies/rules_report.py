@@ -12,6 +12,8 @@ REFERENCE = 8  # images per step that the LR is tuned for
 TUNE = "tune"  # runs at the reference batch that choose the LR
 BASE = "sqrt"  # the arm that the others are compared with
 CONTRASTS = (
+    ("agvm", BASE),
+    ("noise_scale", BASE),
     ("agvm", "uniform"),
     ("agvm", "inverse"),
     ("noise_scale", "agvm"),
