@@ -203,7 +203,7 @@ def study(options: argparse.Namespace) -> None:
         if options.bccd is None:
             raise SystemExit("the task cells needs --bccd; name the other tasks by --tasks to leave it out")
         shrink(options.bccd, data / "cells")
-    if not (data / "semantic_val").exists():
+    if options.tasks != ["cells"] and not (data / "semantic_val").exists():
         counts = ["--train-images", str(options.train_images), "--val-images", str(options.val_images)]
         command = [sys.executable, "-m", "giantdet.cli", "make-demo-data", str(data), *counts]
         subprocess.run([*command, "--size", str(SIZE)], check=True, env=environment())

@@ -93,6 +93,11 @@ def last_rows(rows: list[Row]) -> list[Row]:
     return [row for row in runs.values() if not math.isnan(row["score"])]
 
 
+def by_seed(rows: list[Row]) -> dict[int, float]:
+    """Return the last score of each seed's run."""
+    return {row["seed"]: row["score"] for row in last_rows(rows)}
+
+
 # Tables
 
 
@@ -102,7 +107,7 @@ def table(found: list[Row], names: dict[str, str], task: str, optimizer: str, sh
     names: of the arms. share: of the base's mean score that is the target.
     """
     runs = {arm: select(found, task, optimizer, arm) for arm in names}
-    finals = {arm: {row["seed"]: row["score"] for row in last_rows(rows)} for arm, rows in runs.items()}
+    finals = {arm: by_seed(rows) for arm, rows in runs.items()}
     tuning = sorted((row["lr"], row["score"]) for row in last_rows(select(found, task, optimizer, TUNE)))
     lines = [f"{task}, {optimizer}; tuned at batch {REFERENCE}: "]
     lines[0] += ", ".join(f"{lr:g}: {score:.3f}" for lr, score in tuning)
@@ -136,10 +141,7 @@ def contrasts(found: list[Row], names: dict[str, str], blocks: list[tuple[str, s
     for one, other in CONTRASTS:
         cells, pooled = [], []
         for block in blocks:
-            of_one, of_other = (
-                {row["seed"]: row["score"] for row in last_rows(select(found, *block, arm))}
-                for arm in (one, other)
-            )
+            of_one, of_other = (by_seed(select(found, *block, arm)) for arm in (one, other))
             pairs = [of_one[seed] - of_other[seed] for seed in of_one if seed in of_other]
             pooled += pairs
             cells.append(interval(pairs, "+.3f"))

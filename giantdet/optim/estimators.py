@@ -118,7 +118,8 @@ class _OfModules:
 
     def copy(self, gradient: Tensor) -> Tensor:
         """Return a flat float32 copy, unscaled: DeepSpeed reduces the gradient that a hook gets in place."""
-        return gradient.detach().flatten().to(torch.float32, copy=True).div_(self.loss_scale())
+        copy, scale = gradient.detach().flatten().to(torch.float32, copy=True), self.loss_scale()
+        return copy if scale == 1.0 else copy.div_(scale)
 
     def shard_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter's flat gradient of this micro-step, averaged over the ranks of the shard.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def test_suffixes_are_those_that_pillow_reads(tmp_path: Path) -> None:
     """Save and read a picture with each suffix; formats for which Pillow has only a stub are not images."""
     endings = image_endings()
     assert {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"} <= endings
+    assert (".avif" in endings) == (find_spec("PIL._avif") is not None), "where Pillow was built with it"
     assert not endings & {".pdf", ".mp4", ".mpg", ".hdf", ".h5", ".eps", ".wmf", ".json", ".txt", ".npy", ""}
     tried = 0
     for ending in sorted(endings):
