@@ -60,10 +60,23 @@ def initialize(model: Architecture, run: ResolvedRun) -> Engine:
             lr_scheduler=None
             if run.scheduler is None
             else partial(_schedule, run.scheduler, run.optimizer.lr),
-            config=run.deepspeed_json(),
+            config=_with_buckets_of_the_models_size(run, groups),
             dist_init_required=False,
         )[0]
     return engine
+
+
+def _with_buckets_of_the_models_size(run: ResolvedRun, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON for DeepSpeed with a `reduce_bucket_size` of at most the number of trained weights.
+
+    DeepSpeed allocates all of a bucket (two at `overlap_comm`), by default 500 million elements, however
+    small the model is. One that holds all gradients is filled as a larger one would be.
+    """
+    json = run.deepspeed_json()
+    trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+    if run.stage > 0 and trained < run.zero.reduce_bucket_size:
+        json["zero_optimization"] = {**json["zero_optimization"], "reduce_bucket_size": trained}
+    return json
 
 
 @contextmanager

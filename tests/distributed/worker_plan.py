@@ -1,7 +1,7 @@
 """One rank of test_plan.py: the bytes that DeepSpeed really keeps, and that a step really takes.
 
 worker_plan.py OUT JSON ...: rank 0 writes {JSON's name: {weights, master, moments}} into OUT, in bytes per
-rank; for a JSON named peak... the peak memory of a step beyond what is kept.
+rank, and the elements of a bucket; for a JSON named peak... the peak memory of a step beyond what is kept.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def main() -> None:
         )
         engine.backward(total_loss(losses))
         engine.step()
-        found[path.stem] = {"host_gradients": host_gradients(engine), **kept(engine)}
+        bucket = getattr(engine.optimizer, "reduce_bucket_size", 0)
+        found[path.stem] = {"host_gradients": host_gradients(engine), "bucket": bucket, **kept(engine)}
         engine.destroy()
     if comm.is_main():
         out.write_text(json.dumps(found))

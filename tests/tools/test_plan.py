@@ -100,6 +100,7 @@ def test_states_equal_deepspeeds(tmp_path: Path, world: int) -> None:
             run.optimizer.MOMENTS,
             run.deepspeed["zero_optimization"]["stage"],
         )
+        assert found[name].pop("bucket") == (trainable if stage else 0)
         predicted = states(every, trainable, each, moments, stage, world)
         for kind, real in found[name].items():
             print(

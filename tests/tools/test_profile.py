@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from giantdet.tools.profile import RECORDED, SKIPPED, TOP, WARMUP, Profile
 
 
+def own_times(trace: dict[str, Any]) -> tuple[dict[str, float], Counter[str]]:
+    """Return the ms that each operator of a trace took without those it called, and its number of calls."""
+    events = [e for e in trace["traceEvents"] if e.get("cat") == "cpu_op"]
+    own: dict[str, float] = defaultdict(float)
+    open_calls: list[dict[str, Any]] = []
+    for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        while open_calls and open_calls[-1]["ts"] + open_calls[-1]["dur"] <= event["ts"]:
+            open_calls.pop()
+        if open_calls:
+            own[open_calls[-1]["name"]] -= event["dur"] / 1e3
+        own[event["name"]] += event["dur"] / 1e3
+        open_calls.append(event)
+    return own, Counter(e["name"] for e in events)
+
+
 def test_profile(tmp_path: Path) -> None:
-    """Three products of large matrices per step are the cost; the steps before are not profiled."""
+    """The table has the own times of the trace's operators; the steps before are not profiled."""
     profile = Profile(tmp_path)
     large, small = torch.randn(400, 400), torch.randn(4)
     for step in range(SKIPPED + WARMUP + RECORDED + 2):
@@ -25,14 +43,20 @@ def test_profile(tmp_path: Path) -> None:
         profile.step()
         assert profile.is_done == (step >= SKIPPED + WARMUP + RECORDED - 1)
     profile.close()
-    lines = (tmp_path / "operators.txt").read_text().splitlines()
-    assert len(lines) <= TOP + 2 and "CPU time of a step" in lines[-1]
-    name, _, unit, share, calls = lines[1].split()
-    assert (name, unit, float(calls)) == ("aten::mm", "ms", 3.0) and 50 < float(share.rstrip("%")) <= 100
-    assert not any("inv" in line for line in lines)
     trace = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
-    names = {event.get("name") for event in trace["traceEvents"]}
-    assert "aten::mm" in names and not any("inv" in str(name) for name in names)
+    own, calls = own_times(trace)
+    assert calls["aten::mm"] == 3 * RECORDED and not any("inv" in name for name in own)
+    _, *lines, last = (tmp_path / "operators.txt").read_text().splitlines()
+    total = sum(own.values())
+    text, _, time = last.removesuffix(" ms").rpartition(" ")
+    assert text == f"CPU time of a step, mean of {RECORDED}:"
+    assert float(time) == pytest.approx(total / RECORDED, abs=0.06)
+    assert len(lines) == min(TOP, len(own)) and lines[0].split()[0] == max(own, key=lambda name: own[name])
+    for line in lines:
+        name, time, _, share, count = line.split()
+        assert float(time) == pytest.approx(own[name] / RECORDED, abs=0.006)  # rounded to 0.01 ms
+        assert float(share.rstrip("%")) == pytest.approx(100 * own[name] / total, abs=0.06)
+        assert float(count) == pytest.approx(calls[name] / RECORDED, abs=0.06)
 
 
 def test_a_run_that_ends_before_the_profile(tmp_path: Path) -> None:
