@@ -115,6 +115,7 @@ class Arm(NamedTuple):
     agvm: dict[str, Any]
     optimizers: tuple[str, ...] = ("AdamW", "SGD")
     lr_factor: float = 1.0
+    warmup: float = 0.1  # share of the run
 
 
 HELD = {"clamp": [1, 1]}  # factors of 1
@@ -132,6 +133,7 @@ ARMS: dict[str, Arm] = {
     "none": Arm("LR of batch 8", {}, HELD),
     "double": Arm("twice the LR of batch 8", {}, HELD, lr_factor=2.0),
     "linear": Arm("linear", {"rule": "linear"}, HELD, ("SGD",)),
+    "sqrt_long": Arm("square root, long warmup", SQRT, HELD, warmup=0.3),
     "adam_full": Arm(
         "square root, beta2 and decay",
         SQRT | {"betas": "beta2_power", "weight_decay": "timescale"},
@@ -150,7 +152,7 @@ FIRST = (
     "none",
     "double",
 )
-LAST = ("linear", "adam_full")  # after all blocks
+LAST = ("linear", "sqrt_long", "adam_full")  # after all blocks
 
 
 def main() -> None:
@@ -298,7 +300,7 @@ def config_of(options: argparse.Namespace, job: Job, folder: Path) -> dict[str, 
     data = options.output.resolve() / "data"
     steps = options.images // job.batch
     every = max(1, steps // POINTS)
-    warmup = max(1, steps // 10)
+    warmup = max(1, round(arm.warmup * steps))
     # Factors follow over a tenth of the run; the paper's momentum of 0.97 would need thousands of steps.
     agvm = {
         "enabled": job.batch > MICRO,  # the reference batch is a single micro-batch, which has no variance
