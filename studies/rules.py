@@ -134,6 +134,7 @@ ARMS: dict[str, Arm] = {
     "double": Arm("twice the LR of batch 8", {}, HELD, lr_factor=2.0),
     "linear": Arm("linear", {"rule": "linear"}, HELD, ("SGD",)),
     "sqrt_long": Arm("square root, long warmup", SQRT, HELD, warmup=0.3),
+    "agvm_long": Arm("square root, long warmup, AGVM", SQRT, {"rule": "agvm"}, warmup=0.3),
     "adam_full": Arm(
         "square root, beta2 and decay",
         SQRT | {"betas": "beta2_power", "weight_decay": "timescale"},
@@ -152,7 +153,7 @@ FIRST = (
     "none",
     "double",
 )
-LAST = ("linear", "sqrt_long", "adam_full")  # after all blocks
+LAST = ("linear", "sqrt_long", "agvm_long", "adam_full")  # after all blocks
 
 
 def main() -> None:

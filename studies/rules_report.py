@@ -14,6 +14,9 @@ BASE = "sqrt"  # the arm that the others are compared with
 CONTRASTS = (
     ("agvm", BASE),
     ("noise_scale", BASE),
+    ("sqrt_long", BASE),
+    ("agvm_long", "sqrt_long"),
+    ("noise_scale", "sqrt_long"),
     ("agvm", "uniform"),
     ("agvm", "inverse"),
     ("noise_scale", "agvm"),
