@@ -133,6 +133,7 @@ ARMS: dict[str, Arm] = {
     "none": Arm("LR of batch 8", {}, HELD),
     "double": Arm("twice the LR of batch 8", {}, HELD, lr_factor=2.0),
     "linear": Arm("linear", {"rule": "linear"}, HELD, ("SGD",)),
+    "linear_long": Arm("linear, long warmup", {"rule": "linear"}, HELD, ("SGD",), warmup=0.3),
     "sqrt_long": Arm("square root, long warmup", SQRT, HELD, warmup=0.3),
     "agvm_long": Arm("square root, long warmup, AGVM", SQRT, {"rule": "agvm"}, warmup=0.3),
     "adam_full": Arm(
@@ -153,7 +154,7 @@ FIRST = (
     "none",
     "double",
 )
-LAST = ("linear", "sqrt_long", "agvm_long", "adam_full")  # after all blocks
+LAST = ("linear", "linear_long", "sqrt_long", "agvm_long", "adam_full")  # after all blocks
 
 
 def main() -> None:
@@ -176,8 +177,8 @@ def main() -> None:
     parser.add_argument(
         "--target",
         type=float,
-        default=0.9,
-        help="share of square-root scaling's score that images are counted to",
+        default=0.6,
+        help="share of the tuned LR's score at batch 8 that images are counted to",
     )
     parser.add_argument("--read", action="store_true", help="print the tables; no training")
     parser.add_argument("--plot", type=Path, help="draw the figure here")

@@ -107,7 +107,7 @@ def by_seed(rows: list[Row]) -> dict[int, float]:
 def table(found: list[Row], names: dict[str, str], task: str, optimizer: str, share: float) -> str:
     """Return a Markdown table of scores, differences to the base seed by seed, and images to the target.
 
-    names: of the arms. share: of the base's mean score that is the target.
+    names: of the arms. share: of the tuned LR's score at the reference batch that is the target.
     """
     runs = {arm: select(found, task, optimizer, arm) for arm in names}
     finals = {arm: by_seed(rows) for arm, rows in runs.items()}
@@ -117,7 +117,7 @@ def table(found: list[Row], names: dict[str, str], task: str, optimizer: str, sh
     lines += ["", f"| | seeds | score | minus {names[BASE]} | images to the target | factors |"]
     lines += ["|---" * 6 + "|"]
     base = finals[BASE]
-    target = share * statistics.fmean(base.values()) if base else math.nan
+    target = share * max((score for _, score in tuning), default=math.nan)
     for arm, rows in runs.items():
         if not rows:
             continue
@@ -196,7 +196,8 @@ def plot(found: list[Row], names: dict[str, str], blocks: list[tuple[str, str]],
     for column, (task, optimizer) in enumerate(blocks):
         scores, scales, rates = axes[:, column]
         for number, (arm, name) in enumerate(names.items()):
-            curve(scores, select(found, task, optimizer, arm), "score", f"C{number}", name)
+            color = pyplot.colormaps["tab20"](number)
+            curve(scores, select(found, task, optimizer, arm), "score", color, name)
         for number, module in enumerate(MODULES):
             rows = select(found, task, optimizer, BASE)
             curve(scales, rows, f"{module}_noise_scale", f"C{number}", module)
@@ -224,7 +225,7 @@ def root(row: Row) -> float:
     return math.sqrt(row["batch"] / REFERENCE)
 
 
-def curve(axis: Any, rows: list[Row], key: str, color: str, label: str, style: str = "-") -> None:
+def curve(axis: Any, rows: list[Row], key: str, color: Any, label: str, style: str = "-") -> None:
     """Draw the mean of the runs over the images, and each run thinly."""
     points: dict[float, list[float]] = {}
     runs: dict[str, list[tuple[float, float]]] = {}
