@@ -214,9 +214,11 @@ def plot(found: list[Row], names: dict[str, str], blocks: list[tuple[str, str]],
         rates.set(xlabel="thousand images seen", ylabel=f"LR, relative to that of batch {REFERENCE}")
         for batch in {row["batch"] for row in found}:
             scales.axhline(batch, color="grey", linestyle=":")
-        for axis in (scores, scales, rates):
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=6)
+    for row in axes:  # one legend for the columns, beside them
+        handles = {}
+        for axis in row:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        row[-1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
