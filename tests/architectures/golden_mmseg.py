@@ -67,7 +67,8 @@ def check_training(model: Architecture, golden: Path, name: str, parts: dict[str
     each = {key: ours[name].grad for key, name in our_names.items()}
     assert len(each) == len(ours)
     found = {key: float(grad.norm()) for key, grad in each.items() if grad is not None}
-    assert found == pytest.approx(expected["grad_norm_per_parameter"], rel=3 * TOLERANCE)
+    # Rounding, which differs between processors, changes single parameters' norms by up to 5e-4.
+    assert found == pytest.approx(expected["grad_norm_per_parameter"], rel=20 * TOLERANCE)
 
 
 def check_maps(maps: list[Tensor], arrays: Any, name: str) -> None:
