@@ -70,8 +70,8 @@ CASES = {
             "mask_head": {**RCNN["mask_head"], "norm": "layer"},
         },
         canvas=(320, 320),
-        # The same change of the weights changes the norms by 2.6e-4, those of single parameters by 1.4e-3; the
-        # rounding of an AMD EPYC's kernels changes the norms by 8.7e-4.
+        # The same change of the weights changes the norms by 2.6e-4, those of single parameters by 1.4e-3;
+        # rounding on another processor (AMD EPYC) changes the norms by 8.7e-4.
         rel=2e-3,
         parameter_rel=1e-2,
     ),
