@@ -71,9 +71,9 @@ CASES = {
         },
         canvas=(320, 320),
         # The same change of the weights changes the norms by 2.6e-4, those of single parameters by 1.4e-3;
-        # rounding on another processor (AMD EPYC) changes the norms by 8.7e-4.
+        # rounding on another processor (AMD EPYC) changes them by 8.7e-4 and 2.5e-3.
         rel=2e-3,
-        parameter_rel=1e-2,
+        parameter_rel=5e-3,
     ),
 }
 
