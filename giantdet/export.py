@@ -41,7 +41,7 @@ from giantdet.layers.model_names import with_timm_name, without_source
 from giantdet.layers.weight_files import read_tensors
 from giantdet.layers.weight_names import model_tensors
 from giantdet.layers.weights import load_backbone_weights, load_strictly, persistent_buffers
-from giantdet.optim.fragments import local_share
+from giantdet.optim.fragments import local_share, whole_shape
 
 logger = logging.getLogger("giantdet")
 
@@ -120,7 +120,7 @@ def export_model(model: nn.Module, folder: Path, config: ExportConfig, shard: fl
         named = model.named_parameters()
         config = _with_magnitude(config, (local_share(p) for name, p in named if name.startswith(PREFIX)))
         tensors = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
-    sizes = {n: int(getattr(t, "ds_numel", t.numel())) * t.element_size() for n, t in tensors.items()}
+    sizes = {n: whole_shape(t).numel() * t.element_size() for n, t in tensors.items()}
     writer = _ShardWriter(folder) if comm.is_main() else None
     for names in shard_plan(sizes, int(shard * GIB)):
         partitioned = [tensors[name] for name in names if hasattr(tensors[name], "ds_id")]

@@ -23,7 +23,15 @@ from giantdet.errors import InputError
 from giantdet.layers.weights import persistent_buffers
 from giantdet.optim.agvm import Agvm
 from giantdet.optim.ema import WeightEma
-from giantdet.optim.fragments import create_states, fragments, local_share, publish, share_of, shares
+from giantdet.optim.fragments import (
+    create_states,
+    fragments,
+    local_share,
+    publish,
+    share_of,
+    shares,
+    whole_shape,
+)
 
 logger = logging.getLogger("giantdet")
 
@@ -88,7 +96,7 @@ def describe_state(
         "ema_steps": ema.steps if ema is not None else None,
         "loss_scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
         "parameters": {
-            name: {"shape": list(_shape(p)), "dtype": str(p.dtype).removeprefix("torch.")}
+            name: {"shape": list(whole_shape(p)), "dtype": str(p.dtype).removeprefix("torch.")}
             for name, p in engine.module.named_parameters()
         },
         "optimizer": type(engine.basic_optimizer).__name__,
@@ -125,7 +133,7 @@ def check_fit(engine: Engine, saved: SavedTensors, identity: dict[str, Any]) -> 
             f"{saved.folder}: saved with other parameter groups: {different[0]} is only in {where}; "
             f"{len(different)} groups differ"
         )
-    here = {name: list(_shape(p)) for name, p in engine.module.named_parameters()}
+    here = {name: list(whole_shape(p)) for name, p in engine.module.named_parameters()}
     there = {name: about["shape"] for name, about in saved.state["parameters"].items()}
     if different := [name for name in here | there if here.get(name) != there.get(name)]:
         name = different[0]
@@ -215,11 +223,6 @@ def load_counters(engine: Engine, saved: SavedTensors) -> int:
         if hasattr(scaler, key):
             setattr(scaler, key, state["loss_scaler"][key])
     return int(step)
-
-
-def _shape(p: Any) -> torch.Size:
-    shape: torch.Size = getattr(p, "ds_shape", p.shape)
-    return shape
 
 
 def _loss_scaler(engine: Engine) -> Any:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import mmap
+import re
 import signal
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.context import ForkContext
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from giantdet.errors import DataError
 from giantdet.structures import Batch
 
 MAX_RESTARTS = 3
+_WORKER_DIED = re.compile("DataLoader worker|Pin memory thread exited")  # in torch's messages
 _EXPLAIN = {
     "dropped_objects": "objects beyond max_objects, the smallest of each image, are left out",
     "tiny_objects": "objects narrower than a pixel after scaling are left out",
@@ -68,6 +72,28 @@ class EvalSampler(Sampler[list[int]]):
     def after(self, delivered: int) -> EvalSampler:
         """Return the sampler of what follows the first `delivered` batches."""
         return EvalSampler(self.batches[delivered:])
+
+
+class EndFlag:
+    """The part of `multiprocessing.Event` that torch's workers poll, without its lock.
+
+    A worker that is killed while it holds the lock, for example when memory runs out, never releases it, and
+    the training would wait for it for ever. Reading or writing a byte needs no lock.
+    """
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)  # shared with the processes that are forked later
+
+    def is_set(self) -> bool:
+        return self._byte[0] == 1
+
+    def set(self) -> None:
+        self._byte[0] = 1
+
+
+class _Fork(ForkContext):
+    def Event(self) -> EndFlag:  # type: ignore[override]
+        return EndFlag()
 
 
 # Workers ignore SIGTERM, by which multiprocessing ends them when Python exits, so it would wait for them for
@@ -108,6 +134,7 @@ class Loader:
                 self._stream,
                 batch_sampler=self._sampler.after(self._delivered),
                 num_workers=self._stream.config.workers,
+                multiprocessing_context=_Fork() if self._stream.config.workers else None,
                 collate_fn=_as_is,
                 worker_init_fn=_init_worker,
                 pin_memory=self._pin_memory,
@@ -151,8 +178,9 @@ class Loader:
                 self._delivered += 1
                 return delivery
             except (ConnectionError, EOFError, RuntimeError) as error:
-                # ConnectionError, EOFError: a worker died while it sent a batch. Else torch's RuntimeError.
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                # ConnectionError, EOFError: a worker died while it sent a batch. With pinned memory they end
+                # torch's thread that pins it. Otherwise torch raises RuntimeError.
+                if isinstance(error, RuntimeError) and not _WORKER_DIED.search(str(error)):
                     raise
                 if self._restarts == MAX_RESTARTS:
                     raise RuntimeError(

@@ -23,6 +23,7 @@ from giantdet.layers.deferred import deferred_init, is_deferred, real_parameters
 from giantdet.layers.frozen import DTYPES
 from giantdet.layers.norm import moving_norms
 from giantdet.layers.precision import cast_buffers
+from giantdet.optim.fragments import whole_shape
 from giantdet.optim.optimizers import optimizer_factory, with_muon
 from giantdet.optim.param_groups import parameter_groups
 from giantdet.optim.schedules import LrSchedule, lr_function, momentum_function
@@ -73,7 +74,7 @@ def _with_buckets_of_the_models_size(run: ResolvedRun, groups: list[dict[str, An
     small the model is. One that holds all gradients is filled as a larger one would be.
     """
     json = run.deepspeed_json()
-    trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+    trained = sum(whole_shape(p).numel() for group in groups for p in group["params"])
     if run.stage > 0 and trained < run.zero.reduce_bucket_size:
         json["zero_optimization"] = {**json["zero_optimization"], "reduce_bucket_size": trained}
     return json

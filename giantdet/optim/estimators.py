@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from giantdet.config.types import AgvmConfig
 from giantdet.distributed import comm
 from giantdet.distributed.engine import Engine
-from giantdet.optim.fragments import Fragment, even_share, shares
+from giantdet.optim.fragments import Fragment, even_share, shares, whole_shape
 from giantdet.optim.param_groups import module_of_group
 from giantdet.optim.variance import Products, products_of_all_splits, products_of_halves
 
@@ -343,4 +343,4 @@ def _add(gradients: dict[nn.Parameter, Tensor], p: nn.Parameter, gradient: Tenso
 
 
 def _numel(p: nn.Parameter) -> int:
-    return int(getattr(p, "ds_numel", p.numel()))
+    return whole_shape(p).numel()

@@ -61,6 +61,12 @@ class Fragment(NamedTuple):
         return {} if self.whole is None else {MUON: optimizer.state[self.owner][MUON][self.whole]}
 
 
+def whole_shape(p: Any) -> torch.Size:
+    """Return the shape of the whole parameter, which is an empty tensor where ZeRO-3 has partitioned it."""
+    shape: torch.Size = getattr(p, "ds_shape", p.shape)
+    return shape
+
+
 def even_share(size: int) -> tuple[int, int]:
     """Return this rank's [first, last) of `size` elements; the ranks' shares cover each element once."""
     world, rank = comm.world_size(), comm.rank()

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from giantdet.errors import InputError
+from giantdet.optim.fragments import whole_shape
 
 NO_DECAY = "/no_decay"
 
@@ -45,8 +46,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # At ZeRO-3 a partitioned parameter is empty; ds_shape is the shape of the whole one.
-        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        is_matrix = len(whole_shape(parameter)) > 1
         decayed = decay_all or (is_matrix and name not in exempt)
         module = module_of(name, modules)
         known.add(module)
@@ -125,8 +125,7 @@ def group_table(groups: list[dict[str, Any]], lr: float | None = None) -> str:
     """Return a text table of the groups: name, tensors, parameters, weight decay, LR, and LR over `lr`."""
     lines = [f"{'group':<28}{'tensors':>8}{'parameters':>15}{'decay':>8}{'lr':>11}{'scale':>8}"]
     for group in groups:
-        # At ZeRO-3 a partitioned parameter is empty; ds_numel is the size of the whole one.
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in group["params"])
+        count = sum(whole_shape(p).numel() for p in group["params"])
         own = f"{group['lr']:.3g}" if "lr" in group else "-"
         scale = f"{group['lr'] / lr:.3g}" if lr and "lr" in group else "-"
         lines.append(

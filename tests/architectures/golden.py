@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from giantdet.config.architectures.common import NormConfig
 from giantdet.config.conventions import CONVENTIONS
 from giantdet.structures import IGNORE, Batch, Targets
 
+M = TypeVar("M", bound=nn.Module)
 CANVAS = (256, 320)
 SLOTS = 8
 BACKBONE: dict[str, Any] = {"name": "resnet50", "timm_args": {"channels": [8, 16, 32, 64]}}
@@ -75,6 +77,15 @@ def build(
     model.pixel_scale = tuple(1 / s for s in std)
     model.pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
     return model
+
+
+def in_double(model: M) -> M:
+    """Return a copy in float64, for gradients that do not depend on how a processor rounds.
+
+    In float32 the gradient norms of ViTDet's modules differ by up to 9e-4 between processors, those of single
+    parameters by up to 3e-3.
+    """
+    return copy.deepcopy(model).double()
 
 
 def narrow_stem(body: Any) -> None:

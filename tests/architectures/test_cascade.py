@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import BOX_HEAD, RCNN, build, golden_step, load
+from golden import BOX_HEAD, RCNN, build, golden_step, in_double, load
 from golden_compare import as_golden, assert_same_detections, assert_same_proposals, assert_same_step
 from test_detector import build as small
 from test_detector import dataset, emptied, step  # noqa: F401
@@ -88,7 +88,8 @@ def test_detections_and_stages(
 def test_losses_and_gradients(model: CascadeMaskRcnn, golden: Path, empty: tuple[int, ...]) -> None:
     expected = golden_step(golden, "cascade", empty)
     batch = load(golden, *empty)
-    predictions = model.train()(batch)
+    model = in_double(model).train()
+    predictions = model(batch)
     counts = {name: float(count) for name, count in model.counts(predictions).items()}
     wanted = expected.counts
     assert counts["rpn_positive"] == wanted["rpn/num_pos_anchors"]
@@ -98,7 +99,8 @@ def test_losses_and_gradients(model: CascadeMaskRcnn, golden: Path, empty: tuple
         assert sampled - counts[f"roi_positive_stage{k}"] == wanted[f"{prefix}roi_head/num_bg_samples"]
     assert counts["mask_slots_used"] == counts["roi_positive_stage0"]
     losses = as_golden(model.losses(predictions, batch), predictions.rpn.valid_BR.shape[1])
-    assert_same_step(model, losses, expected, rel=1e-3, parameter_rel=2e-3)
+    # detectron2's own float32 rounds single parameters by 3e-4.
+    assert_same_step(model, losses, expected, parameter_rel=5e-4)
 
 
 def test_a_batch_without_objects_has_clean_gradients(model: CascadeMaskRcnn, golden: Path) -> None:

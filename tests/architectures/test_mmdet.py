@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden import BACKBONE, BOX_HEAD, RPN, load
+from golden import BACKBONE, BOX_HEAD, RPN, in_double, load
 from golden_compare import assert_same_features
 from golden_mm import arrays_of, build, check_detections, check_proposals, check_step, train
 
@@ -41,7 +41,8 @@ def test_retinanet(golden: Path) -> None:
         assert_same_features(model.fpn(maps), arrays, [f"neck.{i}" for i in range(5)])
         found = model(batch).detections
     check_detections(found, batch, arrays)
-    losses = train(model).losses(model(batch), batch)
+    model = train(in_double(model))
+    losses = model.losses(model(batch), batch)
     names = {"loss_cls": "loss_cls", "loss_bbox": "loss_box_reg"}
     check_step(golden, name, model, losses, names)
 
@@ -57,7 +58,8 @@ def test_mask_rcnn_on_swin(golden: Path) -> None:
     check_proposals(model, batch, arrays)
     with torch.no_grad():
         check_detections(model.eval()(batch).detections, batch, arrays)
-    losses = train(model).losses(model(batch), batch)
+    model = train(in_double(model))
+    losses = model.losses(model(batch), batch)
     names = {
         "loss_rpn_cls": "loss_rpn_cls",
         "loss_rpn_bbox": "loss_rpn_loc",
@@ -76,7 +78,8 @@ def test_cascade(golden: Path) -> None:
     check_proposals(model, batch, arrays)
     with torch.no_grad():
         check_detections(model.eval()(batch).detections, batch, arrays)
-    losses = train(model).losses(model(batch), batch)
+    model = train(in_double(model))
+    losses = model.losses(model(batch), batch)
     names = {"loss_rpn_cls": "loss_rpn_cls", "loss_rpn_bbox": "loss_rpn_loc"}
     for stage in range(3):
         for theirs, ours in (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import BACKBONE, build, golden_step, load
+from golden import BACKBONE, build, golden_step, in_double, load
 from golden_compare import assert_same_step
 from torch.utils._pytree import tree_flatten
 
@@ -35,7 +35,7 @@ def model(golden: Path) -> RetinaNet:
 @pytest.mark.parametrize("empty", [(), (1,)])
 def test_losses_and_gradients(model: RetinaNet, golden: Path, empty: tuple[int, ...]) -> None:
     expected = golden_step(golden, "retinanet", empty)
-    model.train()
+    model = in_double(model).train()
     with torch.no_grad():
         model.head.normalizer.fill_(100.0)
     batch = load(golden, *empty)

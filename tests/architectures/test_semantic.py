@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import BACKBONE, build, golden_step, load
+from golden import BACKBONE, build, golden_step, in_double, load
 from golden_compare import assert_same_step
 from test_trace import Recorder
 from torch.utils._pytree import tree_flatten
@@ -36,7 +36,8 @@ def model(golden: Path) -> SemanticFpn:
 
 def test_losses_and_gradients(model: SemanticFpn, golden: Path) -> None:
     batch = load(golden)
-    predictions = model.train()(batch)
+    model = in_double(model).train()
+    predictions = model(batch)
     assert_same_step(model, model.losses(predictions, batch), golden_step(golden, "semantic"))
     pixels = model.counts(predictions)["labelled_pixels"]
     assert float(pixels) == float((batch.targets.semantic_BHW != IGNORE).sum() / 2)

@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from tiny import environment, run_together
 from giantdet.config.types import AugmentConfig, DataConfig
 from giantdet.data.coco import CocoDataset
 from giantdet.data.demo import make_demo
-from giantdet.data.loader import Loader, eval_loader, train_loader
+from giantdet.data.loader import EndFlag, Loader, eval_loader, train_loader
 from giantdet.data.streams import BOXES_AND_MASKS, TrainStream, sample_index
 from giantdet.structures import Batch
 
@@ -293,6 +295,54 @@ def test_workers_ignore_stop_signals_and_their_death_is_an_error(folder: Path) -
     assert [int(next(loader).image_ids_B[0]) for _ in range(1)] == [int(dataset.image_ids[0])]
     with pytest.raises(RuntimeError, match="worker"):
         list(loader)
+
+
+def test_a_process_killed_while_it_reads_the_end_flag_blocks_nobody() -> None:
+    """With `multiprocessing.Event` in place of `EndFlag`, one of these kills leaves its lock taken."""
+    flag = EndFlag()
+    for _ in range(20):
+        ready, tell = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(tell, b"1")
+            while not flag.is_set():
+                pass
+            os._exit(1)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        os.close(ready), os.close(tell)
+    setter = threading.Thread(target=flag.set, daemon=True)
+    setter.start()
+    setter.join(10)
+    assert not setter.is_alive() and flag.is_set()
+
+
+def test_torch_polls_the_end_flag(dataset: CocoDataset) -> None:
+    loader = train_loader(dataset, CONFIG.model_copy(update={"workers": 1}), 2)
+    next(loader)
+    flag = loader._deliveries._workers_done_event  # type: ignore[attr-defined]
+    assert isinstance(flag, EndFlag) and not flag.is_set()
+    (worker,) = loader._deliveries._workers  # type: ignore[attr-defined]
+    loader.close()
+    assert flag.is_set() and worker.exitcode == 0
+
+
+def test_workers_are_restarted_where_their_death_ended_the_pinning_thread(dataset: CocoDataset) -> None:
+    """The message that torch has for it. Torch starts this thread only where there is a GPU."""
+    expected = take(train_loader(dataset, CONFIG, 2, seed=5), 2)
+    loader = train_loader(dataset, CONFIG.model_copy(update={"workers": 1}), 2, seed=5)
+    found = [next(loader)]
+    loader.close()
+
+    def dead() -> Iterator[None]:
+        raise RuntimeError("Pin memory thread exited unexpectedly")
+        yield
+
+    loader._deliveries = dead()  # type: ignore[assignment]
+    found.append(next(loader))
+    loader.close()
+    assert same(expected, found) and loader.counters["worker_restarts"] == 1
 
 
 def test_killed_workers_are_restarted(dataset: CocoDataset, caplog: pytest.LogCaptureFixture) -> None:
