@@ -118,11 +118,11 @@ def test_cgbn_equals_one_process_with_the_whole_batch(found: dict[str, dict[str,
 def test_cgbn_in_bf16_keeps_float32_statistics(found: dict[str, dict[str, Any]]) -> None:
     mine, reference = found["zero3_cgbn_bf16"], found["hand_cgbn"]
     assert mine["losses"] == pytest.approx(reference["losses"], rel=0.05)
-    for name, statistic in mine["moved"].items():
-        assert statistic.dtype == reference["moved"][name].dtype
-        expected = reference["moved"][name].float()
-        # Three steps of bf16 weights cause 0.31 of error at most; the statistics are finer than bf16.
-        assert (statistic.float() - expected).norm() < 0.4 * expected.norm(), name
+    for name, statistic in mine["first"].items():  # rounding grows from step to step
+        assert statistic.dtype == reference["first"][name].dtype
+        expected = reference["first"][name].float()
+        bound = 0.3 if name.startswith("box_head") else 0.05  # the box head sees other proposals
+        assert (statistic.float() - expected).norm() < bound * expected.norm(), name
         if statistic.is_floating_point():
             assert not torch.equal(statistic, statistic.bfloat16().float()), name
 

@@ -106,7 +106,7 @@ def statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def with_zero(run: RunConfig) -> dict[str, Any]:
     engine = zero.initialize(build(run), run)
     engine.train()
-    losses, norms = [], []
+    losses, norms, first = [], [], {}
     for step in range(STEPS):
         for micro_step in range(engine.gradient_accumulation_steps()):
             loss = loss_of(engine(make_batch(step, micro_step, comm.rank())))
@@ -114,6 +114,7 @@ def with_zero(run: RunConfig) -> dict[str, Any]:
             engine.step()
             losses.append(comm.mean_over_ranks([float(loss)])[0])
         norms.append(zero.gradient_norm(engine))
+        first = statistics(engine.module) if step == 0 else first
     parameters = {}
     import deepspeed
 
@@ -128,7 +129,14 @@ def with_zero(run: RunConfig) -> dict[str, Any]:
                 assert torch.equal(buffer, moved[name]), f"{name} differs over the group"
     assert all(torch.equal(buffer, moved[name]) for name, buffer in statistics(engine.module).items())
     engine.destroy()
-    return {"losses": losses, "norms": norms, "parameters": parameters, "groups": groups, "moved": moved}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "parameters": parameters,
+        "groups": groups,
+        "moved": moved,
+        "first": first,
+    }
 
 
 def by_hand(run: RunConfig) -> dict[str, Any]:
@@ -140,7 +148,7 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, eps=params["eps"])
     accumulation = run.deepspeed["gradient_accumulation_steps"]
     clipping = run.deepspeed["gradient_clipping"]
-    losses, norms = [], []
+    losses, norms, first = [], [], {}
     for step in range(STEPS):
         for micro_step in range(accumulation):
             batches = [make_batch(step, micro_step, rank) for rank in range(comm.world_size())]
@@ -155,8 +163,10 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
                 gradient *= min(1.0, clipping / (float(norm) + 1e-6))
         optimizer.step()
         optimizer.zero_grad()
+        first = statistics(model) if step == 0 else first
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "parameters": parameters, "moved": statistics(model)}
+    moved = statistics(model)
+    return {"losses": losses, "norms": norms, "parameters": parameters, "moved": moved, "first": first}
 
 
 def run_cases(result_of: Callable[[dict[str, Any], Path], object]) -> None:
