@@ -92,6 +92,8 @@ class EndFlag:
 
 
 class _Fork(ForkContext):
+    """Starts workers by fork, the only method by which they inherit an `EndFlag`."""
+
     def Event(self) -> EndFlag:  # type: ignore[override]
         return EndFlag()
 
