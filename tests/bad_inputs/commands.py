@@ -60,7 +60,15 @@ COMMANDS = [
     ),
     Case(
         "predict: an image of more pixels than the limit",
-        ["predict", "{export}", "{data}/images/a.png", "--max-image-pixels", "100"],
+        [
+            "predict",
+            "{export}",
+            "{data}/images/a.png",
+            "--max-image-pixels",
+            "100",
+            "--output",
+            "{empty}/out",
+        ],
         Error("1 of 1 images are left out, the first: ...raise data.max_image_pixels in the JSON, ..."),
     ),
     Case(
