@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.architectures import Architecture, build_model
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
@@ -86,6 +87,15 @@ def in_double(model: M) -> M:
     parameters by up to 3e-3.
     """
     return copy.deepcopy(model).double()
+
+
+def with_frozen_statistics(model: Architecture) -> Any:
+    """Return a copy in float64 that trains, except for its BatchNorms (`norm_eval`)."""
+    model = in_double(model).train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return model
 
 
 def narrow_stem(body: Any) -> None:

@@ -18,7 +18,6 @@ from golden import CANVAS, load_weights, narrow_stem
 from golden_compare import norm, same_boxes
 from pasting import paste_masks
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.architectures import Architecture, build_model
 from giantdet.architectures.foreign.mmdetection import MMDETECTION
@@ -46,14 +45,6 @@ def build(golden: Path, name: str, raw: dict[str, Any]) -> Architecture:
     for module in model.modules():
         if hasattr(module, "conventions"):
             module.conventions = dataclasses.replace(CONVENTIONS["mmdetection"], anchors_in_padding=True)
-    return model
-
-
-def train(model: Architecture) -> Any:
-    """Return the model in training mode, its BatchNorms with their running statistics (`norm_eval`)."""
-    for module in model.train().modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
     return model
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import CANVAS, in_double, load, load_weights
+from golden import CANVAS, load, load_weights, with_frozen_statistics
 from golden_compare import norm
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.architectures import Architecture, build_model, total_loss
 from giantdet.architectures.foreign.mmsegmentation import MMSEGMENTATION
@@ -40,18 +39,10 @@ def build(golden: Path, name: str, section: dict[str, Any]) -> Architecture:
     return model
 
 
-def evaluate_norms(model: Architecture) -> None:
-    """Set training mode, except for BatchNorms, which use their running statistics."""
-    for module in model.train().modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-
-
 def check_training(model: Architecture, golden: Path, name: str, parts: dict[str, str]) -> None:
     """Assert equal losses, gradient norms of the `parts` {theirs: ours} and of each parameter."""
     expected = json.loads((golden / f"mm/{name}_A.json").read_text())
-    model = in_double(model)
-    evaluate_norms(model)
+    model = with_frozen_statistics(model)
     batch = load(golden)
     losses = model.losses(model(batch), batch)
     names = {"loss_sem_seg": "decode.loss_ce", "loss_sem_seg_aux": "aux.loss_ce"}

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden import BACKBONE, BOX_HEAD, RPN, in_double, load
+from golden import BACKBONE, BOX_HEAD, RPN, load, with_frozen_statistics
 from golden_compare import assert_same_features
-from golden_mm import arrays_of, build, check_detections, check_proposals, check_step, train
+from golden_mm import arrays_of, build, check_detections, check_proposals, check_step
 
 RCNN: dict[str, Any] = {
     "num_classes": 5,
@@ -41,7 +41,7 @@ def test_retinanet(golden: Path) -> None:
         assert_same_features(model.fpn(maps), arrays, [f"neck.{i}" for i in range(5)])
         found = model(batch).detections
     check_detections(found, batch, arrays)
-    model = train(in_double(model))
+    model = with_frozen_statistics(model)
     losses = model.losses(model(batch), batch)
     names = {"loss_cls": "loss_cls", "loss_bbox": "loss_box_reg"}
     check_step(golden, name, model, losses, names)
@@ -58,7 +58,7 @@ def test_mask_rcnn_on_swin(golden: Path) -> None:
     check_proposals(model, batch, arrays)
     with torch.no_grad():
         check_detections(model.eval()(batch).detections, batch, arrays)
-    model = train(in_double(model))
+    model = with_frozen_statistics(model)
     losses = model.losses(model(batch), batch)
     names = {
         "loss_rpn_cls": "loss_rpn_cls",
@@ -78,7 +78,7 @@ def test_cascade(golden: Path) -> None:
     check_proposals(model, batch, arrays)
     with torch.no_grad():
         check_detections(model.eval()(batch).detections, batch, arrays)
-    model = train(in_double(model))
+    model = with_frozen_statistics(model)
     losses = model.losses(model(batch), batch)
     names = {"loss_rpn_cls": "loss_rpn_cls", "loss_rpn_bbox": "loss_rpn_loc"}
     for stage in range(3):

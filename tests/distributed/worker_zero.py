@@ -106,7 +106,7 @@ def statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def with_zero(run: RunConfig) -> dict[str, Any]:
     engine = zero.initialize(build(run), run)
     engine.train()
-    losses, norms, first = [], [], {}
+    losses, norms = [], []
     for step in range(STEPS):
         for micro_step in range(engine.gradient_accumulation_steps()):
             loss = loss_of(engine(make_batch(step, micro_step, comm.rank())))
@@ -114,7 +114,8 @@ def with_zero(run: RunConfig) -> dict[str, Any]:
             engine.step()
             losses.append(comm.mean_over_ranks([float(loss)])[0])
         norms.append(zero.gradient_norm(engine))
-        first = statistics(engine.module) if step == 0 else first
+        if step == 0:
+            first = statistics(engine.module)
     parameters = {}
     import deepspeed
 
@@ -148,7 +149,7 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, eps=params["eps"])
     accumulation = run.deepspeed["gradient_accumulation_steps"]
     clipping = run.deepspeed["gradient_clipping"]
-    losses, norms, first = [], [], {}
+    losses, norms = [], []
     for step in range(STEPS):
         for micro_step in range(accumulation):
             batches = [make_batch(step, micro_step, rank) for rank in range(comm.world_size())]
@@ -163,7 +164,8 @@ def by_hand(run: RunConfig) -> dict[str, Any]:
                 gradient *= min(1.0, clipping / (float(norm) + 1e-6))
         optimizer.step()
         optimizer.zero_grad()
-        first = statistics(model) if step == 0 else first
+        if step == 0:
+            first = statistics(model)
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     moved = statistics(model)
     return {"losses": losses, "norms": norms, "parameters": parameters, "moved": moved, "first": first}
