@@ -103,8 +103,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"betas": [0.9, 0.999], "weight_decay": 0.05},
     "SGD": {"momentum": 0.9, "weight_decay": 1e-4},
 }
-# The first LRs to try, where the CSV has none; further ones, by factors of 2, while the best is the smallest
-# or the largest.
+# The first LRs to try, unless the CSV has as many; further ones, by factors of 2, while the best is the
+# smallest or the largest.
 CANDIDATES = {"AdamW": (5e-4, 1e-3, 2e-3), "SGD": (0.01, 0.02, 0.04)}
 
 
@@ -250,7 +250,8 @@ def shrink(source: Path, folder: Path) -> None:
 def tuned(options: argparse.Namespace, task: str, optimizer: str) -> float:
     """Return the best LR of the reference batch."""
     known = {row["lr"] for row in select(read(options.csv), task, optimizer, TUNE)}
-    rates = sorted(known or CANDIDATES[optimizer])
+    candidates = CANDIDATES[optimizer]
+    rates = sorted(known if len(known) >= len(candidates) else candidates)
     while True:
         run_all(options, [Job(task, optimizer, TUNE, REFERENCE, TUNING_SEED, lr) for lr in rates])
         rows = select(read(options.csv), task, optimizer, TUNE)

@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from giantdet.architectures import Architecture, build_model
 from giantdet.architectures.foreign.detectron2 import DETECTRON2
 from giantdet.config.architectures import SECTIONS
 from giantdet.config.architectures.common import NormConfig
 from giantdet.config.conventions import CONVENTIONS
+from giantdet.layers.norm import moving_norms
 from giantdet.structures import IGNORE, Batch, Targets
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,9 +92,8 @@ def in_double(model: M) -> M:
 def with_frozen_statistics(model: Architecture) -> Any:
     """Return a copy in float64 that trains, except for its BatchNorms (`norm_eval`)."""
     model = in_double(model).train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
+    for batch_norm in moving_norms(model):
+        batch_norm.eval()
     return model
 
 
