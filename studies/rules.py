@@ -121,6 +121,7 @@ class Arm(NamedTuple):
 
 HELD = {"clamp": [1, 1]}  # factors of 1
 SQRT = {"rule": "sqrt"}
+ADAM_FULL = SQRT | {"betas": "beta2_power", "weight_decay": "timescale"}
 ARMS: dict[str, Arm] = {
     "reference": Arm("batch 8", {}, HELD),
     BASE: Arm("square root", SQRT, HELD),
@@ -137,11 +138,9 @@ ARMS: dict[str, Arm] = {
     "linear_long": Arm("linear, long warmup", {"rule": "linear"}, HELD, ("SGD",), warmup=0.3),
     "sqrt_long": Arm("square root, long warmup", SQRT, HELD, warmup=0.3),
     "agvm_long": Arm("square root, long warmup, AGVM", SQRT, {"rule": "agvm"}, warmup=0.3),
-    "adam_full": Arm(
-        "square root, beta2 and decay",
-        SQRT | {"betas": "beta2_power", "weight_decay": "timescale"},
-        HELD,
-        ("AdamW",),
+    "adam_full": Arm("square root, beta2 and decay", ADAM_FULL, HELD, ("AdamW",)),
+    "adam_full_long": Arm(
+        "square root, long warmup, beta2 and decay", ADAM_FULL, HELD, ("AdamW",), warmup=0.3
     ),
 }
 FIRST = (
@@ -155,7 +154,7 @@ FIRST = (
     "none",
     "double",
 )
-LAST = ("linear", "linear_long", "sqrt_long", "agvm_long", "adam_full")  # after all blocks
+LAST = ("linear", "linear_long", "sqrt_long", "agvm_long", "adam_full", "adam_full_long")  # after all blocks
 
 
 def main() -> None:

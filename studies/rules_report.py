@@ -23,6 +23,8 @@ CONTRASTS = (
     ("noise_scale", "noise_scale_uniform"),
     ("noise_scale", "none"),
     ("noise_scale", "double"),
+    ("adam_full", BASE),
+    ("adam_full_long", "sqrt_long"),
 )
 SCORES = {"detection": ("box", "AP"), "cells": ("box", "AP"), "semantic": ("semantic", "mIoU")}
 MODULES = ("backbone", "fpn", "rpn", "box_head", "semantic_head")
