@@ -25,6 +25,7 @@ CONTRASTS = (
     ("noise_scale", "double"),
     ("adam_full", BASE),
     ("adam_full_long", "sqrt_long"),
+    ("adam_full_long", "noise_scale"),
 )
 SCORES = {"detection": ("box", "AP"), "cells": ("box", "AP"), "semantic": ("semantic", "mIoU")}
 MODULES = ("backbone", "fpn", "rpn", "box_head", "semantic_head")
